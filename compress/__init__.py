@@ -1,0 +1,47 @@
+"""A model compression workbench: make a language model smaller, measure both alike, and say whether one may replace the other.
+
+    recipe = compress.load_recipe("recipes/quickstart.yaml")
+    report = compress.run(recipe)
+    report.verdict, report.decided_by
+    frame = compress.load_reports("reports")
+
+Names are imported when first used, so that `import compress` costs nothing.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+__all__ = ["CompressError", "Recipe", "Report", "bench", "check", "load_recipe", "load_reports", "read_report", "run"]
+
+if TYPE_CHECKING:
+    from compress.errors import CompressError
+    from compress.pipeline import bench, check, run
+    from compress.recipe import Recipe
+    from compress.recipe import load as load_recipe
+    from compress.report.frame import load_reports
+    from compress.results import Report, read_report
+
+_HOMES = {
+    "CompressError": ("compress.errors", "CompressError"),
+    "Recipe": ("compress.recipe", "Recipe"),
+    "Report": ("compress.results", "Report"),
+    "bench": ("compress.pipeline", "bench"),
+    "check": ("compress.pipeline", "check"),
+    "load_recipe": ("compress.recipe", "load"),
+    "load_reports": ("compress.report.frame", "load_reports"),
+    "read_report": ("compress.results", "read_report"),
+    "run": ("compress.pipeline", "run"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'compress' has no attribute {name!r}")
+    import importlib
+
+    module, attribute = _HOMES[name]
+    return getattr(importlib.import_module(module), attribute)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

@@ -1,0 +1,107 @@
+"""What differs between architectures, in one place: which layers are linear, which are heads, and GPT-2's odd ones."""
+
+import difflib
+import fnmatch
+import re
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import InputError, ModelError
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+
+def linear_layers(model: "PreTrainedModel", ignore: list[str] | None) -> "tuple[dict[str, nn.Module], dict[str, nn.Module]]":
+    """The linear layers to work on and those left out, by full name; GPT-2's Conv1D counts as linear.
+
+    ignore   None leaves out the heads (what maps the last hidden state to tokens or labels). A list replaces that: each entry
+             is a name or the end of one (`lm_head`, `fc1`), a pattern (`*.layers.0.*`) or a regular expression (`re:.*mlp.*`).
+
+    Raises InputError for an entry that matches no linear layer.
+    """
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    if ignore is None:
+        left_out = {name for name in layers if _is_head(model, name)}
+    else:
+        left_out = set()
+        for entry in ignore:
+            matched = {name for name in layers if matches(name, entry)}
+            if not matched:
+                ends = sorted({name.rsplit(".", 1)[-1] for name in layers})
+                near = difflib.get_close_matches(entry, [*layers, *ends], n=3, cutoff=0.4) or ends[:8]
+                raise InputError(f"ignore: {entry!r} matches no linear layer of this model; near it are {', '.join(near)}")
+            left_out |= matched
+    kept = {name: module for name, module in layers.items() if name not in left_out}
+    return kept, {name: layers[name] for name in sorted(left_out)}
+
+
+def matches(name: str, entry: str) -> bool:
+    """Whether a layer's full name is meant by an entry of `ignore` (or of any list of layer patterns)."""
+    if entry.startswith("re:"):
+        try:
+            return re.fullmatch(entry[3:], name) is not None
+        except re.error as error:
+            raise InputError(f"{entry!r} is not a regular expression: {error}") from None
+    return name == entry or name.endswith(f".{entry}") or fnmatch.fnmatchcase(name, entry)
+
+
+def as_linear(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The same model with `nn.Linear` in place of GPT-2's transposed Conv1D, which most libraries pass over in silence.
+
+    Plain transformers describes such a model as GPTBigCode with one key and value head per query head; its fused projection is
+    ordered by head (query, key, value of head 0, then of head 1 ...), GPT-2's by kind. Exact up to the order of sums.
+
+    Raises ModelError for the GPT-2 variants that GPTBigCode can't describe.
+    """
+    import torch
+    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM, GPTBigCodeForSequenceClassification
+    from transformers.pytorch_utils import Conv1D
+
+    if not any(isinstance(module, Conv1D) for module in model.modules()):
+        return model
+    kinds: dict[str, Any] = {
+        "GPT2LMHeadModel": GPTBigCodeForCausalLM,
+        "GPT2ForSequenceClassification": GPTBigCodeForSequenceClassification,
+    }
+    old, kind = model.config, kinds.get(type(model).__name__)
+    if kind is None or getattr(old, "add_cross_attention", False) or getattr(old, "scale_attn_by_inverse_layer_idx", False):
+        raise ModelError(f"{type(model).__name__} with this config has Conv1D layers that no plain transformers model has as linear ones")
+    shared = GPTBigCodeConfig().to_dict().keys() & old.to_dict().keys() - {"model_type", "architectures", "transformers_version"}
+    config = GPTBigCodeConfig(**{key: getattr(old, key) for key in shared}, multi_query=False)
+    heads, width = config.num_attention_heads, config.hidden_size
+    state = dict(model.state_dict())
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            weight, bias = module.weight.data.t(), module.bias.data
+            if name.endswith("attn.c_attn"):
+                order = torch.arange(3 * width).view(3, heads, width // heads).transpose(0, 1).reshape(-1).to(weight.device)
+                weight, bias = weight[order], bias[order]
+            state[f"{name}.weight"], state[f"{name}.bias"] = weight.contiguous(), bias.contiguous()
+    new = kind(config).to(model.dtype)
+    missing, unexpected = new.load_state_dict(state, strict=False)
+    if missing or any(not key.endswith((".attn.bias", ".attn.masked_bias")) for key in unexpected):
+        raise ModelError(f"GPT-2 weights that GPTBigCode has no place for: {', '.join([*missing, *unexpected][:5])}")
+    new.tie_weights()
+    new.generation_config = model.generation_config
+    return new.to(model.device).eval()
+
+
+def context_length(config: Any) -> int | None:
+    """The longest input in tokens that the positions of a model allow; None where they set no bound (T5)."""
+    for key in ("max_position_embeddings", "n_positions"):
+        if config.model_type not in ("t5", "mt5", "umt5", "longt5") and (length := getattr(config, key, None)):
+            return int(length)
+    return None
+
+
+def _is_head(model: "PreTrainedModel", name: str) -> bool:
+    """Whether a layer maps the last hidden state to tokens or labels, by standing outside the base model or being the output embedding."""
+    output = model.get_output_embeddings()
+    if output is not None and model.get_submodule(name) is output:
+        return True
+    base = model.base_model_prefix
+    return hasattr(model, base) and getattr(model, base) is not model and not name.startswith(f"{base}.")

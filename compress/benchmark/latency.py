@@ -1,0 +1,82 @@
+"""How long a generation takes: to the first token, per further token, and as a whole.
+
+Prefill reads the whole prompt at once and is bound by arithmetic; decoding reads every weight for each token and is bound by
+memory bandwidth. They are timed apart in one run, by a clock that generation calls after every token. Prompts are random tokens of
+exact length and the output length is forced, so that both sides do the same work.
+"""
+
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import StoppingCriteria, StoppingCriteriaList
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Clock(StoppingCriteria):
+    """Notes the time of every token: CUDA events on a GPU, so that nothing waits for the host, else a monotonic clock."""
+
+    def __init__(self, device: str):
+        self._cuda = device == "cuda"
+        self._marks: list[Any] = []
+
+    def start(self) -> None:
+        if self._cuda:
+            torch.cuda.synchronize()
+        self._marks = []
+        self._mark()
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        self._mark()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    def seconds(self) -> list[float]:
+        """Time from start to each mark."""
+        if self._cuda:
+            torch.cuda.synchronize()
+            return [self._marks[0].elapsed_time(mark) / 1000 for mark in self._marks[1:]]
+        return [mark - self._marks[0] for mark in self._marks[1:]]
+
+    def _mark(self) -> None:
+        if self._cuda:
+            event = torch.cuda.Event(enable_timing=True)
+            event.record()
+            self._marks.append(event)
+        else:
+            self._marks.append(time.perf_counter())
+
+
+def prompts(model: "PreTrainedModel", device: str, batch_size: int, prompt_tokens: int) -> dict[str, Any]:
+    """Random token ids of one length, the same for every model of a vocabulary; special ids are left out as far as they are low."""
+    generator = torch.Generator().manual_seed(0)
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(min(10, vocabulary - 1), vocabulary, (batch_size, prompt_tokens), generator=generator).to(device)
+    return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def generation_seconds(model: "PreTrainedModel", inputs: dict[str, Any], new_tokens: int, device: str) -> list[float]:
+    """Seconds from the start of a greedy generation to each of its `new_tokens` tokens, the last being the whole latency."""
+    clock = Clock(device)
+    clock.start()
+    with torch.inference_mode():
+        output = model.generate(
+            **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1,
+            repetition_penalty=1.0, stopping_criteria=StoppingCriteriaList([clock]), pad_token_id=0,
+        )  # fmt: skip
+    seconds = clock.seconds()
+    produced = output.shape[1] - (1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1])
+    if len(seconds) != new_tokens or produced != new_tokens:
+        raise RuntimeError(f"{new_tokens} tokens were forced and {produced} came")
+    return seconds
+
+
+def forward_seconds(model: "PreTrainedModel", inputs: dict[str, Any], device: str) -> list[float]:
+    """Seconds of one classification; a list of one."""
+    clock = Clock(device)
+    clock.start()
+    with torch.inference_mode():
+        model(**inputs)
+    clock(inputs["input_ids"], None)
+    return clock.seconds()

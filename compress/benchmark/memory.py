@@ -1,0 +1,61 @@
+"""Peak memory of the process that looks, in bytes.
+
+On a GPU from torch's allocator and, for the whole process with its CUDA context, from NVML. On the CPU from the kernel's high-water mark
+of resident memory, which can be set back to now (Linux: /proc/self/clear_refs), less what the interpreter with its libraries
+held before the model was loaded.
+"""
+
+import os
+from pathlib import Path
+
+
+def resident() -> int:
+    """Bytes resident now."""
+    return _status("VmRSS")
+
+
+def reset_peak(device: str) -> None:
+    """Let the high-water marks start again from now."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak(device: str, interpreter: int) -> dict[str, int]:
+    """The peaks since the last reset: `peak`, and on a GPU `allocated`, `reserved`, `process` (NVML, where it answers)."""
+    if device == "cpu":
+        return {"peak": max(0, _status("VmHWM") - interpreter)}
+    import torch
+
+    torch.cuda.synchronize()
+    allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    figures = {"peak": allocated, "allocated": allocated, "reserved": reserved}
+    process = _nvml_process_bytes()
+    return figures if process is None else {**figures, "process": process}
+
+
+def _nvml_process_bytes() -> int | None:
+    """What NVML says that this process holds on the current GPU; None where NVML is absent or can't see processes (containers)."""
+    import torch
+
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        held = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
+    except Exception:  # NVML has an error class for each of its troubles; none of them may end a measurement
+        return None
+    return int(held[0]) if held and held[0] else None
+
+
+def _status(key: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(f"{key}:"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"/proc/self/status has no {key}")

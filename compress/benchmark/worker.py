@@ -1,0 +1,146 @@
+"""The measuring process: holds one model and answers what the parent asks of it. One side, one device, nothing else."""
+
+import os
+import platform
+from typing import Any
+
+import psutil
+import torch
+import transformers
+
+from compress import model as models
+from compress.architecture import context_length
+from compress.benchmark import latency, memory, quality, scores
+from compress.metrics import CLASSIFIED, GENERATED
+from compress.process import Progress, serve
+
+Point = tuple[int, int]  # batch size, prompt tokens
+
+
+class Worker:
+    """One model under measurement."""
+
+    def load(self, progress: Progress, source: dict[str, Any], device: str, threads: int | None) -> dict[str, Any]:
+        """Load the model. Returns the peak while loading, the model's sizes and the environment."""
+        progress("loading", 0, 1)
+        self.device = models.pick_device(device)
+        torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+        if self.device == "cuda":
+            torch.zeros(1, device="cuda")  # the context is no part of the model
+        self.interpreter = memory.resident()
+        memory.reset_peak(self.device)
+        bundle = models.Bundle(models.Source(**source), self.device)
+        self.model, self.tokenizer = bundle.model, bundle.tokenizer
+        self.warm: set[Point] = set()
+        progress("loading", 1, 1)
+        return {
+            "peak": memory.peak(self.device, self.interpreter),
+            "weight_bytes": models.weight_bytes(self.model),
+            "file_bytes": models.file_bytes(models.local_folder(bundle.source)),
+            "parameters": models.parameter_count(self.model),
+            "environment": _environment(self.device),
+        }
+
+    def warm_up(self, progress: Progress, points: list[Point], new_tokens: int, repeats: int) -> dict[str, Any]:
+        """Run each point once and `repeats` times more. Returns the peak while running, and why points can't be run."""
+        memory.reset_peak(self.device)
+        reasons = []
+        for number, (batch_size, prompt_tokens) in enumerate(points):
+            progress("warming up", number, len(points))
+            reasons.append(self._try(batch_size, prompt_tokens, new_tokens, 1 + repeats))
+        progress("warming up", len(points), len(points))
+        return {"peak": memory.peak(self.device, self.interpreter), "reasons": reasons}
+
+    def turn(self, progress: Progress, points: list[Point], new_tokens: int, iterations: int) -> list[list[list[float]]]:
+        """For each point and iteration the seconds from the start to every token."""
+        return [[self._time(batch, prompt, new_tokens) for _ in range(iterations)] for batch, prompt in points]
+
+    def quality(
+        self, progress: Progress, examples: list[dict[str, Any]], groups: list[str], generation: dict[str, Any], chat: bool,
+        batch_size: int, max_tokens: int | None,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Per-example statistics of every metric asked for, and the outputs as texts (None where nothing is generated)."""
+        prompts = [e["prompt"] for e in examples]
+        references = [e["references"] for e in examples]
+        if chat:
+            prompts = [self._as_chat(prompt) for prompt in prompts]
+        samples: scores.Samples = {}
+        texts: list[str] | None = None
+        if GENERATED & set(groups):
+            torch.manual_seed(generation["seed"])
+            tokens = quality.generate(self.model, self.tokenizer, prompts, generation, batch_size, max_tokens, progress)
+            texts = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+            samples.update(scores.score_texts(groups, texts, references))
+            if "generated_tokens" in groups:
+                samples["generated_tokens"] = [[float(len(row))] for row in tokens]
+        if "perplexity" in groups:
+            targets = [r[0] for r in references] if any(references) else None
+            samples["perplexity"] = quality.likelihoods(self.model, self.tokenizer, prompts, targets, batch_size, max_tokens, progress)
+        if CLASSIFIED & set(groups):
+            right = [quality.label_number(self.model, r[0]) for r in references]
+            guesses = quality.classify(self.model, self.tokenizer, prompts, batch_size, max_tokens, progress)
+            found = scores.labels(guesses, right, self.model.config.num_labels)
+            samples.update({name: rows for name, rows in found.items() if name in groups})
+            texts = [str(self.model.config.id2label.get(guess, guess)) for guess in guesses]
+        return {"samples": samples, "texts": texts}
+
+    def _as_chat(self, prompt: str) -> str:
+        return self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+
+    def _try(self, batch_size: int, prompt_tokens: int, new_tokens: int, times: int) -> str | None:
+        """Run a point; why it can't be, or None."""
+        context = context_length(self.model.config)
+        needed = max(prompt_tokens, new_tokens) if self.model.config.is_encoder_decoder else prompt_tokens + new_tokens
+        if context is not None and needed > context:
+            return f"{needed} tokens don't fit the model's context of {context}"
+        try:
+            for _ in range(times):
+                self._time(batch_size, prompt_tokens, new_tokens)
+        except (torch.OutOfMemoryError, MemoryError):
+            torch.cuda.empty_cache()
+            return "out of memory"
+        return None
+
+    def _time(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> list[float]:
+        inputs = latency.prompts(self.model, self.device, batch_size, prompt_tokens)
+        if self.model.can_generate():
+            return latency.generation_seconds(self.model, inputs, new_tokens, self.device)
+        return latency.forward_seconds(self.model, inputs, self.device)
+
+
+def _environment(device: str) -> dict[str, Any]:
+    """What the figures depend on besides the model."""
+    cuda = device == "cuda"
+    return {
+        "device": device,
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
+        "cuda": torch.version.cuda if cuda else None,
+        "threads": torch.get_num_threads(),
+        "cpu": _cpu(),
+        "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
+        "int8_instructions": _has_int8_instructions(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+        "system": platform.platform(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def _cpu() -> str:
+    with open("/proc/cpuinfo") as lines:
+        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _has_int8_instructions() -> bool:
+    """Whether the CPU multiplies int8 natively (x86 VNNI or AMX, Arm dot products)."""
+    with open("/proc/cpuinfo") as lines:
+        flags = next((set(line.split()) for line in lines if line.startswith(("flags", "Features"))), set())
+    return bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
+
+
+if __name__ == "__main__":
+    worker = Worker()
+    serve({"load": worker.load, "warm_up": worker.warm_up, "turn": worker.turn, "quality": worker.quality})

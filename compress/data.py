@@ -1,0 +1,155 @@
+"""Rows of a data set become examples: a prompt with its references, a text, or an input with its label.
+
+Read once, in the parent, without torch; both sides then get the very same examples.
+"""
+
+import json
+import random
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.errors import CompressError, DataError, MissingPackage
+from compress.recipe import Data, digest, fields
+
+BUILTIN = Path(__file__).parent / "builtin" / "dialogues"
+ENDINGS = ("jsonl", "json", "csv", "parquet")
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to be done: complete `prompt` (references say how well), or read `prompt` as plain text (no references)."""
+
+    id: str
+    prompt: str
+    references: list[str]
+
+
+def examples(data: Data, folder: Path, purpose: str, samples: int | None, seed: int) -> list[Example]:
+    """The examples of one purpose (train, validation, evaluation), `samples` of them drawn with `seed`, in the data's order.
+
+    Raises DataError.
+    """
+    split = data.splits.get(purpose)  # type: ignore[call-overload]
+    if split is None:
+        raise DataError(f"data.splits: names no split for {purpose}; it has {', '.join(data.splits)}")
+    where, rows = _rows(data, folder, split)
+    if not rows:
+        raise DataError(f"{where}: has no rows")
+    picked = range(len(rows))
+    if samples is not None and samples < len(rows):
+        picked = sorted(random.Random(seed).sample(range(len(rows)), samples))  # type: ignore[assignment]
+    return [_example(data, rows[number], number, where) for number in picked]
+
+
+def examples_digest(found: Sequence[Example]) -> str:
+    """Names the examples, so that two reports can tell whether they were measured on the same ones."""
+    return digest([asdict(example) for example in found])
+
+
+def _example(data: Data, row: Row, number: int, where: str) -> Example:
+    where = f"{where}, row {number + 1}"
+    name = str(row.get("id", number))
+    if data.text is not None:
+        return Example(name, _fill(data.text, row, where, "text"), [])
+    assert data.prompt is not None
+    targets = [data.target] if isinstance(data.target, str) else data.target or []
+    references = [text for target in targets for text in _references(target, row, where)]
+    if targets and not any(text.strip() for text in references):
+        raise DataError(f"{where}: the target is empty")
+    return Example(name, _fill(data.prompt, row, where, "prompt"), references)
+
+
+def _references(template: str, row: Row, where: str) -> list[str]:
+    """The texts of a target; a template that is one field alone may name a list of them."""
+    names = fields(template)
+    if len(names) == 1 and template == f"{{{names[0]}}}" and isinstance(row.get(names[0]), list):
+        return [str(text) for text in row[names[0]]]
+    return [_fill(template, row, where, "target")]
+
+
+def _fill(template: str, row: Row, where: str, what: str) -> str:
+    values = {}
+    for name in fields(template):
+        if row.get(name) is None:
+            state = "is empty" if name in row else f"isn't there; the row has {', '.join(map(str, row))}"
+            raise DataError(f"{where}: the field {name!r} that the {what} names {state}")
+        values[name] = str(row[name])
+    return template.format(**values)
+
+
+def _rows(data: Data, folder: Path, split: str) -> tuple[str, list[Row]]:
+    """The rows of a split and what they are called in messages."""
+    if data.source == "builtin":
+        place = BUILTIN
+    else:
+        place = Path(folder, Path(data.source).expanduser())
+    if place.is_dir():
+        found = [place / f"{split}.{ending}" for ending in ENDINGS if (place / f"{split}.{ending}").is_file()]
+        if not found:
+            there = sorted(f.stem for f in place.iterdir() if f.suffix[1:] in ENDINGS)
+            raise DataError(f"{place}: has no split {split!r} ({split}.jsonl, .json, .csv or .parquet); it has {', '.join(there) or 'none'}")
+        place = found[0]
+    if place.is_file():
+        return str(place), _read(place)
+    if data.source.startswith((".", "/", "~")) or place.suffix[1:] in ENDINGS:
+        raise DataError(f"data.source: there is no file or folder {place}")
+    return f"{data.source} ({split})", _from_hub(data, split)
+
+
+def _read(file: Path) -> list[Row]:
+    if file.suffix == ".jsonl":
+        return _read_lines(file)
+    try:
+        if file.suffix == ".json":
+            rows = json.loads(file.read_text(encoding="utf-8"))
+            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
+                raise DataError(f"{file}: a list of objects is wanted")
+            return rows
+        import pandas
+
+        if file.suffix == ".csv":
+            frame = pandas.read_csv(file, dtype=str, keep_default_na=False)
+        else:
+            frame = pandas.read_parquet(file)
+        rows = frame.to_dict("records")
+        return [{str(key): value.tolist() if hasattr(value, "tolist") else value for key, value in row.items()} for row in rows]
+    except CompressError:
+        raise
+    except Exception as error:  # each reader raises its own kinds for a damaged file
+        raise DataError(f"{file}: can't be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+
+
+def _read_lines(file: Path) -> list[Row]:
+    rows = []
+    try:
+        with file.open(encoding="utf-8") as stream:
+            for number, line in enumerate(stream, 1):
+                if line.strip():
+                    row = json.loads(line)
+                    if not isinstance(row, dict):
+                        raise DataError(f"{file}:{number}: an object is wanted on each line")
+                    rows.append(row)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{file}:{number}: not JSON: {error.msg}") from None
+    except UnicodeDecodeError:
+        raise DataError(f"{file}: not UTF-8") from None
+    except OSError as error:
+        raise DataError(f"{file}: can't be read: {error.strerror}") from None
+    return rows
+
+
+def _from_hub(data: Data, split: str) -> list[Row]:
+    try:
+        import datasets
+    except ImportError:
+        raise MissingPackage(
+            f"data.source {data.source!r} is no file or folder here, and a hub id needs datasets. Install with: pip install 'compress[hub]'"
+        ) from None
+    datasets.disable_progress_bars()
+    try:
+        return [dict(row) for row in datasets.load_dataset(data.source, data.subset, split=split)]
+    except Exception as error:  # no network, no such id, no such split, gated ...
+        raise DataError(f"data.source {data.source!r}: neither a file or folder here nor loadable from the hub: {str(error).splitlines()[0]}") from None

@@ -1,0 +1,75 @@
+"""What can go wrong, as a person is told it.
+
+    CompressError
+    ├── InputError            what was asked for can't be done as asked: exit 2
+    │   ├── RecipeError       a recipe with mistakes, all of them listed
+    │   ├── DataError         a data file or a row of it
+    │   ├── ModelError        a model folder, its weights or its kind
+    │   ├── DeviceError       a device that isn't there or that a method can't use
+    │   ├── MissingPackage    a method's backend isn't installed; says the line that installs it
+    │   └── ReportError       a report that can't be read or compared
+    └── RunError              the work itself failed: exit 3
+        ├── BrokenPromise     a method's result lacks what the method promises
+        ├── OutOfMemory       on the host or the device
+        ├── NoSpace           the disk filled while something was written
+        └── ChildDied         a working process ended without an answer
+
+A message names the thing, its value and what is allowed, and where there is one, the way out. Errors cross from a
+working process to the parent by class name, so every class is made from its message alone.
+"""
+
+
+class CompressError(Exception):
+    """Anything this package raises on purpose."""
+
+    exit_code = 3
+
+
+class InputError(CompressError):
+    """What was asked for can't be done as asked."""
+
+    exit_code = 2
+
+
+class RecipeError(InputError):
+    """A recipe with mistakes; the message has one a line, each with file, line and key."""
+
+
+class DataError(InputError):
+    """A data file that is missing, empty or malformed, or a row without a field that was named."""
+
+
+class ModelError(InputError):
+    """A model folder without usable weights, or of a kind that the task or the method doesn't know."""
+
+
+class DeviceError(InputError):
+    """A device that isn't there, or that a method can't run on."""
+
+
+class MissingPackage(InputError):
+    """A package that a method needs isn't installed."""
+
+
+class ReportError(InputError):
+    """A report that is missing, damaged, of another version or measured differently."""
+
+
+class RunError(CompressError):
+    """The work was right to ask for and failed."""
+
+
+class BrokenPromise(RunError):
+    """A method's result lacks what the method promises: no layer touched, a NaN, a file that didn't shrink."""
+
+
+class OutOfMemory(RunError):
+    """Host or device memory ran out."""
+
+
+class NoSpace(RunError):
+    """The disk filled while something was written; nothing half-written is left."""
+
+
+class ChildDied(RunError):
+    """A working process ended without an answer: killed, crashed or over its time."""

@@ -1,0 +1,275 @@
+"""A model on disk and in memory: looking at it, loading it, saving it, measuring its size."""
+
+import json
+import math
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import DeviceError, ModelError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BUILTIN = Path(__file__).parent / "builtin" / "model"
+AUTO = {
+    "seq2seq": "AutoModelForSeq2SeqLM",
+    "causal-lm": "AutoModelForCausalLM",
+    "sequence-classification": "AutoModelForSequenceClassification",
+}
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model lies: a folder, or a hub id with its revision; and how it is loaded."""
+
+    id: str
+    task: str
+    dtype: str = "auto"
+    revision: str | None = None
+
+    @property
+    def is_folder(self) -> bool:
+        return Path(self.id).is_dir()
+
+
+def locate(id: str, folder: Path) -> str:
+    """The folder that an id in a recipe means, or the hub id as it stands. Folders are relative to the recipe.
+
+    Raises ModelError for what can be neither.
+    """
+    if id == "builtin":
+        return str(BUILTIN)
+    place = Path(folder, Path(id).expanduser())
+    if place.is_dir():
+        check_folder(place)
+        return str(place.resolve())
+    if id.startswith((".", "/", "~")) or place.exists() or id.count("/") > 1:
+        raise ModelError(f"model {id!r}: there is no folder {place}")
+    if not all(part and part.replace("-", "").replace("_", "").replace(".", "").isalnum() for part in id.split("/")):
+        raise ModelError(f"model {id!r}: neither a folder ({place}) nor a hub id such as google/flan-t5-small")
+    return id
+
+
+def check_folder(folder: Path) -> None:
+    """See that a model folder has a config and whole safetensors, without torch.
+
+    Raises ModelError.
+    """
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if "model_type" not in config:
+            raise ModelError(f"{folder / 'config.json'}: has no model_type, so no transformers model")
+    except FileNotFoundError:
+        raise ModelError(f"{folder}: no config.json, so no model folder") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+        raise ModelError(f"{folder / 'config.json'}: not JSON: {error}") from None
+    files = weight_files(folder)
+    if not files:
+        pickles = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern))
+        if pickles:
+            raise ModelError(
+                f"{folder}: only pickled weights ({', '.join(pickles)}), which can run code when read; store them as safetensors first"
+                " (model.save_pretrained does, in an environment where you trust the file)"
+            )
+        raise ModelError(f"{folder}: no weights (*.safetensors)")
+    for file in files:
+        list(tensor_headers(file))
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model, those of its index where it has one."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        return sorted(folder.glob("*.safetensors"))
+    try:
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+        raise ModelError(f"{index}: damaged") from None
+    for name in names:
+        if Path(name).name != name or not (folder / name).is_file():
+            raise ModelError(f"{index}: names {name}, which isn't there")
+    return [folder / name for name in names]
+
+
+def tensor_headers(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Name and header (dtype, shape, data_offsets) of each tensor in a safetensors file.
+
+    Raises ModelError when the file is damaged or shorter than its header says.
+    """
+    size = file.stat().st_size
+    with file.open("rb") as stream:
+        start = stream.read(8)
+        length = struct.unpack("<Q", start)[0] if len(start) == 8 else -1
+        if not 0 <= length <= min(size - 8, 100_000_000):
+            raise ModelError(f"{file}: damaged or truncated ({size:,} bytes)")
+        try:
+            header = json.loads(stream.read(length))
+            header.pop("__metadata__", None)
+            end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+            raise ModelError(f"{file}: damaged, its header can't be read") from None
+    if size < 8 + length + end:
+        raise ModelError(f"{file}: truncated, {size:,} bytes where its header says {8 + length + end:,}")
+    yield from header.items()
+
+
+def fingerprint(source: Source) -> dict[str, Any]:
+    """What tells one model from another: names, sizes and times of a folder's files; id and revision of a hub's."""
+    if not source.is_folder:
+        return {"id": source.id, "revision": source.revision, "task": source.task, "dtype": source.dtype}
+    files = sorted(f for f in Path(source.id).iterdir() if f.is_file())
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return {"files": stats, "task": source.task, "dtype": source.dtype}
+
+
+def pick_device(wanted: str) -> str:
+    """`cpu` or `cuda`. Raises DeviceError when a GPU is wanted and none is there."""
+    import torch
+
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        why = "this torch has no CUDA" if torch.version.cuda is None else "torch sees no GPU"
+        raise DeviceError(f"--device cuda: {why} on this machine; use --device cpu or auto")
+    return "cuda" if there and wanted != "cpu" else "cpu"
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A model with its tokenizer on a device, loaded when first looked at."""
+
+    source: Source
+    device: str
+
+    @cached_property
+    def model(self) -> "PreTrainedModel":
+        return load_model(self.source, self.device)
+
+    @cached_property
+    def tokenizer(self) -> "PreTrainedTokenizerBase":
+        return load_tokenizer(self.source)
+
+    def holding(self, model: "PreTrainedModel") -> "Bundle":
+        """This bundle with another model in it."""
+        other = replace(self)
+        other.__dict__.update(model=model, tokenizer=self.tokenizer)
+        return other
+
+    def save(self, folder: Path) -> None:
+        """A Hugging Face folder that plain `from_pretrained` loads: safetensors, config, tokenizer, generation config."""
+        self.model.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+
+
+def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
+    """The model's tokenizer, padding with the end token where it has no padding of its own.
+
+    Raises ModelError.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.id, revision=source.revision)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise ModelError(f"{source.id}: no usable tokenizer: {_first_line(error)}") from None
+    if tokenizer.pad_token_id is None:
+        if tokenizer.eos_token is None:
+            raise ModelError(f"{source.id}: its tokenizer has neither a padding nor an end token")
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_model(source: Source, device: str, quantization_config: Any = None) -> "PreTrainedModel":
+    """The model, in evaluation mode, on the device; quantised on the way where a config says so.
+
+    Raises ModelError when its weights are missing, pickled or don't fit its config, or the task doesn't fit its architecture.
+    """
+    import transformers
+
+    auto = getattr(transformers, AUTO[source.task])
+    extra = {} if quantization_config is None else {"quantization_config": quantization_config}
+    try:
+        model, info = auto.from_pretrained(
+            source.id, revision=source.revision, dtype=source.dtype, device_map={"": device},
+            use_safetensors=True, trust_remote_code=False, output_loading_info=True, **extra,
+        )  # fmt: skip
+    except ImportError as error:
+        raise ModelError(f"{source.id}: {_first_line(error)}") from None
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{source.id}: can't be loaded for task {source.task}: {_first_line(error)}") from None
+    except Exception as error:
+        if type(error).__name__ in ("SafetensorError", "RuntimeError") and "memory" not in str(error).lower():
+            raise ModelError(f"{source.id}: its weights don't fit its config or are damaged: {_first_line(error)}") from None
+        raise
+    if lacking := sorted(info["missing_keys"]):
+        raise ModelError(f"{source.id}: {len(lacking)} weights are missing, such as {', '.join(lacking[:3])}; it can't serve {source.task}")
+    return model.eval()
+
+
+def skeleton(source: Source) -> "PreTrainedModel":
+    """The model without its weights, to see what layers it has. Reads config.json alone.
+
+    Raises ModelError.
+    """
+    import torch
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(source.id, revision=source.revision)
+        with torch.device("meta"):
+            return getattr(transformers, AUTO[source.task]).from_config(config)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{source.id}: can't serve task {source.task}: {_first_line(error)}") from None
+
+
+def weight_bytes(model: "PreTrainedModel") -> int:
+    """Bytes of all parameters and buffers as they lie in memory, packed ones packed, shared ones once."""
+    storages = {}
+    for tensor in [*model.parameters(), *model.buffers()]:
+        for plain in _plain_tensors(tensor):
+            storages[plain.data_ptr(), plain.numel()] = plain.numel() * plain.element_size()
+    return sum(storages.values())
+
+
+def parameter_count(model: "PreTrainedModel") -> int:
+    """The number of weights; a packed one counts with its unpacked shape, a shared one once."""
+    count = 0
+    for parameter in {id(p): p for p in model.parameters()}.values():
+        state = getattr(parameter, "quant_state", None)
+        count += math.prod(state.shape) if state is not None else parameter.numel()
+    return count
+
+
+def local_folder(source: Source) -> Path:
+    """Where the files of a loaded model lie: its folder, or the hub's cache."""
+    from transformers.utils import cached_file
+
+    return Path(str(cached_file(source.id, "config.json", revision=source.revision))).parent
+
+
+def file_bytes(folder: Path) -> int:
+    """Bytes of the weight files on disk."""
+    return sum(file.stat().st_size for file in weight_files(folder))
+
+
+def _plain_tensors(tensor: Any) -> "Iterator[torch.Tensor]":
+    """The tensors that a packed one is made of: torchao's flatten protocol, bitsandbytes' states, or itself."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        for name in tensor.__tensor_flatten__()[0]:
+            yield from _plain_tensors(getattr(tensor, name))
+        return
+    yield tensor.data
+    state = getattr(tensor, "quant_state", None)
+    while state is not None:  # 4 bit: scales, and the scales' own where they are quantised again
+        yield from (part for part in (state.absmax, state.code, getattr(state, "offset", None)) if part is not None)
+        state = state.state2
+    if getattr(tensor, "SCB", None) is not None:  # 8 bit: a scale per row
+        yield tensor.SCB
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]

@@ -1,0 +1,30 @@
+"""LLM.int8: weights in 8 bits by row, activations in 8 bits at run time with outlier columns apart (bitsandbytes).
+
+Dettmers et al. 2022, "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale". No calibration. Works on every
+linear layer, GPT-2's Conv1D included; what transformers keeps in float32 for an architecture (T5's `wo`) stays so.
+"""
+
+from compress import methods
+from compress.architecture import linear_layers
+from compress.methods import About, Context
+from compress.model import Bundle, load_model, skeleton
+from compress.quantize._touched import require_touched
+
+ABOUT = About(packages=("bitsandbytes",), extra="bnb", packs=True)
+
+
+class Settings(methods.Settings):
+    ignore: list[str] | None = None
+    threshold: float = 6.0
+
+
+def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
+    """The model with `Linear8bitLt` layers. `threshold` is the magnitude from which an activation column is an outlier."""
+    from bitsandbytes.nn import Linear8bitLt
+    from transformers import BitsAndBytesConfig
+
+    _, left_out = linear_layers(skeleton(bundle.source), settings.ignore)
+    config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=settings.threshold, llm_int8_skip_modules=list(left_out))
+    model = load_model(bundle.source, bundle.device, config)
+    require_touched(model, lambda layer: isinstance(layer, Linear8bitLt), "quantize: bnb_int8")
+    return bundle.holding(model)

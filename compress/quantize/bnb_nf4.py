@@ -1,0 +1,43 @@
+"""NF4: weights in the 4-bit NormalFloat grid in blocks of 64, unpacked at every step (bitsandbytes).
+
+Dettmers et al. 2023, "QLoRA: Efficient Finetuning of Quantized LLMs". No calibration; with double quantisation the blocks' scales
+are quantised again (about 4.13 instead of 4.5 bits a weight). Works on every linear layer, GPT-2's Conv1D included.
+"""
+
+from typing import Literal
+
+from compress import methods
+from compress.architecture import linear_layers
+from compress.methods import About, Context
+from compress.model import Bundle, load_model, skeleton
+from compress.quantize._touched import require_touched
+
+ABOUT = About(packages=("bitsandbytes",), extra="bnb", packs=True)
+
+
+class Settings(methods.Settings):
+    ignore: list[str] | None = None
+    double_quant: bool = True
+    compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+
+
+def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
+    """The model with `Linear4bit` layers. Products are computed in `compute_dtype`; auto is the model's own."""
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from transformers import BitsAndBytesConfig
+
+    bare = skeleton(bundle.source)
+    _, left_out = linear_layers(bare, settings.ignore)
+    stored = bare.config.dtype if bundle.source.dtype == "auto" else bundle.source.dtype
+    wanted = stored if settings.compute_dtype == "auto" else settings.compute_dtype
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=settings.double_quant,
+        bnb_4bit_compute_dtype=getattr(torch, str(wanted or "float32").removeprefix("torch.")),
+        llm_int8_skip_modules=list(left_out),
+    )
+    model = load_model(bundle.source, bundle.device, config)
+    require_touched(model, lambda layer: isinstance(layer, Linear4bit), "quantize: bnb_nf4")
+    return bundle.holding(model)

@@ -1,0 +1,414 @@
+"""A recipe: which model, which data, which stages, how it is measured and what it must still be able to do.
+
+Reading one is pure: no network, no torch, no environment variables. Every mistake is found at once and named by file,
+line and key. `Recipe.digest` names a run, since what a run depends on is all in the recipe.
+"""
+
+import difflib
+import hashlib
+import json
+from pathlib import Path
+from string import Formatter
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+
+from compress import methods, yamlfile
+from compress.errors import RecipeError
+from compress.methods import Settings
+from compress.metrics import CLASSIFIED, GENERATED, GROUPS, METRICS
+
+Task = Literal["seq2seq", "causal-lm", "sequence-classification"]
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+T = TypeVar("T", bound=Settings)
+Count = Annotated[int, Field(ge=1)]
+
+
+class Model(Settings):
+    """The model to compress: a hub id, a folder, or `builtin`."""
+
+    id: str = Field(min_length=1, description="hub id, folder (relative to the recipe), or builtin")
+    task: Task
+    dtype: Dtype = Field("auto", description="the dtype that both sides are loaded in; auto is the stored one")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+
+
+class Data(Settings):
+    """Where the examples come from and how a row becomes one."""
+
+    source: str = Field(min_length=1, description="hub id, a file or folder of jsonl, json, csv or parquet, or builtin")
+    subset: str | None = Field(None, description="the configuration of a hub data set")
+    splits: dict[Literal["train", "validation", "evaluation"], str] = Field(
+        {"train": "train", "evaluation": "test"}, description="which split of the source serves which purpose"
+    )
+    prompt: str | None = Field(None, description="what the model is given; {field} stands for a row's field")
+    target: str | list[str] | None = Field(None, description="the reference or references; a field may hold a list")
+    text: str | None = Field(None, description="plain text for perplexity, instead of prompt and target")
+    chat: bool = Field(False, description="wrap the prompt in the tokenizer's chat template, as a user's turn")
+    samples: Count | None = Field(500, description="evaluation examples, drawn with the seed; null takes all")
+    max_tokens: Count | None = Field(None, description="longest input in tokens; null takes the model's context")
+    seed: int = 0
+
+    @field_validator("prompt", "target", "text")
+    @classmethod
+    def _template(cls, value: str | list[str] | None) -> str | list[str] | None:
+        for template in [value] if isinstance(value, str) else value or []:
+            fields(template)
+        return value
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> "Data":
+        if (self.text is None) == (self.prompt is None):
+            raise ValueError("either text or prompt is wanted, one of the two")
+        if self.text is not None and (self.target is not None or self.chat):
+            raise ValueError("text stands alone: target and chat go with prompt")
+        return self
+
+
+class Generation(Settings):
+    """How text is generated for the quality metrics; the same on both sides."""
+
+    max_new_tokens: Count = 64
+    num_beams: Count = 1
+    do_sample: bool = False
+    temperature: float | None = Field(None, gt=0)
+    top_k: Count | None = None
+    top_p: float | None = Field(None, gt=0, le=1)
+    repetition_penalty: float | None = Field(None, gt=0)
+    seed: int = 0
+
+    @model_validator(mode="after")
+    def _sampling(self) -> "Generation":
+        given = [key for key in ("temperature", "top_k", "top_p") if getattr(self, key) is not None]
+        if given and not self.do_sample:
+            raise ValueError(f"{', '.join(given)} only count with do_sample: true")
+        return self
+
+
+class Calibration(Settings):
+    """What calibrated methods see, drawn from the train split."""
+
+    samples: Count = 128
+    max_tokens: Count = 512
+    seed: int = 0
+
+
+class Benchmark(Settings):
+    """What is timed. A round starts a fresh process for each side; in a round the sides take turns.
+
+    Every turn times `iterations` generations at each point of batch_sizes x prompt_tokens.
+    """
+
+    batch_sizes: list[Count] = Field([1, 8], min_length=1)
+    prompt_tokens: list[Count] = Field([128], min_length=1)
+    new_tokens: Annotated[int, Field(ge=2)] = 32
+    rounds: Count = 3
+    turns: Count = 5
+    iterations: Count = 3
+    warmup: Annotated[int, Field(ge=0)] = 2
+    quality_batch_size: Count = 16
+    threads: Count | None = Field(None, description="CPU threads; null takes all that the process may use")
+    limit_minutes: float = Field(60, gt=0, description="the longest that one request to a measuring process may take")
+
+
+class Gate(Settings):
+    """Limits on one metric of the candidate. Differences are in the metric's unit, ratios are candidate / baseline."""
+
+    max_drop: float | None = Field(None, description="may be lower than the baseline by at most this")
+    max_rise: float | None = Field(None, description="may be higher than the baseline by at most this")
+    max_ratio: float | None = Field(None, gt=0)
+    min_ratio: float | None = Field(None, gt=0)
+    max: float | None = Field(None, description="at most this, whatever the baseline has")
+    min: float | None = Field(None, description="at least this, whatever the baseline has")
+
+    @model_validator(mode="after")
+    def _some(self) -> "Gate":
+        if not self.model_fields_set:
+            raise ValueError(f"a limit is wanted: {', '.join(type(self).model_fields)}")
+        return self
+
+
+class Stage(BaseModel):
+    """One step of the line: a family, a method of it and that method's own settings."""
+
+    family: str
+    method: str
+    settings: SerializeAsAny[Settings]
+
+    def as_written(self) -> dict[str, Any]:
+        return {self.family: self.method, **self.settings.model_dump(mode="json")}
+
+    def __str__(self) -> str:
+        return f"{self.family}: {self.method}"
+
+
+class Recipe(Settings):
+    """The whole of it. `name`, `folder` and `text` are those of the file and no part of the digest."""
+
+    version: Literal[1]
+    model: Model
+    data: Data
+    metrics: list[str] | None = Field(None, description=f"any of {', '.join(GROUPS)}; null takes those that fit the task")
+    generation: Generation = Generation()
+    calibration: Calibration = Calibration()
+    benchmark: Benchmark = Benchmark()
+    check: dict[str, Gate] = Field({}, description="metric: limits; what decides the verdict")
+
+    stages: tuple[Stage, ...] = Field((), exclude=True)
+    name: str = Field("recipe", exclude=True)
+    folder: Path = Field(Path(), exclude=True)
+    text: str = Field("", exclude=True)
+
+    def as_written(self) -> dict[str, Any]:
+        """The recipe as plain data, defaults filled in."""
+        return {**self.model_dump(mode="json"), "stages": [stage.as_written() for stage in self.stages]}
+
+    @property
+    def digest(self) -> str:
+        return digest(self.as_written())
+
+    @property
+    def groups(self) -> tuple[str, ...]:
+        """The metric groups to measure."""
+        if self.metrics is not None:
+            return tuple(self.metrics)
+        if self.model.task == "sequence-classification":
+            return ("accuracy", "f1")
+        return ("perplexity",) if self.data.text is not None else ("rouge", "generated_tokens")
+
+
+def digest(value: Any) -> str:
+    """Twelve hexadecimal digits that name plain data."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, default=str).encode()).hexdigest()[:12]
+
+
+def fields(template: str) -> list[str]:
+    """The fields that a template names. Raises ValueError for anything but plain {name}."""
+    try:
+        parts = list(Formatter().parse(template))
+    except ValueError as error:
+        raise ValueError(f"{template!r}: {error}; a literal brace is written {{{{ or }}}}") from None
+    for _, name, spec, conversion in parts:
+        if name is not None and (spec or conversion or not name.isidentifier()):
+            raise ValueError(f"{{{name}}} is not a plain field such as {{dialogue}}; a literal brace is written {{{{ or }}}}")
+    return [name for _, name, _, _ in parts if name is not None]
+
+
+def shipped() -> Path:
+    """The recipes that come with the package."""
+    inside, beside = Path(__file__).parent / "recipes", Path(__file__).parent.parent / "recipes"
+    return inside if inside.is_dir() else beside
+
+
+def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recipe:
+    """Read a recipe file, or a shipped recipe by its bare name (`quickstart`).
+
+    Raises RecipeError with every mistake, a line each.
+    """
+    file = Path(path)
+    if not file.exists() and file.suffix == "" and (shipped() / f"{file}.yaml").is_file():
+        file = shipped() / f"{file}.yaml"
+    document = yamlfile.read(file)
+    text = file.read_text(encoding="utf-8")
+    problems = Problems()
+    for assignment in overrides:
+        if assignment.startswith("benchmark."):  # one key of a benchmark that is given by its name
+            document.data["benchmark"] = _benchmark(document.data.get("benchmark", "standard"), document, file.parent, problems)
+        document.override(assignment)
+    data = dict(document.data)
+    written = data.pop("stages", [])
+    for key in ("name", "folder", "text"):
+        if key in data:
+            problems.add(document, (key,), f"unknown key {key!r}")
+            del data[key]
+    data["benchmark"] = _benchmark(data.get("benchmark", "standard"), document, file.parent, problems)
+    recipe = problems.validate(Recipe, data, document, ())
+    stages = _stages(written, document, problems)
+    problems.end()
+    assert recipe is not None
+    recipe = recipe.model_copy(update={"stages": stages, "name": file.stem, "folder": file.parent, "text": text})
+    _agree(recipe, document, problems)
+    problems.end()
+    return recipe
+
+
+class Problems:
+    """Mistakes as they are found."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+
+    def add(self, document: yamlfile.Document, place: yamlfile.Place, message: str, where: str | None = None) -> None:
+        where = yamlfile.dotted(place) if where is None else where
+        self.lines.append(f"{document.at(place)}: {where}: {message}")
+
+    def validate(
+        self, kind: type[T], data: Any, document: yamlfile.Document, place: yamlfile.Place, prefix: str | None = None
+    ) -> T | None:
+        """The block as `kind`, or None with its mistakes noted. `prefix` is how messages call the block."""
+        try:
+            return kind.model_validate(data)
+        except ValidationError as error:
+            for item in error.errors():
+                inner = tuple(part for part in item["loc"] if part != "[key]")
+                where = None if prefix is None else f"{prefix}: {yamlfile.dotted(inner)}" if inner else prefix
+                self.add(document, (*place, *inner), _explain(kind, dict(item)), where)
+            return None
+
+    def end(self) -> None:
+        if self.lines:
+            raise RecipeError("\n".join(self.lines))
+
+
+def suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
+    """`; did you mean 'bits'?` or the list of what is known."""
+    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+
+
+def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
+    value, context = error["input"], error.get("ctx", {})
+    match error["type"]:
+        case "extra_forbidden":
+            known = _keys(kind, error["loc"][:-1])
+            return f"unknown key {error['loc'][-1]!r}{suggest(error['loc'][-1], known)}"
+        case "missing":
+            return "is missing"
+        case "literal_error":
+            allowed = context["expected"].replace(" or ", ", ").replace("'", "")
+            close = difflib.get_close_matches(str(value), allowed.split(", "), n=1)
+            return f"{value!r} is not one of {allowed}" + (f"; did you mean {close[0]!r}?" if close else "")
+        case "value_error":
+            return str(context["error"])
+        case "bool_parsing" | "bool_type":
+            return f"{value!r} is not true or false"
+        case "int_parsing" | "int_type" | "int_from_float":
+            return f"{value!r} is not a whole number"
+        case "float_parsing" | "float_type":
+            return f"{value!r} is not a number"
+        case "string_type":
+            return f"{value!r} is not text; put it in quotes"
+        case "greater_than_equal":
+            return f"{value!r} is less than {context['ge']}"
+        case "greater_than":
+            return f"{value!r} is not above {context['gt']}"
+        case _:
+            message = error["msg"].removeprefix("Input ")
+            return f"{value!r} {message}" if len(repr(value)) < 60 else message
+
+
+def _keys(kind: type[Settings], place: tuple[str | int, ...]) -> list[str]:
+    """The keys of the block at `place` in `kind`, walking through nested blocks."""
+    block: Any = kind
+    for part in place:
+        field = getattr(block, "model_fields", {}).get(part)
+        if field is not None:
+            block = field.annotation
+            block = next((a for a in getattr(block, "__args__", ()) if hasattr(a, "model_fields")), block)
+    names = list(getattr(block, "model_fields", {}))
+    return [n for n in names if n not in ("name", "folder", "text")] if block is Recipe else names
+
+
+def _benchmark(value: Any, document: yamlfile.Document, folder: Path, problems: Problems) -> Any:
+    """The benchmark block; a name stands for benchmarks/<name>.yaml beside the recipe or among the shipped ones."""
+    if not isinstance(value, str):
+        return value
+    places = [folder / "benchmarks", shipped() / "benchmarks"]
+    for place in places:
+        file = place / f"{value}.yaml"
+        if Path(value).name == value and file.is_file():
+            other = yamlfile.read(file)
+            problems.validate(Benchmark, other.data, other, ())
+            return other.data if not problems.lines else {}
+    known = sorted({f.stem for place in places for f in place.glob("*.yaml")})
+    problems.add(document, ("benchmark",), f"there is no benchmark {value!r}{suggest(value, known)}")
+    return {}
+
+
+def _stages(written: Any, document: yamlfile.Document, problems: Problems) -> tuple[Stage, ...]:
+    if not isinstance(written, list):
+        problems.add(document, ("stages",), "a list is wanted, each entry like `- quantize: int8_dynamic`")
+        return ()
+    stages = [_stage(item, index, document, problems) for index, item in enumerate(written)]
+    return tuple(stage for stage in stages if stage is not None)
+
+
+def _stage(item: Any, index: int, document: yamlfile.Document, problems: Problems) -> Stage | None:
+    place: yamlfile.Place = ("stages", index)
+    families = [key for key in item if key in methods.FAMILIES] if isinstance(item, dict) else []
+    if len(families) != 1:
+        found = f"this one has {', '.join(map(repr, item)) or 'nothing'}" if isinstance(item, dict) else f"this is {item!r}"
+        wanted = " or ".join(f"`{family}: method`" for family in methods.FAMILIES)
+        problems.add(document, place, f"{wanted} is wanted in each stage; {found}")
+        return None
+    family, method = families[0], item[families[0]]
+    if method not in methods.names(family):
+        problems.add(document, (*place, family), f"there is no method {method!r}{suggest(method, methods.names(family))}")
+        return None
+    rest = {key: value for key, value in item.items() if key != family}
+    prefix = f"stages[{index}] ({family}: {method})"
+    settings = problems.validate(methods.find(family, method).Settings, rest, document, place, prefix)
+    return None if settings is None else Stage(family=family, method=method, settings=settings)
+
+
+def _agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> None:
+    """What no block can see alone."""
+    for index, stage in enumerate(recipe.stages[:-1]):
+        if methods.find(stage.family, stage.method).ABOUT.packs:
+            follower = recipe.stages[index + 1]
+            problems.add(document, ("stages", index + 1), f"`{follower}` can't follow `{stage}`, whose output is packed: make that the last stage")
+    task, text = recipe.model.task, recipe.data.text is not None
+    if text and task != "causal-lm":
+        problems.add(document, ("data", "text"), f"text is for task causal-lm; {task} wants prompt and target")
+    for index, group in enumerate(recipe.metrics or []):
+        place: yamlfile.Place = ("metrics", index)
+        if group not in GROUPS:
+            problems.add(document, place, f"{group!r} is not a metric group{suggest(group, tuple(GROUPS))}")
+        elif (group in CLASSIFIED) != (task == "sequence-classification"):
+            problems.add(document, place, f"{group} can't be measured on task {task}")
+        elif group in GENERATED and text:
+            problems.add(document, place, f"{group} needs prompt and target; data has text")
+    needs_target = not text and set(recipe.groups) - {"generated_tokens"}
+    if needs_target and recipe.data.target is None:
+        problems.add(document, ("data",), f"target is missing; {', '.join(sorted(needs_target))} can't be measured without")
+    measured = {name for group in recipe.groups for name in GROUPS.get(group, ())}
+    for name, gate in recipe.check.items():
+        if problem := _gate_problem(name, gate, measured):
+            problems.add(document, ("check", name), problem)
+
+
+def _gate_problem(name: str, gate: Gate, measured: set[str]) -> str | None:
+    if name not in METRICS:
+        return f"{name!r} is not a metric{suggest(name, tuple(METRICS))}"
+    metric = METRICS[name]
+    if metric.kind == "quality" and name not in measured:
+        group = next(group for group, names in GROUPS.items() if name in names)
+        return f"{name} isn't measured by this recipe; put {group} under metrics"
+    if metric.better == "lower" and gate.max_drop is not None:
+        return f"max_drop makes no sense, {name} is better lower; use max_rise or max_ratio"
+    if metric.better == "higher" and gate.max_rise is not None:
+        return f"max_rise makes no sense, {name} is better higher; use max_drop or min_ratio"
+    return None
+
+
+def schema() -> dict[str, Any]:
+    """The JSON schema of a recipe, the settings of every method included."""
+    document = Recipe.model_json_schema()
+    for key in ("name", "folder", "text"):
+        del document["properties"][key]
+    for key in ("Stage", "Settings"):
+        document["$defs"].pop(key, None)
+    stages = []
+    for family, name, method in methods.everyone():
+        block = method.Settings.model_json_schema()
+        document["$defs"].update(block.pop("$defs", {}))
+        block["properties"] = {family: {"const": name}, **block.get("properties", {})}
+        block["required"] = [family, *block.get("required", [])]
+        stages.append({**block, "title": f"{family}: {name}", "description": (method.__doc__ or "").split("\n")[0]})
+    document["properties"]["stages"] = {"type": "array", "items": {"anyOf": stages}, "default": []}
+    document["properties"]["benchmark"] = {
+        "anyOf": [document["properties"]["benchmark"], {"type": "string"}],
+        "default": "standard",
+        "description": "the name of a file under benchmarks/, or the block itself",
+    }
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "compress recipe", **document}

@@ -1,0 +1,46 @@
+"""Numbers as people read them; the only place where units are scaled."""
+
+from compress.metrics import METRICS
+from compress.results import Comparison, Measurement, Verdict
+
+WORDS: dict[Verdict, str] = {"pass": "pass", "fail": "FAIL", "cannot_tell": "cannot tell yet"}
+
+
+def verdict_words(verdict: Verdict) -> str:
+    return WORDS[verdict]
+
+
+def figure(measurement: Measurement | None) -> str:
+    """14.7 MB, 21.3 ms, 71.52; why there is none where there is none."""
+    if measurement is None:
+        return "-"
+    if measurement.value is None:
+        return measurement.reason or "-"
+    return scaled(measurement.value, METRICS[measurement.metric].unit)
+
+
+def scaled(value: float, unit: str) -> str:
+    """A value with its unit, scaled for reading: bytes to kB, MB, GB (powers of ten), seconds to ms."""
+    if unit == "bytes":
+        for size, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+            if abs(value) >= size:
+                return f"{value / size:.2f} {name}"
+        return f"{value:.0f} B"
+    if unit == "s":
+        return f"{value * 1000:.1f} ms" if abs(value) < 1 else f"{value:.2f} s"
+    if unit == "1":
+        return f"{value:,.0f}" if value == int(value) else f"{value:.3f}"
+    return f"{value:.2f}" if unit == "points" else f"{value:,.1f} {unit}"
+
+
+def change(compared: Comparison | None) -> str:
+    """-0.21 (-0.60 to +0.15) for a difference, x0.32 or x1.05 (0.98 to 1.12) for a ratio."""
+    if compared is None or compared.estimate is None:
+        return "-"
+    estimate, low, high = compared.estimate, compared.low, compared.high
+    if compared.kind == "difference":
+        digits = ".3f" if METRICS[compared.metric].unit == "1" else ".2f"
+        text = f"{estimate:+{digits}}"
+        return text if low is None or high is None else f"{text} ({low:+{digits}} to {high:+{digits}})"
+    text = f"x{estimate:.3f}"
+    return text if low is None or high is None or low == high else f"{text} ({low:.3f} to {high:.3f})"

@@ -1,0 +1,130 @@
+"""A report on disk: report.json, measurements.parquet, predictions.parquet and report.md, all or none."""
+
+import html
+import re
+from pathlib import Path
+
+from compress.metrics import METRICS
+from compress.report.frame import frame, predictions
+from compress.report.numbers import change, figure, verdict_words
+from compress.results import Comparison, Example, Measurement, Report, whole_folder
+
+WORST = 10
+SHOWN = (
+    "rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "perplexity", "accuracy", "f1", "generated_tokens",
+    "weight_bytes", "file_bytes", "parameters", "bits_per_weight", "peak_load_bytes", "peak_run_bytes", "process_gpu_bytes",
+    "latency_p50", "latency_p90", "latency_p99", "ttft", "tpot", "tokens_per_second", "examples_per_second",
+)  # fmt: skip
+
+
+def write(report: Report, folder: Path) -> Report:
+    """Write all files of a report into `folder`, which appears whole or not at all. Returns the report with its place."""
+    placed = report.model_copy(update={"folder": folder})
+    with whole_folder(folder) as partial:
+        (partial / "report.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
+        frame([placed]).to_parquet(partial / "measurements.parquet", index=False)
+        predictions(report).to_parquet(partial / "predictions.parquet", index=False)
+        (partial / "report.md").write_text(markdown(report), encoding="utf-8")
+    return placed
+
+
+def markdown(report: Report) -> str:
+    """The report for people who read text."""
+    parts = [
+        f"# {report.recipe}: {verdict_words(report.verdict)}",
+        f"{report.decided_by}.",
+        _gates(report),
+        _sides(report),
+        _notes(report),
+        _stages(report),
+        _worst(report),
+        _environment(report),
+        f"## Recipe\n\nDigest {report.digest}, examples {report.examples_digest}.\n\n```yaml\n{report.recipe_text.strip()}\n```",
+    ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def shown(report: Report) -> list[tuple[Measurement | None, Measurement | None, Comparison | None]]:
+    """The figures worth a line, in order: baseline's, candidate's, and how they compare."""
+    baseline, candidate = report.side("baseline"), report.side("candidate")
+    compared = {c.point: c for c in report.comparisons}
+    every = {m.point: m for side in (baseline, candidate) if side for m in side.measurements}
+    points = sorted((p for p in every if p[0] in SHOWN), key=lambda p: (SHOWN.index(p[0]), p[2] or 0, p[1] or 0))
+    return [(baseline.figure(p) if baseline else None, candidate.figure(p) if candidate else None, compared.get(p)) for p in points]
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; cells are shown as they are, whatever they hold."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
+
+
+def plain(text: str) -> str:
+    """Text from a model or a data set, without control characters that a terminal or a browser would act upon."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", text)
+
+
+def _cell(text: str) -> str:
+    return text if text == "---" else html.escape(plain(text), quote=False).replace("|", "&#124;").replace("\n", "<br>")
+
+
+def _gates(report: Report) -> str:
+    if not report.gates:
+        return ""
+    rows = [[verdict_words(gate.verdict), gate.sentence] for gate in report.gates]
+    return "## Gates\n\n" + table(["verdict", "what was found"], rows)
+
+
+def _sides(report: Report) -> str:
+    rows = []
+    for theirs, ours, compared in shown(report):
+        one = theirs or ours
+        assert one is not None
+        rows.append([one.label, figure(theirs), figure(ours), change(compared), METRICS[one.metric].better])
+    header = ["figure", "baseline", "candidate", "change (95 % interval)", "better"]
+    return "## Figures\n\n" + table(header, rows)
+
+
+def _notes(report: Report) -> str:
+    lines = [f"- {note}" for note in [*report.notes, *(f for side in report.sides for f in side.failures)]]
+    return "## Notes\n\n" + "\n".join(lines) if lines else ""
+
+
+def _stages(report: Report) -> str:
+    if not report.stages:
+        return ""
+    rows = [
+        [", ".join(f"{key}: {value}" for key, value in record.stage.items()), f"{record.seconds:.1f} s" + (" (reused)" if record.reused else "")]
+        for record in report.stages
+    ]
+    return "## Stages\n\n" + table(["stage", "took"], rows) + f"\n\nThe artifact: `{report.stages[-1].artifact}`"
+
+
+def _worst(report: Report) -> str:
+    """The examples that lost most. Scores where lower is better are losses when they rise."""
+    if report.score is None:
+        return ""
+    sign = -1 if METRICS[report.score].better == "lower" else 1
+
+    def loss(example: Example) -> float:
+        return sign * ((example.baseline_score or 0) - (example.candidate_score or 0))
+
+    scored = [e for e in report.examples if e.baseline_score is not None and e.candidate_score is not None]
+    worst = [example for example in sorted(scored, key=loss, reverse=True)[:WORST] if loss(example) > 0]
+    if not worst:
+        return f"## Examples that lost most\n\nNone of {len(scored)} lost in {report.score}."
+    blocks = []
+    for example in worst:
+        lines = [["prompt", example.prompt], *(["reference", text] for text in example.references)]
+        lines += [[role, text] for role, text in (("baseline", example.baseline), ("candidate", example.candidate)) if text is not None]
+        heading = f"### {_cell(example.id)}: {report.score} {example.baseline_score:.1f} to {example.candidate_score:.1f}"
+        blocks.append(heading + "\n\n" + table(["", "text"], [[name, _shortened(text)] for name, text in lines]))
+    return "## Examples that lost most\n\n" + "\n\n".join(blocks)
+
+
+def _shortened(text: str, limit: int = 1200) -> str:
+    return text if len(text) <= limit else f"{text[:limit]} ... ({len(text) - limit:,} more characters)"
+
+
+def _environment(report: Report) -> str:
+    return "## Environment\n\n" + table(["what", "value"], [[k, str(v)] for k, v in report.environment.items() if v is not None])

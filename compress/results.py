@@ -1,0 +1,228 @@
+"""What a run leaves behind: measurements, the report, the artifact's record; all written whole or not at all."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compress.errors import NoSpace, ReportError
+from compress.metrics import METRICS, Better
+from compress.process import is_disk_full
+
+FORMAT = 1
+Verdict = Literal["pass", "fail", "cannot_tell"]
+Role = Literal["baseline", "candidate"]
+
+
+class Record(BaseModel):
+    """A block of a report."""
+
+    model_config = ConfigDict(frozen=True, ser_json_inf_nan="null")
+
+
+class Measurement(Record):
+    """One figure of one side.
+
+    value    in the metric's unit; None where it could not be had, `reason` then says why
+    samples  what it was made from: a row of sufficient statistics an example (quality), a number a turn (speed)
+             or a round (memory), in the same order on both sides; empty for exact figures
+    raw      every single timing in seconds, a list a turn (speed only)
+    """
+
+    metric: str
+    value: float | None
+    batch_size: int | None = None
+    prompt_tokens: int | None = None
+    samples: list[list[float]] = []
+    raw: list[list[float]] = []
+    reason: str | None = None
+
+    @property
+    def unit(self) -> str:
+        return METRICS[self.metric].unit
+
+    @property
+    def better(self) -> Better:
+        return METRICS[self.metric].better
+
+    @property
+    def point(self) -> tuple[str, int | None, int | None]:
+        """What identifies the figure on either side."""
+        return self.metric, self.batch_size, self.prompt_tokens
+
+    @property
+    def label(self) -> str:
+        """latency_p50 [batch 8, prompt 128]"""
+        return self.metric if self.batch_size is None else f"{self.metric} [batch {self.batch_size}, prompt {self.prompt_tokens}]"
+
+
+class Comparison(Record):
+    """One figure of the candidate against the baseline's, with a 95 % interval where there are samples.
+
+    estimate, low, high    candidate - baseline for quality, candidate / baseline for all else
+    """
+
+    metric: str
+    batch_size: int | None = None
+    prompt_tokens: int | None = None
+    baseline: float
+    candidate: float
+    kind: Literal["difference", "ratio"]
+    estimate: float | None
+    low: float | None
+    high: float | None
+
+    @property
+    def point(self) -> tuple[str, int | None, int | None]:
+        return self.metric, self.batch_size, self.prompt_tokens
+
+
+class GateResult(Record):
+    """One limit, held against the figures. `interval` is of `estimate`, which is what `limit` bounds."""
+
+    metric: str
+    limit_kind: str
+    limit: float
+    estimate: float | None
+    interval: tuple[float, float] | None
+    verdict: Verdict
+    sentence: str
+    batch_size: int | None = None
+    prompt_tokens: int | None = None
+
+
+class Side(Record):
+    """One of the two models: where it lies, what it measured, what it could not."""
+
+    role: Role
+    model: str
+    measurements: list[Measurement] = []
+    failures: list[str] = []
+
+    def figure(self, point: tuple[str, int | None, int | None]) -> Measurement | None:
+        return next((m for m in self.measurements if m.point == point), None)
+
+    def values(self) -> dict[str, float | None]:
+        """metric -> value; grid figures under their label."""
+        return {m.label: m.value for m in self.measurements}
+
+
+class StageRecord(Record):
+    """What one stage did: the claims in it are read from the saved artifact."""
+
+    stage: dict[str, Any]
+    artifact: str
+    seconds: float
+    reused: bool
+    layers: list[dict[str, Any]] = []
+
+
+class Example(Record):
+    """One evaluation example with both outputs. Scores are the headline metric's (rougeL, perplexity ...), None if it has none."""
+
+    id: str
+    prompt: str
+    references: list[str]
+    baseline: str | None = None
+    candidate: str | None = None
+    baseline_score: float | None = None
+    candidate_score: float | None = None
+
+
+class Report(Record):
+    """All of a run, as report.json holds it; the examples stand in predictions.parquet too."""
+
+    format: int = FORMAT
+    recipe: str
+    run: str
+    created: str
+    digest: str
+    examples_digest: str
+    recipe_text: str
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    stages: list[StageRecord] = []
+    sides: list[Side]
+    comparisons: list[Comparison] = []
+    gates: list[GateResult] = []
+    verdict: Verdict
+    decided_by: str
+    notes: list[str] = []
+    score: str | None = None
+    examples: list[Example] = Field([], repr=False)
+    folder: Path = Field(Path(), exclude=True)
+
+    @property
+    def line(self) -> str:
+        """The stages in short: quantize: int8_dynamic."""
+        return ", ".join(": ".join(map(str, next(iter(record.stage.items())))) for record in self.stages)
+
+    def side(self, role: Role) -> Side | None:
+        return next((side for side in self.sides if side.role == role), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        sides = {role: side.values() if (side := self.side(role)) else {} for role in ("baseline", "candidate")}  # type: ignore[arg-type]
+        gates = [gate.model_dump(mode="json") for gate in self.gates]
+        return {
+            "report": str(self.folder), "verdict": self.verdict, "decided_by": self.decided_by, "gates": gates, **sides,
+            "artifact": self.stages[-1].artifact if self.stages else None,
+            "failures": [failure for side in self.sides for failure in side.failures], "notes": self.notes,
+        }  # fmt: skip
+
+
+def read_report(path: str | Path) -> Report:
+    """The report in a folder, or in a report.json.
+
+    Raises ReportError when it is missing, damaged or of another format.
+    """
+    file = Path(path)
+    file = file / "report.json" if file.is_dir() else file
+    try:
+        data = json.loads(file.read_text(encoding="utf-8"))
+        if not isinstance(data, dict) or "format" not in data:
+            raise ReportError(f"{file}: not a report of this program")
+        if data["format"] != FORMAT:
+            raise ReportError(f"{file}: report format {data['format']!r}; this version reads format {FORMAT}")
+        return Report.model_validate({**data, "folder": file.parent})
+    except FileNotFoundError:
+        raise ReportError(f"{file}: there is no report here") from None
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ReportError(f"{file}: damaged, not JSON: {error}") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ReportError(f"{file}: damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except OSError as error:
+        raise ReportError(f"{file}: can't be read: {error.strerror}") from None
+
+
+@contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which takes the name `target` when the block ends well and vanishes when it doesn't.
+
+    Raises NoSpace when the disk fills.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    partial.chmod(0o755)
+    try:
+        yield partial
+        for file in partial.rglob("*"):
+            if file.is_file():
+                with file.open("rb") as stream:
+                    os.fsync(stream.fileno())
+        if target.exists():  # another run made the same artifact meanwhile: same digest, same content
+            shutil.rmtree(partial)
+        else:
+            partial.rename(target)
+    except BaseException as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        if is_disk_full(error):
+            raise NoSpace(f"the disk filled while {target} was written; nothing of it is left, free some space and run again") from None
+        raise

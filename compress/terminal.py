@@ -1,0 +1,104 @@
+"""What people see in a terminal: progress bars with time left on stderr, tables on stdout."""
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from compress import process
+from compress.report.compare import cells, columns, rows
+from compress.report.numbers import change, figure, verdict_words
+from compress.report.write import plain, shown
+from compress.results import Report
+
+COLOURS = {"pass": "green", "fail": "red", "cannot_tell": "yellow"}
+
+
+@contextmanager
+def bars() -> Iterator[process.Progress]:
+    """Progress on stderr: a bar a step with the time left; plain lines where stderr is no terminal."""
+    if not sys.stderr.isatty():
+        yield _lines()
+        return
+    layout = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*layout, console=Console(stderr=True)) as display:
+        tasks: dict[str, TaskID] = {}
+
+        def progress(what: str, done: int, total: int) -> None:
+            if what not in tasks:
+                tasks[what] = display.add_task(what, total=total)
+            elif done == 0:  # the same step in a new round
+                display.reset(tasks[what], total=total)
+            display.update(tasks[what], completed=done, total=total)
+
+        yield progress
+
+
+def _lines() -> process.Progress:
+    """One line when a step begins, for logs."""
+    begun: set[str] = set()
+
+    def progress(what: str, done: int, total: int) -> None:
+        if what not in begun:
+            begun.add(what)
+            print(what, file=sys.stderr, flush=True)
+
+    return progress
+
+
+def show_report(report: Report) -> None:
+    """Verdict, gates and figures of one report."""
+    console, colour = Console(), COLOURS[report.verdict]
+    if report.gates:
+        gates = _table("verdict", "gate")
+        for gate in report.gates:
+            gates.add_row(f"[{COLOURS[gate.verdict]}]{verdict_words(gate.verdict)}[/]", escape(gate.sentence))
+    figures = _table("figure", "baseline", "candidate", "change (95 % interval)", right=(1, 2))
+    for theirs, ours, compared in shown(report):
+        one = ours or theirs
+        assert one is not None
+        figures.add_row(escape(one.label), escape(figure(theirs)), escape(figure(ours)), change(compared))
+    console.print(figures)
+    if report.gates:
+        console.print(gates)
+    for note in [*(f for side in report.sides for f in side.failures), *report.notes]:
+        console.print(escape(plain(note)), style="yellow")
+    console.print(f"[bold {colour}]{verdict_words(report.verdict)}[/]: {escape(report.decided_by)}")
+    if report.stages:
+        console.print(f"artifact  {escape(report.stages[-1].artifact)}", soft_wrap=True)
+    console.print(f"report    {escape(str(report.folder))}", soft_wrap=True)
+
+
+def show_comparison(reports: Sequence[Report]) -> None:
+    """One table over reports; turned on its side where a row a model would not fit."""
+    found, labels = rows(reports), columns(reports)
+    header, body = cells(found, labels)
+    console = Console()
+    if len(header) * 16 > console.width:
+        header, *body = [list(line) for line in zip(header, *body, strict=True)]
+    display = _table(*header, right=range(1, len(header)))
+    for line in body:
+        display.add_row(*(escape(plain(cell)) for cell in line))
+    console.print(display)
+
+
+def show_methods(found: Sequence[dict[str, Any]]) -> None:
+    """The methods there are."""
+    display = _table("method", "what it does", "devices", "installed here")
+    for method in found:
+        there = "yes" if method["installed"] else f"no: pip install 'compress[{method['extra']}]'"
+        display.add_row(f"{method['family']}: {method['method']}", escape(method["about"]), ", ".join(method["devices"]), escape(there))
+    Console().print(display)
+
+
+def _table(*header: str, right: Sequence[int] | range = ()) -> Table:
+    display = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for number, name in enumerate(header):
+        display.add_column(escape(name), justify="right" if number in right else "left", overflow="fold")
+    return display

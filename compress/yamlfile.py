@@ -1,0 +1,123 @@
+"""YAML that remembers on which line each key stands, so that a mistake can be named by file and line."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from compress.errors import RecipeError
+
+Place = tuple[str | int, ...]
+
+
+class Document:
+    """A YAML mapping, its data plain dicts and lists.
+
+    name   how the file is called in messages
+    data   what stands in it
+    """
+
+    def __init__(self, name: str, text: str):
+        self.name, self._lines, self._overridden = name, {(): 1}, set[Place]()
+        try:
+            self._refuse_aliases(text)
+            loader = yaml.SafeLoader(text)
+            node = loader.get_single_node()
+            self._walk(node, ())
+            self.data = loader.construct_document(node) if node is not None else None
+        except yaml.MarkedYAMLError as error:
+            line = error.problem_mark.line + 1 if error.problem_mark else 1
+            raise RecipeError(f"{name}:{line}: not YAML: {error.problem}") from None
+        except (yaml.YAMLError, ValueError) as error:
+            raise RecipeError(f"{name}:1: not YAML: {error}") from None
+        if not isinstance(self.data, dict):
+            raise RecipeError(f"{name}:1: a mapping of keys to values is wanted, this is {_kind(self.data)}")
+
+    def override(self, assignment: str) -> None:
+        """Set one key: `stages.0.bits=4`. The value is read as YAML; mappings on the way are made."""
+        path, equals, text = assignment.partition("=")
+        if not equals or not path.strip():
+            raise RecipeError(f"--set {assignment}: a key and a value are wanted, as in --set stages.0.bits=4")
+        place = tuple(int(part) if part.isdecimal() else part for part in path.strip().split("."))
+        try:
+            value = yaml.safe_load(text)
+        except yaml.YAMLError:
+            raise RecipeError(f"--set {assignment}: {text!r} is not a YAML value") from None
+        spot: Any = self.data
+        for depth, key in enumerate(place):
+            if isinstance(spot, list) and not (isinstance(key, int) and key < len(spot)):
+                raise RecipeError(
+                    f"--set {assignment}: {dotted(place[:depth])} has {len(spot)} entries, numbered from 0; {key!r} is none of them"
+                )
+            if not isinstance(spot, dict | list):
+                raise RecipeError(f"--set {assignment}: {dotted(place[:depth])} is {_kind(spot)} and has no key {key!r}")
+            if depth == len(place) - 1:
+                spot[key] = value
+            elif isinstance(spot, dict) and spot.get(key) is None:
+                spot[key] = {}
+            spot = spot[key]
+        self._overridden.add(place)
+
+    def at(self, place: Place) -> str:
+        """Where a key stands: `file:line`, or the --set that wrote it."""
+        for length in range(len(place), -1, -1):
+            if place[:length] in self._overridden:
+                return f"{self.name} with --set {dotted(place[:length])}"
+            if place[:length] in self._lines:
+                return f"{self.name}:{self._lines[place[:length]]}"
+        return self.name
+
+    def _refuse_aliases(self, text: str) -> None:
+        """A few lines of aliases can stand for gigabytes of data, and a recipe has no use for them."""
+        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+            if isinstance(event, yaml.AliasEvent):
+                raise RecipeError(f"{self.name}:{event.start_mark.line + 1}: aliases (*name) are not read; write the value out")
+
+    def _walk(self, node: yaml.Node | None, place: Place) -> None:
+        if isinstance(node, yaml.MappingNode):
+            seen: dict[str, int] = {}
+            for key_node, value_node in node.value:
+                line, key = key_node.start_mark.line + 1, str(key_node.value)
+                if key in seen:
+                    raise RecipeError(f"{self.name}:{line}: {dotted((*place, key))} stands twice, first on line {seen[key]}")
+                seen[key] = line
+                self._child(value_node, (*place, key), line)
+        elif isinstance(node, yaml.SequenceNode):
+            for index, item in enumerate(node.value):
+                self._child(item, (*place, index), item.start_mark.line + 1)
+
+    def _child(self, node: yaml.Node, place: Place, line: int) -> None:
+        if len(place) > 20:
+            raise RecipeError(f"{self.name}:{line}: nested more than 20 deep")
+        self._lines[place] = line
+        self._walk(node, place)
+
+
+def read(path: Path) -> Document:
+    """The document in a file.
+
+    Raises RecipeError when the file is missing, unreadable or not a YAML mapping.
+    """
+    try:
+        return Document(str(path), path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise RecipeError(f"{path}: there is no such file") from None
+    except IsADirectoryError:
+        raise RecipeError(f"{path}: this is a folder; a recipe is a YAML file") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not UTF-8 text, so not a recipe") from None
+    except OSError as error:
+        raise RecipeError(f"{path}: can't be read: {error.strerror}") from None
+
+
+def dotted(place: Place) -> str:
+    """A place as people write it: stages[1].bits."""
+    text = ""
+    for part in place:
+        text += f"[{part}]" if isinstance(part, int) else f".{part}" if text else str(part)
+    return text or "the recipe"
+
+
+def _kind(value: object) -> str:
+    kinds: list[tuple[type, str]] = [(dict, "a mapping"), (list, "a list"), (str, "text"), (bool, "true or false")]
+    return "empty" if value is None else next((name for kind, name in kinds if isinstance(value, kind)), f"{value!r}")
