@@ -43,13 +43,13 @@ RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="A recipe file
 Device = Annotated[Literal["auto", "cpu", "cuda"], typer.Option(help="Where to work; auto takes the GPU where there is one.")]
 Out = Annotated[Path, typer.Option(help="The folder for reports and artifacts.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
-Overrides = Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set stages.0.double_quant=false")]
+Overrides = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a key: --set stages.0.double_quant=false")
+]
 
 
 @app.command()
-def run(
-    recipe: RecipeFile, set_: Overrides = None, out: Out = Path("reports"), device: Device = "auto", as_json: AsJson = False
-) -> None:
+def run(recipe: RecipeFile, set_: Overrides = None, out: Out = Path("reports"), device: Device = "auto", as_json: AsJson = False) -> None:
     """Run a recipe: stages, benchmark of both sides, report and verdict.
 
     Exit status: 0 pass, 1 a gate failed, 2 bad input, 3 the run failed, 4 the data cannot tell yet.
@@ -168,7 +168,7 @@ def methods(as_json: AsJson = False) -> None:
         {
             "family": family, "method": name, "about": (method.__doc__ or "").split("\n")[0], "packages": list(method.ABOUT.packages),
             "extra": method.ABOUT.extra, "installed": not method.ABOUT.missing(), "devices": list(method.ABOUT.devices),
-            "packs": method.ABOUT.packs,
+            "packs": method.ABOUT.packs, "at_run_time": method.ABOUT.at_run_time,
         }
         for family, name, method in everyone()
     ]  # fmt: skip

@@ -90,7 +90,9 @@ def _rows(data: Data, folder: Path, split: str) -> tuple[str, list[Row]]:
         found = [place / f"{split}.{ending}" for ending in ENDINGS if (place / f"{split}.{ending}").is_file()]
         if not found:
             there = sorted(f.stem for f in place.iterdir() if f.suffix[1:] in ENDINGS)
-            raise DataError(f"{place}: has no split {split!r} ({split}.jsonl, .json, .csv or .parquet); it has {', '.join(there) or 'none'}")
+            raise DataError(
+                f"{place}: has no split {split!r} ({split}.jsonl, .json, .csv or .parquet); it has {', '.join(there) or 'none'}"
+            )
         place = found[0]
     if place.is_file():
         return str(place), _read(place)
@@ -152,4 +154,6 @@ def _from_hub(data: Data, split: str) -> list[Row]:
     try:
         return [dict(row) for row in datasets.load_dataset(data.source, data.subset, split=split)]
     except Exception as error:  # no network, no such id, no such split, gated ...
-        raise DataError(f"data.source {data.source!r}: neither a file or folder here nor loadable from the hub: {str(error).splitlines()[0]}") from None
+        raise DataError(
+            f"data.source {data.source!r}: neither a file or folder here nor loadable from the hub: {str(error).splitlines()[0]}"
+        ) from None

@@ -42,6 +42,7 @@ class Settings(BaseModel):
 class About:
     """What a method needs and promises.
 
+    at_run_time  what happens at every step of the model it makes; told to people whose model got no faster
     packages  distributions that must be installed
     extra     the extra of this package that installs them; None where the plain install has them
     devices   where the method itself can run
@@ -49,6 +50,7 @@ class About:
     smaller   it promises that the weights take fewer bytes than before
     """
 
+    at_run_time: str
     packages: tuple[str, ...] = ()
     extra: str | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")

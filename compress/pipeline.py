@@ -13,7 +13,7 @@ from compress.benchmark.statistics import corpus_value
 from compress.errors import DeviceError
 from compress.model import Source
 from compress.process import Child, Progress
-from compress.recipe import Recipe, Stage, digest, load
+from compress.recipe import Gate, Recipe, Stage, digest, load
 from compress.report import verdict, why, write
 from compress.results import Example, Report, Role, Side, StageRecord
 
@@ -32,7 +32,8 @@ def run(recipe: Recipe | str | Path, out: str | Path = "reports", device: str = 
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     _refuse(recipe, device)
-    baseline = _source(recipe, recipe.model.id, recipe.folder)
+    wanted = recipe.model
+    baseline = Source(model.locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision)
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
     place = _place(recipe, Path(out))
     log = _log(place)
@@ -45,10 +46,13 @@ def run(recipe: Recipe | str | Path, out: str | Path = "reports", device: str = 
 def bench(
     model_id: str, recipe: Recipe | str | Path, out: str | Path = "reports", device: str = "auto", progress: Progress = quiet
 ) -> Report:
-    """Measure one model, a folder or a hub id, as the recipe says. It stands in the report as the candidate, without a baseline."""
+    """Measure one model, a folder or a hub id, as the recipe says. It stands in the report as the candidate, without a baseline.
+
+    It is loaded as it is stored; the recipe's dtype and revision are for the recipe's own model.
+    """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
-    source = _source(recipe, model_id, Path())
+    source = Source(model.locate(model_id, Path()), recipe.model.task)
     place = _place(recipe, Path(out))
     log = _log(place)
     return _written(_measured({"candidate": source}, recipe, examples, [], device, log, progress), place, log)
@@ -76,10 +80,6 @@ def _refuse(recipe: Recipe, device: str) -> None:
         method = methods.require(stage.family, stage.method)
         if device != "auto" and device not in method.ABOUT.devices:
             raise DeviceError(f"{stage} runs on {', '.join(method.ABOUT.devices)}, not on {device}")
-
-
-def _source(recipe: Recipe, model_id: str, folder: Path) -> Source:
-    return Source(model.locate(model_id, folder), recipe.model.task, recipe.model.dtype, recipe.model.revision)
 
 
 def _place(recipe: Recipe, out: Path) -> Path:
@@ -134,7 +134,7 @@ def _measured(
 
 def _judged(report: Report, baseline: Side | None, candidate: Side, paired: bool) -> Report:
     """The report with comparisons, gates, verdict and explanations for these two sides."""
-    limits = {metric: verdict.Gate.model_validate(gate) for metric, gate in report.settings["check"].items()}
+    limits = {metric: Gate.model_validate(gate) for metric, gate in report.settings["check"].items()}
     if baseline is None:  # only limits on the model itself can be checked
         limits = {m: verdict.absolute_part(gate) for m, gate in limits.items() if gate.min is not None or gate.max is not None}
     compared = verdict.comparisons(baseline, candidate, paired) if baseline else []
@@ -144,7 +144,7 @@ def _judged(report: Report, baseline: Side | None, candidate: Side, paired: bool
     return report.model_copy(
         update={
             "sides": [side for side in (baseline, candidate) if side], "comparisons": compared, "gates": gates, "verdict": decision,
-            "decided_by": reason, "notes": why.notes(report.line, compared, candidate, report.environment),
+            "decided_by": reason, "notes": why.notes(report.stages, compared),
         }
     )  # fmt: skip
 

@@ -5,6 +5,7 @@ pipes of their own, so that nothing a library prints can be mistaken for an answ
 A child whose parent dies is killed by the kernel; a child that dies leaves the parent a `ChildDied` with the reason.
 """
 
+import contextlib
 import ctypes
 import errno
 import json
@@ -86,10 +87,8 @@ class Child:
 
     def close(self) -> None:
         """End the child and all that it started."""
-        try:
+        with contextlib.suppress(ProcessLookupError):  # it may be gone already
             os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            pass  # it is gone already, which is what is wanted
         self._process.wait()
         for pipe in (self._request, self._reply):
             if pipe >= 0:
@@ -160,11 +159,16 @@ def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
 def _as_message(error: Exception) -> dict[str, Any]:
     if isinstance(error, CompressError):
         return {"error": type(error).__name__, "message": str(error)}
-    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error):
+    if is_out_of_memory(error):
         return {"error": "OutOfMemory", "message": f"memory ran out: {str(error).splitlines()[0] if str(error) else 'MemoryError'}"}
     if is_disk_full(error):
         return {"error": "NoSpace", "message": f"the disk is full: {error}"}
     return {"error": "RunError", "message": f"{type(error).__name__}: {error}"}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory ran out, on the host (torch raises a plain RuntimeError) or on a GPU."""
+    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -242,9 +242,7 @@ class Problems:
         where = yamlfile.dotted(place) if where is None else where
         self.lines.append(f"{document.at(place)}: {where}: {message}")
 
-    def validate(
-        self, kind: type[T], data: Any, document: yamlfile.Document, place: yamlfile.Place, prefix: str | None = None
-    ) -> T | None:
+    def validate(self, kind: type[T], data: Any, document: yamlfile.Document, place: yamlfile.Place, prefix: str | None = None) -> T | None:
         """The block as `kind`, or None with its mistakes noted. `prefix` is how messages call the block."""
         try:
             return kind.model_validate(data)
@@ -356,7 +354,9 @@ def _agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> N
     for index, stage in enumerate(recipe.stages[:-1]):
         if methods.find(stage.family, stage.method).ABOUT.packs:
             follower = recipe.stages[index + 1]
-            problems.add(document, ("stages", index + 1), f"`{follower}` can't follow `{stage}`, whose output is packed: make that the last stage")
+            problems.add(
+                document, ("stages", index + 1), f"`{follower}` can't follow `{stage}`, whose output is packed: make that the last stage"
+            )
     task, text = recipe.model.task, recipe.data.text is not None
     if text and task != "causal-lm":
         problems.add(document, ("data", "text"), f"text is for task causal-lm; {task} wants prompt and target")

@@ -168,7 +168,7 @@ class Report(Record):
 
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints."""
-        sides = {role: side.values() if (side := self.side(role)) else {} for role in ("baseline", "candidate")}  # type: ignore[arg-type]
+        sides = {role: side.values() if (side := self.side(role)) else {} for role in ("baseline", "candidate")}
         gates = [gate.model_dump(mode="json") for gate in self.gates]
         return {
             "report": str(self.folder), "verdict": self.verdict, "decided_by": self.decided_by, "gates": gates, **sides,

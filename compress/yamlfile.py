@@ -18,20 +18,23 @@ class Document:
     """
 
     def __init__(self, name: str, text: str):
-        self.name, self._lines, self._overridden = name, {(): 1}, set[Place]()
+        self.name = name
+        self._lines: dict[Place, int] = {(): 1}
+        self._overridden: set[Place] = set()
         try:
             self._refuse_aliases(text)
             loader = yaml.SafeLoader(text)
             node = loader.get_single_node()
             self._walk(node, ())
-            self.data = loader.construct_document(node) if node is not None else None
+            data = loader.construct_document(node) if node is not None else None
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             raise RecipeError(f"{name}:{line}: not YAML: {error.problem}") from None
         except (yaml.YAMLError, ValueError) as error:
             raise RecipeError(f"{name}:1: not YAML: {error}") from None
-        if not isinstance(self.data, dict):
-            raise RecipeError(f"{name}:1: a mapping of keys to values is wanted, this is {_kind(self.data)}")
+        if not isinstance(data, dict):
+            raise RecipeError(f"{name}:1: a mapping of keys to values is wanted, this is {_kind(data)}")
+        self.data: dict[str, Any] = data
 
     def override(self, assignment: str) -> None:
         """Set one key: `stages.0.bits=4`. The value is read as YAML; mappings on the way are made."""
@@ -44,6 +47,7 @@ class Document:
         except yaml.YAMLError:
             raise RecipeError(f"--set {assignment}: {text!r} is not a YAML value") from None
         spot: Any = self.data
+        key: Any
         for depth, key in enumerate(place):
             if isinstance(spot, list) and not (isinstance(key, int) and key < len(spot)):
                 raise RecipeError(
@@ -71,7 +75,8 @@ class Document:
         """A few lines of aliases can stand for gigabytes of data, and a recipe has no use for them."""
         for event in yaml.parse(text, Loader=yaml.SafeLoader):
             if isinstance(event, yaml.AliasEvent):
-                raise RecipeError(f"{self.name}:{event.start_mark.line + 1}: aliases (*name) are not read; write the value out")
+                line = event.start_mark.line + 1 if event.start_mark else 1
+                raise RecipeError(f"{self.name}:{line}: aliases (*name) are not read; write the value out")
 
     def _walk(self, node: yaml.Node | None, place: Place) -> None:
         if isinstance(node, yaml.MappingNode):

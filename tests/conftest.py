@@ -14,7 +14,28 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
-WORDS = "the cat dog sat ran on in mat hat red big small blue a and to was is of it".split()
+WORDS = [
+    "the",
+    "cat",
+    "dog",
+    "sat",
+    "ran",
+    "on",
+    "in",
+    "mat",
+    "hat",
+    "red",
+    "big",
+    "small",
+    "blue",
+    "a",
+    "and",
+    "to",
+    "was",
+    "is",
+    "of",
+    "it",
+]
 TASKS = {"t5": "seq2seq", "bart": "seq2seq", "llama": "causal-lm", "gpt2": "causal-lm", "bert": "sequence-classification"}
 
 

@@ -4,6 +4,7 @@ A round starts new processes; within it the sides take turns in a random order, 
 round, speed every turn, quality in the first round. Nothing here needs torch.
 """
 
+import math
 import random
 import statistics
 from collections.abc import Callable
@@ -108,7 +109,7 @@ def measure(
     finally:
         for subject in subjects:
             subject.stop()
-    environment = next((s.loads[0]["environment"] for s in subjects if s.loads), {})
+    environment: dict[str, Any] = next((s.loads[0]["environment"] for s in subjects if s.loads), {})
     outputs = {s.role: s.outputs for s in subjects if s.outputs is not None}
     return [_side(subject, recipe.benchmark) for subject in subjects], outputs, environment
 
@@ -229,7 +230,7 @@ def _quantile(values: list[float], share: float) -> float:
 
 
 def _figure(metric: str, value: float, samples: list[list[float]] | None = None) -> Measurement:
-    finite = value == value and abs(value) != float("inf")
+    finite = math.isfinite(value)
     return Measurement(
         metric=metric, value=value if finite else None, samples=samples or [], reason=None if finite else f"the value is {value}"
     )

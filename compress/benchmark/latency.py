@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-class Clock(StoppingCriteria):
+class Clock(StoppingCriteria):  # type: ignore[misc]
     """Notes the time of every token: CUDA events on a GPU, so that nothing waits for the host, else a monotonic clock."""
 
     def __init__(self, device: str):
@@ -41,7 +41,7 @@ class Clock(StoppingCriteria):
 
     def _mark(self) -> None:
         if self._cuda:
-            event = torch.cuda.Event(enable_timing=True)
+            event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
             event.record()
             self._marks.append(event)
         else:

@@ -108,9 +108,7 @@ def label_number(model: PreTrainedModel, text: str) -> int:
     raise DataError(f"label {text!r} is none of the model's: numbers below {model.config.num_labels}, or {', '.join(names)}")
 
 
-def encode(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts, max_tokens: int | None, room: int
-) -> list[list[int]]:
+def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts, max_tokens: int | None, room: int) -> list[list[int]]:
     """Token ids, cut to `max_tokens` and to what the model's context leaves beside `room` tokens to come.
 
     Raises DataError when nothing is left for the input.
@@ -129,7 +127,6 @@ def batches(encoded: list[list[int]], size: int, progress: Progress, what: str) 
         progress(what, start, len(order))
         yield order[start : start + size]
     progress(what, len(order), len(order))
-
 
 
 def _padded(rows: list[list[int]]) -> torch.Tensor:

@@ -44,7 +44,7 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> Sa
 
 def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[list[float]]:
     """The ten sums that corpus BLEU is made of, for each sentence: matches and totals of 1- to 4-grams, both lengths."""
-    from sacrebleu.metrics import BLEU
+    from sacrebleu.metrics.bleu import BLEU
 
     metric = BLEU()
     rows = []

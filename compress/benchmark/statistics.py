@@ -160,4 +160,5 @@ def _f1(sums: "Array", n: int) -> "Array":
     labels = sums.reshape(*sums.shape[:-1], -1, 3)
     there = labels.sum(axis=-1) > 0
     scores = np.where(there, 2 * labels[..., 0] / np.maximum(2 * labels[..., 0] + labels[..., 1] + labels[..., 2], 1e-300), 0.0)
-    return 100 * scores.sum(axis=-1) / np.maximum(there.sum(axis=-1), 1)
+    macro: Array = 100 * scores.sum(axis=-1) / np.maximum(there.sum(axis=-1), 1)
+    return macro

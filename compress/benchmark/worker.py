@@ -1,7 +1,10 @@
 """The measuring process: holds one model and answers what the parent asks of it. One side, one device, nothing else."""
 
+import importlib
+import importlib.util
 import os
 import platform
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -12,7 +15,7 @@ from compress import model as models
 from compress.architecture import context_length
 from compress.benchmark import latency, memory, quality, scores
 from compress.metrics import CLASSIFIED, GENERATED
-from compress.process import Progress, serve
+from compress.process import Progress, is_out_of_memory, serve
 
 Point = tuple[int, int]  # batch size, prompt tokens
 
@@ -25,11 +28,12 @@ class Worker:
         progress("loading", 0, 1)
         self.device = models.pick_device(device)
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
+        bundle = models.Bundle(models.Source(**source), self.device)
+        _import_all(bundle)
         if self.device == "cuda":
             torch.zeros(1, device="cuda")  # the context is no part of the model
         self.interpreter = memory.resident()
         memory.reset_peak(self.device)
-        bundle = models.Bundle(models.Source(**source), self.device)
         self.model, self.tokenizer = bundle.model, bundle.tokenizer
         self.warm: set[Point] = set()
         progress("loading", 1, 1)
@@ -85,7 +89,8 @@ class Worker:
         return {"samples": samples, "texts": texts}
 
     def _as_chat(self, prompt: str) -> str:
-        return self.tokenizer.apply_chat_template([{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True)
+        turns = [{"role": "user", "content": prompt}]
+        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
 
     def _try(self, batch_size: int, prompt_tokens: int, new_tokens: int, times: int) -> str | None:
         """Run a point; why it can't be, or None."""
@@ -96,7 +101,9 @@ class Worker:
         try:
             for _ in range(times):
                 self._time(batch_size, prompt_tokens, new_tokens)
-        except (torch.OutOfMemoryError, MemoryError):
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
             torch.cuda.empty_cache()
             return "out of memory"
         return None
@@ -106,6 +113,15 @@ class Worker:
         if self.model.can_generate():
             return latency.generation_seconds(self.model, inputs, new_tokens, self.device)
         return latency.forward_seconds(self.model, inputs, self.device)
+
+
+def _import_all(bundle: models.Bundle) -> None:
+    """Import the code that the model will need, so that it counts as the interpreter's memory and not as the model's."""
+    packing = getattr(models.skeleton(bundle.source).config, "quantization_config", None)
+    method = packing.get("quant_method") if isinstance(packing, dict) else getattr(packing, "quant_method", None)
+    name = str(getattr(method, "value", method))
+    if method is not None and importlib.util.find_spec(name):
+        importlib.import_module(name)
 
 
 def _environment(device: str) -> dict[str, Any]:
@@ -130,14 +146,14 @@ def _environment(device: str) -> dict[str, Any]:
 
 
 def _cpu() -> str:
-    with open("/proc/cpuinfo") as lines:
-        return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _has_int8_instructions() -> bool:
     """Whether the CPU multiplies int8 natively (x86 VNNI or AMX, Arm dot products)."""
-    with open("/proc/cpuinfo") as lines:
-        flags = next((set(line.split()) for line in lines if line.startswith(("flags", "Features"))), set())
+    lines = Path("/proc/cpuinfo").read_text().splitlines()
+    flags = next((set(line.split()) for line in lines if line.startswith(("flags", "Features"))), set())
     return bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
 
 

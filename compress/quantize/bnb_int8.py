@@ -10,7 +10,12 @@ from compress.methods import About, Context
 from compress.model import Bundle, load_model, skeleton
 from compress.quantize._touched import require_touched
 
-ABOUT = About(packages=("bitsandbytes",), extra="bnb", packs=True)
+ABOUT = About(
+    at_run_time="activations are scaled, rounded and split at every layer and step; on a CPU the weights are unpacked too",
+    packages=("bitsandbytes",),
+    extra="bnb",
+    packs=True,
+)
 
 
 class Settings(methods.Settings):

@@ -12,7 +12,12 @@ from compress.methods import About, Context
 from compress.model import Bundle, load_model, skeleton
 from compress.quantize._touched import require_touched
 
-ABOUT = About(packages=("bitsandbytes",), extra="bnb", packs=True)
+ABOUT = About(
+    at_run_time="the weights are unpacked at every step, which pays only where reading them was the bottleneck",
+    packages=("bitsandbytes",),
+    extra="bnb",
+    packs=True,
+)
 
 
 class Settings(methods.Settings):

@@ -12,7 +12,9 @@ from compress.errors import BrokenPromise
 from compress.methods import About, Context
 from compress.model import Bundle
 
-ABOUT = About()
+ABOUT = About(
+    at_run_time="arithmetic is in 16 bits, which CPUs without instructions for it (AVX-512 BF16, AMX) do more slowly than in 32",
+)
 
 
 class Settings(methods.Settings):

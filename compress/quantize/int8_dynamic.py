@@ -16,7 +16,11 @@ from compress.quantize._touched import require_touched
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-ABOUT = About(packages=("torchao",), packs=True)
+ABOUT = About(
+    at_run_time="products are in int8, which a CPU without int8 instructions (VNNI, AMX) does more slowly than in float32",
+    packages=("torchao",),
+    packs=True,
+)
 
 
 class Settings(methods.Settings):

@@ -45,7 +45,7 @@ def gates(check: dict[str, Gate], compared: Sequence[Comparison], candidate: Sid
 
 def absolute_part(gate: Gate) -> Gate:
     """Only the limits that need no baseline."""
-    return Gate(min=gate.min, max=gate.max)
+    return gate.model_copy(update=dict.fromkeys(set(Gate.model_fields) - {"min", "max"}))
 
 
 def require_same_examples(ours: Report, theirs: Report) -> None:
@@ -76,7 +76,9 @@ def _compare(theirs: Measurement, ours: Measurement, paired: bool) -> Comparison
     high: float | None
     if quality:
         if len(theirs.samples) != len(ours.samples):
-            raise ReportError(f"{ours.metric} was measured on {len(theirs.samples)} examples on one side and {len(ours.samples)} on the other")
+            raise ReportError(
+                f"{ours.metric} was measured on {len(theirs.samples)} examples on one side and {len(ours.samples)} on the other"
+            )
         estimate, low, high = statistics.paired_difference(ours.metric, theirs.samples, ours.samples)
     else:
         estimate, low, high = _ratio(theirs, ours, paired)
@@ -147,9 +149,7 @@ def _result(
         verdict = "pass" if inside else "fail" if outside else "cannot_tell"
         spread = "" if interval[0] == interval[1] else f" (95 % {interval[0]:.4g} to {interval[1]:.4g})"
         sentence = f"{what} is {estimate:.4g}{unit}{spread}, {bound} is allowed"
-    return GateResult(
-        limit_kind=kind, limit=limit, estimate=estimate, interval=interval, verdict=verdict, sentence=sentence, **point
-    )
+    return GateResult(limit_kind=kind, limit=limit, estimate=estimate, interval=interval, verdict=verdict, sentence=sentence, **point)
 
 
 def _unmeasured(metric: str, kind: str, limit: float) -> GateResult:

@@ -94,7 +94,10 @@ def _stages(report: Report) -> str:
     if not report.stages:
         return ""
     rows = [
-        [", ".join(f"{key}: {value}" for key, value in record.stage.items()), f"{record.seconds:.1f} s" + (" (reused)" if record.reused else "")]
+        [
+            ", ".join(f"{key}: {value}" for key, value in record.stage.items()),
+            f"{record.seconds:.1f} s" + (" (reused)" if record.reused else ""),
+        ]
         for record in report.stages
     ]
     return "## Stages\n\n" + table(["stage", "took"], rows) + f"\n\nThe artifact: `{report.stages[-1].artifact}`"

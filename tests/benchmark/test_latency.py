@@ -1,0 +1,42 @@
+"""The clock: as many marks as tokens, on any architecture. No test asserts a speed."""
+
+from itertools import pairwise
+
+import pytest
+
+from compress.benchmark import latency
+from compress.model import Bundle, Source
+from tests.conftest import TASKS
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "llama", "gpt2"])
+def test_every_forced_token_is_timed(toys, kind):
+    model = Bundle(Source(str(toys[kind]), TASKS[kind], "float32"), "cpu").model
+    inputs = latency.prompts(model, "cpu", 2, 8)
+    assert inputs["input_ids"].shape == (2, 8)
+    seconds = latency.generation_seconds(model, inputs, 6, "cpu")
+    assert len(seconds) == 6
+    assert all(0 < a < b for a, b in pairwise(seconds))
+
+
+def test_prompts_are_the_same_for_both_sides(toys):
+    models = [Bundle(Source(str(toys["llama"]), "causal-lm", dtype), "cpu").model for dtype in ("float32", "bfloat16")]
+    one, other = (latency.prompts(model, "cpu", 3, 10)["input_ids"] for model in models)
+    assert one.tolist() == other.tolist()
+
+
+def test_a_classification_is_one_mark(toys):
+    model = Bundle(Source(str(toys["bert"]), "sequence-classification", "float32"), "cpu").model
+    assert len(latency.forward_seconds(model, latency.prompts(model, "cpu", 2, 8), "cpu")) == 1
+
+
+@pytest.mark.gpu
+def test_cuda_events_agree_with_the_wall(toys):
+    import time
+
+    model = Bundle(Source(str(toys["llama"]), "causal-lm", "float16"), "cuda").model
+    inputs = latency.prompts(model, "cuda", 2, 8)
+    latency.generation_seconds(model, inputs, 32, "cuda")
+    start = time.perf_counter()
+    seconds = latency.generation_seconds(model, inputs, 32, "cuda")
+    assert seconds[-1] == pytest.approx(time.perf_counter() - start, rel=0.1)

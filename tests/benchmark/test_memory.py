@@ -1,0 +1,34 @@
+"""Peaks are seen, attributed to the right phase and set back."""
+
+import pytest
+import torch
+
+from compress.benchmark import memory
+
+MB = 1_000_000
+
+
+def test_a_passing_peak_is_seen_and_set_back():
+    held = memory.resident()
+    memory.reset_peak("cpu")
+    block = torch.ones(64 * MB // 4)
+    del block
+    assert memory.peak("cpu", held)["peak"] == pytest.approx(64 * MB, rel=0.15)
+    memory.reset_peak("cpu")
+    assert memory.peak("cpu", held)["peak"] < 40 * MB
+
+
+def test_the_interpreters_own_memory_is_taken_off():
+    memory.reset_peak("cpu")
+    assert memory.peak("cpu", memory.resident())["peak"] < 20 * MB
+
+
+@pytest.mark.gpu
+def test_the_gpus_peak_is_the_allocators():
+    memory.reset_peak("cuda")
+    before = memory.peak("cuda", 0)["allocated"]
+    block = torch.ones(64 * MB // 4, device="cuda")
+    del block
+    found = memory.peak("cuda", 0)
+    assert found["allocated"] - before == pytest.approx(64 * MB, rel=0.05)
+    assert found["reserved"] >= found["allocated"]

@@ -1,0 +1,171 @@
+"""Every method on every architecture: its artifact loads with plain transformers, is near the original, and smaller."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+import torch
+
+from compress import methods, model, stage
+from compress.errors import BrokenPromise
+from compress.model import Source
+from tests.conftest import TASKS, make_model, make_tokenizer
+
+# settings, and the largest relative error of the logits of a random model: about sqrt(layers) times the grid's own error
+CASES = {
+    "cast": ({"dtype": "bfloat16"}, 0.02),
+    "int8_dynamic": ({}, 0.04),
+    "bnb_int8": ({}, 0.04),
+    "bnb_nf4": ({}, 0.30),
+}
+
+
+def quiet(*_):
+    pass
+
+
+def make(folder, kind, method, target, device="cpu", **settings):
+    stage.run(
+        quiet, {"id": str(folder), "task": TASKS[kind], "dtype": "float32"},
+        {"family": "quantize", "method": method, "settings": settings}, str(target), device,
+    )  # fmt: skip
+    return target
+
+
+def logits(folder, kind, dtype="auto"):
+    loaded = model.load_model(Source(str(folder), TASKS[kind], dtype), "cpu")
+    ids = torch.arange(3, 23)[None]
+    extra = {"decoder_input_ids": ids[:, :8]} if loaded.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        return loaded, loaded(input_ids=ids, **extra).logits.float()
+
+
+def test_every_method_is_tested_here():
+    assert set(CASES) == set(methods.names("quantize"))
+
+
+@pytest.mark.parametrize(("family", "name", "method"), [pytest.param(*m, id=m[1]) for m in methods.everyone()])
+def test_the_contract(family, name, method):
+    assert method.__doc__ and len(method.__doc__.split("\n")[0]) > 20
+    assert issubclass(method.Settings, methods.Settings)
+    assert callable(method.apply)
+    assert isinstance(method.ABOUT, methods.About)
+    assert not method.ABOUT.packages or method.ABOUT.extra or set(method.ABOUT.packages) <= {"torch", "torchao", "transformers"}
+
+
+@pytest.mark.parametrize("kind", list(TASKS))
+@pytest.mark.parametrize("method", list(CASES))
+def test_the_artifact_is_near_the_original_and_smaller(toys, tmp_path, kind, method):
+    settings, tolerance = CASES[method]
+    target = make(toys[kind], kind, method, tmp_path / "made", **settings)
+    before, expected = logits(toys[kind], kind, "float32")
+    after, found = logits(target, kind)
+    assert ((found - expected).norm() / expected.norm()).item() < tolerance
+    assert (found - expected).norm() > 0, "nothing was changed"
+    assert model.parameter_count(after) == model.parameter_count(before)
+    assert model.weight_bytes(after) < model.weight_bytes(before)
+    assert model.file_bytes(target) < model.file_bytes(toys[kind])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", list(TASKS))
+@pytest.mark.parametrize("method", list(CASES))
+def test_the_same_on_a_gpu(toys, tmp_path, kind, method):
+    if methods.find("quantize", method).ABOUT.missing():
+        pytest.skip("its backend is not installed")
+    settings, tolerance = CASES[method]
+    target = make(toys[kind], kind, method, tmp_path / "made", device="cuda", **settings)
+    loaded = model.load_model(Source(str(target), TASKS[kind]), "cuda")
+    ids = torch.arange(3, 23, device="cuda")[None]
+    extra = {"decoder_input_ids": ids[:, :8]} if loaded.config.is_encoder_decoder else {}
+    with torch.no_grad():
+        found = loaded(input_ids=ids, **extra).logits.float().cpu()
+    _, expected = logits(toys[kind], kind, "float32")
+    assert ((found - expected).norm() / expected.norm()).item() < tolerance
+
+
+@pytest.mark.parametrize(
+    ("kind", "method"),
+    [("t5", "int8_dynamic"), ("bart", "int8_dynamic"), ("gpt2", "int8_dynamic"), ("llama", "bnb_nf4"), ("t5", "bnb_int8")],
+)
+def test_it_loads_without_this_package_and_says_the_same(toys, tmp_path, kind, method):
+    target = make(toys[kind], kind, method, tmp_path / "made", **CASES[method][0])
+    loaded = model.load_model(Source(str(target), TASKS[kind]), "cpu")
+    ids = torch.arange(3, 13)[None]
+    here = loaded.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)[
+        0
+    ].tolist()
+    program = f"""
+        import sys, json, torch, transformers
+        from transformers import AutoTokenizer, {model.AUTO[TASKS[kind]]} as Auto
+        loaded = Auto.from_pretrained({str(target)!r})
+        AutoTokenizer.from_pretrained({str(target)!r})
+        ids = torch.arange(3, 13)[None]
+        out = loaded.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
+        assert not any(name.split(".")[0] == "compress" for name in sys.modules)
+        print(json.dumps(out[0].tolist()))
+    """
+    answer = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert json.loads(answer.stdout.strip().splitlines()[-1]) == here
+
+
+def test_int8_rows_are_on_their_own_grid(toys, tmp_path):
+    """Weights against round-to-nearest by absolute maximum per row, written out in float64."""
+    target = make(toys["llama"], "llama", "int8_dynamic", tmp_path / "made")
+    before = model.load_model(Source(str(toys["llama"]), "causal-lm", "float32"), "cpu").model.layers[0].mlp.down_proj.weight.double()
+    after = model.load_model(Source(str(target), "causal-lm"), "cpu").model.layers[0].mlp.down_proj.weight.dequantize().double()
+    step = before.abs().amax(dim=1, keepdim=True) / 127.5
+    assert ((after - before).abs() <= step * 0.5001 + 1e-6).all()
+
+
+def test_ignored_layers_stay_as_they_are(toys, tmp_path):
+    target = make(toys["llama"], "llama", "bnb_nf4", tmp_path / "made", ignore=["lm_head", "down_proj"])
+    after = model.load_model(Source(str(target), "causal-lm"), "cpu").model.layers[0].mlp
+    assert type(after.down_proj) is torch.nn.Linear
+    assert type(after.up_proj).__name__ == "Linear4bit"
+
+
+def test_t5_keeps_wo_in_float32_when_cast_to_float16(toys, tmp_path):
+    target = make(toys["t5"], "t5", "cast", tmp_path / "made", dtype="float16")
+    loaded = model.load_model(Source(str(target), "seq2seq"), "cpu")
+    block = loaded.encoder.block[0].layer[1].DenseReluDense
+    assert (block.wo.weight.dtype, block.wi_0.weight.dtype) == (torch.float32, torch.float16)
+
+
+def test_t5_with_large_activations_survives_float16(tmp_path):
+    """FLAN-T5's trap: inner activations near float16's maximum, which `wo` sums up past it."""
+    huge = make_model("t5")
+    with torch.no_grad():
+        for block in [*huge.encoder.block, *huge.decoder.block]:
+            block.layer[-1].DenseReluDense.wi_1.weight.mul_(60)
+            block.layer[-1].DenseReluDense.wi_0.weight.mul_(60)
+            block.layer[-1].DenseReluDense.wo.weight.mul_(10)
+    huge.save_pretrained(tmp_path / "huge")
+    make_tokenizer().save_pretrained(tmp_path / "huge")
+    target = make(tmp_path / "huge", "t5", "cast", tmp_path / "made", dtype="float16")
+    _, expected = logits(tmp_path / "huge", "t5", "float32")
+    _, found = logits(target, "t5")
+    assert torch.isfinite(found).all()
+    assert ((found - expected).norm() / expected.norm()).item() < 0.05
+
+
+def test_casting_to_the_same_dtype_is_refused(toys, tmp_path):
+    half = make(toys["llama"], "llama", "cast", tmp_path / "half", dtype="bfloat16")
+    assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
+    written = {"family": "quantize", "method": "cast", "settings": {"dtype": "bfloat16"}}
+    with pytest.raises(BrokenPromise, match="is in bfloat16 already"):
+        stage.run(quiet, {"id": str(half), "task": "causal-lm"}, written, str(tmp_path / "again"), "cpu")
+    assert not (tmp_path / "again").exists()
+
+
+def test_nan_weights_fail_the_stage_and_leave_nothing(toys, tmp_path):
+    sick = make_model("llama")
+    with torch.no_grad():
+        sick.model.layers[0].mlp.up_proj.weight[0, 0] = float("nan")
+    sick.save_pretrained(tmp_path / "sick")
+    make_tokenizer().save_pretrained(tmp_path / "sick")
+    with pytest.raises(BrokenPromise, match="NaN or infinite logits"):
+        make(tmp_path / "sick", "llama", "cast", tmp_path / "made")
+    assert [f.name for f in tmp_path.iterdir()] == ["sick"]

@@ -1,0 +1,125 @@
+"""What a report leaves on disk, and how it is read back."""
+
+import json
+
+import pandas
+import pytest
+
+import compress
+from compress.errors import NoSpace, ReportError
+from compress.report import compare, write
+from compress.results import Example, Measurement, Report, Side, StageRecord, read_report, whole_folder
+
+
+def made(name="toy", run="r1", verdict="pass", **changes):
+    sides = [
+        Side(role=role, model=f"/models/{role}", measurements=[
+            Measurement(metric="rougeL", value=value, samples=[[value - 1], [value + 1]]),
+            Measurement(metric="weight_bytes", value=size),
+            Measurement(metric="latency_p50", value=0.02, batch_size=1, prompt_tokens=64, samples=[[0.02], [0.021]], raw=[[0.02], [0.021]]),
+            Measurement(metric="latency_p50", value=None, batch_size=8, prompt_tokens=64, reason="out of memory"),
+        ])
+        for role, value, size in (("baseline", 71.5, 4e6), ("candidate", 70.9, 1e6))
+    ]  # fmt: skip
+    examples = [
+        Example(id="x|1", prompt="<script>alert(1)</script>\n\x1b[31mred | pipe", references=["a"], baseline="b", candidate="\u202eevil",
+                baseline_score=80.0, candidate_score=10.0),
+        Example(id="2", prompt="p", references=["a"], baseline="b", candidate="c", baseline_score=50.0, candidate_score=60.0),
+    ]  # fmt: skip
+    return Report(**{
+        "recipe": name, "run": run, "created": "2026-01-01T00:00:00+00:00", "digest": "d", "examples_digest": "e", "recipe_text": "version: 1",
+        "settings": {"check": {}}, "environment": {"device": "cpu"}, "sides": sides, "verdict": verdict, "decided_by": "every gate holds",
+        "stages": [StageRecord(stage={"quantize": "bnb_nf4"}, artifact="a", seconds=1, reused=False)], "score": "rougeL", "examples": examples,
+        **changes,
+    })  # fmt: skip
+
+
+def test_a_report_is_read_back_as_it_was_written(tmp_path):
+    written = write.write(made(), tmp_path / "r1")
+    assert sorted(f.name for f in (tmp_path / "r1").iterdir()) == [
+        "measurements.parquet",
+        "predictions.parquet",
+        "report.json",
+        "report.md",
+    ]
+    assert read_report(tmp_path / "r1") == written
+    assert read_report(tmp_path / "r1" / "report.json").examples == written.examples
+
+
+def test_the_frame_is_tidy_and_missing_is_missing(tmp_path):
+    write.write(made(), tmp_path / "a" / "r1")
+    write.write(made(run="r2"), tmp_path / "a" / "r2")
+    frame = compress.load_reports(tmp_path / "a")
+    assert len(frame) == 16
+    one = frame[(frame.run == "r1") & (frame.role == "candidate")].set_index(["metric", "batch_size"])
+    assert one.loc[("latency_p50", 8), "value"] is pandas.NA
+    assert one.loc[("latency_p50", 8), "reason"] == "out of memory"
+    assert tuple(one.loc[("latency_p50", 1), ["value", "unit", "better"]]) == (0.02, "s", "lower")
+    parquet = pandas.read_parquet(tmp_path / "a" / "r1" / "measurements.parquet")
+    assert list(parquet.columns) == list(frame.columns)
+    assert compress.load_reports(str(tmp_path / "a" / "*1")).run.unique().tolist() == ["r1"]
+
+
+def test_predictions_keep_every_output(tmp_path):
+    write.write(made(), tmp_path / "r1")
+    frame = pandas.read_parquet(tmp_path / "r1" / "predictions.parquet")
+    assert frame.candidate.tolist() == ["\u202eevil", "c"]
+    assert frame.baseline_score.tolist() == [80.0, 50.0]
+
+
+def test_the_text_report_shows_outputs_as_text(tmp_path):
+    text = write.markdown(made())
+    assert "\x1b" not in text and "\u202e" not in text and "<script>" not in text
+    assert "&lt;script&gt;" in text
+    assert "rougeL 80.0 to 10.0" in text
+    assert "50.0 to 60.0" not in text, "it gained"
+    assert "| latency_p50 [batch 8, prompt 64] | out of memory | out of memory | - | lower |" in text
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "damaged, not JSON"),
+        ("[]", "not a report of this program"),
+        ('{"format": 99}', "report format 99; this version reads format 1"),
+        ('{"format": 1}', "damaged: recipe: Field required"),
+        ("[" * 100_000, "damaged, not JSON"),
+    ],
+)
+def test_damaged_reports_are_refused_by_name(tmp_path, content, message):
+    (tmp_path / "report.json").write_text(content)
+    with pytest.raises(ReportError, match=message) as caught:
+        read_report(tmp_path)
+    assert str(tmp_path) in str(caught.value)
+
+
+def test_no_report_at_all(tmp_path):
+    with pytest.raises(ReportError, match="there is no report here"):
+        read_report(tmp_path / "nowhere")
+    with pytest.raises(ReportError, match="there is no report here"):
+        compress.load_reports(tmp_path)
+
+
+def test_nothing_is_left_of_a_folder_that_was_not_finished(tmp_path):
+    with pytest.raises(KeyboardInterrupt), whole_folder(tmp_path / "x") as partial:
+        (partial / "half").write_text("half")
+        raise KeyboardInterrupt
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
+    with pytest.raises(NoSpace, match="free some space and run again"), whole_folder(tmp_path / "x"):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_many_candidates_share_one_baseline(tmp_path):
+    reports = [write.write(made(name, run="r"), tmp_path / name) for name in ("one", "two")]
+    found = compare.rows(reports)
+    assert [row["role"] for row in found] == ["baseline", "candidate", "candidate"]
+    assert found[1]["ratios"]["weight_bytes"] == 0.25
+    text = compare.as_text(reports, "md")
+    assert "1.00 MB (x0.25)" in text
+    assert len(json.loads(compare.as_text(reports, "json"))) == 3
+    csv = pandas.read_csv(__import__("io").StringIO(compare.as_text(reports, "csv")))
+    assert csv["weight_bytes ratio"].tolist()[1:] == [0.25, 0.25]

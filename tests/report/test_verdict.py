@@ -1,0 +1,94 @@
+"""Gates: pass, fail and cannot tell, each from its interval."""
+
+import pytest
+
+from compress.errors import ReportError
+from compress.recipe import Gate
+from compress.report import verdict
+from compress.results import Measurement, Side
+
+
+def side(role, **figures):
+    return Side(role=role, model=role, measurements=list(figures.values()))
+
+
+def quality(values, metric="rougeL"):
+    return Measurement(metric=metric, value=sum(values) / len(values), samples=[[v] for v in values])
+
+
+def speed(values, metric="latency_p50", batch_size=1):
+    return Measurement(
+        metric=metric, value=sorted(values)[len(values) // 2], batch_size=batch_size, prompt_tokens=64, samples=[[v] for v in values]
+    )
+
+
+def judge(theirs, ours, metric, **limits):
+    a, b = side("baseline", m=theirs), side("candidate", m=ours)
+    results = verdict.gates({metric: Gate(**limits)}, verdict.comparisons(a, b), b)
+    return results[0]
+
+
+BASE = [float(30 + (n * 37) % 41) for n in range(200)]
+NOISE = [((n * 61) % 21 - 10) / 4 for n in range(200)]
+
+
+@pytest.mark.parametrize(
+    ("drop", "limit", "expected"), [(0.0, 1.0, "pass"), (2.0, 1.0, "fail"), (1.0, 1.0, "cannot_tell"), (-3.0, 0.0, "pass")]
+)
+def test_a_drop_in_quality(drop, limit, expected):
+    ours = [b - drop + n for b, n in zip(BASE, NOISE, strict=True)]
+    found = judge(quality(BASE), quality(ours), "rougeL", max_drop=limit)
+    assert found.verdict == expected
+    assert found.estimate == pytest.approx(drop - sum(NOISE) / 200, abs=1e-9)
+    assert found.interval[0] < found.estimate < found.interval[1]
+
+
+@pytest.mark.parametrize(("factor", "expected"), [(1.0, "pass"), (1.3, "fail"), (1.1, "cannot_tell")])
+def test_a_ratio_of_speeds(factor, expected):
+    theirs = [1.0, 1.5, 0.9, 1.1, 2.0]
+    ours = [factor * t * w for t, w in zip(theirs, [1.01, 0.98, 1.02, 0.99, 1.0], strict=True)]
+    assert judge(speed(theirs), speed(ours), "latency_p50", max_ratio=1.1).verdict == expected
+
+
+def test_exact_figures_need_no_interval():
+    a, b = Measurement(metric="weight_bytes", value=100.0), Measurement(metric="weight_bytes", value=60.0)
+    assert judge(a, b, "weight_bytes", max_ratio=0.6).verdict == "pass"
+    assert judge(a, b, "weight_bytes", max_ratio=0.59).verdict == "fail"
+    assert judge(a, b, "weight_bytes", max_rise=0).verdict == "pass"
+    assert judge(a, b, "weight_bytes", max=50).verdict == "fail"
+
+
+def test_one_turn_cannot_tell():
+    assert judge(speed([1.0]), speed([1.0]), "latency_p50", max_ratio=2).verdict == "cannot_tell"
+
+
+def test_what_was_not_measured_cannot_pass():
+    found = judge(speed([1.0, 1.0]), Measurement(metric="latency_p50", value=None, reason="out of memory"), "latency_p50", max_ratio=2)
+    assert found.verdict == "cannot_tell"
+    assert "was not measured on both sides" in found.sentence
+
+
+def test_every_grid_point_is_checked_and_the_worst_decides():
+    a = Side(role="baseline", model="a", measurements=[speed([1.0, 1.0, 1.0], batch_size=b) for b in (1, 8)])
+    b = Side(role="candidate", model="b", measurements=[speed([1.0, 1.0, 1.01]), speed([3.0, 3.0, 3.01], batch_size=8)])
+    results = verdict.gates({"latency_p50": Gate(max_ratio=1.05)}, verdict.comparisons(a, b), b)
+    assert [r.verdict for r in results] == ["pass", "fail"]
+    decision, reason = verdict.decide(results, [])
+    assert decision == "fail"
+    assert reason.startswith("latency_p50 [batch 8, prompt 64] ratio is 3.0")
+
+
+def test_limits_on_the_candidate_alone():
+    found = judge(quality(BASE), quality(BASE), "rougeL", min=40)
+    assert found.verdict == "pass"
+    assert found.interval[0] < found.estimate < found.interval[1]
+
+
+def test_a_failure_outweighs_gates_and_no_gates_pass():
+    assert verdict.decide([], ["candidate: was killed"])[0] == "cannot_tell"
+    assert verdict.decide([], [])[0] == "pass"
+
+
+def test_sides_on_different_examples_are_refused():
+    with pytest.raises(ReportError, match="200 examples on one side and 199"):
+        judge(quality(BASE), quality(BASE[1:]), "rougeL", max_drop=1)

@@ -1,0 +1,167 @@
+"""The program as a person meets it: verbs, exit statuses, what goes to stdout, and how fast it answers."""
+
+import json
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+import yaml
+
+import compress
+from tests.conftest import recipe_for
+
+LIGHT = """
+    import sys
+    sys.argv = ["compress", *{arguments!r}]
+    from compress.cli import main
+    try:
+        main()
+    except SystemExit as done:
+        assert not done.code, done.code
+    heavy = {{"torch", "transformers", "pandas", "numpy", "scipy"}} & sys.modules.keys()
+    assert not heavy, heavy
+"""
+
+
+def program(*arguments, cwd=None, timeout=300):
+    return subprocess.run(
+        [sys.executable, "-m", "compress", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, timeout=timeout
+    )
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["validate", "quickstart"], ["methods", "--json"], ["schema"], ["run", "--help"]])
+def test_light_verbs_import_nothing_heavy(arguments):
+    code = textwrap.dedent(LIGHT.format(arguments=arguments))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+
+
+def test_importing_the_package_imports_nothing_heavy():
+    code = "import compress, sys; assert not {'torch', 'transformers', 'pandas', 'numpy', 'pydantic'} & sys.modules.keys()"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_every_verb_has_help_with_an_example():
+    for verb in ("run", "bench", "validate", "compare", "check", "methods", "schema"):
+        done = program(verb, "--help")
+        assert done.returncode == 0
+        assert "Example:" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["run", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
+        (["run", "quickstart", "--device", "tpu"], "'tpu' is not one of"),
+        (["run", "quickstart", "--set", "data.sample=3"], "unknown key 'sample'; did you mean 'samples'?"),
+        (["run"], "Missing argument"),
+        (["frobnicate"], "No such command"),
+        (["compare", "nowhere"], "there is no report here"),
+        (["check", "nowhere"], "there is no report here"),
+        (["bench", "./nowhere", "--recipe", "quickstart"], "there is no folder"),
+        (["run", "quickstart", "--set", "model.id=no/such/model"], "there is no folder"),
+        (["run", "quickstart", "--set", "data.source=./nowhere.jsonl"], "there is no file or folder"),
+        (["run", "quickstart", "--set", "data.prompt='{talk}'"], "the field 'talk' that the prompt names isn't there; the row has id, dialogue, summary"),
+    ],
+)  # fmt: skip
+def test_bad_input_is_one_message_and_status_2(arguments, message, tmp_path):
+    done = program(*arguments, cwd=tmp_path)
+    assert done.returncode == 2
+    assert message in " ".join(done.stderr.replace("│", " ").split())
+    assert "Traceback" not in done.stderr
+    assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_validate_tells_every_recipe(tmp_path):
+    good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
+    good.write_text(compress.recipe.shipped().joinpath("quickstart.yaml").read_text())
+    bad.write_text("version: 1\n")
+    done = program("validate", good, bad)
+    assert done.returncode == 2
+    assert f"{good}: a valid recipe" in done.stdout
+    assert f"{bad}:1: model: is missing\n{bad}:1: data: is missing" in done.stderr
+    answer = json.loads(program("validate", good, bad, "--json").stdout)
+    assert answer["valid"] is False
+    assert answer["recipes"][str(good)] == []
+
+
+def test_methods_says_what_is_installed():
+    found = {m["method"]: m for m in json.loads(program("methods", "--json").stdout)}
+    assert found["bnb_nf4"]["packages"] == ["bitsandbytes"]
+    assert found["cast"]["installed"] is True
+    assert "quantize: bnb_nf4" in program("methods").stdout
+
+
+@pytest.fixture(scope="module")
+def finished(toys, rows, tmp_path_factory):
+    """One real run over a random T5, from the command line."""
+    folder = tmp_path_factory.mktemp("run")
+    data = recipe_for(
+        "t5", toys["t5"], rows, metrics=["rouge", "bleu", "generated_tokens", "perplexity"], stages=[{"quantize": "cast", "dtype": "bfloat16"}],
+        check={"weight_bytes": {"max_ratio": 0.6}, "rougeL": {"max_drop": 100}},
+    )  # fmt: skip
+    (folder / "toy.yaml").write_text(yaml.safe_dump(data))
+    done = program("run", "toy.yaml", "--json", cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return folder, json.loads(done.stdout), done
+
+
+@pytest.mark.slow
+def test_run_prints_one_document_and_leaves_a_report(finished):
+    folder, answer, _ = finished
+    assert answer["verdict"] == "pass"
+    assert {g["metric"] for g in answer["gates"]} == {"weight_bytes", "rougeL"}
+    assert answer["gates"][0].keys() >= {"metric", "verdict", "estimate", "interval", "limit"}
+    assert answer["candidate"]["weight_bytes"] == answer["baseline"]["weight_bytes"] / 2
+    for metric in ("rouge1", "bleu", "perplexity", "generated_tokens", "peak_load_bytes", "peak_run_bytes", "ttft [batch 2, prompt 8]"):
+        assert answer["candidate"][metric] is not None
+    report = folder / answer["report"]
+    assert sorted(f.name for f in report.iterdir()) == ["measurements.parquet", "predictions.parquet", "report.json", "report.md"]
+    assert sorted(f.name for f in folder.iterdir()) == ["reports", "toy.yaml"]
+    raw = json.loads((report / "report.json").read_text())
+    latency = next(m for m in raw["sides"][0]["measurements"] if m["metric"] == "latency_p50")
+    assert [len(turn) for turn in latency["raw"]] == [2, 2]
+    assert raw["environment"]["threads"] == 1
+
+
+@pytest.mark.slow
+def test_check_compare_and_bench_agree_with_the_run(finished):
+    folder, answer, _ = finished
+    again = program("check", answer["report"], "--json", cwd=folder)
+    assert (again.returncode, json.loads(again.stdout)["gates"]) == (0, answer["gates"])
+    against = program("check", answer["report"], "--against", answer["report"], "--json", cwd=folder)
+    verdicts = {g["metric"]: g["verdict"] for g in json.loads(against.stdout)["gates"]}
+    assert verdicts == {"weight_bytes": "fail", "rougeL": "pass"}, "against itself nothing is smaller"
+    assert against.returncode == 1
+    for style in ("table", "md", "csv", "json"):
+        assert program("compare", "reports", "--format", style, cwd=folder).returncode == 0
+    bench = program("bench", answer["artifact"], "--recipe", "toy.yaml", "--json", cwd=folder)
+    assert bench.returncode == 0, bench.stderr
+    measured = json.loads(bench.stdout)
+    assert measured["baseline"] == {}
+    for metric in ("weight_bytes", "parameters"):
+        assert measured["candidate"][metric] == json.loads(again.stdout)["baseline" if metric == "parameters" else "candidate"][metric]
+
+
+@pytest.mark.slow
+def test_the_second_run_reuses_the_artifact(finished):
+    folder, _, _ = finished
+    start = time.monotonic()
+    done = program("run", "toy.yaml", "--json", "--set", "benchmark.turns=1", cwd=folder)
+    assert time.monotonic() - start < 280
+    report = compress.read_report(folder / json.loads(done.stdout)["report"])
+    assert report.stages[0].reused
+
+
+@pytest.mark.slow
+def test_a_failed_gate_is_status_1_and_too_little_data_4(finished):
+    folder, _, _ = finished
+    one = program("run", "toy.yaml", "--set", "check.weight_bytes.max_ratio=0.1", "--set", "benchmark.turns=1", cwd=folder)
+    assert one.returncode == 1
+    assert "FAIL: weight_bytes ratio is 0.5" in " ".join(one.stdout.split())
+    four = program("run", "toy.yaml", "--set", "check.latency_p50.max_ratio=9", "--set", "benchmark.turns=1", cwd=folder)
+    assert four.returncode == 4
+    assert "too few turns for an interval" in " ".join(four.stdout.split())

@@ -1,0 +1,115 @@
+"""Working processes: answers, errors by name, and every way to die."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import pytest
+
+from compress.errors import ChildDied, DataError, NoSpace, OutOfMemory, RunError
+from compress.process import Child
+
+SERVER = """
+    import os, signal, time, errno
+    from compress.errors import DataError
+    from compress.process import serve
+
+    def add(progress, a, b):
+        print("noise on stdout")
+        progress("adding", 1, 2)
+        return a + b
+
+    def wrong(progress): raise DataError("row 3 is odd")
+    def crash(progress): raise ValueError("no way")
+    def memory(progress): raise MemoryError()
+    def disk(progress): raise OSError(errno.ENOSPC, "No space left on device")
+    def killed(progress): os.kill(os.getpid(), signal.SIGKILL)
+    def leaves(progress): print("last words"); os._exit(7)
+    def sleeps(progress): time.sleep(60)
+
+    if __name__ == "__main__":
+        serve(globals())
+"""
+
+
+@pytest.fixture
+def child(tmp_path, monkeypatch):
+    (tmp_path / "server.py").write_text(textwrap.dedent(SERVER))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+    seen = []
+    with Child("server", tmp_path / "log", lambda *event: seen.append(event)) as process:
+        process.seen = seen
+        yield process
+
+
+def test_an_answer_comes_back_with_progress_and_noise_stays_out(child, tmp_path):
+    assert child.ask("add", a=2, b=3) == 5
+    assert child.seen == [("adding", 1, 2)]
+    assert "noise" not in str(child.ask("add", a="x", b="y"))
+
+
+@pytest.mark.parametrize(
+    ("request_", "kind", "message"),
+    [
+        ("wrong", DataError, "row 3 is odd"),
+        ("crash", RunError, "ValueError: no way"),
+        ("memory", OutOfMemory, "memory ran out: MemoryError"),
+        ("disk", NoSpace, "the disk is full"),
+        ("killed", ChildDied, "was killed"),
+        ("leaves", ChildDied, "ended with exit code 7; its last line: last words"),
+    ],
+)
+def test_errors_cross_by_name(child, request_, kind, message):
+    with pytest.raises(kind, match=message):
+        child.ask(request_)
+
+
+def test_an_error_does_not_end_the_child_but_death_does(child):
+    with pytest.raises(DataError):
+        child.ask("wrong")
+    assert child.ask("add", a=1, b=1) == 2
+    with pytest.raises(ChildDied):
+        child.ask("killed")
+    with pytest.raises(ChildDied):
+        child.ask("add", a=1, b=1)
+
+
+def test_a_child_that_hangs_is_stopped(child):
+    pid = child.pid
+    with pytest.raises(ChildDied, match="sleeps took longer than the limit"):
+        child.ask("sleeps", limit_s=0.5)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_leaving_the_context_ends_a_busy_child(tmp_path, child):
+    pid = child.pid
+    child.close()
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
+
+
+def test_a_child_does_not_outlive_a_killed_parent(tmp_path, monkeypatch):
+    (tmp_path / "server.py").write_text(textwrap.dedent(SERVER))
+    parent = tmp_path / "parent.py"
+    parent.write_text(
+        "import pathlib\nfrom compress.process import Child\n"
+        f"child = Child('server', pathlib.Path({str(tmp_path / 'log')!r}), print)\n"
+        "child.ask('add', a=1, b=1)\nprint(child.pid, flush=True)\nchild.ask('sleeps')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), *sys.path])}
+    process = subprocess.Popen([sys.executable, str(parent)], stdout=subprocess.PIPE, text=True, env=environment)
+    lines = [process.stdout.readline(), process.stdout.readline()]
+    pid = int(lines[1])
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    for _ in range(50):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("the child lives on")
