@@ -60,10 +60,15 @@ def show_report(report: Report) -> None:
         for gate in report.gates:
             gates.add_row(f"[{COLOURS[gate.verdict]}]{verdict_words(gate.verdict)}[/]", escape(gate.sentence))
     figures = _table("figure", "baseline", "candidate", "change (95 % interval)", right=(1, 2))
+    point: tuple[int | None, int | None] = (None, None)
     for theirs, ours, compared in shown(report):
         one = ours or theirs
         assert one is not None
-        figures.add_row(escape(one.label), escape(figure(theirs)), escape(figure(ours)), change(compared))
+        if point != (one.batch_size, one.prompt_tokens):
+            point = (one.batch_size, one.prompt_tokens)
+            figures.add_section()
+            figures.add_row(f"[bold]batch {point[0]}, prompt {point[1]}[/]")
+        figures.add_row(one.metric, escape(figure(theirs)), escape(figure(ours)), change(compared))
     console.print(figures)
     if report.gates:
         console.print(gates)

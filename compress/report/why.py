@@ -19,8 +19,8 @@ def notes(stages: list[StageRecord], compared: list[Comparison]) -> list[str]:
     elif weights and run and run.low is not None and run.low > 0.95:
         saved = scaled(weights.baseline - weights.candidate, "bytes")
         found.append(
-            f"Peak memory while running did not fall although the weights shrank by {saved}: they are {weights.candidate / run.candidate:.0%} "
-            "of it now; cache, activations and the kernels' own buffers are the rest."
+            f"Peak memory while running did not fall although the weights shrank by {saved}: they are now "
+            f"{weights.candidate / run.candidate:.0%} of it; cache, activations and the kernels' own buffers are the rest."
         )
     return found
 

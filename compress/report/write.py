@@ -49,7 +49,7 @@ def shown(report: Report) -> list[tuple[Measurement | None, Measurement | None, 
     baseline, candidate = report.side("baseline"), report.side("candidate")
     compared = {c.point: c for c in report.comparisons}
     every = {m.point: m for side in (baseline, candidate) if side for m in side.measurements}
-    points = sorted((p for p in every if p[0] in SHOWN), key=lambda p: (SHOWN.index(p[0]), p[2] or 0, p[1] or 0))
+    points = sorted((p for p in every if p[0] in SHOWN), key=lambda p: (p[2] or 0, p[1] or 0, SHOWN.index(p[0])))
     return [(baseline.figure(p) if baseline else None, candidate.figure(p) if candidate else None, compared.get(p)) for p in points]
 
 
