@@ -32,6 +32,9 @@ class Program(typer.core.TyperGroup):
             _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 3)
 
 
+# Validation answers at once only if pydantic doesn't search every installed package for plugins, of which we have none.
+os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
+
 app = typer.Typer(
     cls=Program,
     help="Make a language model smaller, measure both alike, and learn whether the smaller one may replace the bigger.",

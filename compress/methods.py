@@ -12,7 +12,6 @@ and imports torch and its backend inside its functions, because recipes are vali
 """
 
 import importlib
-import importlib.metadata
 import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterator
@@ -35,7 +34,7 @@ FAMILIES = ("quantize",)
 class Settings(BaseModel):
     """A strict, frozen block of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
 
 
 @dataclass(frozen=True)
@@ -118,6 +117,8 @@ def source(method: Method) -> bytes:
 
 
 def _installed(name: str) -> bool:
+    import importlib.metadata
+
     try:
         importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

@@ -149,9 +149,9 @@ class Recipe(Settings):
     model: Model
     data: Data
     metrics: list[str] | None = Field(None, description=f"any of {', '.join(GROUPS)}; null takes those that fit the task")
-    generation: Generation = Generation()
-    calibration: Calibration = Calibration()
-    benchmark: Benchmark = Benchmark()
+    generation: Generation = Field(default_factory=Generation)
+    calibration: Calibration = Field(default_factory=Calibration)
+    benchmark: Benchmark = Field(default_factory=Benchmark)
     check: dict[str, Gate] = Field({}, description="metric: limits; what decides the verdict")
 
     stages: tuple[Stage, ...] = Field((), exclude=True)

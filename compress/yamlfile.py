@@ -8,6 +8,7 @@ import yaml
 from compress.errors import RecipeError
 
 Place = tuple[str | int, ...]
+Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster and equally safe
 
 
 class Document:
@@ -23,7 +24,7 @@ class Document:
         self._overridden: set[Place] = set()
         try:
             self._refuse_aliases(text)
-            loader = yaml.SafeLoader(text)
+            loader = Loader(text)
             node = loader.get_single_node()
             self._walk(node, ())
             data = loader.construct_document(node) if node is not None else None
@@ -73,7 +74,7 @@ class Document:
 
     def _refuse_aliases(self, text: str) -> None:
         """A few lines of aliases can stand for gigabytes of data, and a recipe has no use for them."""
-        for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        for event in yaml.parse(text, Loader=Loader):
             if isinstance(event, yaml.AliasEvent):
                 line = event.start_mark.line + 1 if event.start_mark else 1
                 raise RecipeError(f"{self.name}:{line}: aliases (*name) are not read; write the value out")
