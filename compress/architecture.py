@@ -90,12 +90,16 @@ def as_linear(model: "PreTrainedModel") -> "PreTrainedModel":
     return new.to(model.device).eval()
 
 
-def context_length(config: Any) -> int | None:
-    """The longest input in tokens that the positions of a model allow; None where they set no bound (T5)."""
-    for key in ("max_position_embeddings", "n_positions"):
-        if config.model_type not in ("t5", "mt5", "umt5", "longt5") and (length := getattr(config, key, None)):
-            return int(length)
-    return None
+def context_length(config: Any, tokenizer: Any = None) -> int | None:
+    """The longest input in tokens that the positions of a model allow; None where they set no bound (T5).
+
+    The tokenizer's own bound counts where it is lower: RoBERTa's positions include two places that no token gets.
+    """
+    if config.model_type in ("t5", "mt5", "umt5", "longt5"):
+        return None
+    lengths = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
+    lengths += [getattr(tokenizer, "model_max_length", None)]  # a very large number where the tokenizer doesn't say
+    return min((int(length) for length in lengths if length), default=None)
 
 
 def _is_head(model: "PreTrainedModel", name: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, NoReturn
 import typer
 import typer.core
 
-from compress.errors import CompressError
+from compress.errors import CompressError, printable
 
 EXIT = {"pass": 0, "fail": 1, "cannot_tell": 4}
 
@@ -26,10 +26,16 @@ class Program(typer.core.TyperGroup):
         except KeyboardInterrupt:
             _fail("interrupted; nothing half-written is left", 130)
         except BrokenPipeError:  # the reader of a pipe has enough, as `head` does
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _ignore_stdout()
             sys.exit(0)
         except OSError as error:
-            _fail(f"{error.filename or 'a file'}: {error.strerror or error}", 3)
+            _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", 3)
+        except (typer.Exit, SystemExit):
+            raise
+        except Exception as error:
+            if type(error).__module__.startswith("typer."):  # a wrong option or argument, which typer explains
+                raise
+            _fail(f"unexpected {type(error).__name__}: {error} (a fault of this program, not of yours)", 3)
 
 
 # Validation answers at once only if pydantic doesn't search every installed package for plugins, of which we have none.
@@ -110,9 +116,9 @@ def validate(recipes: Annotated[list[str], typer.Argument(metavar="RECIPE...")],
         _print_json({"valid": not any(mistakes.values()), "recipes": mistakes})
     for recipe, lines in mistakes.items():
         for line in lines:
-            typer.echo(line, err=True)
+            typer.echo(printable(line), err=True)
         if not lines and not as_json:
-            typer.echo(f"{recipe}: a valid recipe")
+            typer.echo(f"{printable(recipe)}: a valid recipe")
     if any(mistakes.values()):
         raise typer.Exit(2)
 
@@ -194,11 +200,12 @@ def schema(as_json: AsJson = False) -> None:
 
 def main() -> None:
     """The program."""
-    signal.signal(signal.SIGTERM, _on_sigterm)
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, _on_signal)
     app()
 
 
-def _on_sigterm(number: int, frame: object) -> NoReturn:
+def _on_signal(number: int, frame: object) -> NoReturn:
     raise KeyboardInterrupt
 
 
@@ -207,10 +214,14 @@ def _finish(report: Any, as_json: bool, measured_only: bool = False) -> None:
     from compress import terminal
 
     failed = any(side.failures for side in report.sides)
-    if as_json:
-        _print_json(report.as_json())
-    else:
-        terminal.show_report(report)
+    try:
+        if as_json:
+            _print_json(report.as_json())
+        else:
+            terminal.show_report(report)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, and the exit status still counts
+        _ignore_stdout()
     raise typer.Exit(3 if failed else 0 if measured_only else EXIT[report.verdict])
 
 
@@ -218,6 +229,10 @@ def _print_json(document: Any) -> None:
     typer.echo(json.dumps(document, indent=1, allow_nan=False))
 
 
+def _ignore_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def _fail(message: str, code: int) -> NoReturn:
-    typer.echo(f"compress: {message}", err=True)
+    typer.echo(f"compress: {printable(message)}", err=True)
     sys.exit(code)

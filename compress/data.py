@@ -3,7 +3,9 @@
 Read once, in the parent, without torch; both sides then get the very same examples.
 """
 
+import csv
 import json
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError, DataError, MissingPackage
+from compress.model import user_path
 from compress.recipe import Data, digest, fields
 
 BUILTIN = Path(__file__).parent / "builtin" / "dialogues"
@@ -51,7 +54,7 @@ def examples_digest(found: Sequence[Example]) -> str:
 
 def _example(data: Data, row: Row, number: int, where: str) -> Example:
     where = f"{where}, row {number + 1}"
-    name = str(row.get("id", number))
+    name = str(row.get("id") if row.get("id") is not None else number)
     if data.text is not None:
         return Example(name, _fill(data.text, row, where, "text"), [])
     assert data.prompt is not None
@@ -66,18 +69,30 @@ def _references(template: str, row: Row, where: str) -> list[str]:
     """The texts of a target; a template that is one field alone may name a list of them."""
     names = fields(template)
     if len(names) == 1 and template == f"{{{names[0]}}}" and isinstance(row.get(names[0]), list):
-        return [str(text) for text in row[names[0]]]
+        return [_text(text, True, f"{where}: a reference in {names[0]!r}", row) for text in row[names[0]]]
     return [_fill(template, row, where, "target")]
 
 
 def _fill(template: str, row: Row, where: str, what: str) -> str:
-    values = {}
-    for name in fields(template):
-        if row.get(name) is None:
-            state = "is empty" if name in row else f"isn't there; the row has {', '.join(map(str, row))}"
-            raise DataError(f"{where}: the field {name!r} that the {what} names {state}")
-        values[name] = str(row[name])
-    return template.format(**values)
+    return template.format(
+        **{name: _text(row.get(name), name in row, f"{where}: the field {name!r} that the {what} names", row) for name in fields(template)}
+    )
+
+
+def _text(value: Any, there: bool, what: str, row: Row) -> str:
+    """A cell as text: a string, or a number or a truth value written out."""
+    if not there:
+        raise DataError(f"{what} isn't there; the row has {', '.join(map(str, row))}")
+    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN is how tables say that nothing stands there
+        raise DataError(f"{what} is empty")
+    if not isinstance(value, str | int | float | bool):
+        raise DataError(f"{what} holds {type(value).__name__}, text is wanted: {str(value)[:60]}")
+    text = str(value)
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise DataError(f"{what} is not valid Unicode: {text[:60]!a}") from None
+    return text
 
 
 def _rows(data: Data, folder: Path, split: str) -> tuple[str, list[Row]]:
@@ -85,7 +100,14 @@ def _rows(data: Data, folder: Path, split: str) -> tuple[str, list[Row]]:
     if data.source == "builtin":
         place = BUILTIN
     else:
-        place = Path(folder, Path(data.source).expanduser())
+        place = folder / user_path(data.source)
+    try:
+        return _rows_at(place, data, split)
+    except OSError as error:  # a name that is too long, a folder that can't be looked into
+        raise DataError(f"data.source: {str(place)[:200]}: {error.strerror}") from None
+
+
+def _rows_at(place: Path, data: Data, split: str) -> tuple[str, list[Row]]:
     if place.is_dir():
         found = [place / f"{split}.{ending}" for ending in ENDINGS if (place / f"{split}.{ending}").is_file()]
         if not found:
@@ -106,38 +128,47 @@ def _read(file: Path) -> list[Row]:
         return _read_lines(file)
     try:
         if file.suffix == ".json":
-            rows = json.loads(file.read_text(encoding="utf-8"))
+            rows = json.loads(file.read_text(encoding="utf-8-sig"))
             if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
                 raise DataError(f"{file}: a list of objects is wanted")
             return rows
-        import pandas
-
         if file.suffix == ".csv":
-            frame = pandas.read_csv(file, dtype=str, keep_default_na=False)
-        else:
-            frame = pandas.read_parquet(file)
-        rows = frame.to_dict("records")
-        return [{str(key): value.tolist() if hasattr(value, "tolist") else value for key, value in row.items()} for row in rows]
+            return _read_csv(file)
+        import pyarrow.parquet
+
+        return list(pyarrow.parquet.read_table(file).to_pylist())
     except CompressError:
         raise
     except Exception as error:  # each reader raises its own kinds for a damaged file
-        raise DataError(f"{file}: can't be read: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}") from None
+        raise DataError(f"{file}: can't be read: {type(error).__name__}: {str(error)[:300]}") from None
+
+
+def _read_csv(file: Path) -> list[Row]:
+    with file.open(encoding="utf-8-sig", newline="") as stream:
+        reader = csv.DictReader(stream, strict=True)
+        rows = []
+        for row in reader:
+            if None in row or None in row.values():
+                cells = len(row) - (None in row) + len(row.get(None, [])) - list(row.values()).count(None)
+                raise DataError(f"{file}:{reader.line_num}: {cells} cells where the header has {len(reader.fieldnames or [])}")
+            rows.append(dict(row))
+    return rows
 
 
 def _read_lines(file: Path) -> list[Row]:
-    rows = []
+    rows, number = [], 1
     try:
-        with file.open(encoding="utf-8") as stream:
+        with file.open(encoding="utf-8-sig") as stream:
             for number, line in enumerate(stream, 1):
                 if line.strip():
                     row = json.loads(line)
                     if not isinstance(row, dict):
                         raise DataError(f"{file}:{number}: an object is wanted on each line")
                     rows.append(row)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{file}:{number}: not JSON: {error.msg}") from None
     except UnicodeDecodeError:
         raise DataError(f"{file}: not UTF-8") from None
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{file}:{number}: not JSON: {getattr(error, 'msg', error)}") from None
     except OSError as error:
         raise DataError(f"{file}: can't be read: {error.strerror}") from None
     return rows

@@ -18,6 +18,15 @@ A message names the thing, its value and what is allowed, and where there is one
 working process to the parent by class name, so every class is made from its message alone.
 """
 
+import re
+
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
+
+def printable(text: str) -> str:
+    """Text from a file, a model or a command line, without the control characters that a terminal or a browser would act upon."""
+    return CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
+
 
 class CompressError(Exception):
     """Anything this package raises on purpose."""

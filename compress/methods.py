@@ -11,11 +11,11 @@ starts with an underscore is shared by the methods of its folder and is none its
 and imports torch and its backend inside its functions, because recipes are validated where neither is installed.
 """
 
+import hashlib
 import importlib
-import importlib.util
 import pkgutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict
 from compress.errors import MissingPackage
 
 if TYPE_CHECKING:
+    from compress.data import Example
     from compress.model import Bundle
 
 FAMILIES = ("quantize",)
@@ -34,7 +35,7 @@ FAMILIES = ("quantize",)
 class Settings(BaseModel):
     """A strict, frozen block of a recipe."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,7 @@ class About:
     packages  distributions that must be installed
     extra     the extra of this package that installs them; None where the plain install has them
     devices   where the method itself can run
+    calibrated  it is shown examples of the train split
     packs     its output is packed, so no stage may follow
     smaller   it promises that the weights take fewer bytes than before
     """
@@ -53,12 +55,13 @@ class About:
     packages: tuple[str, ...] = ()
     extra: str | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
+    calibrated: bool = False
     packs: bool = False
     smaller: bool = True
 
     def missing(self) -> list[str]:
         """The packages that aren't installed here. Looks at metadata only; nothing is imported."""
-        return [name for name in self.packages if not _installed(name)]
+        return [name for name in self.packages if _version(name) is None]
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,10 @@ class Context:
 
     device: str
     progress: Callable[[str, int, int], None]  # what, done, total
+    examples: "list[Example]" = field(default_factory=list)  # what a calibrated method may see
+    max_tokens: int = 512  # each example's longest input
+    chat: bool = False  # prompts are a user's turns
+    layers: list[dict[str, Any]] = field(default_factory=list)  # for the report: name, bits, error, left_out
 
 
 class Method(Protocol):
@@ -111,16 +118,24 @@ def require(family: str, name: str) -> Method:
     return method
 
 
-def source(method: Method) -> bytes:
-    """The method's own code, which is part of what its output depends on."""
-    return Path(cast(ModuleType, method).__file__ or "").read_bytes()
+def quiet(what: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
 
 
-def _installed(name: str) -> bool:
+def made_with(method: Method) -> dict[str, str]:
+    """What a method's output depends on besides model and settings: the code that makes it, and the versions of what that uses."""
+    file, package = Path(cast(ModuleType, method).__file__ or ""), Path(__file__).parent
+    shared = sorted(file.parent.glob("_*.py"))
+    code = [file, *shared, *(package / f"{name}.py" for name in ("architecture", "model", "stage"))]
+    digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()
+    return {"code": digest, **{name: _version(name) or "" for name in ("torch", "transformers", *method.ABOUT.packages)}}
+
+
+def _version(name: str) -> str | None:
+    """The installed version of a distribution; None where it isn't installed."""
     import importlib.metadata
 
     try:
-        importlib.metadata.version(name)
+        return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+        return None

@@ -15,8 +15,8 @@ class Metric:
     """One figure. `kind` says what its samples are:
 
     quality  one row an example, paired between the two sides
-    speed    one number a turn (and grid point), paired by turn
-    memory   one number a round
+    speed    a row a round with a number a turn, at each grid point, paired by round and turn
+    memory   a row a round with one number
     size     exact, read once
     """
 
@@ -53,8 +53,7 @@ METRICS: dict[str, Metric] = {
         Metric("tokens_per_second", "tokens/s", "higher", "speed", "output tokens of the batch over whole latency, median"),
         Metric("examples_per_second", "1/s", "higher", "speed", "examples classified over whole latency, median"),
         Metric("peak_load_bytes", "bytes", "lower", "memory", "peak while loading: RSS less the interpreter's, or GPU allocated"),
-        Metric("peak_run_bytes", "bytes", "lower", "memory", "peak while running: the same"),
-        Metric("peak_allocated_bytes", "bytes", "lower", "memory", "GPU: peak of allocated memory while running"),
+        Metric("peak_run_bytes", "bytes", "lower", "memory", "peak while running the grid: the same"),
         Metric("peak_reserved_bytes", "bytes", "lower", "memory", "GPU: peak of reserved memory while running"),
         Metric("process_gpu_bytes", "bytes", "lower", "memory", "GPU: what NVML says the process holds"),
         Metric("weight_bytes", "bytes", "lower", "size", "parameters and buffers as loaded"),

@@ -1,10 +1,11 @@
 """A model on disk and in memory: looking at it, loading it, saving it, measuring its size."""
 
+import hashlib
 import json
 import math
 import struct
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,8 +44,9 @@ def locate(id: str, folder: Path) -> str:
     Raises ModelError for what can be neither.
     """
     if id == "builtin":
+        check_folder(BUILTIN)
         return str(BUILTIN)
-    place = Path(folder, Path(id).expanduser())
+    place = folder / user_path(id)
     if place.is_dir():
         check_folder(place)
         return str(place.resolve())
@@ -55,19 +57,53 @@ def locate(id: str, folder: Path) -> str:
     return id
 
 
+def user_path(text: str) -> Path:
+    """A path as a person writes it, `~` standing for a home folder where there is such a user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
+def pinned(source: Source) -> Source:
+    """The source with the commit that a hub id means just now, so that both sides and every later stage have the same model.
+
+    Raises ModelError when the hub doesn't answer and nothing is cached.
+    """
+    if source.is_folder:
+        return source
+    import huggingface_hub
+    from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        commit = huggingface_hub.HfApi().model_info(source.id, revision=source.revision, timeout=10).sha
+    except (RepositoryNotFoundError, RevisionNotFoundError):
+        raise ModelError(f"model {source.id!r}: neither a folder here nor on the hub (revision {source.revision or 'main'})") from None
+    except Exception as error:  # offline in any of its ways
+        cached = huggingface_hub.try_to_load_from_cache(source.id, "config.json", revision=source.revision)
+        if not isinstance(cached, str):
+            raise ModelError(
+                f"model {source.id!r}: no folder of that name here, and the hub does not answer: {_first_line(error)}"
+            ) from None
+        commit = Path(cached).parent.name
+    return replace(source, revision=commit)
+
+
 def check_folder(folder: Path) -> None:
-    """See that a model folder has a config and whole safetensors, without torch.
+    """See that a model folder has a config, a tokenizer and whole safetensors, without torch.
 
     Raises ModelError.
     """
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        if "model_type" not in config:
-            raise ModelError(f"{folder / 'config.json'}: has no model_type, so no transformers model")
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ModelError(f"{folder}: no config.json, so no model folder") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, TypeError) as error:
+    except (ValueError, RecursionError, OSError) as error:
         raise ModelError(f"{folder / 'config.json'}: not JSON: {error}") from None
+    if not isinstance(config, dict) or "model_type" not in config:
+        raise ModelError(f"{folder / 'config.json'}: has no model_type, so no transformers model")
+    if not any(any(folder.glob(pattern)) for pattern in ("tokenizer*.json", "*.model", "vocab.*")):
+        raise ModelError(f"{folder}: no tokenizer (tokenizer.json, tokenizer_config.json, *.model or vocab.*)")
     files = weight_files(folder)
     if not files:
         pickles = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern))
@@ -88,10 +124,10 @@ def weight_files(folder: Path) -> list[Path]:
         return sorted(folder.glob("*.safetensors"))
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (json.JSONDecodeError, KeyError, AttributeError, TypeError):
+    except (ValueError, LookupError, AttributeError, TypeError, RecursionError, OSError):
         raise ModelError(f"{index}: damaged") from None
     for name in names:
-        if Path(name).name != name or not (folder / name).is_file():
+        if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
             raise ModelError(f"{index}: names {name}, which isn't there")
     return [folder / name for name in names]
 
@@ -101,6 +137,8 @@ def tensor_headers(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     Raises ModelError when the file is damaged or shorter than its header says.
     """
+    if not file.is_file():
+        raise ModelError(f"{file}: not a file")
     size = file.stat().st_size
     with file.open("rb") as stream:
         start = stream.read(8)
@@ -111,7 +149,7 @@ def tensor_headers(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             end = max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
-        except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError):
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
             raise ModelError(f"{file}: damaged, its header can't be read") from None
     if size < 8 + length + end:
         raise ModelError(f"{file}: truncated, {size:,} bytes where its header says {8 + length + end:,}")
@@ -119,12 +157,14 @@ def tensor_headers(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
-    """What tells one model from another: names, sizes and times of a folder's files; id and revision of a hub's."""
+    """What tells one model from another: the content of a folder's files; id and commit of a hub's."""
     if not source.is_folder:
-        return {"id": source.id, "revision": source.revision, "task": source.task, "dtype": source.dtype}
-    files = sorted(f for f in Path(source.id).iterdir() if f.is_file())
-    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    return {"files": stats, "task": source.task, "dtype": source.dtype}
+        return asdict(source)
+    content = {}
+    for file in sorted(f for f in Path(source.id).iterdir() if f.is_file()):
+        with file.open("rb") as stream:
+            content[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    return {"files": content, "task": source.task, "dtype": source.dtype}
 
 
 def pick_device(wanted: str) -> str:
@@ -174,7 +214,7 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.id, revision=source.revision)
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+    except Exception as error:  # the tokenizers library raises plain exceptions
         raise ModelError(f"{source.id}: no usable tokenizer: {_first_line(error)}") from None
     if tokenizer.pad_token_id is None:
         if tokenizer.eos_token is None:
@@ -199,11 +239,11 @@ def load_model(source: Source, device: str, quantization_config: Any = None) -> 
         )  # fmt: skip
     except ImportError as error:
         raise ModelError(f"{source.id}: {_first_line(error)}") from None
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, NameError) as error:
         raise ModelError(f"{source.id}: can't be loaded for task {source.task}: {_first_line(error)}") from None
     except Exception as error:
-        if type(error).__name__ in ("SafetensorError", "RuntimeError") and "memory" not in str(error).lower():
-            raise ModelError(f"{source.id}: its weights don't fit its config or are damaged: {_first_line(error)}") from None
+        if type(error).__name__ == "SafetensorError" or "ignore_mismatched_sizes" in str(error):
+            raise ModelError(f"{source.id}: its weights don't fit its config or are damaged") from None
         raise
     if lacking := sorted(info["missing_keys"]):
         raise ModelError(f"{source.id}: {len(lacking)} weights are missing, such as {', '.join(lacking[:3])}; it can't serve {source.task}")
@@ -211,19 +251,28 @@ def load_model(source: Source, device: str, quantization_config: Any = None) -> 
 
 
 def skeleton(source: Source) -> "PreTrainedModel":
-    """The model without its weights, to see what layers it has. Reads config.json alone.
+    """The model without its weights (computed buffers are there), to see what layers it has. Reads config.json alone.
 
     Raises ModelError.
     """
     import torch
     import transformers
+    from accelerate import init_empty_weights
 
     try:
         config = transformers.AutoConfig.from_pretrained(source.id, revision=source.revision)
-        with torch.device("meta"):
-            return getattr(transformers, AUTO[source.task]).from_config(config)
-    except (OSError, ValueError, KeyError) as error:
+        dtype = config.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
+        with init_empty_weights(include_buffers=False):
+            return getattr(transformers, AUTO[source.task]).from_config(config, dtype=dtype or torch.float32)
+    except Exception as error:  # a config may hold anything
         raise ModelError(f"{source.id}: can't serve task {source.task}: {_first_line(error)}") from None
+
+
+def skeleton_bytes(source: Source) -> int:
+    """Bytes of the weights as the source's dtype has them, from config.json alone; shared ones once."""
+    bare = skeleton(source)
+    bare.tie_weights()
+    return sum(p.numel() * p.element_size() for p in {id(p): p for p in bare.parameters()}.values())
 
 
 def weight_bytes(model: "PreTrainedModel") -> int:

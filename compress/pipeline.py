@@ -1,7 +1,10 @@
 """The order of events: a recipe is refused or accepted, the smaller model made, both models measured, the verdict written."""
 
+import secrets
+import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,18 +13,15 @@ from typing import Any
 from compress import data, methods, model
 from compress.benchmark import isolate
 from compress.benchmark.statistics import corpus_value
-from compress.errors import DeviceError
+from compress.errors import DeviceError, InputError, ModelError, RunError
+from compress.methods import quiet
 from compress.model import Source
 from compress.process import Child, Progress
 from compress.recipe import Gate, Recipe, Stage, digest, load
 from compress.report import verdict, why, write
-from compress.results import Example, Report, Role, Side, StageRecord
+from compress.results import Prediction, Report, Role, Side, StageRecord
 
 HEADLINE = ("rougeL", "perplexity", "accuracy")  # the metric by which single examples are ranked
-
-
-def quiet(what: str, done: int, total: int) -> None:
-    """Progress that nobody watches."""
 
 
 def run(recipe: Recipe | str | Path, out: str | Path = "reports", device: str = "auto", progress: Progress = quiet) -> Report:
@@ -33,14 +33,13 @@ def run(recipe: Recipe | str | Path, out: str | Path = "reports", device: str = 
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     _refuse(recipe, device)
     wanted = recipe.model
-    baseline = Source(model.locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision)
+    baseline = model.pinned(Source(model.locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
-    place = _place(recipe, Path(out))
-    log = _log(place)
-    stages = _stages(recipe, baseline, Path(out) / "artifacts", device, log, progress)
-    candidate = Source(stages[-1].artifact if stages else baseline.id, recipe.model.task, "auto" if stages else baseline.dtype)
-    report = _measured({"baseline": baseline, "candidate": candidate}, recipe, examples, stages, device, log, progress)
-    return _written(report, place, log)
+    with _place(recipe, Path(out)) as (place, log):
+        stages = _stages(recipe, baseline, Path(out) / "artifacts", device, log, progress)
+        candidate = Source(str(Path(stages[-1].artifact).resolve()), wanted.task) if stages else baseline
+        report = _measured({"baseline": baseline, "candidate": candidate}, recipe, examples, stages, device, log, progress)
+        return write.write(report.model_copy(update={"run": place.name}), place)
 
 
 def bench(
@@ -51,27 +50,23 @@ def bench(
     It is loaded as it is stored; the recipe's dtype and revision are for the recipe's own model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
+    source = model.pinned(Source(model.locate(model_id, Path()), recipe.model.task))
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
-    source = Source(model.locate(model_id, Path()), recipe.model.task)
-    place = _place(recipe, Path(out))
-    log = _log(place)
-    return _written(_measured({"candidate": source}, recipe, examples, [], device, log, progress), place, log)
+    with _place(recipe, Path(out)) as (place, log):
+        report = _measured({"candidate": source}, recipe, examples, [], device, log, progress)
+        return write.write(report.model_copy(update={"run": place.name}), place)
 
 
 def check(report: Report, against: Report | None = None) -> Report:
     """The gates of a report's recipe again; with `against`, this report's candidate is held against that one's.
 
-    Raises ReportError when the two were measured on different examples.
+    Raises ReportError when the two were not measured alike.
     """
-    candidate = report.side("candidate")
-    assert candidate is not None, "a report always has a candidate"
     baseline = report.side("baseline")
     if against is not None:
-        verdict.require_same_examples(report, against)
-        other = against.side("candidate")
-        assert other is not None, "a report always has a candidate"
-        baseline = other.model_copy(update={"role": "baseline"})
-    return _judged(report, baseline, candidate, paired=against is None)
+        verdict.require_comparable(report, against)
+        baseline = against.candidate.model_copy(update={"role": "baseline"})
+    return _judged(report, baseline, report.candidate, same_run=against is None)
 
 
 def _refuse(recipe: Recipe, device: str) -> None:
@@ -82,38 +77,82 @@ def _refuse(recipe: Recipe, device: str) -> None:
             raise DeviceError(f"{stage} runs on {', '.join(method.ABOUT.devices)}, not on {device}")
 
 
-def _place(recipe: Recipe, out: Path) -> Path:
-    """reports/<recipe>/<run>; a run is named by its time and its recipe's digest."""
-    return out / recipe.name / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{recipe.digest[:6]}"
+@contextmanager
+def _place(recipe: Recipe, out: Path) -> Iterator[tuple[Path, Path]]:
+    """reports/<recipe>/<run> for the report, and a log beside it for what the working processes print.
 
-
-def _log(place: Path) -> Path:
-    """Where working processes write what they have to say; kept only when the run fails."""
-    place.parent.mkdir(parents=True, exist_ok=True)
-    return place.with_name(f"{place.name}.log")
+    The log is kept only when the run fails, and the error then names it.
+    """
+    place = out / recipe.name / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: can't be written to: {error.strerror}") from None
+    log = place.with_name(f"{place.name}.log")
+    keep = False
+    try:
+        yield place, log
+    except RunError as error:
+        keep = log.exists() and log.stat().st_size > 0
+        raise type(error)(f"{error}; the log is {log}" if keep else str(error)) from None
+    finally:
+        if not keep:
+            log.unlink(missing_ok=True)
+        if not any(place.parent.iterdir()):
+            place.parent.rmdir()
 
 
 def _stages(recipe: Recipe, source: Source, artifacts: Path, device: str, log: Path, progress: Progress) -> list[StageRecord]:
-    """Make the artifact of every stage, or find it made. An artifact's name holds the digest of all that went into it."""
+    """Make the artifact of every stage, or find it made.
+
+    An artifact's name holds the digest of all that went into it: the model's content, every stage so far with its code, the calibration
+    examples, the versions of what it was made with. So recipes that share a beginning share its artifacts.
+    """
     records: list[StageRecord] = []
-    history: list[Any] = [model.fingerprint(source)]
+    name = Path(source.id).name if source.is_folder else source.id.rsplit("/", 1)[-1]
+    history: list[Any] = [model.fingerprint(source), device]
     for stage in recipe.stages:
         method = methods.find(stage.family, stage.method)
-        history.append([stage.as_written(), digest(methods.source(method).hex())])
-        target = artifacts / f"{recipe.name}-{stage.method}-{digest(history)}"
-        start, reused = time.monotonic(), target.is_dir()
+        seen: list[data.Example] = []
+        if method.ABOUT.calibrated:
+            wanted = recipe.calibration
+            seen = data.examples(recipe.data, recipe.folder, "train", wanted.samples, wanted.seed)
+            history.append([data.examples_digest(seen), wanted.max_tokens, recipe.data.chat])
+        history.append([stage.as_written(), methods.made_with(method)])
+        target = artifacts / f"{name}-{stage.method}-{digest(history)}"
+        start, reused = time.monotonic(), _is_whole(target)
         if not reused:
-            _make(stage, source, target, device, log, progress)
+            _make(recipe, stage, source, seen, target, device, log, progress)
+        layers = write.read_layers(target)
         seconds = time.monotonic() - start
-        records.append(StageRecord(stage=stage.as_written(), artifact=str(target), seconds=seconds, reused=reused))
+        records.append(StageRecord(stage=stage.as_written(), artifact=str(target), seconds=seconds, reused=reused, layers=layers))
         source = Source(str(target.resolve()), source.task)
     return records
 
 
-def _make(stage: Stage, source: Source, target: Path, device: str, log: Path, progress: Progress) -> None:
+def _is_whole(artifact: Path) -> bool:
+    """Whether an artifact is there to be used again; a damaged one is put away."""
+    if not artifact.exists():
+        return False
+    try:
+        model.check_folder(artifact)
+    except ModelError:
+        shutil.rmtree(artifact) if artifact.is_dir() else artifact.unlink()
+        return False
+    return True
+
+
+def _make(
+    recipe: Recipe, stage: Stage, source: Source, seen: list[data.Example], target: Path, device: str, log: Path, progress: Progress
+) -> None:
     written = {"family": stage.family, "method": stage.method, "settings": stage.settings.model_dump(mode="json")}
-    with Child("compress.stage", log, progress) as child:
-        child.ask("run", source=asdict(source), stage=written, target=str(target), device=device)
+    calibration = {"examples": [asdict(e) for e in seen], "max_tokens": recipe.calibration.max_tokens, "chat": recipe.data.chat}
+    try:
+        with Child("compress.stage", log, progress) as child:
+            child.ask("run", source=asdict(source), stage=written, calibration=calibration, target=str(target), device=device)
+    finally:
+        for partial in target.parent.glob(f".{target.name}.*.partial"):  # a killed process could not tidy up after itself
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 def _measured(
@@ -124,32 +163,30 @@ def _measured(
     score = next((name for name in HEADLINE if any(name in o["samples"] for o in outputs.values())), None)
     report = Report(
         recipe=recipe.name, run="", created=datetime.now(UTC).isoformat(timespec="seconds"), digest=recipe.digest,
-        examples_digest=data.examples_digest(examples), recipe_text=recipe.text, settings=recipe.as_written(),
-        environment=environment, stages=stages, sides=sides, verdict="pass", decided_by="", score=score,
-        examples=_examples(examples, outputs, score),
+        examples_digest=data.examples_digest(examples), settings=recipe.as_written(), environment=environment, stages=stages, sides=sides,
+        verdict="cannot_tell", decided_by="", score=score, predictions=_predictions(examples, outputs, score),
     )  # fmt: skip
     by_role = {side.role: side for side in sides}
-    return _judged(report, by_role.get("baseline"), by_role["candidate"], paired=True)
+    return _judged(report, by_role.get("baseline"), by_role["candidate"], same_run=True)
 
 
-def _judged(report: Report, baseline: Side | None, candidate: Side, paired: bool) -> Report:
+def _judged(report: Report, baseline: Side | None, candidate: Side, same_run: bool) -> Report:
     """The report with comparisons, gates, verdict and explanations for these two sides."""
     limits = {metric: Gate.model_validate(gate) for metric, gate in report.settings["check"].items()}
-    if baseline is None:  # only limits on the model itself can be checked
-        limits = {m: verdict.absolute_part(gate) for m, gate in limits.items() if gate.min is not None or gate.max is not None}
-    compared = verdict.comparisons(baseline, candidate, paired) if baseline else []
-    gates = verdict.gates(limits, compared, candidate)
-    failures = [failure for side in (baseline, candidate) if side for failure in side.failures]
-    decision, reason = verdict.decide(gates, failures)
+    compared = verdict.pairs(baseline, candidate, same_run) if baseline else []
+    gates = verdict.gates(limits, compared, baseline, candidate)
+    sides = [side for side in (baseline, candidate) if side]
+    decision, reason = verdict.decide(gates, [failure for side in sides for failure in side.failures])
+    comparisons = [verdict.compare(pair) for pair in compared]
     return report.model_copy(
         update={
-            "sides": [side for side in (baseline, candidate) if side], "comparisons": compared, "gates": gates, "verdict": decision,
-            "decided_by": reason, "notes": why.notes(report.stages, compared),
+            "sides": sides, "comparisons": comparisons, "gates": gates, "verdict": decision, "decided_by": reason,
+            "notes": why.notes(report.stages, comparisons, report.environment),
         }
     )  # fmt: skip
 
 
-def _examples(examples: Sequence[data.Example], outputs: dict[Role, isolate.Outputs], score: str | None) -> list[Example]:
+def _predictions(examples: Sequence[data.Example], outputs: dict[Role, isolate.Outputs], score: str | None) -> list[Prediction]:
     found = []
     for index, example in enumerate(examples):
         row: dict[str, Any] = asdict(example)
@@ -157,12 +194,5 @@ def _examples(examples: Sequence[data.Example], outputs: dict[Role, isolate.Outp
             row[role] = output["texts"][index] if output["texts"] is not None else None
             if score is not None:
                 row[f"{role}_score"] = corpus_value(score, [output["samples"][score][index]])
-        found.append(Example(**row))
+        found.append(Prediction(**row))
     return found
-
-
-def _written(report: Report, place: Path, log: Path) -> Report:
-    written = write.write(report.model_copy(update={"run": place.name}), place)
-    if not any(side.failures for side in report.sides):
-        log.unlink(missing_ok=True)
-    return written

@@ -31,6 +31,7 @@ ENVIRONMENT = {
     "TRANSFORMERS_VERBOSITY": "error",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
+    "DISABLE_SAFETENSORS_CONVERSION": "1",  # else a repository of pickles makes transformers ask a service to convert it
     "BITSANDBYTES_NOWELCOME": "1",
 }
 
@@ -168,7 +169,12 @@ def _as_message(error: Exception) -> dict[str, Any]:
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that memory ran out, on the host (torch raises a plain RuntimeError) or on a GPU."""
-    return isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError" or "can't allocate memory" in str(error)
+    said = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(words in said for words in ("can't allocate memory", "out of memory", "cublas_status_alloc_failed"))
+    )
 
 
 def is_disk_full(error: BaseException) -> bool:

@@ -21,7 +21,9 @@ from compress.metrics import CLASSIFIED, GENERATED, GROUPS, METRICS
 Task = Literal["seq2seq", "causal-lm", "sequence-classification"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 T = TypeVar("T", bound=Settings)
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=2**40)]
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+OF_THE_FILE = ("name", "folder")  # fields of a Recipe that no recipe writes
 
 
 class Model(Settings):
@@ -42,12 +44,14 @@ class Data(Settings):
         {"train": "train", "evaluation": "test"}, description="which split of the source serves which purpose"
     )
     prompt: str | None = Field(None, description="what the model is given; {field} stands for a row's field")
-    target: str | list[str] | None = Field(None, description="the reference or references; a field may hold a list")
+    target: str | Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description="the reference or references; a field may hold a list"
+    )
     text: str | None = Field(None, description="plain text for perplexity, instead of prompt and target")
     chat: bool = Field(False, description="wrap the prompt in the tokenizer's chat template, as a user's turn")
     samples: Count | None = Field(500, description="evaluation examples, drawn with the seed; null takes all")
     max_tokens: Count | None = Field(None, description="longest input in tokens; null takes the model's context")
-    seed: int = 0
+    seed: Seed = 0
 
     @field_validator("prompt", "target", "text")
     @classmethod
@@ -75,7 +79,7 @@ class Generation(Settings):
     top_k: Count | None = None
     top_p: float | None = Field(None, gt=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0)
-    seed: int = 0
+    seed: Seed = 0
 
     @model_validator(mode="after")
     def _sampling(self) -> "Generation":
@@ -90,25 +94,25 @@ class Calibration(Settings):
 
     samples: Count = 128
     max_tokens: Count = 512
-    seed: int = 0
+    seed: Seed = 0
 
 
 class Benchmark(Settings):
     """What is timed. A round starts a fresh process for each side; in a round the sides take turns.
 
-    Every turn times `iterations` generations at each point of batch_sizes x prompt_tokens.
+    Every turn times `iterations` generations at each point of batch_sizes x prompt_tokens. Rounds are what intervals rest on.
     """
 
     batch_sizes: list[Count] = Field([1, 8], min_length=1)
-    prompt_tokens: list[Count] = Field([128], min_length=1)
+    prompt_tokens: list[Count] = Field([128, 512], min_length=1)
     new_tokens: Annotated[int, Field(ge=2)] = 32
-    rounds: Count = 3
-    turns: Count = 5
+    rounds: Count = 5
+    turns: Count = 3
     iterations: Count = 3
     warmup: Annotated[int, Field(ge=0)] = 2
     quality_batch_size: Count = 16
-    threads: Count | None = Field(None, description="CPU threads; null takes all that the process may use")
-    limit_minutes: float = Field(60, gt=0, description="the longest that one request to a measuring process may take")
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(None, description="CPU threads; null takes all that the process may use")
+    limit_minutes: float = Field(60, gt=0, le=100_000, description="the longest that one request to a measuring process may take")
 
 
 class Gate(Settings):
@@ -143,12 +147,14 @@ class Stage(BaseModel):
 
 
 class Recipe(Settings):
-    """The whole of it. `name`, `folder` and `text` are those of the file and no part of the digest."""
+    """The whole of it. `name` and `folder` are those of the file and no part of the digest."""
 
     version: Literal[1]
     model: Model
     data: Data
-    metrics: list[str] | None = Field(None, description=f"any of {', '.join(GROUPS)}; null takes those that fit the task")
+    metrics: Annotated[list[str], Field(min_length=1)] | None = Field(
+        None, description=f"any of {', '.join(GROUPS)}; null takes those that fit the task"
+    )
     generation: Generation = Field(default_factory=Generation)
     calibration: Calibration = Field(default_factory=Calibration)
     benchmark: Benchmark = Field(default_factory=Benchmark)
@@ -157,7 +163,6 @@ class Recipe(Settings):
     stages: tuple[Stage, ...] = Field((), exclude=True)
     name: str = Field("recipe", exclude=True)
     folder: Path = Field(Path(), exclude=True)
-    text: str = Field("", exclude=True)
 
     def as_written(self) -> dict[str, Any]:
         """The recipe as plain data, defaults filled in."""
@@ -209,7 +214,6 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     if not file.exists() and file.suffix == "" and (shipped() / f"{file}.yaml").is_file():
         file = shipped() / f"{file}.yaml"
     document = yamlfile.read(file)
-    text = file.read_text(encoding="utf-8")
     problems = Problems()
     for assignment in overrides:
         if assignment.startswith("benchmark."):  # one key of a benchmark that is given by its name
@@ -217,7 +221,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recip
         document.override(assignment)
     data = dict(document.data)
     written = data.pop("stages", [])
-    for key in ("name", "folder", "text"):
+    for key in OF_THE_FILE:
         if key in data:
             problems.add(document, (key,), f"unknown key {key!r}")
             del data[key]
@@ -226,7 +230,9 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     stages = _stages(written, document, problems)
     problems.end()
     assert recipe is not None
-    recipe = recipe.model_copy(update={"stages": stages, "name": file.stem, "folder": file.parent, "text": text})
+    if file.stem == "artifacts":
+        problems.add(document, (), "a recipe can't be called artifacts, whose folder holds the artifacts; rename the file", "the file")
+    recipe = recipe.model_copy(update={"stages": stages, "name": file.stem, "folder": file.parent})
     _agree(recipe, document, problems)
     problems.end()
     return recipe
@@ -269,30 +275,51 @@ def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
     match error["type"]:
         case "extra_forbidden":
             known = _keys(kind, error["loc"][:-1])
-            return f"unknown key {error['loc'][-1]!r}{suggest(error['loc'][-1], known)}"
+            return f"unknown key {_short(error['loc'][-1])}{suggest(error['loc'][-1], known)}"
         case "missing":
             return "is missing"
         case "literal_error":
             allowed = context["expected"].replace(" or ", ", ").replace("'", "")
             close = difflib.get_close_matches(str(value), allowed.split(", "), n=1)
-            return f"{value!r} is not one of {allowed}" + (f"; did you mean {close[0]!r}?" if close else "")
+            return f"{_short(value)} is not one of {allowed}" + (f"; did you mean {close[0]!r}?" if close else "")
         case "value_error":
             return str(context["error"])
         case "bool_parsing" | "bool_type":
-            return f"{value!r} is not true or false"
+            return f"{_short(value)} is not true or false"
         case "int_parsing" | "int_type" | "int_from_float":
-            return f"{value!r} is not a whole number"
+            return f"{_short(value)} is not a whole number"
         case "float_parsing" | "float_type":
-            return f"{value!r} is not a number"
+            return f"{_short(value)} is not a number"
         case "string_type":
-            return f"{value!r} is not text; put it in quotes"
+            return f"{_short(value)} is not text; put it in quotes"
         case "greater_than_equal":
             return f"{value!r} is less than {context['ge']}"
         case "greater_than":
             return f"{value!r} is not above {context['gt']}"
+        case "less_than_equal" | "less_than":
+            return f"{_short(value)} is too large; at most {context.get('le', context.get('lt'))} is allowed"
+        case "finite_number":
+            return f"{value!r} is not a finite number"
+        case "int_parsing_size":
+            return f"{_short(value)} is too large"
+        case "model_type" | "model_attributes_type" | "dict_type":
+            return f"{_short(value)} is not a mapping of keys to values"
+        case "list_type":
+            return f"{_short(value)} is not a list"
+        case "too_short":
+            return "is an empty list; at least one entry is wanted"
+        case "string_too_short":
+            return "is empty"
+        case "invalid_key":
+            return f"{error['loc'][-1]!r} is not a key; keys are text"
         case _:
-            message = error["msg"].removeprefix("Input ")
-            return f"{value!r} {message}" if len(repr(value)) < 60 else message
+            return f"{_short(value)}: {error['msg'].removeprefix('Input ')}"
+
+
+def _short(value: Any) -> str:
+    """A value in a message."""
+    text = repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."
 
 
 def _keys(kind: type[Settings], place: tuple[str | int, ...]) -> list[str]:
@@ -304,7 +331,7 @@ def _keys(kind: type[Settings], place: tuple[str | int, ...]) -> list[str]:
             block = field.annotation
             block = next((a for a in getattr(block, "__args__", ()) if hasattr(a, "model_fields")), block)
     names = list(getattr(block, "model_fields", {}))
-    return [n for n in names if n not in ("name", "folder", "text")] if block is Recipe else names
+    return [n for n in names if n not in OF_THE_FILE] if block is Recipe else names
 
 
 def _benchmark(value: Any, document: yamlfile.Document, folder: Path, problems: Problems) -> Any:
@@ -314,7 +341,7 @@ def _benchmark(value: Any, document: yamlfile.Document, folder: Path, problems: 
     places = [folder / "benchmarks", shipped() / "benchmarks"]
     for place in places:
         file = place / f"{value}.yaml"
-        if Path(value).name == value and file.is_file():
+        if Path(value).name == value and len(value) < 100 and file.is_file():
             other = yamlfile.read(file)
             problems.validate(Benchmark, other.data, other, ())
             return other.data if not problems.lines else {}
@@ -362,6 +389,8 @@ def _agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> N
         problems.add(document, ("data", "text"), f"text is for task causal-lm; {task} wants prompt and target")
     for index, group in enumerate(recipe.metrics or []):
         place: yamlfile.Place = ("metrics", index)
+        if group in (recipe.metrics or [])[:index]:
+            problems.add(document, place, f"{group} stands twice")
         if group not in GROUPS:
             problems.add(document, place, f"{group!r} is not a metric group{suggest(group, tuple(GROUPS))}")
         elif (group in CLASSIFIED) != (task == "sequence-classification"):
@@ -394,7 +423,7 @@ def _gate_problem(name: str, gate: Gate, measured: set[str]) -> str | None:
 def schema() -> dict[str, Any]:
     """The JSON schema of a recipe, the settings of every method included."""
     document = Recipe.model_json_schema()
-    for key in ("name", "folder", "text"):
+    for key in OF_THE_FILE:
         del document["properties"][key]
     for key in ("Stage", "Settings"):
         document["$defs"].pop(key, None)

@@ -9,13 +9,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from compress.errors import NoSpace, ReportError
 from compress.metrics import METRICS, Better
 from compress.process import is_disk_full
+from compress.recipe import Gate
 
 FORMAT = 1
+LAYERS = "compress_layers.json"  # in an artifact: what a stage did to each layer
 Verdict = Literal["pass", "fail", "cannot_tell"]
 Role = Literal["baseline", "candidate"]
 
@@ -23,16 +25,16 @@ Role = Literal["baseline", "candidate"]
 class Record(BaseModel):
     """A block of a report."""
 
-    model_config = ConfigDict(frozen=True, ser_json_inf_nan="null")
+    model_config = ConfigDict(frozen=True, allow_inf_nan=False)
 
 
 class Measurement(Record):
     """One figure of one side.
 
     value    in the metric's unit; None where it could not be had, `reason` then says why
-    samples  what it was made from: a row of sufficient statistics an example (quality), a number a turn (speed)
-             or a round (memory), in the same order on both sides; empty for exact figures
-    raw      every single timing in seconds, a list a turn (speed only)
+    samples  what it was made from, in the same order on both sides: a row of sufficient statistics an example (quality), or a row
+             a round with a number a turn (speed) or one number (memory); empty for exact figures
+    raw      every single timing in seconds, a row a round (speed only)
     """
 
     metric: str
@@ -123,7 +125,7 @@ class StageRecord(Record):
     layers: list[dict[str, Any]] = []
 
 
-class Example(Record):
+class Prediction(Record):
     """One evaluation example with both outputs. Scores are the headline metric's (rougeL, perplexity ...), None if it has none."""
 
     id: str
@@ -144,7 +146,6 @@ class Report(Record):
     created: str
     digest: str
     examples_digest: str
-    recipe_text: str
     settings: dict[str, Any]
     environment: dict[str, Any]
     stages: list[StageRecord] = []
@@ -155,13 +156,40 @@ class Report(Record):
     decided_by: str
     notes: list[str] = []
     score: str | None = None
-    examples: list[Example] = Field([], repr=False)
+    predictions: list[Prediction] = Field([], repr=False)
     folder: Path = Field(Path(), exclude=True)
 
     @property
     def line(self) -> str:
         """The stages in short: quantize: int8_dynamic."""
         return ", ".join(": ".join(map(str, next(iter(record.stage.items())))) for record in self.stages)
+
+    @model_validator(mode="after")
+    def _complete(self) -> "Report":
+        roles = [side.role for side in self.sides]
+        if roles not in (["candidate"], ["baseline", "candidate"]):
+            raise ValueError(f"a candidate is wanted, with or without a baseline before it; it has {', '.join(roles) or 'nothing'}")
+        for side in self.sides:
+            for one in side.measurements:
+                if one.metric not in METRICS:
+                    raise ValueError(f"there is no metric {one.metric!r}")
+                widths = {len(row) for row in one.samples}
+                if METRICS[one.metric].kind != "size" and one.value is not None and (0 in widths or not widths):
+                    raise ValueError(f"{one.metric} has no samples")
+                if METRICS[one.metric].kind == "quality" and len(widths) > 1:
+                    raise ValueError(f"{one.metric} has samples of unequal width")
+        for key in ("check", "data", "generation", "benchmark"):
+            if not isinstance(self.settings.get(key), dict):
+                raise ValueError(f"settings.{key} is missing")
+        for gate in self.settings["check"].values():
+            Gate.model_validate(gate)
+        if not all(record.stage for record in self.stages):
+            raise ValueError("a stage without a name")
+        return self
+
+    @property
+    def candidate(self) -> Side:
+        return self.sides[-1]
 
     def side(self, role: Role) -> Side | None:
         return next((side for side in self.sides if side.role == role), None)
@@ -188,16 +216,16 @@ def read_report(path: str | Path) -> Report:
         data = json.loads(file.read_text(encoding="utf-8"))
         if not isinstance(data, dict) or "format" not in data:
             raise ReportError(f"{file}: not a report of this program")
-        if data["format"] != FORMAT:
+        if data["format"] is not FORMAT:
             raise ReportError(f"{file}: report format {data['format']!r}; this version reads format {FORMAT}")
         return Report.model_validate({**data, "folder": file.parent})
     except FileNotFoundError:
         raise ReportError(f"{file}: there is no report here") from None
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ReportError(f"{file}: damaged, not JSON: {error}") from None
     except ValidationError as error:
         first = error.errors()[0]
-        raise ReportError(f"{file}: damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+        raise ReportError(f"{file}: damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}"[:500]) from None
+    except (ValueError, RecursionError) as error:
+        raise ReportError(f"{file}: damaged, not JSON: {error}") from None
     except OSError as error:
         raise ReportError(f"{file}: can't be read: {error.strerror}") from None
 
@@ -217,10 +245,12 @@ def whole_folder(target: Path) -> Iterator[Path]:
             if file.is_file():
                 with file.open("rb") as stream:
                     os.fsync(stream.fileno())
-        if target.exists():  # another run made the same artifact meanwhile: same digest, same content
-            shutil.rmtree(partial)
-        else:
+        try:
             partial.rename(target)
+        except OSError:
+            if not target.is_dir():
+                raise
+            shutil.rmtree(partial)  # another run made the same meanwhile: same digest, same content
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
         if is_disk_full(error):

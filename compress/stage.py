@@ -1,55 +1,59 @@
 """One stage, in a working process: load, apply the method, save, load again and look whether it kept its promises."""
 
 import gc
-from dataclasses import replace
+import json
 from pathlib import Path
 from typing import Any
 
 from compress import methods, model
+from compress.data import Example
 from compress.errors import BrokenPromise, DeviceError
 from compress.process import Progress, serve
-from compress.results import whole_folder
+from compress.results import LAYERS, whole_folder
 
 
-def run(progress: Progress, source: dict[str, Any], stage: dict[str, Any], target: str, device: str) -> dict[str, Any]:
-    """Make the artifact of one stage in the folder `target`, which appears whole or not at all.
-
-    Returns {"layers": [{name, kind, bits}]}, read from the artifact.
-    """
+def run(progress: Progress, source: dict[str, Any], stage: dict[str, Any], calibration: dict[str, Any], target: str, device: str) -> None:
+    """Make the artifact of one stage in the folder `target`, which appears whole or not at all."""
     family, name, settings = stage["family"], stage["method"], stage["settings"]
     method = methods.require(family, name)
     device = model.pick_device(device)
     if device not in method.ABOUT.devices:
         raise DeviceError(f"{family}: {name} runs on {', '.join(method.ABOUT.devices)}, not on {device}")
     before = model.Source(**source)
-    context = methods.Context(device=device, progress=progress)
+    seen = [Example(**row) for row in calibration["examples"]]
+    context = methods.Context(device, progress, seen, calibration["max_tokens"], calibration["chat"])
     progress(f"{family}: {name}", 0, 1)
     bundle = method.apply(model.Bundle(before, device), method.Settings.model_validate(settings), context)
     with whole_folder(Path(target)) as folder:
         bundle.save(folder)
-        bytes_before = model.weight_bytes(model.load_model(before, device)) if method.ABOUT.smaller else None
+        (folder / LAYERS).write_text(json.dumps(context.layers, indent=1), encoding="utf-8")
         del bundle
         gc.collect()
-        _check_promises(model.Source(str(folder), before.task), device, f"{family}: {name}", bytes_before)
+        if method.ABOUT.smaller:
+            _check_smaller(model.skeleton_bytes(before), model.file_bytes(folder), f"{family}: {name}")
+        _check_logits(model.Source(str(folder), before.task), device, f"{family}: {name}")
     progress(f"{family}: {name}", 1, 1)
-    return {}
 
 
-def _check_promises(artifact: model.Source, device: str, who: str, bytes_before: int | None) -> None:
+def _check_smaller(before: int, after: int, who: str) -> None:
+    if after >= before:
+        raise BrokenPromise(f"{who}: promised a smaller model, but {before:,} bytes of weights became {after:,} bytes on disk")
+
+
+def _check_logits(artifact: model.Source, device: str, who: str) -> None:
     import torch
 
-    again = model.load_model(replace(artifact, dtype="auto"), device)
-    ids = torch.arange(2, 18, device=device).remainder(again.config.get_text_config().vocab_size)[None]
+    again = model.load_model(artifact, device)
+    ids = torch.arange(2, 34, device=device).remainder(again.config.get_text_config().vocab_size)[None]
+    if isinstance(again.config.eos_token_id, int):
+        ids[:, -1] = again.config.eos_token_id  # where some classifiers look
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if again.config.is_encoder_decoder:
+    if again.config.is_encoder_decoder and again.can_generate():
         inputs["decoder_input_ids"] = ids[:, :8]
     with torch.inference_mode():
         logits = again(**inputs).logits
     if not torch.isfinite(logits).all():
         raise BrokenPromise(f"{who}: the result gives NaN or infinite logits; nothing was kept. A wider dtype (bfloat16) may help")
-    bytes_after = model.weight_bytes(again)
-    if bytes_before is not None and bytes_after >= bytes_before:
-        raise BrokenPromise(f"{who}: promised a smaller model, but {bytes_before:,} bytes of weights became {bytes_after:,}")
 
 
 if __name__ == "__main__":

@@ -12,9 +12,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 from rich.table import Table
 
 from compress import process
+from compress.errors import printable
 from compress.report.compare import cells, columns, rows
 from compress.report.numbers import change, figure, verdict_words
-from compress.report.write import plain, shown
+from compress.report.write import shown
 from compress.results import Report
 
 COLOURS = {"pass": "green", "fail": "red", "cannot_tell": "yellow"}
@@ -54,11 +55,11 @@ def _lines() -> process.Progress:
 
 def show_report(report: Report) -> None:
     """Verdict, gates and figures of one report."""
-    console, colour = Console(), COLOURS[report.verdict]
+    console, colour = _Console(), COLOURS[report.verdict]
     if report.gates:
         gates = _table("verdict", "gate")
         for gate in report.gates:
-            gates.add_row(f"[{COLOURS[gate.verdict]}]{verdict_words(gate.verdict)}[/]", escape(gate.sentence))
+            gates.add_row(f"[{COLOURS[gate.verdict]}]{verdict_words(gate.verdict)}[/]", _shown(gate.sentence))
     figures = _table("figure", "baseline", "candidate", "change (95 % interval)", right=(1, 2))
     point: tuple[int | None, int | None] = (None, None)
     for theirs, ours, compared in shown(report):
@@ -68,28 +69,28 @@ def show_report(report: Report) -> None:
             point = (one.batch_size, one.prompt_tokens)
             figures.add_section()
             figures.add_row(f"[bold]batch {point[0]}, prompt {point[1]}[/]")
-        figures.add_row(one.metric, escape(figure(theirs)), escape(figure(ours)), change(compared))
+        figures.add_row(one.metric, _shown(figure(theirs)), _shown(figure(ours)), change(compared))
     console.print(figures)
     if report.gates:
         console.print(gates)
     for note in [*(f for side in report.sides for f in side.failures), *report.notes]:
-        console.print(escape(plain(note)), style="yellow")
-    console.print(f"[bold {colour}]{verdict_words(report.verdict)}[/]: {escape(report.decided_by)}")
+        console.print(_shown(note), style="yellow")
+    console.print(f"[bold {colour}]{verdict_words(report.verdict)}[/]: {_shown(report.decided_by)}")
     if report.stages:
-        console.print(f"artifact  {escape(report.stages[-1].artifact)}", soft_wrap=True)
-    console.print(f"report    {escape(str(report.folder))}", soft_wrap=True)
+        console.print(f"artifact  {_shown(report.stages[-1].artifact)}", soft_wrap=True)
+    console.print(f"report    {_shown(str(report.folder))}", soft_wrap=True)
 
 
 def show_comparison(reports: Sequence[Report]) -> None:
     """One table over reports; turned on its side where a row a model would not fit."""
     found, labels = rows(reports), columns(reports)
     header, body = cells(found, labels)
-    console = Console()
+    console = _Console()
     if len(header) * 16 > console.width:
         header, *body = [list(line) for line in zip(header, *body, strict=True)]
     display = _table(*header, right=range(1, len(header)))
     for line in body:
-        display.add_row(*(escape(plain(cell)) for cell in line))
+        display.add_row(*(_shown(cell) for cell in line))
     console.print(display)
 
 
@@ -98,12 +99,22 @@ def show_methods(found: Sequence[dict[str, Any]]) -> None:
     display = _table("method", "what it does", "devices", "installed here")
     for method in found:
         there = "yes" if method["installed"] else f"no: pip install 'compress[{method['extra']}]'"
-        display.add_row(f"{method['family']}: {method['method']}", escape(method["about"]), ", ".join(method["devices"]), escape(there))
-    Console().print(display)
+        display.add_row(f"{method['family']}: {method['method']}", _shown(method["about"]), ", ".join(method["devices"]), _shown(there))
+    _Console().print(display)
+
+
+def _shown(text: str) -> str:
+    """Text as it is, whatever it holds."""
+    return escape(printable(text))
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # the verb's exit status still counts; rich would end the program with 1
 
 
 def _table(*header: str, right: Sequence[int] | range = ()) -> Table:
     display = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for number, name in enumerate(header):
-        display.add_column(escape(name), justify="right" if number in right else "left", overflow="fold")
+        display.add_column(_shown(name), justify="right" if number in right else "left", overflow="fold")
     return display

@@ -31,8 +31,11 @@ class Document:
         except yaml.MarkedYAMLError as error:
             line = error.problem_mark.line + 1 if error.problem_mark else 1
             raise RecipeError(f"{name}:{line}: not YAML: {error.problem}") from None
-        except (yaml.YAMLError, ValueError) as error:
-            raise RecipeError(f"{name}:1: not YAML: {error}") from None
+        except RecipeError:
+            raise
+        except Exception as error:  # the constructors of odd tags raise whatever they come upon
+            line = text.count("\n", 0, getattr(error, "position", 0)) + 1
+            raise RecipeError(f"{name}:{line}: not YAML: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
         if not isinstance(data, dict):
             raise RecipeError(f"{name}:1: a mapping of keys to values is wanted, this is {_kind(data)}")
         self.data: dict[str, Any] = data
@@ -43,10 +46,7 @@ class Document:
         if not equals or not path.strip():
             raise RecipeError(f"--set {assignment}: a key and a value are wanted, as in --set stages.0.bits=4")
         place = tuple(int(part) if part.isdecimal() else part for part in path.strip().split("."))
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise RecipeError(f"--set {assignment}: {text!r} is not a YAML value") from None
+        value = Document(f"--set {assignment[:200]}", f"value: {text}" if text.strip() else "value: null").data["value"]
         spot: Any = self.data
         key: Any
         for depth, key in enumerate(place):

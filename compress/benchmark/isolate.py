@@ -15,13 +15,16 @@ from typing import Any
 from compress.benchmark.statistics import corpus_value
 from compress.data import Example
 from compress.errors import OutOfMemory, RunError
+from compress.metrics import METRICS
 from compress.model import Source
 from compress.process import Child, Progress
 from compress.recipe import Benchmark, Recipe
 from compress.results import Measurement, Role, Side
 
-Point = tuple[int, int]
+Point = tuple[int, int]  # batch size, prompt tokens
+Round = list[list[list[float]]]  # turns x iterations x tokens: seconds from the start of a generation
 Outputs = dict[str, Any]  # what `Worker.quality` gives
+OUT_OF_MEMORY = "out of memory"
 
 
 class Subject:
@@ -32,9 +35,9 @@ class Subject:
         self._log, self._progress = log, progress
         self._child: Child | None = None
         self.loads: list[dict[str, Any]] = []
-        self.peaks: list[dict[str, int]] = []
+        self.peaks: list[dict[Point, dict[str, int]]] = []
         self.reasons: dict[Point, str] = {}
-        self.turns: dict[Point, list[list[list[float]]]] = {point: [] for point in points(recipe.benchmark)}
+        self.rounds: dict[Point, list[Round]] = {point: [] for point in points(recipe.benchmark)}
         self.outputs: Outputs | None = None
         self.failures: list[str] = []
 
@@ -44,7 +47,7 @@ class Subject:
 
     @property
     def usable(self) -> list[Point]:
-        return [point for point in self.turns if point not in self.reasons]
+        return [point for point in self.rounds if point not in self.reasons]
 
     def start(self) -> None:
         """A fresh process with the model loaded and warmed up."""
@@ -56,18 +59,34 @@ class Subject:
         except BaseException:
             self.stop()
             raise
-        for point, reason in zip(self.usable, warm["reasons"], strict=True):
-            if reason:
-                self.reasons[point] = reason
+        peaks = {}
+        for point, found in zip(self.usable, warm, strict=True):
+            if found["reason"] is None:
+                peaks[point] = found["peak"]
+            else:
+                self.reasons[point] = found["reason"]
         self.loads.append(loaded)
-        self.peaks.append(warm["peak"])
+        self.peaks.append(peaks)
 
-    def take_turn(self, usable: list[Point]) -> None:
-        """Time every point once more."""
+    @property
+    def short_of_memory(self) -> bool:
+        """Whether a point could not be run for want of memory."""
+        return OUT_OF_MEMORY in self.reasons.values()
+
+    def start_alone(self) -> None:
+        """Start again, now that memory is free, and forget what had no place in it."""
+        self.stop()
+        self.reasons = {point: reason for point, reason in self.reasons.items() if reason != OUT_OF_MEMORY}
+        self.start()
+
+    def take_turn(self, usable: list[Point], number: int) -> None:
+        """Time every point once more, in the round of that number."""
         benchmark = self._recipe.benchmark
         timings = self.ask("turn", points=usable, new_tokens=benchmark.new_tokens, iterations=benchmark.iterations)
         for point, block in zip(usable, timings, strict=True):
-            self.turns[point].append(block)
+            if number == len(self.rounds[point]):
+                self.rounds[point].append([])
+            self.rounds[point][number].append(block)
 
     def answer(self, examples: list[Example]) -> None:
         """Do the examples."""
@@ -111,7 +130,9 @@ def measure(
             subject.stop()
     environment: dict[str, Any] = next((s.loads[0]["environment"] for s in subjects if s.loads), {})
     outputs = {s.role: s.outputs for s in subjects if s.outputs is not None}
-    return [_side(subject, recipe.benchmark) for subject in subjects], outputs, environment
+    environment["inputs_cut"] = max((output["cut"] for output in outputs.values()), default=0)
+    environment["generation_config"] = next((output["generation_config"] for output in outputs.values()), {})
+    return [_side(subject, _common(subjects)) for subject in subjects], outputs, environment
 
 
 def _rounds(subjects: list[Subject], recipe: Recipe, examples: list[Example], progress: Progress) -> None:
@@ -127,22 +148,29 @@ def _rounds(subjects: list[Subject], recipe: Recipe, examples: list[Example], pr
                     if alone:
                         _stop(others)
                     if not subject.running:
-                        try:
-                            subject.start()
-                        except OutOfMemory:
-                            if not others:
-                                raise
-                            alone = True
-                            _stop(others)
-                            subject.start()
+                        alone = _bring_up(subject, others) or alone
                     if subject.outputs is None:
                         subject.answer(examples)
-                    subject.take_turn(_common(subjects))
+                    subject.take_turn(_common(subjects), number)
                 except RunError as error:
                     subject.failures.append(f"{subject.role}: {error}")
                     subject.stop()
             progress("timing in turns", number * benchmark.turns + turn + 1, total)
         _stop(subjects)
+
+
+def _bring_up(subject: Subject, others: list[Subject]) -> bool:
+    """Start a side beside the others, or, where memory doesn't hold them together, without them. Says whether it came to that."""
+    try:
+        subject.start()
+        if not (others and subject.short_of_memory):
+            return False
+    except OutOfMemory:
+        if not others:
+            raise
+    _stop(others)
+    subject.start_alone()
+    return True
 
 
 def _stop(subjects: list[Subject]) -> None:
@@ -152,23 +180,19 @@ def _stop(subjects: list[Subject]) -> None:
 
 def _common(subjects: list[Subject]) -> list[Point]:
     """The points that no side is known to fail at."""
-    return [point for point in subjects[0].turns if all(point not in subject.reasons for subject in subjects)]
+    return [point for point in subjects[0].rounds if all(point not in subject.reasons for subject in subjects)]
 
 
-def _side(subject: Subject, benchmark: Benchmark) -> Side:
+def _side(subject: Subject, common: list[Point]) -> Side:
     found: list[Measurement] = []
     if subject.loads:
         found += _sizes(subject)
-        found += _memory(subject)
+        found += _memory(subject, common)
     for metric, samples in (subject.outputs or {}).get("samples", {}).items():
         found.append(_figure(metric, corpus_value(metric, samples), samples=samples))
-    for (batch_size, prompt_tokens), turns in subject.turns.items():
-        reason = subject.reasons.get((batch_size, prompt_tokens))
-        if turns:
-            found += _speeds(turns, batch_size, prompt_tokens)
-        else:
-            why = reason or "not reached"
-            found.append(Measurement(metric="latency_p50", value=None, batch_size=batch_size, prompt_tokens=prompt_tokens, reason=why))
+    for (batch_size, prompt_tokens), rounds in subject.rounds.items():
+        reason = subject.reasons.get((batch_size, prompt_tokens), "not reached on both sides")
+        found += _speeds(rounds, batch_size, prompt_tokens) if rounds else _unmeasured(reason, batch_size, prompt_tokens)
     return Side(role=subject.role, model=subject.source.id, measurements=found, failures=subject.failures)
 
 
@@ -178,46 +202,54 @@ def _sizes(subject: Subject) -> list[Measurement]:
     return [*sizes, _figure("bits_per_weight", 8 * loaded["weight_bytes"] / loaded["parameters"])]
 
 
-def _memory(subject: Subject) -> list[Measurement]:
+def _memory(subject: Subject, common: list[Point]) -> list[Measurement]:
+    """Peaks a round; while running, that of the most demanding point that both sides can run."""
+    running = {
+        name: [[max(peaks[point][name] for point in common)] for peaks in subject.peaks if all(point in peaks for point in common)]
+        for name in ("peak", "reserved", "process")
+        if common and all(name in peaks[point] for peaks in subject.peaks for point in common if point in peaks)
+    }
     series = {
-        "peak_load_bytes": [load["peak"]["peak"] for load in subject.loads],
-        "peak_run_bytes": [peak["peak"] for peak in subject.peaks],
-        "peak_allocated_bytes": [peak["allocated"] for peak in subject.peaks if "allocated" in peak],
-        "peak_reserved_bytes": [peak["reserved"] for peak in subject.peaks if "reserved" in peak],
-        "process_gpu_bytes": [peak["process"] for peak in subject.peaks if "process" in peak],
+        "peak_load_bytes": [[load["peak"]["peak"]] for load in subject.loads],
+        "peak_run_bytes": running.get("peak", []),
+        "peak_reserved_bytes": running.get("reserved", []),
+        "process_gpu_bytes": running.get("process", []),
     }
-    return [_figure(m, statistics.median(v), samples=[[x] for x in v]) for m, v in series.items() if v]
+    return [_figure(metric, statistics.median(row[0] for row in rows), samples=rows) for metric, rows in series.items() if rows]
 
 
-def _speeds(turns: list[list[list[float]]], batch_size: int, prompt_tokens: int) -> list[Measurement]:
-    """Every speed figure of a point from its token times: turns x iterations x tokens, in seconds from the start."""
-    generated = len(turns[0][0])
-    raw: dict[str, list[list[float]]] = {
-        "latency": [[times[-1] for times in turn] for turn in turns],
-        "ttft": [[times[0] for times in turn] for turn in turns],
-        "tpot": [[(times[-1] - times[0]) / max(1, generated - 1) for times in turn] for turn in turns],
+def _speeds(rounds: list[Round], batch_size: int, prompt_tokens: int) -> list[Measurement]:
+    """Every speed figure of a point. Its samples are a row a round: medians a turn, high percentiles over the round's timings."""
+    generated = len(rounds[0][0][0])
+    series: dict[str, Callable[[list[float]], float]] = {
+        "latency": lambda marks: marks[-1],
+        "ttft": lambda marks: marks[0],
+        "tpot": lambda marks: (marks[-1] - marks[0]) / (generated - 1),
+        "rate": lambda marks: batch_size * generated / marks[-1],
     }
-    rate = "tokens_per_second" if generated > 1 else "examples_per_second"
-    raw[rate] = [[batch_size * generated / seconds for seconds in turn] for turn in raw["latency"]]
-    kinds: list[tuple[str, str, Callable[[list[float]], float]]] = [
-        ("latency_p50", "latency", statistics.median),
-        ("latency_p90", "latency", lambda values: _quantile(values, 0.90)),
-        ("latency_p99", "latency", lambda values: _quantile(values, 0.99)),
-        (rate, rate, statistics.median),
-    ]
+    kinds = [("latency_p50", "latency", 0.5), ("latency_p90", "latency", 0.9), ("latency_p99", "latency", 0.99)]
     if generated > 1:
-        kinds += [("ttft", "ttft", statistics.median), ("tpot", "tpot", statistics.median)]
+        kinds += [("ttft", "ttft", 0.5), ("tpot", "tpot", 0.5), ("tokens_per_second", "rate", 0.5)]
+    else:
+        kinds += [("examples_per_second", "rate", 0.5)]
     found = []
-    for metric, series, reduce in kinds:
-        everything = [value for turn in raw[series] for value in turn]
-        found.append(
-            Measurement(
-                metric=metric, value=reduce(everything), batch_size=batch_size, prompt_tokens=prompt_tokens,
-                samples=[[reduce(turn)] for turn in raw[series]],
-                raw=raw[series] if metric in ("latency_p50", "ttft", "tpot") else [],
-            )
-        )  # fmt: skip
+    for metric, name, share in kinds:
+        raw = [[[series[name](marks) for marks in turn] for turn in turns] for turns in rounds]
+        flat = [[value for turn in turns for value in turn] for turns in raw]
+        if share == 0.5:
+            samples = [[_quantile(turn, share) for turn in turns] for turns in raw]
+        else:
+            samples = [[_quantile(values, share)] for values in flat]
+        value = _quantile([value for values in flat for value in values], share)
+        keep = flat if metric in ("latency_p50", "ttft", "tpot") else []
+        found.append(Measurement(metric=metric, value=value, batch_size=batch_size, prompt_tokens=prompt_tokens, samples=samples, raw=keep))
     return found
+
+
+def _unmeasured(reason: str, batch_size: int, prompt_tokens: int) -> list[Measurement]:
+    """What stands in the place of a point's figures."""
+    names = [name for name, metric in METRICS.items() if metric.kind == "speed"]
+    return [Measurement(metric=n, value=None, batch_size=batch_size, prompt_tokens=prompt_tokens, reason=reason) for n in names]
 
 
 def _quantile(values: list[float], share: float) -> float:
@@ -230,7 +262,6 @@ def _quantile(values: list[float], share: float) -> float:
 
 
 def _figure(metric: str, value: float, samples: list[list[float]] | None = None) -> Measurement:
-    finite = math.isfinite(value)
-    return Measurement(
-        metric=metric, value=value if finite else None, samples=samples or [], reason=None if finite else f"the value is {value}"
-    )
+    if not math.isfinite(value):
+        return Measurement(metric=metric, value=None, reason=f"its value is {value}")
+    return Measurement(metric=metric, value=value, samples=samples or [])

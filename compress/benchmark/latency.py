@@ -53,6 +53,8 @@ def prompts(model: "PreTrainedModel", device: str, batch_size: int, prompt_token
     generator = torch.Generator().manual_seed(0)
     vocabulary = model.config.get_text_config().vocab_size
     ids = torch.randint(min(10, vocabulary - 1), vocabulary, (batch_size, prompt_tokens), generator=generator).to(device)
+    if not model.can_generate() and isinstance(model.config.eos_token_id, int):
+        ids[:, -1] = model.config.eos_token_id  # BART classifies what it has at the end token
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 

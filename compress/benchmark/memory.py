@@ -20,20 +20,21 @@ def reset_peak(device: str) -> None:
         import torch
 
         torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # what loading left in the cache is no part of what comes
         torch.cuda.reset_peak_memory_stats()
     else:
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak(device: str, interpreter: int) -> dict[str, int]:
-    """The peaks since the last reset: `peak`, and on a GPU `allocated`, `reserved`, `process` (NVML, where it answers)."""
+    """`peak` since the last reset (GPU: allocated); on a GPU also the `reserved` peak and what the whole `process` holds now (NVML)."""
     if device == "cpu":
         return {"peak": max(0, _status("VmHWM") - interpreter)}
     import torch
 
     torch.cuda.synchronize()
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    figures = {"peak": allocated, "allocated": allocated, "reserved": reserved}
+    figures = {"peak": allocated, "reserved": reserved}
     process = _nvml_process_bytes()
     return figures if process is None else {**figures, "process": process}
 

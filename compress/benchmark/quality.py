@@ -13,86 +13,127 @@ from compress.process import Progress
 Texts = list[str]
 
 
-def generate(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Texts, settings: dict[str, Any], batch_size: int,
-    max_tokens: int | None, progress: Progress,
-) -> list[list[int]]:  # fmt: skip
+class Reader:
+    """Texts become token ids for a model, cut to what it can take.
+
+    max_tokens   the longest input wanted, or None
+    chat         texts are a user's turns, put into the tokenizer's chat template
+    cut          how many inputs have been cut so far
+    """
+
+    def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None, chat: bool = False):
+        self.model, self.tokenizer, self.cut = model, tokenizer, 0
+        self.context = context_length(model.config, tokenizer)
+        self._max_tokens, self._chat = max_tokens, chat
+        if chat and not tokenizer.chat_template:
+            raise DataError("data.chat: the model's tokenizer has no chat template; write the prompt out and leave chat away")
+
+    def read(self, texts: Texts, room: int = 0, unended: bool = False) -> list[list[int]]:
+        """Token ids of each text, leaving `room` in the context; `unended` leaves off the end token that some tokenizers add.
+
+        Raises DataError when nothing is left, or when a text has no token.
+        """
+        limits = [x for x in (self._max_tokens, None if self.context is None else self.context - room) if x is not None]
+        limit = min(limits, default=None)
+        if limit is not None and limit < 1:
+            raise DataError(f"{room} tokens to come leave no room for a prompt in the model's context of {self.context} tokens")
+        if self._chat:
+            turns = [[{"role": "user", "content": text}] for text in texts]
+            texts = [str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns]
+        rows = self.tokenizer(texts, add_special_tokens=not self._chat, return_attention_mask=False, verbose=False)["input_ids"]
+        found = []
+        for number, row in enumerate(rows):
+            kept = row[:-1] if unended and len(row) > 1 and row[-1] == self.tokenizer.eos_token_id else row
+            if limit is not None and len(kept) > limit:
+                ended = kept[-1] == self.tokenizer.eos_token_id
+                kept = [*kept[: limit - 1], kept[-1]] if ended else kept[:limit]
+                self.cut += 1
+            if not kept:
+                raise DataError(f"example {number + 1} of those drawn is empty and the tokenizer adds nothing to it: {texts[number]!r}")
+            found.append(kept)
+        return found
+
+    def batch(self, rows: list[list[int]], left: bool = False) -> Any:
+        """Rows of ids as padded tensors on the model's device."""
+        self.tokenizer.padding_side = "left" if left else "right"
+        return self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
+
+
+def generate(reader: Reader, prompts: Texts, settings: dict[str, Any], batch_size: int, progress: Progress) -> list[list[int]]:
     """The tokens that the model adds to each prompt, without padding and end tokens, in the order of the prompts.
 
-    Prompts are sorted by length, so that a batch has little padding; decoder-only models are padded on the left.
+    Prompts are sorted by length, so that a batch has little padding; decoder-only models are padded on the left. What `settings` leave
+    None is as the model's own generation config has it.
     """
+    model, both = reader.model, reader.model.config.is_encoder_decoder
     settings = {key: value for key, value in settings.items() if value is not None and key != "seed"}
-    new_tokens, context = settings["max_new_tokens"], context_length(model.config)
-    if context is not None and new_tokens >= context:
-        raise DataError(f"generation.max_new_tokens: {new_tokens} does not fit the model's context of {context} tokens")
-    room = 0 if model.config.is_encoder_decoder else new_tokens
-    encoded = encode(model, tokenizer, prompts, max_tokens, room)
-    tokenizer.padding_side = "left" if not model.config.is_encoder_decoder else "right"
-    ends = model.generation_config.eos_token_id
-    stop = {tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [ends])}
+    new_tokens = settings["max_new_tokens"]
+    if reader.context is not None and new_tokens >= reader.context:
+        raise DataError(f"generation.max_new_tokens: {new_tokens} does not fit the model's context of {reader.context} tokens")
+    encoded = reader.read(prompts, room=0 if both else new_tokens, unended=not both)
+    pad, ends = reader.tokenizer.pad_token_id, model.generation_config.eos_token_id
+    stop = {pad, *(ends if isinstance(ends, list) else [ends])}
     outputs: list[list[int]] = [[] for _ in prompts]
     for batch in batches(encoded, batch_size, progress, "generating"):
-        inputs = tokenizer.pad({"input_ids": [encoded[i] for i in batch]}, return_tensors="pt").to(model.device)
+        inputs = reader.batch([encoded[i] for i in batch], left=not both)
         with torch.inference_mode():
-            tokens = model.generate(**inputs, **settings, pad_token_id=tokenizer.pad_token_id)
-        start = 1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+            tokens = model.generate(**inputs, **settings, pad_token_id=pad)
+        start = 1 if both else inputs["input_ids"].shape[1]
         for index, row in zip(batch, tokens[:, start:].tolist(), strict=True):
             outputs[index] = _until(row, stop)
     return outputs
 
 
-def likelihoods(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Texts, targets: Texts | None, batch_size: int,
-    max_tokens: int | None, progress: Progress,
-) -> list[list[float]]:  # fmt: skip
+def likelihoods(reader: Reader, prompts: Texts, targets: Texts | None, batch_size: int, progress: Progress) -> list[list[float]]:
     """[negative log-likelihood in nats, tokens] of each target given its prompt, or of each text where there are no targets.
 
-    A plain text's first token is given, not predicted. Texts are cut at `max_tokens` or the model's context.
+    A plain text's first token is given, not predicted. Texts and targets are cut to the context.
 
-    Raises DataError when no text has two tokens.
+    Raises DataError when no text has a token to predict.
     """
-    encoder_decoder = model.config.is_encoder_decoder
-    answers = None
-    if targets is not None:
-        answers = [tokenizer(text_target=text, add_special_tokens=encoder_decoder)["input_ids"] for text in targets]
-    inside = answers is not None and not encoder_decoder  # the answer stands in the same context as its prompt
-    encoded = encode(model, tokenizer, prompts, max_tokens, max(map(len, answers)) if inside and answers else 0)
-    if inside and answers:
-        encoded = [_strip_end(prompt, tokenizer) + answer for prompt, answer in zip(encoded, answers, strict=True)]
-    tokenizer.padding_side = "right"
+    model, both = reader.model, reader.model.config.is_encoder_decoder
+    answers: list[list[int]] = [[] for _ in prompts]
+    if targets is None:
+        encoded = reader.read(prompts)
+    else:
+        answers = reader.tokenizer(text_target=targets, add_special_tokens=both, verbose=False)["input_ids"]
+        most = reader.context if both or reader.context is None else reader.context // 2
+        answers = [answer[:most] for answer in answers]
+        if both:
+            encoded = reader.read(prompts)
+        else:  # the answer stands in the same context as its prompt
+            read = [reader.read([prompt], room=len(answer), unended=True)[0] for prompt, answer in zip(prompts, answers, strict=True)]
+            encoded = [prompt + answer for prompt, answer in zip(read, answers, strict=True)]
     rows: list[list[float]] = [[] for _ in prompts]
     for batch in batches(encoded, batch_size, progress, "reading"):
-        inputs = tokenizer.pad({"input_ids": [encoded[i] for i in batch]}, return_tensors="pt").to(model.device)
-        if encoder_decoder:
-            assert answers is not None
-            labels = _padded([answers[i] for i in batch])
+        inputs = reader.batch([encoded[i] for i in batch])
+        if both:
+            labels = _padded([answers[i] for i in batch]).to(model.device)
+            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
         else:
-            given = [len(encoded[i]) - len(answers[i]) if answers is not None else 1 for i in batch]
-            labels = _padded([[-100] * g + encoded[i][g:] for i, g in zip(batch, given, strict=True)])
-        labels = labels.to(model.device)
+            given = [len(encoded[i]) - len(answers[i]) if targets is not None else 1 for i in batch]
+            labels = _padded([[-100] * g + encoded[i][g:] for i, g in zip(batch, given, strict=True)]).to(model.device)
         with torch.inference_mode():
-            logits = model(**inputs, labels=labels).logits.float()
-        if not encoder_decoder:
+            logits = model(**inputs).logits
+        if not both:
             logits, labels = logits[:, :-1], labels[:, 1:]
-        losses = torch.nn.functional.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
-        for index, loss, label in zip(batch, losses.double().sum(dim=1).tolist(), (labels != -100).sum(dim=1).tolist(), strict=True):
-            rows[index] = [loss, float(label)]
+        for index, told, label in zip(batch, logits, labels, strict=True):
+            real = label != -100
+            loss = torch.nn.functional.cross_entropy(told[real].float(), label[real], reduction="none")
+            rows[index] = [loss.double().sum().item(), float(real.sum())]
     if not sum(row[1] for row in rows):
         raise DataError("no example has a token to predict; perplexity needs texts of two tokens or more")
     return rows
 
 
-def classify(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts: Texts, batch_size: int, max_tokens: int | None, progress: Progress
-) -> list[int]:
+def classify(reader: Reader, prompts: Texts, batch_size: int, progress: Progress) -> list[int]:
     """The label that the model gives each input."""
-    encoded = encode(model, tokenizer, prompts, max_tokens, 0)
-    tokenizer.padding_side = "right"
+    encoded = reader.read(prompts)
     labels = [0] * len(prompts)
     for batch in batches(encoded, batch_size, progress, "classifying"):
-        inputs = tokenizer.pad({"input_ids": [encoded[i] for i in batch]}, return_tensors="pt").to(model.device)
+        inputs = reader.batch([encoded[i] for i in batch])
         with torch.inference_mode():
-            best = model(**inputs).logits.argmax(dim=-1).tolist()
+            best = reader.model(**inputs).logits.argmax(dim=-1).tolist()
         for index, label in zip(batch, best, strict=True):
             labels[index] = label
     return labels
@@ -103,21 +144,9 @@ def label_number(model: PreTrainedModel, text: str) -> int:
     names = model.config.label2id or {}
     if text in names:
         return int(names[text])
-    if text.isdigit() and int(text) < model.config.num_labels:
+    if text.isascii() and text.isdecimal() and int(text) < model.config.num_labels:
         return int(text)
     raise DataError(f"label {text!r} is none of the model's: numbers below {model.config.num_labels}, or {', '.join(names)}")
-
-
-def encode(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, texts: Texts, max_tokens: int | None, room: int) -> list[list[int]]:
-    """Token ids, cut to `max_tokens` and to what the model's context leaves beside `room` tokens to come.
-
-    Raises DataError when nothing is left for the input.
-    """
-    context = context_length(model.config)
-    limit = min([x for x in (max_tokens, None if context is None else context - room) if x is not None], default=None)
-    if limit is not None and limit < 1:
-        raise DataError(f"{room} tokens to come leave no room for a prompt in the model's context of {context} tokens")
-    return list(tokenizer(texts, truncation=limit is not None, max_length=limit, return_attention_mask=False)["input_ids"])
 
 
 def batches(encoded: list[list[int]], size: int, progress: Progress, what: str) -> Iterator[list[int]]:
@@ -139,8 +168,3 @@ def _until(tokens: list[int], stop: set[int | None]) -> list[int]:
         if token in stop:
             return tokens[:index]
     return tokens
-
-
-def _strip_end(tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """A prompt without the end token that some tokenizers put behind any text: the answer goes on from it."""
-    return tokens[:-1] if tokens and tokens[-1] == tokenizer.eos_token_id else tokens

@@ -14,6 +14,7 @@ import transformers
 from compress import model as models
 from compress.architecture import context_length
 from compress.benchmark import latency, memory, quality, scores
+from compress.errors import ModelError
 from compress.metrics import CLASSIFIED, GENERATED
 from compress.process import Progress, is_out_of_memory, serve
 
@@ -35,7 +36,11 @@ class Worker:
         self.interpreter = memory.resident()
         memory.reset_peak(self.device)
         self.model, self.tokenizer = bundle.model, bundle.tokenizer
-        self.warm: set[Point] = set()
+        self.model.config.pad_token_id = self.tokenizer.pad_token_id  # decoder-only classifiers look for the last real token by it
+        if len(self.tokenizer) > (rows := self.model.get_input_embeddings().num_embeddings):
+            raise ModelError(
+                f"{source['id']}: its tokenizer has {len(self.tokenizer)} tokens, its embedding only {rows}; they don't belong together"
+            )
         progress("loading", 1, 1)
         return {
             "peak": memory.peak(self.device, self.interpreter),
@@ -45,15 +50,16 @@ class Worker:
             "environment": _environment(self.device),
         }
 
-    def warm_up(self, progress: Progress, points: list[Point], new_tokens: int, repeats: int) -> dict[str, Any]:
-        """Run each point once and `repeats` times more. Returns the peak while running, and why points can't be run."""
-        memory.reset_peak(self.device)
-        reasons = []
+    def warm_up(self, progress: Progress, points: list[Point], new_tokens: int, repeats: int) -> list[dict[str, Any]]:
+        """Run each point once and `repeats` times more. Returns for each the peak while running, or the reason why it can't be run."""
+        found = []
         for number, (batch_size, prompt_tokens) in enumerate(points):
             progress("warming up", number, len(points))
-            reasons.append(self._try(batch_size, prompt_tokens, new_tokens, 1 + repeats))
+            memory.reset_peak(self.device)
+            reason = self._try(batch_size, prompt_tokens, new_tokens, 1 + repeats)
+            found.append({"reason": reason, "peak": memory.peak(self.device, self.interpreter)})
         progress("warming up", len(points), len(points))
-        return {"peak": memory.peak(self.device, self.interpreter), "reasons": reasons}
+        return found
 
     def turn(self, progress: Progress, points: list[Point], new_tokens: int, iterations: int) -> list[list[list[float]]]:
         """For each point and iteration the seconds from the start to every token."""
@@ -63,50 +69,50 @@ class Worker:
         self, progress: Progress, examples: list[dict[str, Any]], groups: list[str], generation: dict[str, Any], chat: bool,
         batch_size: int, max_tokens: int | None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Per-example statistics of every metric asked for, and the outputs as texts (None where nothing is generated)."""
+        """Per-example statistics of every metric asked for; the outputs as texts, None where there are none; how many inputs were cut."""
+        reader = quality.Reader(self.model, self.tokenizer, max_tokens, chat)
         prompts = [e["prompt"] for e in examples]
         references = [e["references"] for e in examples]
-        if chat:
-            prompts = [self._as_chat(prompt) for prompt in prompts]
         samples: scores.Samples = {}
         texts: list[str] | None = None
         if GENERATED & set(groups):
             torch.manual_seed(generation["seed"])
-            tokens = quality.generate(self.model, self.tokenizer, prompts, generation, batch_size, max_tokens, progress)
+            tokens = quality.generate(reader, prompts, generation, batch_size, progress)
             texts = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
             samples.update(scores.score_texts(groups, texts, references))
             if "generated_tokens" in groups:
                 samples["generated_tokens"] = [[float(len(row))] for row in tokens]
         if "perplexity" in groups:
             targets = [r[0] for r in references] if any(references) else None
-            samples["perplexity"] = quality.likelihoods(self.model, self.tokenizer, prompts, targets, batch_size, max_tokens, progress)
+            samples["perplexity"] = quality.likelihoods(reader, prompts, targets, batch_size, progress)
         if CLASSIFIED & set(groups):
             right = [quality.label_number(self.model, r[0]) for r in references]
-            guesses = quality.classify(self.model, self.tokenizer, prompts, batch_size, max_tokens, progress)
+            guesses = quality.classify(reader, prompts, batch_size, progress)
             found = scores.labels(guesses, right, self.model.config.num_labels)
             samples.update({name: rows for name, rows in found.items() if name in groups})
             texts = [str(self.model.config.id2label.get(guess, guess)) for guess in guesses]
-        return {"samples": samples, "texts": texts}
+        return {"samples": samples, "texts": texts, "cut": reader.cut, "generation_config": self._own_generation()}
 
-    def _as_chat(self, prompt: str) -> str:
-        turns = [{"role": "user", "content": prompt}]
-        return str(self.tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True))
+    def _own_generation(self) -> dict[str, Any]:
+        """What the model's own generation config says; it holds where the recipe says nothing."""
+        config = getattr(self.model, "generation_config", None)
+        return {} if config is None else {key: str(value) for key, value in config.to_diff_dict().items() if key != "transformers_version"}
 
     def _try(self, batch_size: int, prompt_tokens: int, new_tokens: int, times: int) -> str | None:
         """Run a point; why it can't be, or None."""
-        context = context_length(self.model.config)
+        context = context_length(self.model.config, self.tokenizer)
         needed = max(prompt_tokens, new_tokens) if self.model.config.is_encoder_decoder else prompt_tokens + new_tokens
         if context is not None and needed > context:
             return f"{needed} tokens don't fit the model's context of {context}"
         try:
             for _ in range(times):
                 self._time(batch_size, prompt_tokens, new_tokens)
+            return None
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
-            torch.cuda.empty_cache()
-            return "out of memory"
-        return None
+        torch.cuda.empty_cache()  # not while the error is held, whose traceback holds the tensors
+        return "out of memory"
 
     def _time(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> list[float]:
         inputs = latency.prompts(self.model, self.device, batch_size, prompt_tokens)

@@ -10,7 +10,7 @@ from typing import Literal
 from compress import methods
 from compress.errors import BrokenPromise
 from compress.methods import About, Context
-from compress.model import Bundle
+from compress.model import Bundle, skeleton
 
 ABOUT = About(
     at_run_time="arithmetic is in 16 bits, which CPUs without instructions for it (AVX-512 BF16, AMX) do more slowly than in 32",
@@ -26,7 +26,6 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     Raises BrokenPromise when all its weights have that dtype already.
     """
-    cast = Bundle(replace(bundle.source, dtype=settings.dtype), bundle.device)
-    if bundle.model.dtype == cast.model.dtype:
+    if str(skeleton(bundle.source).dtype) == f"torch.{settings.dtype}":
         raise BrokenPromise(f"quantize: cast: the model is in {settings.dtype} already; nothing to cast")
-    return cast
+    return Bundle(replace(bundle.source, dtype=settings.dtype), bundle.device)

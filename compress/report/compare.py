@@ -15,12 +15,12 @@ HEAD = ("rougeL", "bleu", "perplexity", "accuracy", "weight_bytes", "peak_run_by
 def rows(reports: Sequence[Report]) -> list[dict[str, Any]]:
     """A row a model: what it is, its figures, and for candidates each figure's ratio to its own baseline.
 
-    A baseline that several reports share (same model, same recipe data, same digest of examples) stands once.
+    A baseline that several reports share (same model and dtype, same examples, same benchmark, same machine) stands once.
     """
     found, seen = [], set()
     for report in reports:
         baseline = report.side("baseline")
-        if baseline is not None and (key := (baseline.model, report.examples_digest)) not in seen:
+        if baseline is not None and (key := _measured_as(report, baseline)) not in seen:
             seen.add(key)
             found.append(_row(report, baseline, None))
     for report in reports:
@@ -59,6 +59,13 @@ def cells(found: Sequence[dict[str, Any]], labels: Sequence[str]) -> tuple[list[
     """Header and rows of text, for people."""
     header = ["model", "verdict", *labels]
     return header, [[row["name"], row["verdict"], *(_with_ratio(row, label) for label in labels)] for row in found]
+
+
+def _measured_as(report: Report, side: Side) -> str:
+    """What makes two measurements of one model the same kind of thing."""
+    environment = [report.environment.get(key) for key in ("device", "gpu", "cpu", "threads")]
+    settings = [report.settings[key] for key in ("model", "generation", "benchmark")]
+    return json.dumps([side.model, report.examples_digest, settings, environment])
 
 
 def _row(report: Report, side: Side, baseline: Side | None) -> dict[str, Any]:

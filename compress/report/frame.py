@@ -41,8 +41,10 @@ def find_reports(places: Iterable[str | Path]) -> list[Path]:
             inside = [path / "report.json"] if (path / "report.json").is_file() else []
             if path.is_dir() and not inside:
                 inside = sorted(f for f in path.rglob("report.json") if not any(part.endswith(".partial") for part in f.parts))
-            if path.is_file():
+            if path.is_file() and path.suffix == ".json":
                 inside = [path]
+            if path.suffix == ".log" and len(matched) > 1:
+                continue  # a failed run's, beside the others
             if not inside:
                 raise ReportError(f"{path}: there is no report here")
             files.update(dict.fromkeys(inside))
@@ -76,4 +78,4 @@ def predictions(report: Report) -> "pandas.DataFrame":
     """A row an example: id, prompt, references, both outputs, both scores (of the report's headline metric)."""
     import pandas
 
-    return pandas.DataFrame([example.model_dump() for example in report.examples])
+    return pandas.DataFrame([prediction.model_dump() for prediction in report.predictions])

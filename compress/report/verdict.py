@@ -1,159 +1,204 @@
 """May the candidate replace the baseline? Every figure against its counterpart, every gate against its limit.
 
-A gate passes when its whole interval lies within the limit, fails when it lies outside, and can't tell when the limit is inside it.
-Figures that are exact have no interval. The worst gate decides.
+A gate passes when its whole interval lies within the limit, fails when it lies outside, and can't tell when the limit is inside it, or when
+there is too little for an interval. Sizes are exact and have none. The worst gate decides; what was not measured can't pass.
 """
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 from compress.benchmark import statistics
+from compress.benchmark.statistics import Effect
 from compress.errors import ReportError
 from compress.metrics import METRICS
 from compress.recipe import Gate
 from compress.results import Comparison, GateResult, Measurement, Report, Side, Verdict
 
-ORDER: tuple[Verdict, ...] = ("fail", "cannot_tell", "pass")
+RATIOS = ("max_ratio", "min_ratio")
+WORDS = {"max_drop": " drop", "max_rise": " rise", "max_ratio": " ratio", "min_ratio": " ratio", "max": "", "min": ""}
 
 
-def comparisons(baseline: Side, candidate: Side, paired: bool = True) -> list[Comparison]:
-    """Every figure that both sides have. `paired` says that turns were taken in the same run; examples always are the same."""
+@dataclass(frozen=True)
+class Pair:
+    """A figure on both sides. `same_run` says that the sides took turns; examples are always the same ones."""
+
+    theirs: Measurement
+    ours: Measurement
+    same_run: bool
+
+    def effect(self, ratio: bool) -> Effect:
+        """candidate / baseline or candidate - baseline, with bounds where there are any."""
+        a, b = self.theirs, self.ours
+        assert a.value is not None and b.value is not None
+        base = a.value
+        kind = METRICS[b.metric].kind
+        if kind == "quality":
+            if len(a.samples) != len(b.samples):
+                raise ReportError(f"{b.metric} was measured on {len(a.samples)} examples on one side and {len(b.samples)} on the other")
+            return _finite(statistics.paired(b.metric, a.samples, b.samples, ratio))
+        found: Effect
+        if a.value <= 0 or any(x <= 0 for x in [b.value, *(x for row in [*a.samples, *b.samples] for x in row)]):
+            found = math.nan, None, None
+        elif kind == "size":
+            found = (b.value / a.value,) * 3
+        elif self.same_run:
+            together = min(len(a.samples), len(b.samples))
+            found = statistics.paired_ratio(a.samples[:together], b.samples[:together])
+        else:
+            found = statistics.unpaired_ratio(a.samples, b.samples)
+        return _finite(found if ratio else _each(found, lambda x: (x - 1) * base))
+
+
+def pairs(baseline: Side, candidate: Side, same_run: bool) -> list[Pair]:
+    """Every figure that both sides have."""
     found = []
     for ours in candidate.measurements:
         theirs = baseline.figure(ours.point)
         if theirs is not None and theirs.value is not None and ours.value is not None:
-            found.append(_compare(theirs, ours, paired))
+            found.append(Pair(theirs, ours, same_run))
     return found
 
 
-def gates(check: dict[str, Gate], compared: Sequence[Comparison], candidate: Side) -> list[GateResult]:
-    """Every limit of every gate, at every grid point of its metric."""
+def compare(pair: Pair) -> Comparison:
+    """How the two figures compare: by difference for quality, by ratio for all else."""
+    ratio = METRICS[pair.ours.metric].kind != "quality"
+    estimate, low, high = pair.effect(ratio)
+    assert pair.theirs.value is not None and pair.ours.value is not None
+    return Comparison(
+        metric=pair.ours.metric, batch_size=pair.ours.batch_size, prompt_tokens=pair.ours.prompt_tokens, baseline=pair.theirs.value,
+        candidate=pair.ours.value, kind="ratio" if ratio else "difference", estimate=None if math.isnan(estimate) else estimate,
+        low=low, high=high,
+    )  # fmt: skip
+
+
+def gates(check: dict[str, Gate], compared: Sequence[Pair], baseline: Side | None, candidate: Side) -> list[GateResult]:
+    """Every limit of every gate, at every grid point that either side was to be measured at."""
+    by_point = {pair.ours.point: pair for pair in compared}
     results = []
     for metric, gate in check.items():
-        figures = [m for m in candidate.measurements if m.metric == metric and m.value is not None]
-        for kind in sorted(gate.model_fields_set, key=list(Gate.model_fields).index):
+        sides = [side for side in (candidate, baseline) if side is not None]
+        figures = {m.point: m for side in reversed(sides) for m in side.measurements if m.metric == metric}
+        for kind in Gate.model_fields:
             limit = getattr(gate, kind)
             if limit is None:
                 continue
-            if kind in ("min", "max"):
-                found = [_absolute(figure, kind, limit) for figure in figures]
-            else:
-                found = [_relative(c, kind, limit) for c in compared if c.metric == metric]
-            results += found or [_unmeasured(metric, kind, limit)]
+            if not figures:
+                results.append(_unmeasured(Measurement(metric=metric, value=None), kind, limit, "not measured"))
+            for point, figure in figures.items():
+                results.append(_gate(figure, by_point.get(point), candidate.figure(point), kind, limit))
     return results
-
-
-def absolute_part(gate: Gate) -> Gate:
-    """Only the limits that need no baseline."""
-    return gate.model_copy(update=dict.fromkeys(set(Gate.model_fields) - {"min", "max"}))
-
-
-def require_same_examples(ours: Report, theirs: Report) -> None:
-    """Raise ReportError unless both were measured on the same examples."""
-    if ours.examples_digest != theirs.examples_digest:
-        raise ReportError(
-            f"{ours.folder} and {theirs.folder} were measured on different examples (digests {ours.examples_digest} and "
-            f"{theirs.examples_digest}); measure one again with the other's data, prompt, samples and seed"
-        )
 
 
 def decide(results: Sequence[GateResult], failures: Sequence[str]) -> tuple[Verdict, str]:
     """The verdict and what decided it."""
+    for result in results:
+        if result.verdict == "fail":
+            return "fail", result.sentence
     if failures:
         return "cannot_tell", f"not everything could be measured: {failures[0]}"
-    for verdict in ORDER[:2]:
-        for result in results:
-            if result.verdict == verdict:
-                return verdict, result.sentence
-    return "pass", "every gate holds" if results else "no gates: the recipe sets no limits under check"
+    for result in results:
+        if result.verdict == "cannot_tell":
+            return "cannot_tell", result.sentence
+    return (
+        ("pass", "every gate holds")
+        if results
+        else ("cannot_tell", "the recipe sets no limits under check, so there is nothing to judge by")
+    )
 
 
-def _compare(theirs: Measurement, ours: Measurement, paired: bool) -> Comparison:
-    assert theirs.value is not None and ours.value is not None
-    quality = METRICS[ours.metric].kind == "quality"
-    estimate: float | None
-    low: float | None
-    high: float | None
-    if quality:
-        if len(theirs.samples) != len(ours.samples):
+def require_comparable(ours: Report, theirs: Report) -> None:
+    """Raise ReportError unless both were measured alike: same examples, same generation, same benchmark, same machine."""
+    mine, other = (_measured_how(report) for report in (ours, theirs))
+    for what in mine:
+        if mine[what] != other[what]:
             raise ReportError(
-                f"{ours.metric} was measured on {len(theirs.samples)} examples on one side and {len(ours.samples)} on the other"
+                f"{ours.folder} and {theirs.folder} were not measured alike: {what} is {mine[what]!r} in one and {other[what]!r} in the other; "
+                "measure one again as the other was"
             )
-        estimate, low, high = statistics.paired_difference(ours.metric, theirs.samples, ours.samples)
-    else:
-        estimate, low, high = _ratio(theirs, ours, paired)
-    return Comparison(
-        metric=ours.metric, batch_size=ours.batch_size, prompt_tokens=ours.prompt_tokens, baseline=theirs.value, candidate=ours.value,
-        kind="difference" if quality else "ratio", estimate=estimate, low=low, high=high,
-    )  # fmt: skip
 
 
-def _ratio(theirs: Measurement, ours: Measurement, paired: bool) -> tuple[float | None, float | None, float | None]:
-    assert theirs.value is not None and ours.value is not None
-    a, b = [row[0] for row in theirs.samples], [row[0] for row in ours.samples]
-    if not theirs.value or not ours.value or min([*a, *b], default=1) <= 0:
-        return None, None, None
-    if not a or not b:
-        exact = ours.value / theirs.value
-        return exact, exact, exact
-    if paired:
-        together = min(len(a), len(b))
-        return statistics.paired_ratio(a[:together], b[:together])
-    return statistics.unpaired_ratio(a, b)
+def _measured_how(report: Report) -> dict[str, object]:
+    data, environment = report.settings["data"], report.environment
+    return {
+        "the digest of the examples": report.examples_digest,
+        "data.chat": data.get("chat"),
+        "data.max_tokens": data.get("max_tokens"),
+        "generation": report.settings["generation"],
+        "benchmark": report.settings["benchmark"],
+        **{what: environment.get(what) for what in ("device", "gpu", "cpu", "threads", "cores")},
+    }
 
 
-def _relative(compared: Comparison, kind: str, limit: float) -> GateResult:
-    estimate, low, high = compared.estimate, compared.low, compared.high
-    if kind in ("max_drop", "max_rise") and compared.kind == "ratio":  # a difference of exact or timed figures
-        scale = compared.baseline
-        estimate, low, high = (None if x is None else (x - 1) * scale for x in (estimate, low, high))
-    elif kind in ("max_ratio", "min_ratio") and compared.kind == "difference":
-        scale = compared.baseline
-        estimate, low, high = (None if x is None or not scale else 1 + x / scale for x in (estimate, low, high))
-    if kind == "max_drop":
-        estimate, low, high = (None if x is None else -x for x in (estimate, high, low))
-    words = {"max_drop": "drop", "max_rise": "rise", "max_ratio": "ratio", "min_ratio": "ratio"}[kind]
-    unit = "" if "ratio" in kind else f" {METRICS[compared.metric].unit}"
-    label = Measurement(metric=compared.metric, value=0, batch_size=compared.batch_size, prompt_tokens=compared.prompt_tokens).label
-    return _result(
-        f"{label} {words}", unit, kind, limit, estimate, low, high,
-        metric=compared.metric, batch_size=compared.batch_size, prompt_tokens=compared.prompt_tokens,
-    )  # fmt: skip
+def _gate(figure: Measurement, pair: Pair | None, ours: Measurement | None, kind: str, limit: float) -> GateResult:
+    if ours is not None and ours.value is None and ours.reason is not None and METRICS[ours.metric].kind == "quality":
+        return _result(figure, kind, limit, (math.nan, None, None), "fail", f"{figure.label} of the candidate is broken: {ours.reason}")
+    if kind in ("min", "max"):
+        if ours is None or ours.value is None:
+            return _unmeasured(figure, kind, limit, (ours and ours.reason) or "not measured")
+        return _held(figure, kind, limit, _absolute(ours))
+    if pair is None:
+        reason = (ours and ours.reason) or figure.reason or "not measured on both sides"
+        return _unmeasured(figure, kind, limit, reason)
+    effect = pair.effect(ratio=kind in RATIOS)
+    return _held(figure, kind, limit, _turned(effect) if kind == "max_drop" else effect)
 
 
-def _absolute(figure: Measurement, kind: str, limit: float) -> GateResult:
-    """A limit on the candidate alone. Quality has the bootstrap's interval against nothing, that is of the value itself."""
-    value = figure.value
-    low = high = value
-    if METRICS[figure.metric].kind == "quality" and figure.samples:
-        low, high = statistics.bootstrap(figure.metric, figure.samples)
-    return _result(
-        figure.label, f" {figure.unit}", kind, limit, value, low, high,
-        metric=figure.metric, batch_size=figure.batch_size, prompt_tokens=figure.prompt_tokens,
-    )  # fmt: skip
-
-
-def _result(
-    what: str, unit: str, kind: str, limit: float, estimate: float | None, low: float | None, high: float | None, **point: Any
-) -> GateResult:
-    at_most = kind in ("max_drop", "max_rise", "max_ratio", "max")
-    bound = f"{'at most' if at_most else 'at least'} {limit:g}{unit}"
-    interval = None if low is None or high is None else (low, high)
+def _held(figure: Measurement, kind: str, limit: float, effect: Effect) -> GateResult:
+    """An effect held against its limit."""
+    estimate, low, high = effect
+    unit = "" if kind in RATIOS else f" {figure.unit}"
+    at_most = kind.startswith("max")
+    bound = f"{'at most' if at_most else 'at least'} {limit:g}{unit} is allowed"
+    what = f"{figure.label}{WORDS[kind]}"
     verdict: Verdict
-    if estimate is None or interval is None:
-        verdict = "cannot_tell"
-        sentence = f"{what}: too few turns for an interval, {bound} is allowed"
+    if low is None or high is None:
+        verdict, sentence = "cannot_tell", f"{what} is {estimate:.4g}{unit}, from too little data for an interval; {bound}"
     else:
-        inside = interval[1] <= limit if at_most else interval[0] >= limit
-        outside = interval[0] > limit if at_most else interval[1] < limit
+        inside = high <= limit if at_most else low >= limit
+        outside = low > limit if at_most else high < limit
         verdict = "pass" if inside else "fail" if outside else "cannot_tell"
-        spread = "" if interval[0] == interval[1] else f" (95 % {interval[0]:.4g} to {interval[1]:.4g})"
-        sentence = f"{what} is {estimate:.4g}{unit}{spread}, {bound} is allowed"
-    return GateResult(limit_kind=kind, limit=limit, estimate=estimate, interval=interval, verdict=verdict, sentence=sentence, **point)
+        spread = "" if low == high else f" (95 % {low + 0.0:.4g} to {high + 0.0:.4g})"
+        sentence = f"{what} is {estimate + 0.0:.4g}{unit}{spread}; {bound}"
+    return _result(figure, kind, limit, effect, verdict, sentence)
 
 
-def _unmeasured(metric: str, kind: str, limit: float) -> GateResult:
+def _absolute(figure: Measurement) -> Effect:
+    """The candidate's own value with its interval."""
+    assert figure.value is not None
+    kind = METRICS[figure.metric].kind
+    if kind == "size":
+        return figure.value, figure.value, figure.value
+    if kind == "quality":
+        return statistics.alone(figure.metric, figure.samples)
+    return statistics.geometric_mean(figure.samples)
+
+
+def _unmeasured(figure: Measurement, kind: str, limit: float, reason: str) -> GateResult:
+    sentence = f"{figure.label}: {kind} {limit:g} can't be checked: {reason}"
+    return _result(figure, kind, limit, (math.nan, None, None), "cannot_tell", sentence)
+
+
+def _result(figure: Measurement, kind: str, limit: float, effect: Effect, verdict: Verdict, sentence: str) -> GateResult:
+    estimate, low, high = effect
     return GateResult(
-        metric=metric, limit_kind=kind, limit=limit, estimate=None, interval=None, verdict="cannot_tell",
-        sentence=f"{metric} was not measured on both sides, so {kind} {limit:g} can't be checked",
+        metric=figure.metric, batch_size=figure.batch_size, prompt_tokens=figure.prompt_tokens, limit_kind=kind, limit=limit,
+        estimate=None if math.isnan(estimate) else estimate, interval=None if low is None or high is None else (low, high),
+        verdict=verdict, sentence=sentence,
     )  # fmt: skip
+
+
+def _finite(effect: Effect) -> Effect:
+    estimate, low, high = effect
+    whole = all(x is not None and math.isfinite(x) for x in effect)
+    return (estimate, low, high) if whole else (estimate if math.isfinite(estimate) else math.nan, None, None)
+
+
+def _turned(effect: Effect) -> Effect:
+    estimate, low, high = effect
+    return -estimate, None if high is None else -high, None if low is None else -low
+
+
+def _each(effect: Effect, change: Callable[[float], float]) -> Effect:
+    estimate, low, high = effect
+    return change(estimate), None if low is None else change(low), None if high is None else change(high)

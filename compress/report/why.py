@@ -1,11 +1,13 @@
 """Why a candidate is not smaller or not faster, in a sentence each, by rules over what was measured."""
 
+from typing import Any
+
 from compress import methods
 from compress.report.numbers import change, scaled
 from compress.results import Comparison, StageRecord
 
 
-def notes(stages: list[StageRecord], compared: list[Comparison]) -> list[str]:
+def notes(stages: list[StageRecord], compared: list[Comparison], environment: dict[str, Any]) -> list[str]:
     """The sentences; none where the candidate is smaller and faster everywhere."""
     found = []
     slower = [c for c in compared if c.metric == "latency_p50" and c.low is not None and c.low > 1]
@@ -21,6 +23,10 @@ def notes(stages: list[StageRecord], compared: list[Comparison]) -> list[str]:
         found.append(
             f"Peak memory while running did not fall although the weights shrank by {saved}: they are now "
             f"{weights.candidate / run.candidate:.0%} of it; cache, activations and the kernels' own buffers are the rest."
+        )
+    if cut := environment.get("inputs_cut"):
+        found.append(
+            f"{cut} inputs were longer than the model's context or data.max_tokens and were cut at their end, alike on both sides."
         )
     return found
 

@@ -1,13 +1,17 @@
 """A report on disk: report.json, measurements.parquet, predictions.parquet and report.md, all or none."""
 
 import html
+import json
 import re
 from pathlib import Path
 
+import yaml
+
+from compress.errors import printable
 from compress.metrics import METRICS
 from compress.report.frame import frame, predictions
 from compress.report.numbers import change, figure, verdict_words
-from compress.results import Comparison, Example, Measurement, Report, whole_folder
+from compress.results import LAYERS, Comparison, Measurement, Prediction, Report, whole_folder
 
 WORST = 10
 SHOWN = (
@@ -31,15 +35,15 @@ def write(report: Report, folder: Path) -> Report:
 def markdown(report: Report) -> str:
     """The report for people who read text."""
     parts = [
-        f"# {report.recipe}: {verdict_words(report.verdict)}",
-        f"{report.decided_by}.",
+        f"# {_cell(report.recipe)}: {verdict_words(report.verdict)}",
+        f"{_cell(report.decided_by)}.",
         _gates(report),
         _sides(report),
         _notes(report),
         _stages(report),
         _worst(report),
         _environment(report),
-        f"## Recipe\n\nDigest {report.digest}, examples {report.examples_digest}.\n\n```yaml\n{report.recipe_text.strip()}\n```",
+        f"## Recipe\n\nAs it was run, defaults filled in; digest {report.digest}, examples {report.examples_digest}.\n\n{_recipe(report)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -55,17 +59,25 @@ def shown(report: Report) -> list[tuple[Measurement | None, Measurement | None, 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; cells are shown as they are, whatever they hold."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(_cell(cell) for cell in line) + " |" for line in lines)
-
-
-def plain(text: str) -> str:
-    """Text from a model or a data set, without control characters that a terminal or a browser would act upon."""
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", "\N{REPLACEMENT CHARACTER}", text)
+    lines = [[_cell(cell) for cell in header], ["---"] * len(header), *([_cell(cell) for cell in row] for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def _cell(text: str) -> str:
-    return text if text == "---" else html.escape(plain(text), quote=False).replace("|", "&#124;").replace("\n", "<br>")
+    """Text as Markdown shows it literally: no markup, no links, no pictures, no line breaks but <br>."""
+    return re.sub(r"([\\`*_\[\]!#|~])", r"\\\1", html.escape(printable(text), quote=False)).replace("\n", "<br>")
+
+
+def read_layers(artifact: Path) -> list[dict[str, object]]:
+    """What a stage noted of each layer of its artifact."""
+    file = artifact / LAYERS
+    return list(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else []
+
+
+def _recipe(report: Report) -> str:
+    """The recipe as an indented block, which nothing in it can end."""
+    text = yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=110)
+    return "\n".join(f"    {line}" for line in printable(text).splitlines())
 
 
 def _gates(report: Report) -> str:
@@ -86,7 +98,7 @@ def _sides(report: Report) -> str:
 
 
 def _notes(report: Report) -> str:
-    lines = [f"- {note}" for note in [*report.notes, *(f for side in report.sides for f in side.failures)]]
+    lines = [f"- {_cell(note)}" for note in [*report.notes, *(f for side in report.sides for f in side.failures)]]
     return "## Notes\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -100,7 +112,7 @@ def _stages(report: Report) -> str:
         ]
         for record in report.stages
     ]
-    return "## Stages\n\n" + table(["stage", "took"], rows) + f"\n\nThe artifact: `{report.stages[-1].artifact}`"
+    return "## Stages\n\n" + table(["stage", "took"], rows) + f"\n\nThe artifact: {_cell(report.stages[-1].artifact)}"
 
 
 def _worst(report: Report) -> str:
@@ -109,18 +121,18 @@ def _worst(report: Report) -> str:
         return ""
     sign = -1 if METRICS[report.score].better == "lower" else 1
 
-    def loss(example: Example) -> float:
+    def loss(example: Prediction) -> float:
         return sign * ((example.baseline_score or 0) - (example.candidate_score or 0))
 
-    scored = [e for e in report.examples if e.baseline_score is not None and e.candidate_score is not None]
+    scored = [e for e in report.predictions if e.baseline_score is not None and e.candidate_score is not None]
     worst = [example for example in sorted(scored, key=loss, reverse=True)[:WORST] if loss(example) > 0]
     if not worst:
-        return f"## Examples that lost most\n\nNone of {len(scored)} lost in {report.score}."
+        return f"## Examples that lost most\n\nNone of {len(scored)} lost in {_cell(report.score)}."
     blocks = []
     for example in worst:
         lines = [["prompt", example.prompt], *(["reference", text] for text in example.references)]
         lines += [[role, text] for role, text in (("baseline", example.baseline), ("candidate", example.candidate)) if text is not None]
-        heading = f"### {_cell(example.id)}: {report.score} {example.baseline_score:.1f} to {example.candidate_score:.1f}"
+        heading = f"### {_cell(example.id)}: {_cell(report.score)} {example.baseline_score:.1f} to {example.candidate_score:.1f}"
         blocks.append(heading + "\n\n" + table(["", "text"], [[name, _shortened(text)] for name, text in lines]))
     return "## Examples that lost most\n\n" + "\n\n".join(blocks)
 

@@ -18,23 +18,37 @@ def quiet(*_):
 
 @pytest.fixture(params=["t5", "bart", "llama", "gpt2"])
 def bundle(request, toys):
-    return Bundle(Source(str(toys[request.param]), TASKS[request.param], "float32"), "cpu")
+    """A random model that doesn't stop at once: weights drawn wider, so that prompts matter, and the end token made unlikely."""
+    found = Bundle(Source(str(toys[request.param]), TASKS[request.param], "float32"), "cpu")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in found.model.named_parameters():
+            if parameter.dim() > 1:
+                parameter.add_(0.15 * torch.randn_like(parameter))
+    found.model.generation_config.suppress_tokens = [0, 1, 2]
+    return found
+
+
+def reader(bundle, **options):
+    return quality.Reader(bundle.model, bundle.tokenizer, **options)
 
 
 def test_batches_give_the_same_tokens_as_one_at_a_time(bundle):
-    model, words = bundle.model, bundle.tokenizer
+    model, words, both = bundle.model, bundle.tokenizer, bundle.model.config.is_encoder_decoder
     settings = {"max_new_tokens": 8, "num_beams": 1, "do_sample": False, "seed": 0}
-    found = quality.generate(model, words, PROMPTS, settings, 3, None, quiet)
+    found = quality.generate(reader(bundle), PROMPTS, settings, 3, quiet)
+    assert len({tuple(tokens) for tokens in found}) > 1, "prompts matter"
     for prompt, tokens in zip(PROMPTS, found, strict=True):
-        inputs = words(prompt, return_tensors="pt", return_token_type_ids=False)
-        alone = model.generate(**inputs, max_new_tokens=8, do_sample=False, pad_token_id=0)[0].tolist()
-        alone = alone[1:] if model.config.is_encoder_decoder else alone[inputs["input_ids"].shape[1] :]
-        assert tokens == [t for t in alone if t > 1][: len(tokens)]
+        ids = words(prompt)["input_ids"]
+        ids = torch.tensor([ids if both else ids[:-1]])  # a decoder goes on from the prompt, not from its end token
+        alone = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
+        assert len(tokens) == 8
+        assert tokens == alone[1 if both else ids.shape[1] :].tolist()
 
 
 def test_likelihoods_are_those_of_a_plain_loop(bundle):
     model, words = bundle.model, bundle.tokenizer
-    found = quality.likelihoods(model, words, PROMPTS, TARGETS, 3, None, quiet)
+    found = quality.likelihoods(reader(bundle), PROMPTS, TARGETS, 3, quiet)
     for prompt, target, (nll, count) in zip(PROMPTS, TARGETS, found, strict=True):
         given = words(prompt)["input_ids"]
         if model.config.is_encoder_decoder:
@@ -49,18 +63,38 @@ def test_likelihoods_are_those_of_a_plain_loop(bundle):
         assert nll == pytest.approx(-chosen.sum().item(), rel=1e-5)
 
 
-def test_plain_text_is_predicted_from_its_second_token(toys):
-    bundle = Bundle(Source(str(toys["llama"]), "causal-lm", "float32"), "cpu")
-    found = quality.likelihoods(bundle.model, bundle.tokenizer, PROMPTS, None, 2, None, quiet)
-    assert [count for _, count in found] == [len(bundle.tokenizer(p)["input_ids"]) - 1 for p in PROMPTS]
-    cut = quality.likelihoods(bundle.model, bundle.tokenizer, PROMPTS, None, 2, 3, quiet)
-    assert max(count for _, count in cut) == 2
+@pytest.fixture
+def llama(toys):
+    return Bundle(Source(str(toys["llama"]), "causal-lm", "float32"), "cpu")
 
 
-def test_what_does_not_fit_the_context_is_refused_by_name(toys):
-    bundle = Bundle(Source(str(toys["llama"]), "causal-lm", "float32"), "cpu")
+def test_plain_text_is_predicted_from_its_second_token(llama):
+    found = quality.likelihoods(reader(llama), PROMPTS, None, 2, quiet)
+    assert [count for _, count in found] == [len(llama.tokenizer(p)["input_ids"]) - 1 for p in PROMPTS]
+
+
+def test_cut_inputs_are_counted_and_keep_their_end_token(llama):
+    read = reader(llama, max_tokens=4)
+    assert [len(row) for row in read.read(PROMPTS)] == [4, 4, 2, 4]
+    assert read.read(PROMPTS)[1][-1] == 1
+    assert read.cut == 5  # two texts are longer than four tokens with their end, the first has exactly four; read twice
+
+
+def test_what_does_not_fit_the_context_is_refused_by_name(llama):
     with pytest.raises(DataError, match="64 does not fit the model's context of 64 tokens"):
-        quality.generate(bundle.model, bundle.tokenizer, PROMPTS, {"max_new_tokens": 64, "seed": 0}, 2, None, quiet)
+        quality.generate(reader(llama), PROMPTS, {"max_new_tokens": 64, "seed": 0}, 2, quiet)
+    long = " ".join(["cat"] * 100)
+    found = quality.likelihoods(reader(llama), [PROMPTS[0], long], [long, TARGETS[0]], 2, quiet)
+    assert [count for _, count in found] == [32, 4], "an overlong answer gets half of the context"
+
+
+def test_chat_prompts_have_one_start_token(llama):
+    words = llama.tokenizer
+    words.chat_template = "</s>{{ messages[0]['content'] }} and"
+    assert reader(llama, chat=True).read(["the cat"]) == [[1, *words("the cat and", add_special_tokens=False)["input_ids"]]]
+    words.chat_template = None
+    with pytest.raises(DataError, match=r"data\.chat: the model's tokenizer has no chat template"):
+        reader(llama, chat=True)
 
 
 def test_labels_are_read_as_numbers_and_names(toys):

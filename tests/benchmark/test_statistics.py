@@ -17,7 +17,7 @@ def test_the_mean_difference_has_the_interval_of_the_normal_theory():
     rng = np.random.default_rng(1)
     a = rng.normal(50, 20, size=(400, 1))
     b = a - 1 + rng.normal(0, 4, size=(400, 1))
-    estimate, low, high = statistics.paired_difference("rougeL", a.tolist(), b.tolist())
+    estimate, low, high = statistics.paired("rougeL", a.tolist(), b.tolist())
     d = (b - a)[:, 0]
     half = 1.96 * d.std(ddof=1) / math.sqrt(len(d))
     assert estimate == pytest.approx(d.mean())
@@ -26,41 +26,56 @@ def test_the_mean_difference_has_the_interval_of_the_normal_theory():
 
 def test_equal_sides_differ_by_nothing():
     rows = [[float(x)] for x in range(50)]
-    assert statistics.paired_difference("rougeL", rows, rows) == (0, 0, 0)
+    assert statistics.paired("rougeL", rows, rows) == (0, 0, 0)
 
 
 def test_different_examples_are_refused():
     with pytest.raises(ValueError, match="not the same examples"):
-        statistics.paired_difference("rougeL", [[1.0]], [[1.0], [2.0]])
+        statistics.paired("rougeL", [[1.0]], [[1.0], [2.0]])
 
 
-def test_the_ratio_of_turns_has_students_interval_on_the_log_scale():
-    a, b = [1.0, 1.1, 0.9, 1.2], [1.3, 1.32, 1.2, 1.5]
+def test_the_ratio_of_rounds_has_students_interval_on_the_log_scale():
+    a, b = [[1.0, 1.1], [0.9, 1.2], [1.0, 1.0]], [[1.3, 1.32], [1.2, 1.5], [1.25, 1.3]]
     estimate, low, high = statistics.paired_ratio(a, b)
-    logs = np.log(b) - np.log(a)
+    logs = (np.log(b) - np.log(a)).mean(axis=1)
     expected = stats.t.interval(0.95, len(logs) - 1, logs.mean(), stats.sem(logs))
     assert (math.log(estimate), math.log(low), math.log(high)) == pytest.approx((logs.mean(), *expected))
-    assert statistics.paired_ratio([1.0], [2.0]) == (2.0, None, None)
+    assert statistics.paired_ratio([[1.0, 1.0]], [[2.0, 2.0]]) == (2.0, None, None)
 
 
 def test_ratios_of_two_runs_follow_welch():
     rng = np.random.default_rng(0)
-    a, b = rng.lognormal(0, 0.1, 6), rng.lognormal(0.2, 0.3, 9)
+    a, b = rng.lognormal(0, 0.1, (6, 1)), rng.lognormal(0.2, 0.3, (9, 1))
     _, low, high = statistics.unpaired_ratio(a.tolist(), b.tolist())
-    expected = stats.ttest_ind(np.log(b), np.log(a), equal_var=False).confidence_interval(0.95)
+    expected = stats.ttest_ind(np.log(b[:, 0]), np.log(a[:, 0]), equal_var=False).confidence_interval(0.95)
     assert (math.log(low), math.log(high)) == pytest.approx((expected.low, expected.high))
 
 
-@pytest.mark.parametrize("turns", [3, 6, 12])
-def test_intervals_of_speed_ratios_cover_the_truth_95_times_of_100(turns):
-    rng = np.random.default_rng(turns)
+@pytest.mark.parametrize("rounds", [3, 5, 10])
+@pytest.mark.parametrize("process_spread", [0.0, 0.02])
+def test_intervals_of_speed_ratios_cover_the_truth_95_times_of_100(rounds, process_spread):
+    """Slow moments hit both sides of a turn; each process has its own luck, which its turns share."""
+    rng = np.random.default_rng(rounds)
     hits = 0
     for _ in range(2000):
-        machine = rng.lognormal(0, 0.5, turns)  # slow moments hit both sides of a turn
-        a, b = machine * rng.lognormal(0, 0.05, turns), 1.1 * machine * rng.lognormal(0, 0.05, turns)
+        machine = rng.lognormal(0, 0.5, (rounds, 3))
+        a = machine * rng.lognormal(0, process_spread, (rounds, 1)) * rng.lognormal(0, 0.01, (rounds, 3))
+        b = 1.1 * machine * rng.lognormal(0, process_spread, (rounds, 1)) * rng.lognormal(0, 0.01, (rounds, 3))
         _, low, high = statistics.paired_ratio(a.tolist(), b.tolist())
         hits += low <= 1.1 <= high
     assert 0.935 <= hits / 2000 <= 0.965
+
+
+def test_a_quality_ratio_that_is_the_same_in_every_example_is_certain():
+    a = [[float(n % 7 + 1), 10.0] for n in range(50)]
+    b = [[nll + 10 * math.log(1.05), tokens] for nll, tokens in a]
+    assert statistics.paired("perplexity", a, b, ratio=True) == pytest.approx((1.05, 1.05, 1.05))
+
+
+def test_too_few_examples_give_no_interval():
+    rows = [[float(x)] for x in range(19)]
+    assert statistics.paired("rougeL", rows, rows) == (0, None, None)
+    assert statistics.alone("rougeL", rows) == (9, None, None)
 
 
 @pytest.mark.slow
@@ -70,7 +85,7 @@ def test_intervals_of_quality_differences_cover_the_truth_95_times_of_100():
     for number in range(400):
         a = rng.beta(2, 2, size=(200, 1)) * 100
         b = a - 1 + rng.normal(0, 6, size=(200, 1))
-        _, low, high = statistics.paired_difference("rougeL", a.tolist(), b.tolist(), seed=number)
+        _, low, high = statistics.paired("rougeL", a.tolist(), b.tolist(), seed=number)
         hits += low <= -1 <= high
     assert 0.925 <= hits / 400 <= 0.975
 

@@ -8,7 +8,7 @@ import pytest
 import compress
 from compress.errors import NoSpace, ReportError
 from compress.report import compare, write
-from compress.results import Example, Measurement, Report, Side, StageRecord, read_report, whole_folder
+from compress.results import Measurement, Prediction, Report, Side, StageRecord, read_report, whole_folder
 
 
 def made(name="toy", run="r1", verdict="pass", **changes):
@@ -21,15 +21,14 @@ def made(name="toy", run="r1", verdict="pass", **changes):
         ])
         for role, value, size in (("baseline", 71.5, 4e6), ("candidate", 70.9, 1e6))
     ]  # fmt: skip
-    examples = [
-        Example(id="x|1", prompt="<script>alert(1)</script>\n\x1b[31mred | pipe", references=["a"], baseline="b", candidate="\u202eevil",
+    predictions = [
+        Prediction(id="x|1", prompt="<script>alert(1)</script>\n\x1b[31mred | pipe", references=["a"], baseline="b", candidate="\u202eevil",
                 baseline_score=80.0, candidate_score=10.0),
-        Example(id="2", prompt="p", references=["a"], baseline="b", candidate="c", baseline_score=50.0, candidate_score=60.0),
+        Prediction(id="2", prompt="p", references=["a"], baseline="b", candidate="c", baseline_score=50.0, candidate_score=60.0),
     ]  # fmt: skip
     return Report(**{
-        "recipe": name, "run": run, "created": "2026-01-01T00:00:00+00:00", "digest": "d", "examples_digest": "e", "recipe_text": "version: 1",
-        "settings": {"check": {}}, "environment": {"device": "cpu"}, "sides": sides, "verdict": verdict, "decided_by": "every gate holds",
-        "stages": [StageRecord(stage={"quantize": "bnb_nf4"}, artifact="a", seconds=1, reused=False)], "score": "rougeL", "examples": examples,
+        "recipe": name, "run": run, "created": "2026-01-01T00:00:00+00:00", "digest": "d", "examples_digest": "e",         "settings": {"check": {}, "model": {}, "data": {}, "generation": {}, "benchmark": {}}, "environment": {"device": "cpu"}, "sides": sides, "verdict": verdict, "decided_by": "every gate holds",
+        "stages": [StageRecord(stage={"quantize": "bnb_nf4"}, artifact="a", seconds=1, reused=False)], "score": "rougeL", "predictions": predictions,
         **changes,
     })  # fmt: skip
 
@@ -43,7 +42,7 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path):
         "report.md",
     ]
     assert read_report(tmp_path / "r1") == written
-    assert read_report(tmp_path / "r1" / "report.json").examples == written.examples
+    assert read_report(tmp_path / "r1" / "report.json").predictions == written.predictions
 
 
 def test_the_frame_is_tidy_and_missing_is_missing(tmp_path):
@@ -72,8 +71,9 @@ def test_the_text_report_shows_outputs_as_text(tmp_path):
     assert "\x1b" not in text and "\u202e" not in text and "<script>" not in text
     assert "&lt;script&gt;" in text
     assert "rougeL 80.0 to 10.0" in text
+    assert "# a | b" not in text
     assert "50.0 to 60.0" not in text, "it gained"
-    assert "| latency_p50 [batch 8, prompt 64] | out of memory | out of memory | - | lower |" in text
+    assert r"| latency\_p50 \[batch 8, prompt 64\] | out of memory | out of memory | - | lower |" in text
 
 
 @pytest.mark.parametrize(
@@ -83,6 +83,7 @@ def test_the_text_report_shows_outputs_as_text(tmp_path):
         ("[]", "not a report of this program"),
         ('{"format": 99}', "report format 99; this version reads format 1"),
         ('{"format": 1}', "damaged: recipe: Field required"),
+        ('{"format": true}', "report format True"),
         ("[" * 100_000, "damaged, not JSON"),
     ],
 )

@@ -6,6 +6,7 @@ from compress.errors import ReportError
 from compress.recipe import Gate
 from compress.report import verdict
 from compress.results import Measurement, Side
+from tests.report.test_files import made
 
 
 def side(role, **figures):
@@ -23,9 +24,11 @@ def speed(values, metric="latency_p50", batch_size=1):
 
 
 def judge(theirs, ours, metric, **limits):
-    a, b = side("baseline", m=theirs), side("candidate", m=ours)
-    results = verdict.gates({metric: Gate(**limits)}, verdict.comparisons(a, b), b)
-    return results[0]
+    return every(side("baseline", m=theirs), side("candidate", m=ours), {metric: Gate(**limits)})[0]
+
+
+def every(a, b, check):
+    return verdict.gates(check, verdict.pairs(a, b, True), a, b)
 
 
 BASE = [float(30 + (n * 37) % 41) for n in range(200)]
@@ -63,15 +66,30 @@ def test_one_turn_cannot_tell():
 
 
 def test_what_was_not_measured_cannot_pass():
-    found = judge(speed([1.0, 1.0]), Measurement(metric="latency_p50", value=None, reason="out of memory"), "latency_p50", max_ratio=2)
+    lost = Measurement(metric="latency_p50", value=None, batch_size=1, prompt_tokens=64, reason="out of memory")
+    found = judge(speed([1.0, 1.0]), lost, "latency_p50", max_ratio=2)
     assert found.verdict == "cannot_tell"
-    assert "was not measured on both sides" in found.sentence
+    assert found.sentence == "latency_p50 [batch 1, prompt 64]: max_ratio 2 can't be checked: out of memory"
+
+
+def test_one_grid_point_that_was_lost_spoils_the_pass_of_the_others():
+    lost = Measurement(metric="latency_p50", value=None, batch_size=8, prompt_tokens=64, reason="out of memory")
+    a = Side(role="baseline", model="a", measurements=[speed([1.0, 1.0, 1.01]), speed([1.0, 1.0, 1.01], batch_size=8)])
+    b = Side(role="candidate", model="b", measurements=[speed([1.0, 1.0, 1.01]), lost])
+    results = every(a, b, {"latency_p50": Gate(max_ratio=1.05)})
+    assert sorted(r.verdict for r in results) == ["cannot_tell", "pass"]
+    assert verdict.decide(results, [])[0] == "cannot_tell"
+
+
+def test_a_broken_candidate_fails():
+    broken = Measurement(metric="perplexity", value=None, reason="its value is nan")
+    assert judge(quality(BASE, "perplexity"), broken, "perplexity", max_ratio=1.1).verdict == "fail"
 
 
 def test_every_grid_point_is_checked_and_the_worst_decides():
     a = Side(role="baseline", model="a", measurements=[speed([1.0, 1.0, 1.0], batch_size=b) for b in (1, 8)])
     b = Side(role="candidate", model="b", measurements=[speed([1.0, 1.0, 1.01]), speed([3.0, 3.0, 3.01], batch_size=8)])
-    results = verdict.gates({"latency_p50": Gate(max_ratio=1.05)}, verdict.comparisons(a, b), b)
+    results = every(a, b, {"latency_p50": Gate(max_ratio=1.05)})
     assert [r.verdict for r in results] == ["pass", "fail"]
     decision, reason = verdict.decide(results, [])
     assert decision == "fail"
@@ -82,13 +100,27 @@ def test_limits_on_the_candidate_alone():
     found = judge(quality(BASE), quality(BASE), "rougeL", min=40)
     assert found.verdict == "pass"
     assert found.interval[0] < found.estimate < found.interval[1]
+    assert judge(speed([1.0]), speed([0.999, 5.0, 0.2]), "latency_p50", max=1.0).verdict == "cannot_tell"
 
 
-def test_a_failure_outweighs_gates_and_no_gates_pass():
+def test_a_failure_outweighs_passes_and_no_gates_tell_nothing():
     assert verdict.decide([], ["candidate: was killed"])[0] == "cannot_tell"
-    assert verdict.decide([], [])[0] == "pass"
+    assert verdict.decide([], [])[0] == "cannot_tell"
 
 
 def test_sides_on_different_examples_are_refused():
     with pytest.raises(ReportError, match="200 examples on one side and 199"):
         judge(quality(BASE), quality(BASE[1:]), "rougeL", max_drop=1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"examples_digest": "other"}, "the digest of the examples is 'e' in one and 'other'"),
+        ({"environment": {"device": "cuda"}}, "device is 'cpu' in one and 'cuda'"),
+        ({"settings": {"check": {}, "data": {}, "benchmark": {"new_tokens": 9}, "generation": {}}}, "benchmark is "),
+    ],
+)
+def test_reports_that_were_not_measured_alike_are_refused(change, message):
+    with pytest.raises(ReportError, match=message):
+        verdict.require_comparable(made(), made(**change))

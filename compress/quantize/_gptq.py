@@ -1,0 +1,75 @@
+"""GPTQ's solver (Frantar et al. 2022), for the method of that name and for those that start from its solution."""
+
+import torch
+from torch import Tensor
+
+from compress.errors import BrokenPromise
+from compress.quantize._grid import Grid, GridSettings, fit
+from compress.quantize._inputs import in_order, second_moments
+from compress.quantize._walk import Block
+
+
+def solve_block(block: Block, settings: GridSettings, damping: float) -> dict[str, float]:
+    """Set every layer of a block, in the order they run, each on the inputs that the solved ones give it.
+
+    Returns each layer's relative error.
+    """
+    errors = {}
+    for group in in_order(block):
+        moments = second_moments(block, group[0])
+        for name in group:
+            weight = block.layers[name].weight.data.float()
+            grid, integers = solve_layer(weight, moments, settings, settings.bits, damping, name)
+            errors[name] = relative_error(weight, grid.values(integers), moments)
+            block.set(name, grid, integers)
+    return errors
+
+
+def solve_layer(weight: Tensor, moments: Tensor, settings: GridSettings, bits: int, damping: float, name: str = "") -> tuple[Grid, Tensor]:
+    """Integers for a weight (rows, columns) that keep its outputs, given its inputs' second moments (columns, columns).
+
+    Returns the grid and the integers, float32 of the weight's shape.
+    """
+    columns = weight.shape[1]
+    grid = fit(weight, settings, bits)
+    order = torch.argsort(moments.diagonal(), descending=True)
+    factor = _factor(moments[order][:, order], damping, name)
+    scale, zero = (part[:, order] for part in grid.columns(columns))
+    left = weight[:, order].clone()
+    integers = torch.zeros_like(left)
+    for start in range(0, columns, 128):
+        end = min(start + 128, columns)
+        block, inner = left[:, start:end], factor[start:end, start:end]
+        errors = torch.zeros_like(block)
+        for j in range(end - start):
+            s, z = scale[:, start + j], zero[:, start + j]
+            q = (block[:, j] / s + z).round().clamp(0, grid.top)
+            integers[:, start + j] = q
+            errors[:, j] = (block[:, j] - (q - z) * s) / inner[j, j]
+            block[:, j + 1 :] -= errors[:, j : j + 1] * inner[j, j + 1 :]
+        left[:, end:] -= errors @ factor[start:end, end:]
+    back = torch.argsort(order)
+    return grid, integers[:, back]
+
+
+def relative_error(weight: Tensor, rounded: Tensor, moments: Tensor) -> float:
+    """The share of the layer's output (mean square over the calibration inputs) that rounding changes."""
+    change = weight - rounded
+    return float(((change @ moments) * change).sum() / ((weight @ moments) * weight).sum().clamp(min=1e-30))
+
+
+def _factor(moments: Tensor, damping: float, name: str) -> Tensor:
+    """The upper Cholesky factor of the damped inverse; damping is raised tenfold until it exists."""
+    moments = moments.clone()
+    moments.diagonal()[moments.diagonal() == 0] = 1  # an input that is always zero: any integer will do, the nearest is kept
+    mean = moments.diagonal().mean()
+    while damping <= 1:
+        damped = moments + torch.eye(len(moments), device=moments.device) * damping * mean
+        lower, failed = torch.linalg.cholesky_ex(damped)
+        if not failed:
+            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
+        if not failed and torch.isfinite(upper).all():
+            factor: Tensor = upper
+            return factor
+        damping *= 10
+    raise BrokenPromise(f"{name}: its Hessian is not positive definite even with damping 1; more or other calibration data is needed")

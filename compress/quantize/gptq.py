@@ -1,0 +1,43 @@
+"""GPTQ: round column by column, each column's error made up for in those still to come, by the inputs' second moments.
+
+Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers". On every linear layer of any
+model's blocks, encoder-decoders included. Columns go in the order of their inputs' size (activation order) on grids fixed before, so that
+the packed weights need no index. The layers of a block are solved in the order they run, each on what the solved ones give it.
+"""
+
+import tempfile
+from pathlib import Path
+
+from pydantic import Field
+
+from compress.methods import About, Context
+from compress.model import Bundle
+from compress.quantize._grid import GridSettings
+
+ABOUT = About(
+    at_run_time="transformers unpacks the weights at loading, so it gains on disk only; servers with fused kernels (vLLM) keep them packed",
+    packages=("compressed-tensors",),
+    extra="quant",
+    packs=True,
+    calibrated=True,
+)
+
+
+class Settings(GridSettings):
+    damping: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a share of its mean")
+
+
+def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
+    """The model with packed integer weights.
+
+    Raises BrokenPromise when a layer's Hessian can't be factored at any damping.
+    """
+    from compress.quantize._gptq import solve_block
+    from compress.quantize._walk import Block, walk
+
+    def solve(block: Block) -> None:
+        for name, error in solve_block(block, settings, settings.damping).items():
+            context.layers.append({"name": name, "bits": settings.bits, "error": error})
+
+    with tempfile.TemporaryDirectory() as scratch:
+        return walk(bundle, settings, context, Path(scratch), solve)
