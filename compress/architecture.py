@@ -49,6 +49,13 @@ def matches(name: str, entry: str) -> bool:
     return name == entry or name.endswith(f".{entry}") or fnmatch.fnmatchcase(name, entry)
 
 
+def has_transposed_layers(model: "PreTrainedModel") -> bool:
+    """Whether a model has GPT-2's Conv1D, a linear layer with its weight the other way round."""
+    from transformers.pytorch_utils import Conv1D
+
+    return any(isinstance(module, Conv1D) for module in model.modules())
+
+
 def as_linear(model: "PreTrainedModel") -> "PreTrainedModel":
     """The same model with `nn.Linear` in place of GPT-2's transposed Conv1D, which most libraries pass over in silence.
 
@@ -61,7 +68,7 @@ def as_linear(model: "PreTrainedModel") -> "PreTrainedModel":
     from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM, GPTBigCodeForSequenceClassification
     from transformers.pytorch_utils import Conv1D
 
-    if not any(isinstance(module, Conv1D) for module in model.modules()):
+    if not has_transposed_layers(model):
         return model
     kinds: dict[str, Any] = {
         "GPT2LMHeadModel": GPTBigCodeForCausalLM,

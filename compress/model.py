@@ -287,9 +287,15 @@ def weight_bytes(model: "PreTrainedModel") -> int:
 def parameter_count(model: "PreTrainedModel") -> int:
     """The number of weights; a packed one counts with its unpacked shape, a shared one once."""
     count = 0
-    for parameter in {id(p): p for p in model.parameters()}.values():
-        state = getattr(parameter, "quant_state", None)
-        count += math.prod(state.shape) if state is not None else parameter.numel()
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if leaf in ("weight_scale", "weight_zero_point", "weight_shape"):  # what packed weights bring along
+            continue
+        if leaf == "weight_packed":
+            count += int(model.get_submodule(owner).weight_shape.prod())
+        else:
+            state = getattr(parameter, "quant_state", None)
+            count += math.prod(state.shape) if state is not None else parameter.numel()
     return count
 
 

@@ -4,7 +4,7 @@ import secrets
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -98,7 +98,7 @@ def _place(recipe: Recipe, out: Path) -> Iterator[tuple[Path, Path]]:
     finally:
         if not keep:
             log.unlink(missing_ok=True)
-        if not any(place.parent.iterdir()):
+        with suppress(OSError):  # other runs' reports are there
             place.parent.rmdir()
 
 

@@ -144,14 +144,16 @@ def test_a_disk_that_fills_while_the_artifact_is_written(toys, tmp_path, monkeyp
     monkeypatch.setattr(Bundle, "save", full)
     with pytest.raises(NoSpace, match="nothing of it is left"):
         written = {"family": "quantize", "method": "cast", "settings": {}}
-        stage.run(lambda *_: None, {"id": str(toys["llama"]), "task": "causal-lm", "dtype": "float32"}, written, str(tmp_path / "a"), "cpu")
+        nothing = {"examples": [], "max_tokens": 32, "chat": False}
+        source = {"id": str(toys["llama"]), "task": "causal-lm", "dtype": "float32"}
+        stage.run(lambda *_: None, source, written, nothing, str(tmp_path / "a"), "cpu")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_method_whose_package_is_absent_says_what_to_install(monkeypatch):
     from compress.errors import MissingPackage
 
-    monkeypatch.setattr(methods, "_installed", lambda name: False)
+    monkeypatch.setattr(methods, "_version", lambda name: None)
     with pytest.raises(
         MissingPackage, match=r"quantize: bnb_nf4 needs bitsandbytes, not installed here\. Install with: pip install 'compress\[bnb\]'"
     ):

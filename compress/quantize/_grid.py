@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from compress import methods
+from compress.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
+    from torch.nn import Linear
 
 PER_ROW = -1
 
@@ -62,6 +64,23 @@ class Grid:
 def group_columns(columns: int, group_size: int) -> int:
     """The group size in columns that a layer gets: the wanted one where it divides the layer's width, else the whole row."""
     return group_size if group_size != PER_ROW and columns % group_size == 0 else columns
+
+
+def require_whole_groups(layers: "dict[str, Linear]", settings: GridSettings) -> None:
+    """Refuse a group size that doesn't divide a layer where the layer can't have a scale a row instead.
+
+    Plain transformers reads asymmetric grids only where all layers have one kind of them. Raises InputError with the way out.
+    """
+    odd = [
+        f"{name} ({layer.in_features})"
+        for name, layer in layers.items()
+        if group_columns(layer.in_features, settings.group_size) != settings.group_size
+    ]
+    if settings.group_size != PER_ROW and odd and not settings.symmetric:
+        raise InputError(
+            f"group_size: {settings.group_size} does not divide the width of {len(odd)} layers: {', '.join(odd[:3])}; use symmetric: true"
+            " (those layers then get a scale a row), group_size: -1, or list them under ignore"
+        )
 
 
 def fit(weight: "Tensor", settings: GridSettings, bits: int, importance: "Tensor | None" = None) -> Grid:

@@ -45,7 +45,8 @@ def describe(model: "PreTrainedModel", grids: dict[str, Grid]) -> None:
         "quant_method": "compressed-tensors",
         "format": "pack-quantized",
         "quantization_status": "compressed",
-        "dequantize": True,
+        # transformers then unpacks at loading, the only way in which it reads asymmetric grids; it knows one kind of grid in that way
+        "dequantize": len(groups) == 1,
         "ignore": left_out,
         "config_groups": {f"group_{n}": _group(*kind, names) for n, (kind, names) in enumerate(sorted(groups.items(), key=str))},
     }

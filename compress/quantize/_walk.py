@@ -16,11 +16,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from compress.architecture import as_linear, context_length, linear_layers
+from compress.architecture import as_linear, context_length, has_transposed_layers, linear_layers
 from compress.errors import BrokenPromise, DataError
 from compress.methods import Context
 from compress.model import Bundle, Source, local_folder, skeleton, weight_files
-from compress.quantize._grid import Grid, GridSettings
+from compress.quantize._grid import Grid, GridSettings, require_whole_groups
 from compress.quantize._pack import describe, packed
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ def walk(
         raise BrokenPromise(f"{type(model).__name__} has no blocks with linear layers to work on")
     for full in wanted.keys() - inside.keys():
         context.layers.append({"name": full, "bits": None, "left_out": "stands outside the blocks"})
+    require_whole_groups(inside, settings)
     weights.fill(model, "", bundle.device, skip=tuple(f"{stack}." for stack in stacks))
     model.tie_weights()
     examples = _examples(model, bundle.tokenizer, context)
@@ -164,7 +165,7 @@ def _empty(source: Source, scratch: Path) -> tuple["PreTrainedModel", _Weights]:
     weights = _Weights(local_folder(source), model.dtype)
     tied = set(model.all_tied_weights_keys)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    if weights.hold(names - tied) and as_linear(model) is model:
+    if weights.hold(names - tied) and not has_transposed_layers(model):
         return model.eval(), weights
     as_linear(Bundle(source, "cpu").model).save_pretrained(scratch)
     return _empty(Source(str(scratch), source.task, source.dtype), scratch)
@@ -277,11 +278,15 @@ def _standing_in(blocks: nn.ModuleList, answer: Callable[..., Any]) -> Iterator[
 
 @contextmanager
 def _without_cache(model: "PreTrainedModel") -> Iterator[None]:
-    used, model.config.use_cache = getattr(model.config, "use_cache", False), False
+    """A cache would grow with every call of a block. Each stack of an encoder-decoder has a config of its own."""
+    configs = {id(m.config): m.config for m in model.modules() if getattr(getattr(m, "config", None), "use_cache", None)}
+    for config in configs.values():
+        config.use_cache = False
     try:
         yield
     finally:
-        model.config.use_cache = used
+        for config in configs.values():
+            config.use_cache = True
 
 
 def _in_form_of(model: "PreTrainedModel", states: Tensor) -> Any:

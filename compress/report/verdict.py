@@ -100,11 +100,9 @@ def decide(results: Sequence[GateResult], failures: Sequence[str]) -> tuple[Verd
     for result in results:
         if result.verdict == "cannot_tell":
             return "cannot_tell", result.sentence
-    return (
-        ("pass", "every gate holds")
-        if results
-        else ("cannot_tell", "the recipe sets no limits under check, so there is nothing to judge by")
-    )
+    if not results:
+        return "cannot_tell", "the recipe sets no limits under check to judge by"
+    return "pass", "every gate holds"
 
 
 def require_comparable(ours: Report, theirs: Report) -> None:
@@ -113,8 +111,8 @@ def require_comparable(ours: Report, theirs: Report) -> None:
     for what in mine:
         if mine[what] != other[what]:
             raise ReportError(
-                f"{ours.folder} and {theirs.folder} were not measured alike: {what} is {mine[what]!r} in one and {other[what]!r} in the other; "
-                "measure one again as the other was"
+                f"{ours.folder} and {theirs.folder} were not measured alike: {what} is {mine[what]!r} in one, {other[what]!r} in the "
+                "other; measure one again as the other was"
             )
 
 

@@ -1,0 +1,115 @@
+"""Grids, solvers and packing against definitions written out in float64."""
+
+import numpy as np
+import pytest
+import torch
+
+from compress.errors import BrokenPromise, InputError
+from compress.quantize import _gptq, _grid, _pack
+from compress.quantize.gptq import Settings
+
+
+def weight(rows=24, columns=64, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+def inputs(tokens=512, columns=64, seed=1):
+    """Correlated inputs, as layers have them."""
+    generator = torch.Generator().manual_seed(seed)
+    mix = torch.randn(columns, columns, generator=generator) / columns**0.5
+    return torch.randn(tokens, columns, generator=generator) @ (torch.eye(columns) + 2 * mix)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_the_searched_grid_is_no_worse_than_the_full_range(bits, symmetric):
+    w = weight()
+    grid = _grid.fit(w, Settings(group_size=32, symmetric=symmetric), bits)
+    w64 = w.double().numpy().reshape(24, 2, 32)
+    low, high = np.minimum(w64.min(axis=2), 0), np.maximum(w64.max(axis=2), 0)
+    if symmetric:
+        high = np.maximum(high, -low)
+        scale, zero = 2 * high / (2**bits - 1), np.full_like(high, 2 ** (bits - 1))
+    else:
+        scale = (high - low) / (2**bits - 1)
+        zero = np.round(-low / scale)
+    q = np.clip(np.round(w64 / scale[..., None] + zero[..., None]), 0, 2**bits - 1)
+    full = (((q - zero[..., None]) * scale[..., None] - w64) ** 2).sum()
+    assert (grid.rounded(w) - w).double().square().sum().item() <= full * 1.0001
+    integers = grid.integers(w)
+    assert integers.min() >= 0 and integers.max() <= 2**bits - 1
+    assert grid.scale.shape == grid.zero.shape == (24, 2)
+
+
+def test_a_group_that_does_not_divide_is_refused_by_name_or_becomes_a_row():
+    assert (_grid.group_columns(172, 32), _grid.group_columns(128, 32), _grid.group_columns(128, -1)) == (172, 32, 128)
+    layers = {"mlp.down_proj": torch.nn.Linear(172, 8), "mlp.up_proj": torch.nn.Linear(64, 8)}
+    with pytest.raises(
+        InputError, match=r"group_size: 32 does not divide the width of 1 layers: mlp\.down_proj \(172\); use symmetric: true"
+    ):
+        _grid.require_whole_groups(layers, Settings(group_size=32))
+    _grid.require_whole_groups(layers, Settings(group_size=32, symmetric=True))
+    _grid.require_whole_groups(layers, Settings(group_size=-1))
+
+
+def test_gptq_loses_less_than_rounding_and_its_error_is_what_it_says():
+    w, x = weight(), inputs()
+    moments = x.t() @ x / len(x)
+    grid, integers = _gptq.solve_layer(w, moments, Settings(group_size=32), 3, 0.01)
+    solved, rounded = grid.values(integers), grid.rounded(w)
+
+    def lost(v):
+        return ((x.double() @ (v - w).double().t()) ** 2).sum() / ((x.double() @ w.double().t()) ** 2).sum()
+
+    assert lost(solved) < 0.7 * lost(rounded)
+    assert _gptq.relative_error(w, solved, moments) == pytest.approx(lost(solved).item(), rel=1e-3)
+
+
+def test_gptq_on_white_inputs_is_round_to_nearest():
+    """With a diagonal Hessian no column can make up for another."""
+    w = weight()
+    grid, integers = _gptq.solve_layer(w, torch.eye(64), Settings(group_size=-1), 4, 0.01)
+    assert torch.equal(integers, grid.integers(w))
+
+
+def test_one_column_at_a_time_as_the_paper_has_it():
+    """The update of Frantar et al. 2022, equation 2, in float64 without blocks and Cholesky, against the blocked solver."""
+    w, x = weight(rows=4, columns=16), inputs(columns=16)
+    moments = x.t() @ x / len(x)
+    grid, integers = _gptq.solve_layer(w, moments, Settings(group_size=-1), 3, 0.01)
+    h = moments.double() + 0.01 * moments.diagonal().double().mean() * torch.eye(16)
+    left, done, order = w.double().clone(), torch.zeros(4, 16), torch.argsort(moments.diagonal(), descending=True).tolist()
+    scale, zero = grid.columns(16)
+    for step, column in enumerate(order):
+        rest = order[step:]
+        inverse = torch.linalg.inv(h[rest][:, rest])
+        q = (left[:, column] / scale[:, column] + zero[:, column]).round().clamp(0, 7)
+        done[:, column] = q
+        error = (left[:, column] - (q - zero[:, column]) * scale[:, column]) / inverse[0, 0]
+        left[:, rest] -= error[:, None] * inverse[0]
+    assert torch.equal(integers, done)
+
+
+def test_a_dead_input_is_harmless_and_an_impossible_hessian_is_said():
+    w, x = weight(), inputs()
+    x[:, 5] = 0
+    grid, integers = _gptq.solve_layer(w, x.t() @ x / len(x), Settings(group_size=-1), 4, 0.01)
+    assert torch.equal(integers[:, 5], grid.integers(w)[:, 5])
+    with pytest.raises(BrokenPromise, match=r"mlp\.fc1: its Hessian is not positive definite"):
+        _gptq.solve_layer(w, torch.full((64, 64), float("nan")), Settings(group_size=-1), 4, 0.01, "mlp.fc1")
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_packed_layers_are_unpacked_to_the_same_values_by_the_formats_own_library(bits):
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationScheme
+
+    w, layer = weight(), torch.nn.Linear(64, 24)
+    grid = _grid.fit(w, Settings(group_size=32), bits)
+    integers = grid.integers(w)
+    holder = _pack.packed(layer, grid, integers)
+    group = _pack._group(bits, False, 32, ["Linear"])
+    state = {name: p.data for name, p in holder.named_parameters() if name != "bias"}
+    read = BaseCompressor.get_value_from_registry("pack-quantized").decompress(state, QuantizationScheme(**group))["weight"]
+    assert torch.allclose(read, grid.values(integers), atol=1e-6)
+    assert holder.weight_packed.numel() * 32 == w.numel() * bits

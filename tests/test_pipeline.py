@@ -1,0 +1,179 @@
+"""The order of events: what names an artifact, what is tidied up, what is put together from measurements."""
+
+import json
+import shutil
+
+import pytest
+
+from compress import methods, model, pipeline, recipe
+from compress.benchmark import isolate
+from compress.errors import OutOfMemory
+from compress.model import Source
+from compress.report import why
+from compress.results import Comparison, StageRecord
+from tests.conftest import recipe_for
+
+
+@pytest.fixture
+def loaded(toys, rows, write_recipe):
+    def load(**changes):
+        changes = {"stages": [{"quantize": "rtn", "group_size": -1}], **changes}
+        return recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, **changes)))
+
+    return load
+
+
+def name_of(monkeypatch, loaded_recipe, source, tmp_path, device="cpu"):
+    """What the stage's artifact would be called; nothing is made."""
+    made = []
+    monkeypatch.setattr(pipeline, "_make", lambda r, stage, s, seen, target, *_: (made.append(target.name), target.mkdir(parents=True)))
+    pipeline._stages(loaded_recipe, source, tmp_path / "artifacts", device, tmp_path / "log", methods.quiet)
+    shutil.rmtree(tmp_path / "artifacts")
+    return made[0]
+
+
+def test_an_artifact_is_named_by_all_that_it_depends_on(loaded, toys, tmp_path, monkeypatch):
+    copy = tmp_path / "moved" / "llama"
+    shutil.copytree(toys["llama"], copy)
+    source = Source(str(toys["llama"]), "causal-lm", "float32")
+    first = name_of(monkeypatch, loaded(), source, tmp_path)
+    assert first.startswith("llama-rtn-")
+    assert name_of(monkeypatch, loaded(), source, tmp_path) == first
+    assert name_of(monkeypatch, loaded(), Source(str(copy), "causal-lm", "float32"), tmp_path) == first, "content counts, not the place"
+    others = {
+        name_of(monkeypatch, loaded(stages=[{"quantize": "rtn", "group_size": -1, "bits": 3}]), source, tmp_path),
+        name_of(monkeypatch, loaded(calibration={"samples": 5}), source, tmp_path),
+        name_of(monkeypatch, loaded(), Source(str(toys["llama"]), "causal-lm", "bfloat16"), tmp_path),
+        name_of(monkeypatch, loaded(), source, tmp_path, device="cuda"),
+    }
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
+    others.add(name_of(monkeypatch, loaded(), Source(str(copy), "causal-lm", "float32"), tmp_path))
+    monkeypatch.setattr(methods, "_version", lambda name: "0")
+    others.add(name_of(monkeypatch, loaded(), source, tmp_path))
+    assert len(others | {first}) == 7
+
+
+def test_a_damaged_artifact_is_made_anew(toys, tmp_path):
+    artifact = tmp_path / "artifact"
+    assert not pipeline._is_whole(artifact)
+    shutil.copytree(toys["llama"], artifact)
+    assert pipeline._is_whole(artifact)
+    (artifact / "model.safetensors").unlink()
+    assert not pipeline._is_whole(artifact)
+    assert not artifact.exists()
+
+
+def test_what_a_killed_stage_left_is_swept(loaded, toys, tmp_path, monkeypatch):
+    target = tmp_path / "artifacts" / "llama-rtn-abc"
+
+    class Interrupted:
+        def __init__(self, *_):
+            (target.parent / f".{target.name}.x1.partial").mkdir(parents=True)
+
+        def __enter__(self):
+            raise KeyboardInterrupt
+
+        def __exit__(self, *_):
+            pass
+
+    monkeypatch.setattr(pipeline, "Child", Interrupted)
+    found = loaded()
+    with pytest.raises(KeyboardInterrupt):
+        pipeline._make(found, found.stages[0], Source(str(toys["llama"]), "causal-lm"), [], target, "cpu", tmp_path / "log", methods.quiet)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_two_runs_in_one_second_have_places_of_their_own(loaded, tmp_path):
+    found = loaded()
+    with pipeline._place(found, tmp_path) as (one, _), pipeline._place(found, tmp_path) as (other, _):
+        assert one != other
+
+
+def test_speeds_by_hand():
+    """Two rounds of two turns of two generations of three tokens, batch 4."""
+    rounds = [[[[1.0, 2.0, 3.0], [1.0, 2.0, 5.0]], [[2.0, 3.0, 4.0]] * 2], [[[1.0, 1.5, 2.0]] * 2] * 2]
+    found = {m.metric: m for m in isolate._speeds(rounds, 4, 16)}
+    assert found["latency_p50"].samples == [[4.0, 4.0], [2.0, 2.0]]
+    assert found["latency_p50"].raw == [[3.0, 5.0, 4.0, 4.0], [2.0, 2.0, 2.0, 2.0]]
+    assert found["latency_p50"].value == 2.5  # of 2 2 2 2 3 4 4 5
+    assert found["latency_p90"].samples == [[pytest.approx(4.7)], [2.0]]
+    assert found["ttft"].samples == [[1.0, 2.0], [1.0, 1.0]]
+    assert found["tpot"].samples == [[1.5, 1.0], [0.5, 0.5]]
+    assert found["tokens_per_second"].samples[1] == [6.0, 6.0]  # 4 x 3 tokens in 2 s
+
+
+class Crowded:
+    """A side that fits into memory only without the other."""
+
+    def __init__(self, at_load):
+        self.at_load, self.stopped, self.log = at_load, False, []
+        self.short_of_memory = False
+
+    def start(self):
+        self.log.append("start")
+        if self.at_load:
+            raise OutOfMemory("memory ran out")
+        self.short_of_memory = True
+
+    def start_alone(self):
+        self.log.append("start alone")
+
+    def stop(self):
+        self.stopped = True
+
+
+@pytest.mark.parametrize("at_load", [True, False])
+def test_sides_that_do_not_fit_together_are_measured_apart(at_load):
+    side, other = Crowded(at_load), Crowded(at_load)
+    assert isolate._bring_up(side, [other]) is True
+    assert side.log == ["start", "start alone"]
+    assert other.stopped
+
+
+def test_a_side_that_does_not_fit_alone_either_says_so():
+    with pytest.raises(OutOfMemory):
+        isolate._bring_up(Crowded(at_load=True), [])
+    points_lost = Crowded(at_load=False)
+    assert isolate._bring_up(points_lost, []) is False
+    assert points_lost.log == ["start"]
+
+
+def ratio(metric, estimate, low, high, **point):
+    return Comparison(metric=metric, baseline=100.0, candidate=100 * estimate, kind="ratio", estimate=estimate, low=low, high=high, **point)
+
+
+STAGES = [StageRecord(stage={"quantize": "bnb_nf4"}, artifact="a", seconds=1, reused=False)]
+
+
+def test_the_report_says_why_it_is_slower_or_no_smaller():
+    slow = ratio("latency_p50", 1.5, 1.2, 1.8, batch_size=8, prompt_tokens=64)
+    (note,) = why.notes(STAGES, [slow], {})
+    assert note.startswith(
+        "Slower than the baseline at batch 8 x prompt 64: x1.500 (1.200 to 1.800). quantize: bnb_nf4: the weights are unpacked"
+    )
+    maybe = ratio("latency_p50", 1.5, 0.9, 2.5, batch_size=8, prompt_tokens=64)
+    assert why.notes(STAGES, [maybe], {}) == []
+    (note,) = why.notes(STAGES, [ratio("weight_bytes", 1.0, 1.0, 1.0)], {})
+    assert "no less memory" in note
+    (note,) = why.notes(STAGES, [ratio("weight_bytes", 0.3, 0.3, 0.3), ratio("peak_run_bytes", 1.0, 0.99, 1.01)], {})
+    assert "they are now 30% of it" in note
+    assert "3 inputs were longer" in why.notes(STAGES, [], {"inputs_cut": 3})[0]
+
+
+def test_hub_ids_are_pinned_to_a_commit(monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, id, **_: type("Info", (), {"sha": "abc123"}))
+    assert model.pinned(Source("google/flan-t5-small", "seq2seq")).revision == "abc123"
+
+
+def test_a_hub_that_does_not_answer_is_said(monkeypatch):
+    import huggingface_hub
+
+    def silent(self, id, **_):
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "model_info", silent)
+    with pytest.raises(model.ModelError, match="no folder of that name here, and the hub does not answer: no route"):
+        model.pinned(Source("nobody/no-such-model", "seq2seq"))
