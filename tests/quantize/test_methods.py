@@ -1,9 +1,11 @@
 """Every method on every architecture: its artifact loads with plain transformers, is near the original, and smaller."""
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 import torch
@@ -58,6 +60,10 @@ def test_the_contract(family, name, method):
     assert callable(method.apply)
     assert isinstance(method.ABOUT, methods.About)
     assert method.ABOUT.at_run_time
+    source = Path(method.__file__).read_text()
+    assert not [other for other in methods.names(family) if re.search(rf"compress\.{family}(\.| import ){other}\b", source)], (
+        "methods are apart"
+    )
     assert not method.ABOUT.packages or method.ABOUT.extra or set(method.ABOUT.packages) <= {"torch", "torchao", "transformers"}
 
 
