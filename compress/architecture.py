@@ -18,7 +18,7 @@ def linear_layers(model: "PreTrainedModel", ignore: list[str] | None) -> "tuple[
     ignore   None leaves out the heads (what maps the last hidden state to tokens or labels). A list replaces that: each entry
              is a name or the end of one (`lm_head`, `fc1`), a pattern (`*.layers.0.*`) or a regular expression (`re:.*mlp.*`).
 
-    Raises InputError for an entry that matches no linear layer.
+    Raises InputError for an entry that matches no linear layer, and where a layer that is kept shares the embedding's weights.
     """
     from torch import nn
     from transformers.pytorch_utils import Conv1D
@@ -36,6 +36,9 @@ def linear_layers(model: "PreTrainedModel", ignore: list[str] | None) -> "tuple[
                 raise InputError(f"ignore: {entry!r} matches no linear layer of this model; near it are {', '.join(near)}")
             left_out |= matched
     kept = {name: module for name, module in layers.items() if name not in left_out}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    if shared := [name for name in kept if f"{name}.weight" in tied]:
+        raise InputError(f"ignore: {', '.join(shared)} shares its weights with the embedding and can't be packed; list it under ignore too")
     return kept, {name: layers[name] for name in sorted(left_out)}
 
 

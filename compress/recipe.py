@@ -4,26 +4,24 @@ Reading one is pure: no network, no torch, no environment variables. Every mista
 line and key. `Recipe.digest` names a run, since what a run depends on is all in the recipe.
 """
 
-import difflib
 import hashlib
 import json
+import os
 from pathlib import Path
 from string import Formatter
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, SerializeAsAny, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_validator
 
 from compress import methods, yamlfile
-from compress.errors import RecipeError
 from compress.methods import Settings
 from compress.metrics import CLASSIFIED, GENERATED, GROUPS, METRICS
+from compress.mistakes import Problems, suggest
 
 Task = Literal["seq2seq", "causal-lm", "sequence-classification"]
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
-T = TypeVar("T", bound=Settings)
 Count = Annotated[int, Field(ge=1, le=2**40)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
-OF_THE_FILE = ("name", "folder")  # fields of a Recipe that no recipe writes
 
 
 class Model(Settings):
@@ -147,7 +145,7 @@ class Stage(BaseModel):
 
 
 class Recipe(Settings):
-    """The whole of it. `name` and `folder` are those of the file and no part of the digest."""
+    """The whole of it."""
 
     version: Literal[1]
     model: Model
@@ -160,9 +158,22 @@ class Recipe(Settings):
     benchmark: Benchmark = Field(default_factory=Benchmark)
     check: dict[str, Gate] = Field({}, description="metric: limits; what decides the verdict")
 
-    stages: tuple[Stage, ...] = Field((), exclude=True)
-    name: str = Field("recipe", exclude=True)
-    folder: Path = Field(Path(), exclude=True)
+    _stages: tuple[Stage, ...] = ()  # read apart, each with the settings of its method
+    _file: Path = Path("recipe.yaml")
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        return self._stages
+
+    @property
+    def name(self) -> str:
+        """The file's name without its ending; no part of the digest."""
+        return self._file.stem
+
+    @property
+    def folder(self) -> Path:
+        """Where relative paths begin; no part of the digest."""
+        return self._file.parent
 
     def as_written(self) -> dict[str, Any]:
         """The recipe as plain data, defaults filled in."""
@@ -211,7 +222,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     Raises RecipeError with every mistake, a line each.
     """
     file = Path(path)
-    if not file.exists() and file.suffix == "" and (shipped() / f"{file}.yaml").is_file():
+    if not os.path.exists(file) and file.name == str(file) and os.path.exists(shipped() / f"{file}.yaml"):  # noqa: PTH110 - no error for odd names
         file = shipped() / f"{file}.yaml"
     document = yamlfile.read(file)
     problems = Problems()
@@ -221,10 +232,6 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recip
         document.override(assignment)
     data = dict(document.data)
     written = data.pop("stages", [])
-    for key in OF_THE_FILE:
-        if key in data:
-            problems.add(document, (key,), f"unknown key {key!r}")
-            del data[key]
     data["benchmark"] = _benchmark(data.get("benchmark", "standard"), document, file.parent, problems)
     recipe = problems.validate(Recipe, data, document, ())
     stages = _stages(written, document, problems)
@@ -232,106 +239,10 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     assert recipe is not None
     if file.stem == "artifacts":
         problems.add(document, (), "a recipe can't be called artifacts, whose folder holds the artifacts; rename the file", "the file")
-    recipe = recipe.model_copy(update={"stages": stages, "name": file.stem, "folder": file.parent})
+    recipe._stages, recipe._file = stages, file
     _agree(recipe, document, problems)
     problems.end()
     return recipe
-
-
-class Problems:
-    """Mistakes as they are found."""
-
-    def __init__(self) -> None:
-        self.lines: list[str] = []
-
-    def add(self, document: yamlfile.Document, place: yamlfile.Place, message: str, where: str | None = None) -> None:
-        where = yamlfile.dotted(place) if where is None else where
-        self.lines.append(f"{document.at(place)}: {where}: {message}")
-
-    def validate(self, kind: type[T], data: Any, document: yamlfile.Document, place: yamlfile.Place, prefix: str | None = None) -> T | None:
-        """The block as `kind`, or None with its mistakes noted. `prefix` is how messages call the block."""
-        try:
-            return kind.model_validate(data)
-        except ValidationError as error:
-            for item in error.errors():
-                inner = tuple(part for part in item["loc"] if part != "[key]")
-                where = None if prefix is None else f"{prefix}: {yamlfile.dotted(inner)}" if inner else prefix
-                self.add(document, (*place, *inner), _explain(kind, dict(item)), where)
-            return None
-
-    def end(self) -> None:
-        if self.lines:
-            raise RecipeError("\n".join(self.lines))
-
-
-def suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """`; did you mean 'bits'?` or the list of what is known."""
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
-
-
-def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
-    value, context = error["input"], error.get("ctx", {})
-    match error["type"]:
-        case "extra_forbidden":
-            known = _keys(kind, error["loc"][:-1])
-            return f"unknown key {_short(error['loc'][-1])}{suggest(error['loc'][-1], known)}"
-        case "missing":
-            return "is missing"
-        case "literal_error":
-            allowed = context["expected"].replace(" or ", ", ").replace("'", "")
-            close = difflib.get_close_matches(str(value), allowed.split(", "), n=1)
-            return f"{_short(value)} is not one of {allowed}" + (f"; did you mean {close[0]!r}?" if close else "")
-        case "value_error":
-            return str(context["error"])
-        case "bool_parsing" | "bool_type":
-            return f"{_short(value)} is not true or false"
-        case "int_parsing" | "int_type" | "int_from_float":
-            return f"{_short(value)} is not a whole number"
-        case "float_parsing" | "float_type":
-            return f"{_short(value)} is not a number"
-        case "string_type":
-            return f"{_short(value)} is not text; put it in quotes"
-        case "greater_than_equal":
-            return f"{value!r} is less than {context['ge']}"
-        case "greater_than":
-            return f"{value!r} is not above {context['gt']}"
-        case "less_than_equal" | "less_than":
-            return f"{_short(value)} is too large; at most {context.get('le', context.get('lt'))} is allowed"
-        case "finite_number":
-            return f"{value!r} is not a finite number"
-        case "int_parsing_size":
-            return f"{_short(value)} is too large"
-        case "model_type" | "model_attributes_type" | "dict_type":
-            return f"{_short(value)} is not a mapping of keys to values"
-        case "list_type":
-            return f"{_short(value)} is not a list"
-        case "too_short":
-            return "is an empty list; at least one entry is wanted"
-        case "string_too_short":
-            return "is empty"
-        case "invalid_key":
-            return f"{error['loc'][-1]!r} is not a key; keys are text"
-        case _:
-            return f"{_short(value)}: {error['msg'].removeprefix('Input ')}"
-
-
-def _short(value: Any) -> str:
-    """A value in a message."""
-    text = repr(value)
-    return text if len(text) <= 60 else f"{text[:57]}..."
-
-
-def _keys(kind: type[Settings], place: tuple[str | int, ...]) -> list[str]:
-    """The keys of the block at `place` in `kind`, walking through nested blocks."""
-    block: Any = kind
-    for part in place:
-        field = getattr(block, "model_fields", {}).get(part)
-        if field is not None:
-            block = field.annotation
-            block = next((a for a in getattr(block, "__args__", ()) if hasattr(a, "model_fields")), block)
-    names = list(getattr(block, "model_fields", {}))
-    return [n for n in names if n not in OF_THE_FILE] if block is Recipe else names
 
 
 def _benchmark(value: Any, document: yamlfile.Document, folder: Path, problems: Problems) -> Any:
@@ -423,10 +334,6 @@ def _gate_problem(name: str, gate: Gate, measured: set[str]) -> str | None:
 def schema() -> dict[str, Any]:
     """The JSON schema of a recipe, the settings of every method included."""
     document = Recipe.model_json_schema()
-    for key in OF_THE_FILE:
-        del document["properties"][key]
-    for key in ("Stage", "Settings"):
-        document["$defs"].pop(key, None)
     stages = []
     for family, name, method in methods.everyone():
         block = method.Settings.model_json_schema()
