@@ -8,26 +8,18 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError, DataError, MissingPackage
+from compress.methods import Example
 from compress.model import user_path
 from compress.recipe import Data, digest, fields
 
 BUILTIN = Path(__file__).parent / "builtin" / "dialogues"
 ENDINGS = ("jsonl", "json", "csv", "parquet")
 Row = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Example:
-    """One thing to be done: complete `prompt` (references say how well), or read `prompt` as plain text (no references)."""
-
-    id: str
-    prompt: str
-    references: list[str]
 
 
 def examples(data: Data, folder: Path, purpose: str, samples: int | None, seed: int) -> list[Example]:

@@ -26,7 +26,6 @@ from pydantic import BaseModel, ConfigDict
 from compress.errors import MissingPackage
 
 if TYPE_CHECKING:
-    from compress.data import Example
     from compress.model import Bundle
 
 FAMILIES = ("quantize",)
@@ -65,12 +64,21 @@ class About:
 
 
 @dataclass(frozen=True)
+class Example:
+    """One thing to be done: complete `prompt` (references say how well), or read `prompt` as plain text (no references)."""
+
+    id: str
+    prompt: str
+    references: list[str]
+
+
+@dataclass(frozen=True)
 class Context:
     """What a stage may use besides the model."""
 
     device: str
     progress: Callable[[str, int, int], None]  # what, done, total
-    examples: "list[Example]" = field(default_factory=list)  # what a calibrated method may see
+    examples: list[Example] = field(default_factory=list)  # what a calibrated method may see
     max_tokens: int = 512  # each example's longest input
     chat: bool = False  # prompts are a user's turns
     layers: list[dict[str, Any]] = field(default_factory=list)  # for the report: name, bits, error, left_out

@@ -14,7 +14,7 @@ from compress import data, methods, model
 from compress.benchmark import isolate
 from compress.benchmark.statistics import corpus_value
 from compress.errors import DeviceError, InputError, ModelError, RunError
-from compress.methods import quiet
+from compress.methods import Example, quiet
 from compress.model import Source
 from compress.process import Child, Progress
 from compress.recipe import Gate, Recipe, Stage, digest, load
@@ -113,7 +113,7 @@ def _stages(recipe: Recipe, source: Source, artifacts: Path, device: str, log: P
     history: list[Any] = [model.fingerprint(source), device]
     for stage in recipe.stages:
         method = methods.find(stage.family, stage.method)
-        seen: list[data.Example] = []
+        seen: list[Example] = []
         if method.ABOUT.calibrated:
             wanted = recipe.calibration
             seen = data.examples(recipe.data, recipe.folder, "train", wanted.samples, wanted.seed)
@@ -143,7 +143,7 @@ def _is_whole(artifact: Path) -> bool:
 
 
 def _make(
-    recipe: Recipe, stage: Stage, source: Source, seen: list[data.Example], target: Path, device: str, log: Path, progress: Progress
+    recipe: Recipe, stage: Stage, source: Source, seen: list[Example], target: Path, device: str, log: Path, progress: Progress
 ) -> None:
     written = {"family": stage.family, "method": stage.method, "settings": stage.settings.model_dump(mode="json")}
     calibration = {"examples": [asdict(e) for e in seen], "max_tokens": recipe.calibration.max_tokens, "chat": recipe.data.chat}
@@ -156,7 +156,7 @@ def _make(
 
 
 def _measured(
-    sources: dict[Role, Source], recipe: Recipe, examples: list[data.Example], stages: list[StageRecord], device: str, log: Path,
+    sources: dict[Role, Source], recipe: Recipe, examples: list[Example], stages: list[StageRecord], device: str, log: Path,
     progress: Progress,
 ) -> Report:  # fmt: skip
     sides, outputs, environment = isolate.measure(sources, recipe, examples, device, log, progress)
@@ -186,7 +186,7 @@ def _judged(report: Report, baseline: Side | None, candidate: Side, same_run: bo
     )  # fmt: skip
 
 
-def _predictions(examples: Sequence[data.Example], outputs: dict[Role, isolate.Outputs], score: str | None) -> list[Prediction]:
+def _predictions(examples: Sequence[Example], outputs: dict[Role, isolate.Outputs], score: str | None) -> list[Prediction]:
     found = []
     for index, example in enumerate(examples):
         row: dict[str, Any] = asdict(example)

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from compress import methods, model
-from compress.data import Example
 from compress.errors import BrokenPromise, DeviceError
+from compress.methods import Example
 from compress.process import Progress, serve
 from compress.results import LAYERS, whole_folder
 

@@ -7,6 +7,7 @@ import pytest
 
 from compress import data
 from compress.errors import DataError, MissingPackage
+from compress.methods import Example
 from compress.recipe import Data
 
 ROWS = [{"id": f"r{n}", "said": f"words {n}", "short": f"w{n}", "many": [f"w{n}", f"v{n}"]} for n in range(20)]
@@ -34,7 +35,7 @@ def test_every_format_gives_the_same_examples(tmp_path, ending):
         frame.to_parquet(file)
     for source in (file, tmp_path):
         examples = found(settings(source), tmp_path)
-        assert examples[3] == data.Example("r3", "Say: words 3", ["w3"])
+        assert examples[3] == Example("r3", "Say: words 3", ["w3"])
         assert len(examples) == 20
 
 

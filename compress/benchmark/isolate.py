@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.benchmark.statistics import corpus_value
-from compress.data import Example
 from compress.errors import OutOfMemory, RunError
+from compress.methods import Example
 from compress.metrics import METRICS
 from compress.model import Source
 from compress.process import Child, Progress

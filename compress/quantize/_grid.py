@@ -17,6 +17,13 @@ if TYPE_CHECKING:
     from torch.nn import Linear
 
 PER_ROW = -1
+PACKED = methods.About(
+    at_run_time="transformers unpacks the weights at loading, so it gains on disk only; servers with fused kernels (vLLM) keep them packed",
+    packages=("compressed-tensors",),
+    extra="quant",
+    calibrated=True,
+    packs=True,
+)
 
 
 class GridSettings(methods.Settings):

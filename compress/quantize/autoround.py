@@ -11,22 +11,16 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from compress.methods import About, Context
+from compress.methods import Context
 from compress.model import Bundle
-from compress.quantize._grid import Grid, GridSettings
+from compress.quantize._grid import PACKED, Grid, GridSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.quantize._walk import Block
 
-ABOUT = About(
-    at_run_time="transformers unpacks the weights at loading, so it gains on disk only; servers with fused kernels (vLLM) keep them packed",
-    packages=("compressed-tensors",),
-    extra="quant",
-    packs=True,
-    calibrated=True,
-)
+ABOUT = PACKED
 
 
 class Settings(GridSettings):

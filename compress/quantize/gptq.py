@@ -10,17 +10,11 @@ from pathlib import Path
 
 from pydantic import Field
 
-from compress.methods import About, Context
+from compress.methods import Context
 from compress.model import Bundle
-from compress.quantize._grid import GridSettings
+from compress.quantize._grid import PACKED, GridSettings
 
-ABOUT = About(
-    at_run_time="transformers unpacks the weights at loading, so it gains on disk only; servers with fused kernels (vLLM) keep them packed",
-    packages=("compressed-tensors",),
-    extra="quant",
-    packs=True,
-    calibrated=True,
-)
+ABOUT = PACKED
 
 
 class Settings(GridSettings):

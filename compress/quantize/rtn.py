@@ -7,17 +7,11 @@ are made in the same way.
 import tempfile
 from pathlib import Path
 
-from compress.methods import About, Context
+from compress.methods import Context
 from compress.model import Bundle
-from compress.quantize._grid import GridSettings, fit
+from compress.quantize._grid import PACKED, GridSettings, fit
 
-ABOUT = About(
-    at_run_time="transformers unpacks the weights at loading, so it gains on disk only; servers with fused kernels (vLLM) keep them packed",
-    packages=("compressed-tensors",),
-    extra="quant",
-    packs=True,
-    calibrated=True,
-)
+ABOUT = PACKED
 
 
 class Settings(GridSettings):
