@@ -94,6 +94,32 @@ def test_damaged_reports_are_refused_by_name(tmp_path, content, message):
     assert str(tmp_path) in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("where", "value", "message"),
+    [
+        (("sides",), [], "a candidate is wanted, with or without a baseline before it; it has nothing"),
+        (("sides", 0, "role"), "candidate", "it has candidate, candidate"),
+        (("sides", 1, "measurements", 0, "metric"), "rougeX", "there is no metric 'rougeX'"),
+        (("sides", 1, "measurements", 0, "samples"), [], "rougeL has no samples"),
+        (("sides", 1, "measurements", 0, "samples"), [[1.0], [1.0, 2.0]], "rougeL has samples of unequal width"),
+        (("sides", 1, "measurements", 0, "value"), float("nan"), "finite number"),
+        (("settings", "check"), None, r"settings\.check is missing"),
+        (("settings", "check"), {"rougeL": {"max_dorp": 1}}, "Extra inputs are not permitted"),
+        (("stages", 0, "stage"), {}, "a stage without a name"),
+    ],
+)
+def test_reports_edited_by_hand_are_refused_by_name(tmp_path, where, value, message):
+    write.write(made(), tmp_path / "r1")
+    file = tmp_path / "r1" / "report.json"
+    spot = data = json.loads(file.read_text())
+    for key in where[:-1]:
+        spot = spot[key]
+    spot[where[-1]] = value
+    file.write_text(json.dumps(data))
+    with pytest.raises(ReportError, match=message):
+        read_report(file)
+
+
 def test_no_report_at_all(tmp_path):
     with pytest.raises(ReportError, match="there is no report here"):
         read_report(tmp_path / "nowhere")

@@ -116,8 +116,8 @@ def test_sides_on_different_examples_are_refused():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"examples_digest": "other"}, "the digest of the examples is 'e' in one and 'other'"),
-        ({"environment": {"device": "cuda"}}, "device is 'cpu' in one and 'cuda'"),
+        ({"examples_digest": "other"}, "the digest of the examples is 'e' in one, 'other'"),
+        ({"environment": {"device": "cuda"}}, "device is 'cpu' in one, 'cuda'"),
         ({"settings": {"check": {}, "data": {}, "benchmark": {"new_tokens": 9}, "generation": {}}}, "benchmark is "),
     ],
 )
