@@ -100,11 +100,11 @@ def toys(tmp_path_factory) -> dict[str, Path]:
 
 @pytest.fixture(scope="session")
 def rows(tmp_path_factory) -> Path:
-    """A folder with a test split of twelve rows."""
+    """A folder with splits of 24 rows, enough for intervals."""
     folder = tmp_path_factory.mktemp("rows")
     lines = []
-    for n in range(12):
-        said = " ".join(WORDS[(n * 3 + k * 7) % len(WORDS)] for k in range(5 + n))
+    for n in range(24):
+        said = " ".join(WORDS[(n * 3 + k * 7) % len(WORDS)] for k in range(5 + n % 12))
         lines.append({"id": f"row-{n}", "said": said, "short": "the cat sat on the red mat", "label": str(n % 2)})
     for split in ("test", "train"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))

@@ -4,12 +4,12 @@ import json
 import subprocess
 import sys
 import textwrap
-import time
 
 import pytest
 import yaml
 
 import compress
+from compress.recipe import shipped
 from tests.conftest import recipe_for
 
 LIGHT = """
@@ -77,7 +77,7 @@ def test_bad_input_is_one_message_and_status_2(arguments, message, tmp_path):
 
 def test_validate_tells_every_recipe(tmp_path):
     good, bad = tmp_path / "good.yaml", tmp_path / "bad.yaml"
-    good.write_text(compress.recipe.shipped().joinpath("quickstart.yaml").read_text())
+    good.write_text(shipped().joinpath("quickstart.yaml").read_text())
     bad.write_text("version: 1\n")
     done = program("validate", good, bad)
     assert done.returncode == 2
@@ -123,7 +123,7 @@ def test_run_prints_one_document_and_leaves_a_report(finished):
     assert sorted(f.name for f in folder.iterdir()) == ["reports", "toy.yaml"]
     raw = json.loads((report / "report.json").read_text())
     latency = next(m for m in raw["sides"][0]["measurements"] if m["metric"] == "latency_p50")
-    assert [len(turn) for turn in latency["raw"]] == [2, 2]
+    assert [len(timings) for timings in latency["raw"]] == [4], "one round of two turns of two generations"
     assert raw["environment"]["threads"] == 1
 
 
@@ -149,9 +149,7 @@ def test_check_compare_and_bench_agree_with_the_run(finished):
 @pytest.mark.slow
 def test_the_second_run_reuses_the_artifact(finished):
     folder, _, _ = finished
-    start = time.monotonic()
     done = program("run", "toy.yaml", "--json", "--set", "benchmark.turns=1", cwd=folder)
-    assert time.monotonic() - start < 280
     report = compress.read_report(folder / json.loads(done.stdout)["report"])
     assert report.stages[0].reused
 
@@ -164,4 +162,4 @@ def test_a_failed_gate_is_status_1_and_too_little_data_4(finished):
     assert "FAIL: weight_bytes ratio is 0.5" in " ".join(one.stdout.split())
     four = program("run", "toy.yaml", "--set", "check.latency_p50.max_ratio=9", "--set", "benchmark.turns=1", cwd=folder)
     assert four.returncode == 4
-    assert "too few turns for an interval" in " ".join(four.stdout.split())
+    assert "from too little data for an interval" in " ".join(four.stdout.split())
