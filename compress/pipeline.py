@@ -38,7 +38,8 @@ def run(recipe: Recipe | str | Path, out: str | Path = "reports", device: str = 
     with _place(recipe, Path(out)) as (place, log):
         stages = _stages(recipe, baseline, Path(out) / "artifacts", device, log, progress)
         candidate = Source(str(Path(stages[-1].artifact).resolve()), wanted.task) if stages else baseline
-        report = _measured({"baseline": baseline, "candidate": candidate}, recipe, examples, stages, device, log, progress)
+        names: dict[Role, str] = {"baseline": wanted.id, "candidate": stages[-1].artifact if stages else wanted.id}
+        report = _measured({"baseline": baseline, "candidate": candidate}, names, recipe, examples, stages, device, log, progress)
         return write.write(report.model_copy(update={"run": place.name}), place)
 
 
@@ -53,7 +54,7 @@ def bench(
     source = model.pinned(Source(model.locate(model_id, Path()), recipe.model.task))
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
     with _place(recipe, Path(out)) as (place, log):
-        report = _measured({"candidate": source}, recipe, examples, [], device, log, progress)
+        report = _measured({"candidate": source}, {"candidate": model_id}, recipe, examples, [], device, log, progress)
         return write.write(report.model_copy(update={"run": place.name}), place)
 
 
@@ -156,10 +157,12 @@ def _make(
 
 
 def _measured(
-    sources: dict[Role, Source], recipe: Recipe, examples: list[Example], stages: list[StageRecord], device: str, log: Path,
+    sources: dict[Role, Source], names: dict[Role, str], recipe: Recipe, examples: list[Example], stages: list[StageRecord], device: str, log: Path,
     progress: Progress,
 ) -> Report:  # fmt: skip
+    """Measure the sources; `names` is what the report calls them, as the person wrote them."""
     sides, outputs, environment = isolate.measure(sources, recipe, examples, device, log, progress)
+    sides = [side.model_copy(update={"model": names[side.role]}) for side in sides]
     score = next((name for name in HEADLINE if any(name in o["samples"] for o in outputs.values())), None)
     report = Report(
         recipe=recipe.name, run="", created=datetime.now(UTC).isoformat(timespec="seconds"), digest=recipe.digest,

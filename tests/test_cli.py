@@ -54,10 +54,10 @@ def test_every_verb_has_help_with_an_example():
     ("arguments", "message"),
     [
         (["run", "nowhere.yaml"], "nowhere.yaml: there is no such file"),
-        (["run", "quickstart", "--device", "tpu"], "'tpu' is not one of"),
+        (["run", "quickstart", "--device", "tpu"], "invalid choice: 'tpu'"),
         (["run", "quickstart", "--set", "data.sample=3"], "unknown key 'sample'; did you mean 'samples'?"),
-        (["run"], "Missing argument"),
-        (["frobnicate"], "No such command"),
+        (["run"], "the following arguments are required: RECIPE"),
+        (["frobnicate"], "invalid choice: 'frobnicate'"),
         (["compare", "nowhere"], "there is no report here"),
         (["check", "nowhere"], "there is no report here"),
         (["bench", "./nowhere", "--recipe", "quickstart"], "there is no folder"),
