@@ -157,8 +157,8 @@ def _make(
 
 
 def _measured(
-    sources: dict[Role, Source], names: dict[Role, str], recipe: Recipe, examples: list[Example], stages: list[StageRecord], device: str, log: Path,
-    progress: Progress,
+    sources: dict[Role, Source], names: dict[Role, str], recipe: Recipe, examples: list[Example], stages: list[StageRecord],
+    device: str, log: Path, progress: Progress,
 ) -> Report:  # fmt: skip
     """Measure the sources; `names` is what the report calls them, as the person wrote them."""
     sides, outputs, environment = isolate.measure(sources, recipe, examples, device, log, progress)
