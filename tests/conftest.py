@@ -93,7 +93,10 @@ def toys(tmp_path_factory) -> dict[str, Path]:
     folders = {}
     for kind in TASKS:
         folders[kind] = tmp_path_factory.mktemp("toys") / kind
-        make_model(kind).save_pretrained(folders[kind])
+        model = make_model(kind)
+        if model.can_generate():
+            model.generation_config.max_new_tokens = 7
+        model.save_pretrained(folders[kind])
         make_tokenizer().save_pretrained(folders[kind])
     return folders
 

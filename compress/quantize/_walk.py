@@ -7,7 +7,7 @@ Only the hidden states between two blocks are kept, an example at a time and so 
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors import safe_open
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from compress.architecture import as_linear, context_length, has_transposed_layers, linear_layers
 from compress.errors import BrokenPromise, DataError
@@ -162,6 +163,9 @@ def _empty(source: Source, scratch: Path) -> tuple["PreTrainedModel", _Weights]:
     A checkpoint with other names than the model's own (old uploads), and GPT-2 with its transposed layers, is written anew.
     """
     model = skeleton(source)
+    if model.can_generate():
+        with suppress(OSError):  # an old upload may have none; then the model's config stands for it
+            model.generation_config = GenerationConfig.from_pretrained(source.id, revision=source.revision)
     weights = _Weights(local_folder(source), model.dtype)
     tied = set(model.all_tied_weights_keys)
     names = {name for name, _ in model.named_parameters(remove_duplicate=False)}

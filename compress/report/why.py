@@ -17,7 +17,9 @@ def notes(stages: list[StageRecord], compared: list[Comparison], environment: di
     by_name = {c.metric: c for c in compared}
     weights, run = by_name.get("weight_bytes"), by_name.get("peak_run_bytes")
     if weights and weights.candidate >= weights.baseline:
-        found.append("The weights take no less memory than before: no stage removed or packed anything.")
+        files = by_name.get("file_bytes")
+        on_disk = f", though on disk they are {change(files)}" if files and files.candidate < files.baseline else ""
+        found.append(f"Once loaded, the weights take no less memory than before{on_disk}. {_at_run_time(stages)}")
     elif weights and run and run.low is not None and run.low > 0.95:
         saved = scaled(weights.baseline - weights.candidate, "bytes")
         found.append(

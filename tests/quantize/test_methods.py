@@ -49,6 +49,12 @@ def logits(folder, kind, dtype="auto"):
         return loaded, loaded(input_ids=ids, **extra).logits.float()
 
 
+def told(loaded):
+    """What a model's generation config says, but for who wrote it."""
+    said = loaded.generation_config.to_dict()
+    return {key: value for key, value in said.items() if key not in ("transformers_version", "_from_model_config")}
+
+
 def test_every_method_is_tested_here():
     assert set(CASES) == set(methods.names("quantize"))
 
@@ -77,6 +83,8 @@ def test_the_artifact_is_near_the_original_and_smaller(toys, tmp_path, kind, met
     assert ((found - expected).norm() / expected.norm()).item() < tolerance
     assert (found - expected).norm() > 0, "nothing was changed"
     assert model.parameter_count(after) == model.parameter_count(before)
+    if before.can_generate():
+        assert told(after) == told(before), "the artifact generates as its model does"
     if "compressed-tensors" not in methods.find("quantize", method).ABOUT.packages:  # transformers unpacks these at loading
         assert model.weight_bytes(after) < model.weight_bytes(before)
     assert model.file_bytes(target) < model.file_bytes(toys[kind])
