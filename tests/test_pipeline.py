@@ -106,8 +106,8 @@ def test_speeds_by_hand():
 class Crowded:
     """A side that fits into memory only without the other."""
 
-    def __init__(self, at_load):
-        self.at_load, self.stopped, self.log = at_load, False, []
+    def __init__(self, at_load, too_large=False):
+        self.at_load, self.too_large, self.stopped, self.log = at_load, too_large, False, []
         self.short_of_memory = False
 
     def start(self):
@@ -118,6 +118,7 @@ class Crowded:
 
     def start_alone(self):
         self.log.append("start alone")
+        self.short_of_memory = self.too_large
 
     def stop(self):
         self.stopped = True
@@ -129,6 +130,13 @@ def test_sides_that_do_not_fit_together_are_measured_apart(at_load):
     assert isolate._bring_up(side, [other]) is True
     assert side.log == ["start", "start alone"]
     assert other.stopped
+
+
+def test_a_point_that_does_not_fit_alone_either_keeps_the_sides_together():
+    side = Crowded(at_load=False, too_large=True)
+    assert isolate._bring_up(side, [Crowded(at_load=False)]) is False
+    assert isolate._bring_up(side, [Crowded(at_load=False)]) is False
+    assert side.log == ["start", "start alone", "start"], "known by now, it is not tried again"
 
 
 def test_a_side_that_does_not_fit_alone_either_says_so():

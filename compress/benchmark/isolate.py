@@ -160,17 +160,22 @@ def _rounds(subjects: list[Subject], recipe: Recipe, examples: list[Example], pr
 
 
 def _bring_up(subject: Subject, others: list[Subject]) -> bool:
-    """Start a side beside the others, or, where memory doesn't hold them together, without them. Says whether it came to that."""
+    """Start a side beside the others, or, where memory doesn't hold them together, without them. Says whether being alone helped.
+
+    A point that doesn't fit alone either is no reason to measure the sides apart, nor is one that was known before.
+    """
+    known, loaded = subject.short_of_memory, True
     try:
         subject.start()
-        if not (others and subject.short_of_memory):
-            return False
     except OutOfMemory:
         if not others:
             raise
+        loaded = False
+    if loaded and (known or not others or not subject.short_of_memory):
+        return False
     _stop(others)
     subject.start_alone()
-    return True
+    return not (loaded and subject.short_of_memory)
 
 
 def _stop(subjects: list[Subject]) -> None:
