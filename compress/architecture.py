@@ -3,6 +3,7 @@
 import difflib
 import fnmatch
 import re
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import InputError, ModelError
@@ -27,14 +28,7 @@ def linear_layers(model: "PreTrainedModel", ignore: list[str] | None) -> "tuple[
     if ignore is None:
         left_out = {name for name in layers if _is_head(model, name)}
     else:
-        left_out = set()
-        for entry in ignore:
-            matched = {name for name in layers if matches(name, entry)}
-            if not matched:
-                ends = sorted({name.rsplit(".", 1)[-1] for name in layers})
-                near = difflib.get_close_matches(entry, [*layers, *ends], n=3, cutoff=0.4) or ends[:8]
-                raise InputError(f"ignore: {entry!r} matches no linear layer of this model; near it are {', '.join(near)}")
-            left_out |= matched
+        left_out = {name for entry in ignore for name in match(entry, layers, "ignore")}
     kept = {name: module for name, module in layers.items() if name not in left_out}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     if shared := [name for name in kept if f"{name}.weight" in tied]:
@@ -42,8 +36,21 @@ def linear_layers(model: "PreTrainedModel", ignore: list[str] | None) -> "tuple[
     return kept, {name: layers[name] for name in sorted(left_out)}
 
 
-def matches(name: str, entry: str) -> bool:
-    """Whether a layer's full name is meant by an entry of `ignore` (or of any list of layer patterns)."""
+def match(entry: str, layers: Iterable[str], key: str) -> list[str]:
+    """The layers that an entry of the setting `key` means.
+
+    Raises InputError with the nearest names where it means none.
+    """
+    names = list(layers)
+    if found := [name for name in names if _means(entry, name)]:
+        return found
+    ends = sorted({name.rsplit(".", 1)[-1] for name in names})
+    near = difflib.get_close_matches(entry, [*names, *ends], n=3, cutoff=0.4) or ends[:8]
+    raise InputError(f"{key}: {entry!r} matches no linear layer of this model; near it are {', '.join(near)}")
+
+
+def _means(entry: str, name: str) -> bool:
+    """Whether a pattern (`lm_head`, `*.layers.0.*`, `re:.*mlp.*`) means a layer of this full name."""
     if entry.startswith("re:"):
         try:
             return re.fullmatch(entry[3:], name) is not None

@@ -81,7 +81,16 @@ class Context:
     examples: list[Example] = field(default_factory=list)  # what a calibrated method may see
     max_tokens: int = 512  # each example's longest input
     chat: bool = False  # prompts are a user's turns
-    layers: list[dict[str, Any]] = field(default_factory=list)  # for the report: name, bits, error, left_out
+    layers: list[dict[str, Any]] = field(default_factory=list)  # for the report, by `note` and `leave_out`
+    remarks: dict[str, str] = field(default_factory=dict)  # for the report: what is odd about a layer
+
+    def note(self, name: str, bits: int, error: float | None = None) -> None:
+        """A layer is stored in so many bits a weight; `error` is the share of its output that this changes on the calibration data."""
+        self.layers.append({"name": name, "bits": bits, "error": error, "remark": self.remarks.get(name)})
+
+    def leave_out(self, name: str, why: str) -> None:
+        """A layer stays as it was."""
+        self.layers.append({"name": name, "bits": None, "error": None, "remark": f"left out: {why}"})
 
 
 class Method(Protocol):

@@ -289,7 +289,13 @@ def parameter_count(model: "PreTrainedModel") -> int:
     count = 0
     for name, parameter in model.named_parameters():
         owner, _, leaf = name.rpartition(".")
-        if leaf in ("weight_scale", "weight_zero_point", "weight_shape"):  # what packed weights bring along
+        if leaf in (
+            "weight_scale",
+            "weight_zero_point",
+            "weight_shape",
+            "input_scale",
+            "input_zero_point",
+        ):  # what packed weights bring along
             continue
         if leaf == "weight_packed":
             count += int(model.get_submodule(owner).weight_shape.prod())

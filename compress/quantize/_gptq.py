@@ -4,31 +4,23 @@ import torch
 from torch import Tensor
 
 from compress.errors import BrokenPromise
-from compress.quantize._grid import Grid, GridSettings, fit
+from compress.quantize._block import Block, Solution
+from compress.quantize._grid import GridSettings, fit
 from compress.quantize._inputs import in_order, second_moments
-from compress.quantize._walk import Block
 
 
-def solve_block(block: Block, settings: GridSettings, damping: float) -> dict[str, float]:
-    """Set every layer of a block, in the order they run, each on the inputs that the solved ones give it.
-
-    Returns each layer's relative error.
-    """
-    errors = {}
+def solve_block(block: Block, settings: GridSettings, damping: float) -> None:
+    """Set every layer of a block, in the order they run, each on the inputs that the solved ones give it."""
     for group in in_order(block):
         moments = second_moments(block, group[0])
         for name in group:
-            weight = block.layers[name].weight.data.float()
-            grid, integers = solve_layer(weight, moments, settings, settings.bits, damping, name)
-            errors[name] = relative_error(weight, grid.values(integers), moments)
-            block.set(name, grid, integers)
-    return errors
+            block.set(name, solve_layer(block.weights[name].float(), moments, settings, block.bits[name], damping, name))
 
 
-def solve_layer(weight: Tensor, moments: Tensor, settings: GridSettings, bits: int, damping: float, name: str = "") -> tuple[Grid, Tensor]:
+def solve_layer(weight: Tensor, moments: Tensor, settings: GridSettings, bits: int, damping: float, name: str = "") -> Solution:
     """Integers for a weight (rows, columns) that keep its outputs, given its inputs' second moments (columns, columns).
 
-    Returns the grid and the integers, float32 of the weight's shape.
+    Raises BrokenPromise when the Hessian can't be factored at any damping.
     """
     columns = weight.shape[1]
     grid = fit(weight, settings, bits)
@@ -49,13 +41,7 @@ def solve_layer(weight: Tensor, moments: Tensor, settings: GridSettings, bits: i
             block[:, j + 1 :] -= errors[:, j : j + 1] * inner[j, j + 1 :]
         left[:, end:] -= errors @ factor[start:end, end:]
     back = torch.argsort(order)
-    return grid, integers[:, back]
-
-
-def relative_error(weight: Tensor, rounded: Tensor, moments: Tensor) -> float:
-    """The share of the layer's output (mean square over the calibration inputs) that rounding changes."""
-    change = weight - rounded
-    return float(((change @ moments) * change).sum() / ((weight @ moments) * weight).sum().clamp(min=1e-30))
+    return Solution(grid, integers[:, back].to(torch.uint8))
 
 
 def _factor(moments: Tensor, damping: float, name: str) -> Tensor:

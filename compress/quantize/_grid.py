@@ -5,18 +5,18 @@ q = clamp(round(w / scale) + zero, 0, 2^bits - 1) and read as scale (q - zero). 
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compress import methods
-from compress.errors import InputError
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from torch.nn import Linear
 
 PER_ROW = -1
+WIDTHS = (2, 3, 4, 8)
+Width = Literal[2, 3, 4, 8]
 PACKED = methods.About(
     at_run_time="transformers unpacks the weights at loading, so it gains on disk only; servers with fused kernels (vLLM) keep them packed",
     packages=("compressed-tensors",),
@@ -26,13 +26,36 @@ PACKED = methods.About(
 )
 
 
-class GridSettings(methods.Settings):
+class LayerSettings(methods.Settings):
+    """What every method that goes through the calibration pass can be told."""
+
+    ignore: list[str] | None = Field(None, description="layers left alone; null leaves the heads alone")
+
+
+class GridSettings(LayerSettings):
     """What every method that stores weights on an integer grid can be told."""
 
-    bits: Literal[2, 3, 4, 8] = 4
+    bits: Width | Annotated[dict[str, Width], Field(min_length=1)] | Literal["auto"] = Field(
+        4, description="for all layers; by patterns, the first that matches counting, others left out; or auto, as each layer needs"
+    )
+    average_bits: float | None = Field(None, ge=2, le=8, description="with bits: auto, the mean over all weights; 4 where not given")
     group_size: Literal[32, 64, 128, -1] = Field(128, description="columns that share a scale; -1 is a scale a row")
     symmetric: bool = False
-    ignore: list[str] | None = Field(None, description="layers left alone; null leaves the heads alone")
+
+    @model_validator(mode="after")
+    def _average(self) -> "GridSettings":
+        if self.average_bits is not None and self.bits != "auto":
+            raise ValueError("average_bits only counts with bits: auto")
+        return self
+
+
+@dataclass(frozen=True, order=True)
+class Kind:
+    """What a grid is like. `size` is the columns that share a scale, 0 for a whole row."""
+
+    bits: int
+    symmetric: bool
+    size: int
 
 
 @dataclass(frozen=True)
@@ -50,17 +73,19 @@ class Grid:
 
     def columns(self, count: int) -> "tuple[Tensor, Tensor]":
         """Scale and zero for each of `count` columns, (rows, count)."""
-        size = count // self.scale.shape[1]
-        return self.scale.repeat_interleave(size, dim=1), self.zero.repeat_interleave(size, dim=1)
+        size = count // self.scale.shape[-1]
+        return self.scale.repeat_interleave(size, dim=-1), self.zero.repeat_interleave(size, dim=-1)
 
     def integers(self, weight: "Tensor") -> "Tensor":
-        """The nearest integers, float dtype, in 0 to 2^bits - 1."""
-        scale, zero = self.columns(weight.shape[1])
-        return (weight.float() / scale + zero).round().clamp(0, self.top)
+        """The nearest integers, uint8, in 0 to 2^bits - 1."""
+        import torch
+
+        scale, zero = self.columns(weight.shape[-1])
+        return (weight.float() / scale + zero).round().clamp(0, self.top).to(torch.uint8)
 
     def values(self, integers: "Tensor") -> "Tensor":
         """What integers stand for, float32."""
-        scale, zero = self.columns(integers.shape[1])
+        scale, zero = self.columns(integers.shape[-1])
         return (integers - zero) * scale
 
     def rounded(self, weight: "Tensor") -> "Tensor":
@@ -68,32 +93,25 @@ class Grid:
         return self.values(self.integers(weight))
 
 
+class PerToken:
+    """A symmetric grid of 8 bits for each token, over its own range, made as it comes."""
+
+    def rounded(self, states: "Tensor") -> "Tensor":
+        """States (..., columns) rounded to nearest, float32."""
+        scale = (states.float().abs().amax(dim=-1, keepdim=True) / 127.5).clamp(min=1e-10)
+        return (states.float() / scale).round().clamp(-128, 127) * scale
+
+
 def group_columns(columns: int, group_size: int) -> int:
     """The group size in columns that a layer gets: the wanted one where it divides the layer's width, else the whole row."""
     return group_size if group_size != PER_ROW and columns % group_size == 0 else columns
 
 
-def require_whole_groups(layers: "dict[str, Linear]", settings: GridSettings) -> None:
-    """Refuse a group size that doesn't divide a layer where the layer can't have a scale a row instead.
-
-    Plain transformers reads asymmetric grids only where all layers have one kind of them. Raises InputError with the way out.
-    """
-    odd = [
-        f"{name} ({layer.in_features})"
-        for name, layer in layers.items()
-        if group_columns(layer.in_features, settings.group_size) != settings.group_size
-    ]
-    if settings.group_size != PER_ROW and odd and not settings.symmetric:
-        raise InputError(
-            f"group_size: {settings.group_size} does not divide the width of {len(odd)} layers: {', '.join(odd[:3])}; use symmetric: true"
-            " (those layers then get a scale a row), group_size: -1, or list them under ignore"
-        )
-
-
-def fit(weight: "Tensor", settings: GridSettings, bits: int, importance: "Tensor | None" = None) -> Grid:
+def fit(weight: "Tensor", settings: GridSettings, bits: int, moments: "Tensor | None" = None, search: bool = True) -> Grid:
     """The grid of each group, its range searched: of 80 shrinkings of the full range the one with the least error.
 
-    importance   a weight for each column's squared error, (columns,), such as its input's mean square; None weighs all alike
+    moments   (columns, columns), the inputs' second moments: the error is then that of the group's share of the output; else the weights'
+    search    False takes the full range
 
     Shrinking the range costs the largest weights some clipping and gives all others a finer step (Frantar et al. 2022 search so).
     """
@@ -102,23 +120,23 @@ def fit(weight: "Tensor", settings: GridSettings, bits: int, importance: "Tensor
     rows, columns = weight.shape
     size = group_columns(columns, settings.group_size)
     groups = weight.float().reshape(rows, columns // size, size)
-    weights = torch.ones(1, columns // size, size) if importance is None else importance.float().reshape(1, columns // size, size)
-    weights = weights.to(weight.device)
+    blocks = None if moments is None else torch.stack([moments[i : i + size, i : i + size] for i in range(0, columns, size)])
     low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
     best = torch.full(low.shape, float("inf"), device=weight.device)
     scale, zero = torch.ones_like(low), torch.zeros_like(low)
-    for step in range(80):
+    for step in range(80 if search else 1):
         shrink = 1 - step / 100
-        tried_scale, tried_zero = _grid_of(low * shrink, high * shrink, bits, settings.symmetric)
+        tried_scale, tried_zero = grid_of(low * shrink, high * shrink, bits, settings.symmetric)
         integers = (groups / tried_scale[..., None] + tried_zero[..., None]).round().clamp(0, 2**bits - 1)
-        error = (((integers - tried_zero[..., None]) * tried_scale[..., None] - groups).square() * weights).sum(dim=2)
+        change = (integers - tried_zero[..., None]) * tried_scale[..., None] - groups
+        error = (change if blocks is None else torch.einsum("rgi,gij->rgj", change, blocks)).mul(change).sum(dim=2)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, tried_scale, scale), torch.where(better, tried_zero, zero)
     return Grid(bits, settings.symmetric, scale, zero)
 
 
-def _grid_of(low: "Tensor", high: "Tensor", bits: int, symmetric: bool) -> "tuple[Tensor, Tensor]":
+def grid_of(low: "Tensor", high: "Tensor", bits: int, symmetric: bool) -> "tuple[Tensor, Tensor]":
     """Scale and zero of ranges that include 0."""
     import torch
 

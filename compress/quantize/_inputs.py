@@ -1,4 +1,4 @@
-"""What a block's layers are given: which layers share an input, in which order they run, and the inputs' second moments."""
+"""What a block's layers are given: which layers share an input, in which order they run, and the inputs' statistics."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -7,61 +7,82 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.quantize._walk import Block
+from compress.quantize._block import Block
 
 
 def in_order(block: Block) -> list[list[str]]:
     """The block's layers in the order they run, those with the very same input together (query, key and value)."""
-    seen: dict[tuple[int, int], list[str]] = {}
-    kept = []  # inputs stay alive, so that no two have one address
+    groups: dict[tuple[int, int], list[str]] = {}
+    alive = []  # inputs stay alive, so that no two have one address
 
-    def note(name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            kept.append(args[0])
-            seen.setdefault((args[0].data_ptr(), args[0]._version), []).append(name)
+    def note(name: str, states: Tensor) -> None:
+        alive.append(states)
+        groups.setdefault((states.data_ptr(), states._version), []).append(name)
 
-        return hook
-
-    with _hooked(block, note):
+    with listening(block, list(block.layers), note):
         block.output(0)
-    rest = [[name] for name in block.layers if not any(name in group for group in seen.values())]
-    return [*seen.values(), *rest]
+    return list(groups.values())
+
+
+def reach(block: Block) -> dict[str, Tensor]:
+    """The largest magnitude of each input column over all batches, (columns,) float32, of every layer that is run."""
+    found: dict[str, Tensor] = {}
+    batch = 0
+
+    def note(name: str, states: Tensor) -> None:
+        rows, block.ranks[name] = block.given.rows(states, batch), states.ndim
+        most = rows.abs().amax(dim=0).float()  # NaN stays NaN
+        found[name] = torch.maximum(found[name], most) if name in found else most
+
+    with listening(block, list(block.layers), note):
+        for batch in range(len(block.given.hidden)):
+            block.output(batch)
+    return found
 
 
 def second_moments(block: Block, name: str) -> Tensor:
     """X^T X over the tokens of all calibration inputs of a layer, divided by their number: (columns, columns), float32."""
-    layer = block.layers[name]
-    total, count = torch.zeros(layer.in_features, layer.in_features, device=block.device), 0
-
-    def add(_: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            nonlocal count
-            tokens = args[0].reshape(-1, layer.in_features).float()
-            total.addmm_(tokens.t(), tokens)
-            count += len(tokens)
-            raise _Enough
-
-        return hook
-
-    with _hooked(block, add, only=name):
-        for index in range(len(block.given.hidden)):
-            try:
-                block.output(index)
-            except _Enough:
-                continue
+    columns = block.layers[name].in_features
+    total, count = torch.zeros(columns, columns, device=block.device), 0
+    for rows in inputs(block, name):
+        total.addmm_(rows.t(), rows)
+        count += len(rows)
     return total / max(count, 1)
 
 
-class _Enough(Exception):
-    """The layer was reached; what comes behind it needn't run."""
+def inputs(block: Block, name: str) -> Iterator[Tensor]:
+    """A layer's inputs batch by batch, real tokens alone: (tokens, columns), float32."""
+    for batch in range(len(block.given.hidden)):
+        caught: list[Tensor] = []
+
+        def catch(_: str, states: Tensor, caught: list[Tensor] = caught) -> None:
+            caught.append(states)
+            raise _Enough
+
+        with listening(block, [name], catch):
+            try:
+                block.output(batch)
+            except _Enough:
+                yield block.given.rows(caught[0], batch).float()
 
 
 @contextmanager
-def _hooked(block: Block, hook_of: Callable[[str], Callable[..., None]], only: str | None = None) -> Iterator[None]:
-    names = [only] if only else list(block.layers)
+def listening(block: Block, names: list[str], hear: Callable[[str, Tensor], None]) -> Iterator[None]:
+    """hear(name, input) is called before each of these layers runs, while the context lasts."""
+
+    def hook_of(name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            hear(name, args[0])
+
+        return hook
+
     handles = [block.layers[name].register_forward_pre_hook(hook_of(name)) for name in names]
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _Enough(Exception):
+    """The layer was reached; what comes behind it needn't run."""

@@ -1,6 +1,13 @@
 """Packed layers as compressed-tensors stores them, which plain transformers and vLLM read: integers of 2 to 8 bits in int32 words.
 
-Names and meaning are that format's: `weight_packed`, `weight_scale`, `weight_zero_point` (asymmetric grids), `weight_shape`.
+Names and meaning are that format's: `weight_packed`, `weight_scale`, `weight_zero_point` (asymmetric grids), `weight_shape`. What plain
+transformers reads of it (5.23 with compressed-tensors 0.20) decides which of three layouts a model gets:
+
+    one kind of grid   every layer alike; unpacked at loading. The layout that vLLM knows
+    kinds apart        each kind (bits, symmetry, group size) with its own description; unpacked at the first step. Its reader stumbles over
+                       asymmetric grids with packed zero points, so those have them as bytes, under the name of blocks of one row
+    kinds as one       for models that can't be read so (encoder-decoders, whose generation calls the encoder first; GPTBigCode, whose
+                       initialisation looks at weights): all layers are written in the finest groups and the widest bits that any has
 """
 
 from typing import TYPE_CHECKING, Any
@@ -9,54 +16,76 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor, nn
 
-from compress.quantize._grid import Grid
+from compress.quantize._block import Solution
+from compress.quantize._grid import Kind
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-def packed(layer: nn.Linear, grid: Grid, integers: Tensor) -> nn.Module:
-    """A module that holds what the format stores for a layer. `integers` are 0 to 2^bits - 1, of the weight's shape."""
-    middle = 2 ** (grid.bits - 1)  # the format counts from -middle
-    holder = nn.Module()
-    parts = {
-        "weight_packed": pack_to_int32((integers - middle).to(torch.int8), grid.bits),
-        "weight_scale": grid.scale.to(layer.weight.dtype),
-        "weight_shape": torch.tensor(layer.weight.shape),
-    }
-    if not grid.symmetric:
-        parts["weight_zero_point"] = pack_to_int32((grid.zero - middle).to(torch.int8), grid.bits, packed_dim=0)
+class Packed:
+    """The layout of a model whose layers have these kinds of grid, by name."""
+
+    def __init__(self, model: "PreTrainedModel", kinds: dict[str, Kind]):
+        self._kinds, distinct = kinds, set(kinds.values())
+        self._alike = len(distinct) == 1
+        self._as_one: Kind | None = None
+        if not self._alike and (model.config.is_encoder_decoder or model.config.model_type == "gpt_bigcode"):
+            size = min((kind.size for kind in distinct if kind.size), default=0)
+            self._as_one = Kind(max(kind.bits for kind in distinct), False, size)
+
+    def packed(self, name: str, layer: nn.Linear, solution: Solution) -> nn.Module:
+        """A module that holds what the format stores for a layer."""
+        kind = self._as_one or self._kinds[name]
+        middle = 2 ** (kind.bits - 1)  # the format counts from -middle
+        integers = solution.integers.to(torch.int16)
+        if kind.symmetric:
+            integers = integers - 2 ** (solution.grid.bits - 1) + middle
+        parts = {
+            "weight_packed": pack_to_int32((integers - middle).to(torch.int8), kind.bits),
+            "weight_scale": solution.grid.scale.to(layer.weight.dtype),
+            "weight_shape": torch.tensor(layer.weight.shape),
+        }
+        if not kind.symmetric:
+            zeros = (solution.grid.zero - middle).to(torch.int8)
+            parts["weight_zero_point"] = pack_to_int32(zeros, kind.bits, packed_dim=0) if self._alike else zeros
+        return holder(parts, layer)
+
+    def describe(self, model: "PreTrainedModel", solved: dict[str, Solution]) -> None:
+        """Write into the model's config how its layers are packed."""
+        groups: dict[tuple[Kind, int], list[str]] = {}
+        for name, solution in solved.items():
+            kind = self._as_one or self._kinds[name]
+            row = solution.integers.shape[1] if self._as_one is None and not self._alike else 0
+            groups.setdefault((kind, row), []).append(name)
+        described = [{"targets": names, "weights": self._weights(kind, row)} for (kind, row), names in sorted(groups.items())]
+        describe(model, "pack-quantized", described, dequantize=self._alike or self._as_one is not None)
+
+    def _weights(self, kind: Kind, row: int) -> dict[str, Any]:
+        weights = {"num_bits": kind.bits, "type": "int", "symmetric": kind.symmetric, "dynamic": False}
+        if self._alike or kind.symmetric:
+            return {**weights, "strategy": "group" if kind.size else "channel", "group_size": kind.size or None}
+        # written as one, a scale a row is spread over any blocks
+        return {**weights, "strategy": "block", "block_structure": [1, kind.size or row or 32]}
+
+
+def holder(parts: dict[str, Tensor], layer: nn.Linear) -> nn.Module:
+    """A module with these tensors, in main memory, and the layer's bias."""
+    made = nn.Module()
     for name, tensor in parts.items():
-        holder.register_parameter(name, nn.Parameter(tensor.cpu(), requires_grad=False))
+        made.register_parameter(name, nn.Parameter(tensor.cpu(), requires_grad=False))
     if layer.bias is not None:
-        holder.register_parameter("bias", nn.Parameter(layer.bias.data.cpu(), requires_grad=False))
-    return holder
+        made.register_parameter("bias", nn.Parameter(layer.bias.data.cpu(), requires_grad=False))
+    return made
 
 
-def describe(model: "PreTrainedModel", grids: dict[str, Grid]) -> None:
-    """Write into the model's config how its layers are packed: a group of layers for each kind of grid."""
-    groups: dict[tuple[int, bool, int | None], list[str]] = {}
-    for name, grid in grids.items():
-        columns = _columns(model, name)
-        size = None if grid.scale.shape[1] == 1 else columns // grid.scale.shape[1]
-        groups.setdefault((grid.bits, grid.symmetric, size), []).append(name)
-    left_out = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+def describe(model: "PreTrainedModel", form: str, groups: list[dict[str, Any]], dequantize: bool) -> None:
+    """The model's quantization_config. `dequantize` has transformers unpack at loading instead of at the first step."""
     model.config.quantization_config = {
         "quant_method": "compressed-tensors",
-        "format": "pack-quantized",
+        "format": form,
         "quantization_status": "compressed",
-        # transformers then unpacks at loading, the only way in which it reads asymmetric grids; it knows one kind of grid in that way
-        "dequantize": len(groups) == 1,
-        "ignore": left_out,
-        "config_groups": {f"group_{n}": _group(*kind, names) for n, (kind, names) in enumerate(sorted(groups.items(), key=str))},
+        "dequantize": dequantize,
+        "ignore": [name for name, module in model.named_modules() if isinstance(module, nn.Linear)],
+        "config_groups": {f"group_{n}": {"input_activations": None, "output_activations": None, **group} for n, group in enumerate(groups)},
     }
-
-
-def _group(bits: int, symmetric: bool, size: int | None, names: list[str]) -> dict[str, Any]:
-    strategy = "channel" if size is None else "group"
-    weights = {"num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": strategy, "group_size": size, "dynamic": False}
-    return {"targets": names, "weights": weights, "input_activations": None, "output_activations": None}
-
-
-def _columns(model: "PreTrainedModel", name: str) -> int:
-    return int(model.get_submodule(name).weight_shape[1])

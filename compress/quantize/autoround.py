@@ -5,8 +5,6 @@ uncompressed model has at its place, from the inputs that the solved blocks befo
 at 2 to 4 bits; takes a few hundred forward and backward passes a block.
 """
 
-import tempfile
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -18,29 +16,27 @@ from compress.quantize._grid import PACKED, Grid, GridSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.quantize._walk import Block
+    from compress.quantize._block import Block
 
 ABOUT = PACKED
 
 
 class Settings(GridSettings):
     steps: int = Field(200, ge=1)
-    batch_size: int = Field(8, ge=1)
     seed: int = 0
 
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with packed integer weights."""
     from compress.quantize._gptq import solve_block
-    from compress.quantize._walk import Block, walk
+    from compress.quantize._pack import Packed
+    from compress.quantize._walk import walk
 
-    def solve(block: Block) -> None:
-        weights = {name: layer.weight.data.float().clone() for name, layer in block.layers.items()}
+    def solve(block: "Block") -> None:
         solve_block(block, settings, damping=0.01)
-        _learn(block, weights, settings)
+        _learn(block, settings)
 
-    with tempfile.TemporaryDirectory() as scratch:
-        return walk(bundle, settings, context, Path(scratch), solve, targets=True)
+    return walk(bundle, settings, context, Packed, solve, targets=True)
 
 
 class _Learner:
@@ -79,26 +75,30 @@ class _Learner:
         return grid.values(self.integers(grid))
 
 
-def _learn(block: "Block", weights: "dict[str, Tensor]", settings: Settings) -> None:
+def _learn(block: "Block", settings: Settings) -> None:
     """Signed gradient descent on the distance to the block's targets, from the solution that the block has."""
     import torch
     from torch.func import functional_call
 
-    learners = {name: _Learner(weights[name], *block.solved[name]) for name in block.layers}
+    from compress.quantize._block import Solution
+
+    learners = {name: _Learner(block.weights[name].float(), one.grid, one.integers.float()) for name, one in block.solved.items()}
     parameters = [parameter for learner in learners.values() for parameter in (learner.offset, learner.reach)]
     generator = torch.Generator().manual_seed(settings.seed)
+    count = len(block.targets)
     for step in range(settings.steps):
-        picked = torch.randperm(len(block.targets), generator=generator)[: settings.batch_size].tolist()
+        if step % count == 0:
+            order = torch.randperm(count, generator=generator).tolist()
+        batch = order[step % count]
         with torch.enable_grad():
             made = {
-                f"{name[len(block.name) + 1 :]}.weight": learner.value().to(block.targets[0].dtype) for name, learner in learners.items()
+                f"{name[len(block.name) + 1 :]}.weight": learner.value().to(block.weights[name].dtype) for name, learner in learners.items()
             }
-            loss = torch.zeros((), device=block.device)
-            for index in picked:
-                args, kwargs = block.given.calls[index]
-                out = functional_call(block.module, made, (block.given.hidden[index].to(block.device), *args), kwargs)
-                target = block.targets[index].to(block.device)
-                loss = loss + ((out[0] if isinstance(out, tuple) else out).float() - target.float()).square().mean()
+            out = block.given.through(
+                lambda *args, made=made, **kwargs: functional_call(block.module, made, args, kwargs), batch, block.device
+            )
+            target = block.targets[batch].to(block.device)
+            loss = (block.given.rows(out, batch).float() - block.given.rows(target, batch).float()).square().mean()
             gradients = torch.autograd.grad(loss, parameters)
         rate = (1 - step / settings.steps) / settings.steps
         for parameter, gradient in zip(parameters, gradients, strict=True):
@@ -106,7 +106,7 @@ def _learn(block: "Block", weights: "dict[str, Tensor]", settings: Settings) -> 
     for name, learner in learners.items():
         with torch.no_grad():
             grid = learner.grid()
-            block.set(name, grid, learner.integers(grid))
+            block.set(name, Solution(grid, learner.integers(grid).to(torch.uint8)))
 
 
 def _round(values: "Tensor") -> "Tensor":

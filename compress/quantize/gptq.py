@@ -5,9 +5,6 @@ model's blocks, encoder-decoders included. Columns go in the order of their inpu
 the packed weights need no index. The layers of a block are solved in the order they run, each on what the solved ones give it.
 """
 
-import tempfile
-from pathlib import Path
-
 from pydantic import Field
 
 from compress.methods import Context
@@ -26,12 +23,12 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     Raises BrokenPromise when a layer's Hessian can't be factored at any damping.
     """
+    from compress.quantize._block import Block
     from compress.quantize._gptq import solve_block
-    from compress.quantize._walk import Block, walk
+    from compress.quantize._pack import Packed
+    from compress.quantize._walk import walk
 
     def solve(block: Block) -> None:
-        for name, error in solve_block(block, settings, settings.damping).items():
-            context.layers.append({"name": name, "bits": settings.bits, "error": error})
+        solve_block(block, settings, settings.damping)
 
-    with tempfile.TemporaryDirectory() as scratch:
-        return walk(bundle, settings, context, Path(scratch), solve)
+    return walk(bundle, settings, context, Packed, solve)

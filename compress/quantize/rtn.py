@@ -4,9 +4,6 @@ The floor that every calibrated method must beat. Needs no data; it goes through
 are made in the same way.
 """
 
-import tempfile
-from pathlib import Path
-
 from compress.methods import Context
 from compress.model import Bundle
 from compress.quantize._grid import PACKED, GridSettings, fit
@@ -20,12 +17,13 @@ class Settings(GridSettings):
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with packed integer weights."""
-    from compress.quantize._walk import Block, walk
+    from compress.quantize._block import Block, Solution
+    from compress.quantize._pack import Packed
+    from compress.quantize._walk import walk
 
     def solve(block: Block) -> None:
-        for name, layer in block.layers.items():
-            grid = fit(layer.weight.data, settings, settings.bits)
-            block.set(name, grid, grid.integers(layer.weight.data))
+        for name, weight in block.weights.items():
+            grid = fit(weight, settings, block.bits[name])
+            block.set(name, Solution(grid, grid.integers(weight)))
 
-    with tempfile.TemporaryDirectory() as scratch:
-        return walk(bundle, settings, context, Path(scratch), solve)
+    return walk(bundle, settings, context, Packed, solve)

@@ -1,0 +1,66 @@
+"""One block of a model while it is solved."""
+
+from dataclasses import dataclass, field
+
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from compress.quantize._grid import Grid, PerToken
+from compress.quantize._stream import Stream
+
+
+@dataclass(frozen=True)
+class Solution:
+    """What a layer is stored as: integers of 0 to 2^bits - 1, uint8 of the weight's shape, on a grid.
+
+    inputs  what its inputs are rounded to at run time; None leaves them as they are
+    divide  what its inputs are divided by before, (columns,), at run time; its weights hold the product
+    """
+
+    grid: Grid
+    integers: Tensor
+    inputs: Grid | PerToken | None = None
+    divide: Tensor | None = None
+
+    def given(self, states: Tensor) -> Tensor:
+        """The layer's inputs as it computes with them."""
+        states = states if self.divide is None else states / self.divide.to(states.dtype)
+        return states if self.inputs is None else self.inputs.rounded(states).to(states.dtype)
+
+
+@dataclass
+class Block:
+    """One block with its weights and its linear layers to solve.
+
+    bits    for each layer
+    given   its inputs as the solved blocks before it make them
+    targets what the uncompressed model has behind this block, batch by batch; empty unless asked for
+    weights what each layer would compute with if it were not compressed
+    ranks   how many dimensions each layer's input has: 3, or 2 where a model flattens its batches
+    """
+
+    name: str
+    module: nn.Module
+    layers: dict[str, nn.Linear]
+    bits: dict[str, int]
+    given: Stream
+    targets: list[Tensor]
+    device: str
+    weights: dict[str, Tensor] = field(init=False)
+    solved: dict[str, Solution] = field(default_factory=dict)
+    ranks: dict[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.weights = {name: layer.weight.data for name, layer in self.layers.items()}
+
+    def output(self, batch: int) -> Tensor:
+        """The hidden states behind the block for one batch."""
+        return self.given.through(self.module, batch, self.device)
+
+    def set(self, name: str, solution: Solution) -> None:
+        """Give a layer its solution; it computes with it from here on."""
+        layer = self.layers[name]
+        layer.weight.data = solution.grid.values(solution.integers).to(layer.weight.dtype)
+        if solution.inputs is not None or solution.divide is not None:
+            layer.forward = lambda x: linear(solution.given(x), layer.weight, layer.bias)  # type: ignore
+        self.solved[name] = solution

@@ -1,0 +1,198 @@
+"""What flows through a model during calibration: batches of examples, led up to the blocks, and the hidden states between two blocks."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils._pytree import tree_map_only
+
+from compress.architecture import context_length
+from compress.errors import DataError
+from compress.methods import Context
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+BATCH_TOKENS = 2048  # enough for a GPU to have work, and few enough for the activations of one batch to be small beside a block
+Inputs = dict[str, Any]  # what the model is called with for one batch
+Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with besides the hidden states
+
+
+@dataclass
+class Stream:
+    """What one block is given, batch by batch; all in main memory.
+
+    hidden  the hidden states, (examples, tokens, width)
+    calls   the rest of the call
+    real    which tokens are no padding, (examples, tokens)
+    """
+
+    hidden: list[Tensor]
+    calls: list[Call]
+    real: list[Tensor]
+
+    def through(self, module: Callable[..., Any], index: int, device: str) -> Tensor:
+        """The hidden states behind a block for one batch, on the device."""
+        args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self.calls[index])
+        out = module(self.hidden[index].to(device), *args, **kwargs)
+        states: Tensor = out[0] if isinstance(out, tuple) else out
+        return states
+
+    def rows(self, states: Tensor, index: int) -> Tensor:
+        """Rows (tokens, width) of states inside the block that belong to real tokens.
+
+        States of another length are the encoder's, given to a decoder's cross attention; those are zero where they are padding.
+        """
+        flat, real = states.reshape(-1, states.shape[-1]), self.real[index].reshape(-1).to(states.device)
+        return flat[real] if len(flat) == len(real) and not real.all() else flat
+
+
+def batches(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: Context) -> list[Inputs]:
+    """The calibration examples as padded batches of similar length: the prompt, or prompt and target; for encoder-decoders both sides.
+
+    Raises DataError when no example is left that has two tokens or more.
+    """
+    room = context_length(model.config)
+    limit = min(context.max_tokens, room or context.max_tokens)
+    both = model.config.is_encoder_decoder
+    found = []
+    for example in context.examples:
+        prompt, target = example.prompt, example.references[0] if example.references else ""
+        if context.chat:
+            turn = [{"role": "user", "content": prompt}]
+            prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        text = prompt if both or not model.can_generate() else f"{prompt}{target}"
+        ids = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
+        labels = tokenizer(text_target=target, truncation=True, max_length=limit)["input_ids"] if both else []
+        if len(ids) > 1:
+            found.append((ids, labels))
+    if not found:
+        raise DataError("calibration: no example has two tokens or more; look at data.splits.train and the prompt")
+    found.sort(key=lambda pair: (len(pair[0]), len(pair[1])))
+    parts: list[list[tuple[list[int], list[int]]]] = [[]]
+    for pair in found:
+        if parts[-1] and (len(parts[-1]) + 1) * len(pair[0]) > BATCH_TOKENS:
+            parts.append([])
+        parts[-1].append(pair)
+    return [_padded(model, part) for part in parts]
+
+
+def _padded(model: "PreTrainedModel", part: list[tuple[list[int], list[int]]]) -> Inputs:
+    def side(number: int) -> tuple[Tensor, Tensor]:
+        rows = [torch.tensor(example[number]) for example in part]
+        pad = model.config.get_text_config().pad_token_id or 0
+        ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+        return ids.to(model.device), mask.to(model.device)
+
+    ids, mask = side(0)
+    inputs: Inputs = {"input_ids": ids, "attention_mask": mask}
+    if model.config.is_encoder_decoder:
+        labels, mask = side(1)
+        inputs |= {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels), "decoder_attention_mask": mask}
+    return inputs
+
+
+def lead_in(model: "PreTrainedModel", blocks: nn.ModuleList, examples: list[Inputs]) -> list[Stream]:
+    """What each block is called with; hidden states for the first alone, the others' are filled in as they come.
+
+    The first block is run, since T5's makes the position bias that the others are given; the others answer with what it said.
+    """
+    first, said = blocks[0], list[Any]()
+    decoder = not is_encoder(model, blocks) and model.config.is_encoder_decoder
+    real = [inputs["decoder_attention_mask" if decoder else "attention_mask"].bool().cpu() for inputs in examples]
+    streams = [Stream([], [], real) for _ in blocks]
+
+    moved: dict[int, tuple[Tensor, Tensor]] = {}  # blocks share masks and biases; one copy serves all
+
+    def kept(tensor: Tensor) -> Tensor:
+        return moved.setdefault(id(tensor), (tensor, tensor.cpu()))[1]
+
+    def answer(index: int, states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        streams[index].calls.append(tree_map_only(Tensor, kept, (args, kwargs)))
+        if index == 0:
+            streams[0].hidden.append(states.cpu())
+        if index == len(blocks) - 1:
+            raise _Stop
+        if index == 0:
+            said[:] = [first(states, *args, **kwargs)]
+        return said[0]
+
+    with _standing_in(blocks, answer):
+        for inputs in examples:
+            moved.clear()
+            try:
+                model(**inputs)
+            except _Stop:
+                continue
+    return streams
+
+
+def encode(model: "PreTrainedModel", blocks: nn.ModuleList, examples: list[Inputs], hidden: list[Tensor]) -> None:
+    """Give every batch the encoder's output, made from the hidden states behind its last block, in place of its input."""
+    from transformers.modeling_outputs import BaseModelOutput
+
+    for inputs, last in zip(examples, hidden, strict=True):
+        states, mask = last.to(model.device), inputs["attention_mask"]
+        with _standing_in(blocks, lambda *_, states=states: _in_form_of(model, states)):
+            out = model.get_encoder()(input_ids=inputs.pop("input_ids"), attention_mask=mask).last_hidden_state
+        inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=out * mask[..., None].to(out.dtype))
+
+
+def is_encoder(model: "PreTrainedModel", blocks: nn.ModuleList) -> bool:
+    """Whether these blocks are the encoder of an encoder-decoder."""
+    return bool(model.config.is_encoder_decoder) and any(blocks is part for part in model.get_encoder().modules())
+
+
+class _Stop(Exception):
+    """The last block of a stack was reached; what comes behind it isn't wanted."""
+
+
+class _StandIn(nn.Module):
+    """Stands where a block stood and answers in its place."""
+
+    def __init__(self, block: nn.Module, answer: Callable[..., Any]):
+        super().__init__()
+        object.__setattr__(self, "_stands_for", block)
+        object.__setattr__(self, "_answer", answer)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stands_for, name)  # models look at attributes of their blocks, such as the kind of attention
+
+    def forward(self, hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return self._answer(hidden, args, kwargs)
+
+
+@contextmanager
+def _standing_in(blocks: nn.ModuleList, answer: Callable[..., Any]) -> Iterator[None]:
+    """Every block answers answer(index, hidden, args, kwargs) while the context lasts."""
+    real = list(blocks)
+    for index, block in enumerate(real):
+        blocks[index] = _StandIn(block, lambda *said, index=index: answer(index, *said))
+    try:
+        yield
+    finally:
+        for index, block in enumerate(real):
+            blocks[index] = block
+
+
+@contextmanager
+def without_cache(model: "PreTrainedModel") -> Iterator[None]:
+    """A cache would grow with every call of a block. Each stack of an encoder-decoder has a config of its own."""
+    configs = {id(m.config): m.config for m in model.modules() if getattr(getattr(m, "config", None), "use_cache", None)}
+    for config in configs.values():
+        config.use_cache = False
+    try:
+        yield
+    finally:
+        for config in configs.values():
+            config.use_cache = True
+
+
+def _in_form_of(model: "PreTrainedModel", states: Tensor) -> Any:
+    """Hidden states as a block of the model gives them; T5's give two position biases too."""
+    return (states, None, None) if "T5" in type(model).__name__ else states

@@ -1,0 +1,66 @@
+"""Weights as torchao's tensors, which keep int8 (or fp8) in memory and in the products; saved by transformers' own torchao support."""
+
+import json
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerRow
+from torchao.quantization.quantize_.workflows import Int8Tensor
+from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
+
+from compress.quantize._block import Solution
+from compress.quantize._grid import Kind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Int8:
+    """Linear layers with int8 weights by row, whose inputs are rounded token by token as they come."""
+
+    def __init__(self, model: "PreTrainedModel", kinds: dict[str, Kind]):
+        pass
+
+    def packed(self, name: str, layer: nn.Linear, solution: Solution) -> nn.Module:
+        divide = None if solution.divide is None else (1 / solution.divide).to(layer.weight.dtype).cpu()
+        weight = Int8Tensor(
+            (solution.integers.to(torch.int16) - 128).to(torch.int8).cpu(),
+            solution.grid.scale.float().cpu(),
+            [1, layer.in_features],
+            layer.weight.dtype,
+            zero_point=torch.zeros_like(solution.grid.scale, dtype=torch.int8).cpu(),
+            act_pre_scale=divide,
+            act_quant_kwargs=QuantizeTensorToInt8Kwargs(PerRow()),
+        )
+        made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        made.bias, made.weight = layer.bias, nn.Parameter(weight, requires_grad=False)
+        return made
+
+    def describe(self, model: "PreTrainedModel", solved: dict[str, Solution]) -> None:
+        """Write into the model's config that its layers are torchao's. What each is like stands with its tensors."""
+        left_out = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in solved]
+        make_serializable(model, Int8DynamicActivationInt8WeightConfig(), left_out)
+
+
+def make_serializable(model: "PreTrainedModel", scheme: Any, left_out: list[str]) -> None:
+    """Tell transformers that the model is torchao's, so that it is saved and found again as such.
+
+    torchao's reader takes every name in the file's list of tensors apart at its last dot and stumbles over BART's
+    `final_logits_bias`, which has none. Such a tensor is stored all the same and read as any plain one, so it is left off the list.
+    """
+    from transformers import TorchAoConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    config = TorchAoConfig(scheme, modules_to_not_convert=left_out)
+    quantizer = AutoHfQuantizer.from_config(config)
+    flatten = quantizer.get_state_dict_and_metadata
+
+    def without_dotless(saved: "PreTrainedModel") -> tuple[dict[str, Any], dict[str, str]]:
+        state, metadata = flatten(saved)
+        names = [name for name in json.loads(metadata["tensor_names"]) if "." in name]
+        return state, {**metadata, "tensor_names": json.dumps(names)}
+
+    quantizer.get_state_dict_and_metadata = without_dotless
+    model.hf_quantizer = quantizer
+    model.config.quantization_config = config
