@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import InputError, ModelError
+from compress.errors import DataError, InputError, ModelError
 
 if TYPE_CHECKING:
     from torch import nn
@@ -107,6 +107,19 @@ def as_linear(model: "PreTrainedModel") -> "PreTrainedModel":
     return new.to(model.device).eval()
 
 
+def block_stacks(model: "PreTrainedModel") -> "dict[str, nn.ModuleList]":
+    """The lists of blocks in the order they are run: outermost module lists of one class with linear layers inside."""
+    from torch import nn
+
+    found: dict[str, nn.ModuleList] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
+            same = len({type(block) for block in module}) == 1
+            if same and any(isinstance(part, nn.Linear) for part in module.modules()):
+                found[name] = module
+    return found
+
+
 def context_length(config: Any, tokenizer: Any = None) -> int | None:
     """The longest input in tokens that the positions of a model allow; None where they set no bound (T5).
 
@@ -117,6 +130,16 @@ def context_length(config: Any, tokenizer: Any = None) -> int | None:
     lengths = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
     lengths += [getattr(tokenizer, "model_max_length", None)]  # a very large number where the tokenizer doesn't say
     return min((int(length) for length in lengths if length), default=None)
+
+
+def label_number(config: Any, text: str) -> int:
+    """The number of a classifier's label written as a number or by name. Raises DataError."""
+    names = config.label2id or {}
+    if text in names:
+        return int(names[text])
+    if text.isascii() and text.isdecimal() and int(text) < config.num_labels:
+        return int(text)
+    raise DataError(f"label {text!r} is none of the model's: numbers below {config.num_labels}, or {', '.join(names)}")
 
 
 def _is_head(model: "PreTrainedModel", name: str) -> bool:

@@ -13,6 +13,7 @@ and imports torch and its backend inside its functions, because recipes are vali
 
 import hashlib
 import importlib
+import math
 import pkgutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -86,7 +87,10 @@ class Context:
 
     def note(self, name: str, bits: int, error: float | None = None) -> None:
         """A layer is stored in so many bits a weight; `error` is the share of its output that this changes on the calibration data."""
-        self.layers.append({"name": name, "bits": bits, "error": error, "remark": self.remarks.get(name)})
+        remark = self.remarks.get(name)
+        if error is not None and not math.isfinite(error):
+            error, remark = None, "; ".join(filter(None, [remark, "its error overflowed and could not be measured"]))
+        self.layers.append({"name": name, "bits": bits, "error": error, "remark": remark})
 
     def leave_out(self, name: str, why: str) -> None:
         """A layer stays as it was."""

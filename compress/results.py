@@ -115,6 +115,19 @@ class Side(Record):
         return {m.label: m.value for m in self.measurements}
 
 
+class Layer(Record):
+    """What a stage did to one layer.
+
+    bits    a weight's; None where the layer stays in full precision, `remark` then says why
+    error   the share (from 0) of the layer's output, mean square over the calibration tokens, that this changes; None where not measured
+    """
+
+    name: str
+    bits: int | None = None
+    error: float | None = None
+    remark: str | None = None
+
+
 class StageRecord(Record):
     """What one stage did: the claims in it are read from the saved artifact."""
 
@@ -122,7 +135,12 @@ class StageRecord(Record):
     artifact: str
     seconds: float
     reused: bool
-    layers: list[dict[str, Any]] = []
+    layers: list[Layer] = []
+
+    @property
+    def name(self) -> str:
+        """quantize: gptq"""
+        return ": ".join(map(str, next(iter(self.stage.items()))))
 
 
 class Prediction(Record):
@@ -162,7 +180,7 @@ class Report(Record):
     @property
     def line(self) -> str:
         """The stages in short: quantize: int8_dynamic."""
-        return ", ".join(": ".join(map(str, next(iter(record.stage.items())))) for record in self.stages)
+        return ", ".join(record.name for record in self.stages)
 
     @model_validator(mode="after")
     def _complete(self) -> "Report":

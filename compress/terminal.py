@@ -14,6 +14,7 @@ from rich.table import Table
 from compress import process
 from compress.errors import printable
 from compress.report.compare import cells, columns, rows
+from compress.report.layers import line
 from compress.report.numbers import change, figure, verdict_words
 from compress.report.write import shown
 from compress.results import Report
@@ -54,7 +55,7 @@ def _lines() -> process.Progress:
 
 
 def show_report(report: Report) -> None:
-    """Verdict, gates and figures of one report."""
+    """Figures, gates, what the stages did to the layers, verdict of one report."""
     console, colour = _Console(), COLOURS[report.verdict]
     if report.gates:
         gates = _table("verdict", "gate")
@@ -73,6 +74,9 @@ def show_report(report: Report) -> None:
     console.print(figures)
     if report.gates:
         console.print(gates)
+    for record in report.stages:
+        if record.layers:
+            console.print(_shown(f"{record.name}: {line(record.layers)}"))
     for note in [*(f for side in report.sides for f in side.failures), *report.notes]:
         console.print(_shown(note), style="yellow")
     console.print(f"[bold {colour}]{verdict_words(report.verdict)}[/]: {_shown(report.decided_by)}")
@@ -87,20 +91,29 @@ def show_comparison(reports: Sequence[Report]) -> None:
     header, body = cells(found, labels)
     console = _Console()
     if len(header) * 16 > console.width:
-        header, *body = [list(line) for line in zip(header, *body, strict=True)]
+        header, *body = [list(row) for row in zip(header, *body, strict=True)]
     display = _table(*header, right=range(1, len(header)))
-    for line in body:
-        display.add_row(*(_shown(cell) for cell in line))
+    for row in body:
+        display.add_row(*(_shown(cell) for cell in row))
     console.print(display)
 
 
 def show_methods(found: Sequence[dict[str, Any]]) -> None:
-    """The methods there are."""
-    display = _table("method", "what it does", "devices", "installed here")
+    """The methods there are: what each does, and what its model does in use: what is unpacked, and when."""
+    display = _table("method", "what it does")
     for method in found:
-        there = "yes" if method["installed"] else f"no: pip install 'compress[{method['extra']}]'"
-        display.add_row(f"{method['family']}: {method['method']}", _shown(method["about"]), ", ".join(method["devices"]), _shown(there))
+        name, devices = f"{method['family']}: {method['method']}", ", ".join(method["devices"])
+        there = "installed" if method["installed"] else "not installed"
+        told = [_shown(method["about"]), f"[dim]In use: {_shown(method['at_run_time'])}.[/]"]
+        if not method["installed"]:
+            told.append(f"[yellow]Install with: {_shown(_install(method))}[/]")
+        display.add_row(f"{_shown(name)}\n[dim]{devices}; {there}[/]", "\n".join(told), end_section=True)
     _Console().print(display)
+
+
+def _install(method: dict[str, Any]) -> str:
+    """The line that installs what a method needs."""
+    return f"pip install 'compress[{method['extra']}]'" if method["extra"] else f"pip install {' '.join(method['packages'])}"
 
 
 def _shown(text: str) -> str:

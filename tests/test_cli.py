@@ -95,6 +95,18 @@ def test_methods_says_what_is_installed():
     assert "quantize: bnb_nf4" in program("methods").stdout
 
 
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_methods_says_what_is_unpacked_and_when(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    table = program("methods").stdout
+    assert max(map(len, table.splitlines())) <= int(columns)
+    text = " ".join(table.replace("cpu, cuda; installed", "").split())
+    for method in json.loads(program("methods", "--json").stdout):
+        if method["devices"] == ["cpu", "cuda"] and method["installed"]:
+            assert f"In use: {method['at_run_time']}." in text
+    assert "In use: the weights are unpacked at every step" in text
+
+
 @pytest.fixture(scope="module")
 def finished(toys, rows, tmp_path_factory):
     """One real run over a random T5, from the command line."""

@@ -139,16 +139,6 @@ def classify(reader: Reader, prompts: Texts, batch_size: int, progress: Progress
     return labels
 
 
-def label_number(model: PreTrainedModel, text: str) -> int:
-    """The number of a label written as a number or by name. Raises DataError."""
-    names = model.config.label2id or {}
-    if text in names:
-        return int(names[text])
-    if text.isascii() and text.isdecimal() and int(text) < model.config.num_labels:
-        return int(text)
-    raise DataError(f"label {text!r} is none of the model's: numbers below {model.config.num_labels}, or {', '.join(names)}")
-
-
 def batches(encoded: list[list[int]], size: int, progress: Progress, what: str) -> Iterator[list[int]]:
     """Indices in batches, longest first, so that memory runs out at once or not at all."""
     order = sorted(range(len(encoded)), key=lambda i: -len(encoded[i]))

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from compress import model as models
-from compress.architecture import context_length
+from compress.architecture import context_length, label_number
 from compress.benchmark import latency, memory, quality, scores
 from compress.errors import ModelError
 from compress.metrics import CLASSIFIED, GENERATED
@@ -86,7 +86,7 @@ class Worker:
             targets = [r[0] for r in references] if any(references) else None
             samples["perplexity"] = quality.likelihoods(reader, prompts, targets, batch_size, progress)
         if CLASSIFIED & set(groups):
-            right = [quality.label_number(self.model, r[0]) for r in references]
+            right = [label_number(self.model.config, r[0]) for r in references]
             guesses = quality.classify(reader, prompts, batch_size, progress)
             found = scores.labels(guesses, right, self.model.config.num_labels)
             samples.update({name: rows for name, rows in found.items() if name in groups})

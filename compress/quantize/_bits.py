@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from compress.architecture import as_linear, match
+from compress.architecture import as_linear, block_stacks, match
 from compress.errors import BrokenPromise
 from compress.methods import Context
 from compress.model import Bundle, load_model
@@ -34,8 +34,9 @@ def plan(bundle: Bundle, settings: LayerSettings, context: Context, layers: "dic
     if not isinstance(settings, GridSettings):
         return dict.fromkeys(layers, Kind(8, True, 0))
     found = _widths(bundle, settings, context, layers)
-    for name in layers.keys() - found.keys():
-        context.leave_out(name, "no pattern of bits names it")
+    for name in layers:
+        if name not in found:
+            context.leave_out(name, "no pattern of bits names it")
     kinds = {}
     for name, bits in found.items():
         columns = layers[name].in_features
@@ -130,9 +131,12 @@ def _squares(model: Any, modules: "dict[str, nn.Module]") -> "Iterator[tuple[dic
 
         return hook
 
+    def start(module: "nn.Module", args: "tuple[Tensor, ...]") -> None:
+        args[0].requires_grad_()
+
     handles = [module.register_forward_hook(hook_of(name)) for name, module in modules.items()]
-    # no parameter needs a gradient; the hidden states do, from the embeddings on
-    handles.append(model.get_input_embeddings().register_forward_hook(lambda module, args, out: out.requires_grad_()))
+    for blocks in block_stacks(model).values():  # no parameter needs a gradient; the hidden states do, from the first block on
+        handles.append(blocks[0].register_forward_pre_hook(start))
     try:
         yield at_input, at_output
     finally:

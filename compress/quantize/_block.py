@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
@@ -36,7 +37,7 @@ class Block:
     given   its inputs as the solved blocks before it make them
     targets what the uncompressed model has behind this block, batch by batch; empty unless asked for
     weights what each layer would compute with if it were not compressed
-    ranks   how many dimensions each layer's input has: 3, or 2 where a model flattens its batches
+    left_out  why a layer keeps its full precision
     """
 
     name: str
@@ -48,7 +49,7 @@ class Block:
     device: str
     weights: dict[str, Tensor] = field(init=False)
     solved: dict[str, Solution] = field(default_factory=dict)
-    ranks: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.weights = {name: layer.weight.data for name, layer in self.layers.items()}
@@ -64,3 +65,14 @@ class Block:
         if solution.inputs is not None or solution.divide is not None:
             layer.forward = lambda x: linear(solution.given(x), layer.weight, layer.bias)  # type: ignore
         self.solved[name] = solution
+
+    def sound(self, layers: list[str], statistic: Tensor) -> bool:
+        """Whether a statistic of these layers' common input can be worked with; else they keep their full precision."""
+        if not torch.isfinite(statistic).all():
+            why = "its inputs hold inf or NaN on the calibration data"
+        elif not statistic.any():
+            why = "its inputs are all zero on the calibration data"
+        else:
+            return True
+        self.left_out |= dict.fromkeys(layers, why)
+        return False

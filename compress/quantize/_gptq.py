@@ -1,11 +1,13 @@
 """GPTQ's solver (Frantar et al. 2022), for the method of that name and for those that start from its solution."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from compress.errors import BrokenPromise
 from compress.quantize._block import Block, Solution
-from compress.quantize._grid import GridSettings, fit
+from compress.quantize._grid import Grid, GridSettings, fit
 from compress.quantize._inputs import in_order, second_moments
 
 
@@ -13,21 +15,47 @@ def solve_block(block: Block, settings: GridSettings, damping: float) -> None:
     """Set every layer of a block, in the order they run, each on the inputs that the solved ones give it."""
     for group in in_order(block):
         moments = second_moments(block, group[0])
-        for name in group:
-            block.set(name, solve_layer(block.weights[name].float(), moments, settings, block.bits[name], damping, name))
+        if block.sound(group, moments):
+            for name in group:
+                block.set(name, solve_layer(block.weights[name].float(), moments, settings, block.bits[name], damping, name))
 
 
 def solve_layer(weight: Tensor, moments: Tensor, settings: GridSettings, bits: int, damping: float, name: str = "") -> Solution:
     """Integers for a weight (rows, columns) that keep its outputs, given its inputs' second moments (columns, columns).
 
+    Once the integers stand, the scales that suit them best are a least-squares problem with a closed solution, which is taken.
+
     Raises BrokenPromise when the Hessian can't be factored at any damping.
     """
-    columns = weight.shape[1]
     grid = fit(weight, settings, bits)
+    integers = _columns(weight, grid, moments, damping, name)
+    return Solution(replace(grid, scale=_refitted(weight, grid, integers, moments)), integers.to(torch.uint8))
+
+
+def _refitted(weight: Tensor, grid: Grid, integers: Tensor, moments: Tensor) -> Tensor:
+    """The scales (rows, groups) with which these integers lose least of the outputs; a row whose answer is far off keeps its own."""
+    rows, groups = grid.scale.shape
+    steps = integers - grid.columns(weight.shape[1])[1]
+    size = weight.shape[1] // groups
+    aim, products = weight @ moments, torch.empty(rows, groups, groups, device=weight.device)
+    for group in range(groups):
+        part = slice(group * size, (group + 1) * size)
+        products[:, group] = ((steps[:, part] @ moments[part]) * steps).view(rows, groups, size).sum(dim=2)
+    wanted = (aim * steps).view(rows, groups, size).sum(dim=2)
+    ridge = 1e-6 * products.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=1e-12)
+    products.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
+    scale, failed = torch.linalg.solve_ex(products, wanted)
+    near = (scale > grid.scale / 2) & (scale < grid.scale * 2) & (failed == 0)[:, None]
+    return torch.where(near.all(dim=1, keepdim=True), scale, grid.scale)
+
+
+def _columns(weight: Tensor, grid: Grid, moments: Tensor, damping: float, name: str) -> Tensor:
+    """The integers of each row, column by column in the order of their inputs' size, in blocks of 128."""
+    columns = weight.shape[1]
     order = torch.argsort(moments.diagonal(), descending=True)
     factor = _factor(moments[order][:, order], damping, name)
     scale, zero = (part[:, order] for part in grid.columns(columns))
-    left = weight[:, order].clone()
+    left = weight[:, order]
     integers = torch.zeros_like(left)
     for start in range(0, columns, 128):
         end = min(start + 128, columns)
@@ -40,8 +68,7 @@ def solve_layer(weight: Tensor, moments: Tensor, settings: GridSettings, bits: i
             errors[:, j] = (block[:, j] - (q - z) * s) / inner[j, j]
             block[:, j + 1 :] -= errors[:, j : j + 1] * inner[j, j + 1 :]
         left[:, end:] -= errors @ factor[start:end, end:]
-    back = torch.argsort(order)
-    return Solution(grid, integers[:, back].to(torch.uint8))
+    return integers[:, torch.argsort(order)]
 
 
 def _factor(moments: Tensor, damping: float, name: str) -> Tensor:

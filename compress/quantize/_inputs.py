@@ -30,7 +30,7 @@ def reach(block: Block) -> dict[str, Tensor]:
     batch = 0
 
     def note(name: str, states: Tensor) -> None:
-        rows, block.ranks[name] = block.given.rows(states, batch), states.ndim
+        rows = block.given.rows(states, batch)
         most = rows.abs().amax(dim=0).float()  # NaN stays NaN
         found[name] = torch.maximum(found[name], most) if name in found else most
 

@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_map_only
 
 from compress.architecture import context_length
 from compress.errors import DataError
-from compress.methods import Context
+from compress.methods import Context, Example
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,13 +51,12 @@ class Stream:
         return flat[real] if len(flat) == len(real) and not real.all() else flat
 
 
-def batches(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: Context) -> list[Inputs]:
-    """The calibration examples as padded batches of similar length: the prompt, or prompt and target; for encoder-decoders both sides.
+def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: Context) -> list[tuple[Example, list[int], list[int]]]:
+    """Each example with its token ids and those of its first reference, which for a decoder stand at the end of the example's, too.
 
     Raises DataError when no example is left that has two tokens or more.
     """
-    room = context_length(model.config)
-    limit = min(context.max_tokens, room or context.max_tokens)
+    limit = min(context.max_tokens, context_length(model.config, tokenizer) or context.max_tokens)
     both = model.config.is_encoder_decoder
     found = []
     for example in context.examples:
@@ -65,23 +64,37 @@ def batches(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cont
         if context.chat:
             turn = [{"role": "user", "content": prompt}]
             prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-        text = prompt if both or not model.can_generate() else f"{prompt}{target}"
-        ids = tokenizer(text, truncation=True, max_length=limit)["input_ids"]
-        labels = tokenizer(text_target=target, truncation=True, max_length=limit)["input_ids"] if both else []
+        ids = tokenizer(prompt, add_special_tokens=not context.chat, truncation=True, max_length=limit)["input_ids"]
+        answer: list[int] = []
+        if model.can_generate() and (both or target):
+            answer = tokenizer(text_target=target, add_special_tokens=both, truncation=True, max_length=limit)["input_ids"]
+        if answer and not both:
+            ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+            ids = [*ids[: limit - len(answer)], *answer]
         if len(ids) > 1:
-            found.append((ids, labels))
+            found.append((example, ids, answer))
     if not found:
         raise DataError("calibration: no example has two tokens or more; look at data.splits.train and the prompt")
-    found.sort(key=lambda pair: (len(pair[0]), len(pair[1])))
+    return found
+
+
+def batches(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: Context) -> list[Inputs]:
+    """The calibration examples as padded batches of similar length: the prompt, or prompt and target; for encoder-decoders both sides.
+
+    Raises DataError when no example is left that has two tokens or more.
+    """
+    pairs = [(ids, answer) for _, ids, answer in encoded(model, tokenizer, context)]
     parts: list[list[tuple[list[int], list[int]]]] = [[]]
-    for pair in found:
+    for pair in sorted(pairs, key=lambda pair: (len(pair[0]), len(pair[1]))):
         if parts[-1] and (len(parts[-1]) + 1) * len(pair[0]) > BATCH_TOKENS:
             parts.append([])
         parts[-1].append(pair)
-    return [_padded(model, part) for part in parts]
+    return [padded(model, part) for part in parts]
 
 
-def _padded(model: "PreTrainedModel", part: list[tuple[list[int], list[int]]]) -> Inputs:
+def padded(model: "PreTrainedModel", part: list[tuple[list[int], list[int]]]) -> Inputs:
+    """Encoded examples as one batch on the model's device, padded on the right."""
+
     def side(number: int) -> tuple[Tensor, Tensor]:
         rows = [torch.tensor(example[number]) for example in part]
         pad = model.config.get_text_config().pad_token_id or 0

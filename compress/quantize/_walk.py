@@ -12,25 +12,26 @@ new weights change, on the inputs that the solved layers before it make.
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
-from compress.architecture import linear_layers
+from compress.architecture import block_stacks, linear_layers
 from compress.errors import BrokenPromise
 from compress.methods import Context
 from compress.model import Bundle
 from compress.quantize._bits import plan
 from compress.quantize._block import Block, Solution
 from compress.quantize._grid import Kind, LayerSettings
-from compress.quantize._inputs import reach
-from compress.quantize._stream import batches, encode, is_encoder, lead_in, without_cache
+from compress.quantize._lost import measuring
+from compress.quantize._stream import Stream, batches, encode, is_encoder, lead_in, without_cache
 from compress.quantize._weights import empty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+MEASURED = 4  # what a layer lost is measured on every fourth batch
 
 
 class Storage(Protocol):
@@ -76,8 +77,8 @@ def _walk(
     targets: bool,
 ) -> "PreTrainedModel":
     model, weights = empty(bundle.source, scratch)
-    stacks = stacks_of(model)
-    layers = _wanted(model, stacks, settings, context)
+    stacks = block_stacks(model)
+    layers = layers_in_blocks(model, stacks, settings, context)
     kinds = plan(bundle, settings, context, layers)
     store = storage(model, kinds)
     weights.fill(model, "", bundle.device, skip=tuple(f"{stack}." for stack in stacks))
@@ -95,15 +96,15 @@ def _walk(
                 context.progress("calibrating, block by block", done, total)
                 name, module = f"{stack}.{index}", blocks[index]
                 weights.fill(module, f"{name}.", bundle.device)
-                aims = [streams[1][index].through(module, n, bundle.device).cpu() for n in range(len(examples))] if targets else []
+                aims = _led_through(streams[1][index], module, bundle.device) if targets else []
                 inside = {full: layer for full, layer in layers.items() if full.startswith(f"{name}.") and full in kinds}
                 block = Block(name, module, inside, {full: kinds[full].bits for full in inside}, streams[0][index], aims, bundle.device)
-                _leave_out(block, context)
                 if block.layers:
                     solve(block)
-                behind = [_finish(block, context), aims]
-                for stream, hidden in zip(streams, behind, strict=False):
-                    stream[min(index + 1, len(blocks) - 1)].hidden = hidden
+                _finish(block, context)
+                if index + 1 < len(blocks):
+                    for stream in streams:
+                        stream[index + 1].hidden, stream[index].hidden = stream[index].hidden, []
                 for full, solution in block.solved.items():
                     model.set_submodule(full, store.packed(full, block.layers[full], solution))
                 solved |= block.solved
@@ -119,18 +120,9 @@ def _walk(
     return model
 
 
-def stacks_of(model: "PreTrainedModel") -> dict[str, nn.ModuleList]:
-    """The lists of blocks in the order they are run: outermost module lists of one class with linear layers inside."""
-    found: dict[str, nn.ModuleList] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
-            same = len({type(block) for block in module}) == 1
-            if same and any(isinstance(part, nn.Linear) for part in module.modules()):
-                found[name] = module
-    return found
-
-
-def _wanted(model: "PreTrainedModel", stacks: dict[str, nn.ModuleList], settings: LayerSettings, context: Context) -> dict[str, nn.Linear]:
+def layers_in_blocks(
+    model: "PreTrainedModel", stacks: dict[str, nn.ModuleList], settings: LayerSettings, context: Context
+) -> dict[str, nn.Linear]:
     """The linear layers inside the blocks that aren't ignored; the others are noted."""
     wanted, ignored = linear_layers(model, settings.ignore)
     for full in ignored:
@@ -146,44 +138,25 @@ def _wanted(model: "PreTrainedModel", stacks: dict[str, nn.ModuleList], settings
     return inside
 
 
-def _leave_out(block: Block, context: Context) -> None:
-    """Put aside the layers whose inputs tell nothing; they keep their full precision."""
-    seen = reach(block)
-    for name in list(block.layers):
-        if name not in seen:
-            why = "no calibration example reached it"
-        elif not torch.isfinite(seen[name]).all():
-            why = "its inputs hold inf or NaN on the calibration data"
-        elif not seen[name].any():
-            why = "its inputs are all zero on the calibration data"
-        else:
-            continue
-        context.leave_out(name, why)
-        del block.layers[name], block.weights[name]
+def _led_through(stream: Stream, module: nn.Module, device: str) -> list[Tensor]:
+    """The hidden states behind a block, in place of those before it."""
+    for batch in range(len(stream.hidden)):
+        stream.hidden[batch] = stream.through(module, batch, device).cpu()
+    return stream.hidden
 
 
-def _finish(block: Block, context: Context) -> list[Tensor]:
-    """The hidden states behind the solved block; what each layer lost is noted on the way."""
-    changed, whole = dict.fromkeys(block.solved, 0.0), dict.fromkeys(block.solved, 0.0)
+def _finish(block: Block, context: Context) -> None:
+    """Lead the examples through the solved block and note what became of each layer."""
     batch = 0
 
-    def hook_of(name: str) -> Callable[..., None]:
-        def hook(layer: nn.Linear, args: tuple[Any, ...], out: Tensor) -> None:
-            rows, found = block.given.rows(args[0], batch), block.given.rows(out, batch)
-            expected = linear(rows.float(), block.weights[name].float())
-            bias = 0 if layer.bias is None else layer.bias.float()
-            changed[name] += float((found.float() - bias - expected).square().sum())
-            whole[name] += float(expected.square().sum())
+    def rows(states: Tensor) -> Tensor | None:
+        return None if batch % MEASURED else block.given.rows(states, batch)
 
-        return hook
-
-    handles = [block.layers[name].register_forward_hook(hook_of(name)) for name in block.solved]
-    hidden = []
-    for batch in range(len(block.given.hidden)):
-        hidden.append(block.output(batch).cpu())
-    for handle in handles:
-        handle.remove()
-    for name, solution in block.solved.items():
-        error = changed[name] / whole[name] if whole[name] > 0 else None
-        context.note(name, solution.grid.bits, error)
-    return hidden
+    with measuring({name: block.layers[name] for name in block.solved}, block.weights, rows) as errors:
+        for batch in range(len(block.given.hidden)):
+            block.given.hidden[batch] = block.output(batch).cpu()
+    for name in block.layers:
+        if name in block.solved:
+            context.note(name, block.bits[name], errors.get(name))
+        else:
+            context.leave_out(name, block.left_out.get(name, "no calibration example reached it"))

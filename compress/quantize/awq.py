@@ -30,12 +30,13 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with packed integer weights."""
     from compress.quantize._block import Block, Solution
     from compress.quantize._fold import fold_before
-    from compress.quantize._inputs import in_order, second_moments
+    from compress.quantize._inputs import in_order, reach, second_moments
     from compress.quantize._pack import Packed
     from compress.quantize._walk import walk
 
     def solve(block: Block) -> None:
-        groups = in_order(block)
+        most = reach(block)
+        groups = [group for group in in_order(block) if block.sound(group, most[group[0]])]
         for group in groups:
             if fold := fold_before(block, group):
                 fold.apply(_best_scale(block, group, second_moments(block, group[0]), settings))

@@ -8,7 +8,7 @@ from compress import methods
 from compress.architecture import linear_layers
 from compress.methods import About, Context
 from compress.model import Bundle, load_model, skeleton
-from compress.quantize._touched import require_touched
+from compress.quantize._touched import note_layers, require_touched
 
 ABOUT = About(
     at_run_time="activations are scaled, rounded and split at every layer and step; on a CPU the weights are unpacked too",
@@ -28,8 +28,12 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from bitsandbytes.nn import Linear8bitLt
     from transformers import BitsAndBytesConfig
 
-    _, left_out = linear_layers(skeleton(bundle.source), settings.ignore)
+    kept, left_out = linear_layers(skeleton(bundle.source), settings.ignore)
     config = BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=settings.threshold, llm_int8_skip_modules=list(left_out))
     model = load_model(bundle.source, bundle.device, config)
     require_touched(model, lambda layer: isinstance(layer, Linear8bitLt), "quantize: bnb_int8")
+    touched = [name for name, layer in model.named_modules() if isinstance(layer, Linear8bitLt)]
+    for name in sorted(kept.keys() - set(touched)):
+        context.leave_out(name, "bitsandbytes keeps it as it is")
+    note_layers(context, touched, list(left_out), 8, settings.ignore)
     return bundle.holding(model)

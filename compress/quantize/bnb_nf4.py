@@ -10,7 +10,7 @@ from compress import methods
 from compress.architecture import linear_layers
 from compress.methods import About, Context
 from compress.model import Bundle, load_model, skeleton
-from compress.quantize._touched import require_touched
+from compress.quantize._touched import note_layers, require_touched
 
 ABOUT = About(
     at_run_time="the weights are unpacked at every step, which pays only where reading them was the bottleneck",
@@ -33,7 +33,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from transformers import BitsAndBytesConfig
 
     bare = skeleton(bundle.source)
-    _, left_out = linear_layers(bare, settings.ignore)
+    kept, left_out = linear_layers(bare, settings.ignore)
     stored = bare.config.dtype if bundle.source.dtype == "auto" else bundle.source.dtype
     wanted = stored if settings.compute_dtype == "auto" else settings.compute_dtype
     config = BitsAndBytesConfig(
@@ -45,4 +45,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     )
     model = load_model(bundle.source, bundle.device, config)
     require_touched(model, lambda layer: isinstance(layer, Linear4bit), "quantize: bnb_nf4")
+    touched = [name for name, layer in model.named_modules() if isinstance(layer, Linear4bit)]
+    for name in sorted(kept.keys() - set(touched)):
+        context.leave_out(name, "bitsandbytes keeps it as it is")
+    note_layers(context, touched, list(left_out), 4, settings.ignore)
     return bundle.holding(model)

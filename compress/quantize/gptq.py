@@ -2,7 +2,8 @@
 
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers". On every linear layer of any
 model's blocks, encoder-decoders included. Columns go in the order of their inputs' size (activation order) on grids fixed before, so that
-the packed weights need no index. The layers of a block are solved in the order they run, each on what the solved ones give it.
+the packed weights need no index. The layers of a block are solved in the order they run, each on what the solved ones give it. Beyond the
+paper, the scales are refitted to the integers that were found.
 """
 
 from pydantic import Field

@@ -9,7 +9,7 @@ from compress import methods
 from compress.architecture import as_linear, linear_layers
 from compress.methods import About, Context
 from compress.model import Bundle
-from compress.quantize._touched import require_touched
+from compress.quantize._touched import note_layers, require_touched
 
 ABOUT = About(
     at_run_time="products are in int8, which a CPU without int8 instructions (VNNI, AMX) does more slowly than in float32",
@@ -36,5 +36,6 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         quantize_(layer, scheme)
         context.progress("quantising", done, len(layers))
     require_touched(model, lambda layer: isinstance(getattr(layer, "weight", None), Int8Tensor), "quantize: int8_dynamic")
+    note_layers(context, list(layers), list(left_out), 8, settings.ignore)
     make_serializable(model, scheme, list(left_out))
     return bundle.holding(model)

@@ -42,7 +42,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     Raises ModelError for an encoder-decoder.
     """
     from compress.quantize._block import Solution
-    from compress.quantize._inputs import in_order, inputs
+    from compress.quantize._inputs import in_order, inputs, reach
     from compress.quantize._observer import Histogram
     from compress.quantize._walk import walk
 
@@ -55,7 +55,10 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     by_row = GridSettings(bits=8, group_size=-1, symmetric=True)
 
     def solve(block: "Block") -> None:
+        most = reach(block)
         for group in in_order(block):
+            if not block.sound(group, most[group[0]]):
+                continue
             seen = None
             for rows in inputs(block, group[0]):
                 if seen is None:

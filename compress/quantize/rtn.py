@@ -18,12 +18,16 @@ class Settings(GridSettings):
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with packed integer weights."""
     from compress.quantize._block import Block, Solution
+    from compress.quantize._inputs import in_order, reach
     from compress.quantize._pack import Packed
     from compress.quantize._walk import walk
 
     def solve(block: Block) -> None:
-        for name, weight in block.weights.items():
-            grid = fit(weight, settings, block.bits[name])
-            block.set(name, Solution(grid, grid.integers(weight)))
+        most = reach(block)
+        for group in in_order(block):
+            if block.sound(group, most[group[0]]):
+                for name in group:
+                    grid = fit(block.weights[name], settings, block.bits[name])
+                    block.set(name, Solution(grid, grid.integers(block.weights[name])))
 
     return walk(bundle, settings, context, Packed, solve)

@@ -43,15 +43,17 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     by_row = GridSettings(bits=8, group_size=-1, symmetric=True)
 
     def solve(block: "Block") -> None:
-        groups = in_order(block)
+        most = reach(block)
+        groups = [group for group in in_order(block) if block.sound(group, most[group[0]])]
         divided: dict[str, Tensor] = {}
         for group in groups:
-            scale = _smoothing(block, group, reach(block)[group[0]], settings.alpha)
+            scale = _smoothing(block, group, most[group[0]], settings.alpha)
             if fold := fold_before(block, group):
                 fold.apply(scale)
             else:
                 divided |= dict.fromkeys(group, scale)
-        for name, weight in block.weights.items():
+        for name in (name for group in groups for name in group):
+            weight = block.weights[name]
             scaled = weight.float() * divided.get(name, torch.ones((), device=weight.device))
             grid = fit(scaled, by_row, 8)
             block.set(name, Solution(grid, grid.integers(scaled), PerToken(), divided.get(name)))

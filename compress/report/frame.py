@@ -16,6 +16,7 @@ COLUMNS = {
     "stages": "string", "metric": "string", "batch_size": "Int64", "prompt_tokens": "Int64", "value": "Float64", "unit": "string",
     "better": "string", "samples": "Int64", "reason": "string", "device": "string", "report": "string",
 }  # fmt: skip
+LAYER_COLUMNS = {"stage": "string", "name": "string", "bits": "Int64", "error": "Float64", "remark": "string"}
 
 
 def load_reports(*places: str | Path) -> "pandas.DataFrame":
@@ -72,6 +73,14 @@ def _rows(report: Report) -> list[dict[str, object]]:
         }
         for side in report.sides for m in side.measurements
     ]  # fmt: skip
+
+
+def layers(report: Report) -> "pandas.DataFrame":
+    """A row a layer of every stage: stage, name, bits (NA where it was left out), error (a share of its output), remark."""
+    import pandas
+
+    rows = [{"stage": record.name, **layer.model_dump()} for record in report.stages for layer in record.layers]
+    return pandas.DataFrame(rows, columns=list(LAYER_COLUMNS)).astype(LAYER_COLUMNS)
 
 
 def predictions(report: Report) -> "pandas.DataFrame":

@@ -33,6 +33,13 @@ def scaled(value: float, unit: str) -> str:
     return f"{value:.2f}" if unit == "points" else f"{value:,.1f} {unit}"
 
 
+def share(value: float | None) -> str:
+    """A share as a percentage: 0.226 %, 5.3 %."""
+    if value is None:
+        return "-"
+    return f"{100 * value:,.0f} %" if value >= 10 else f"{100 * value:.3g} %"
+
+
 def change(compared: Comparison | None) -> str:
     """-0.21 (-0.60 to +0.15) for a difference, x0.32 or x1.05 (0.98 to 1.12) for a ratio."""
     if compared is None or compared.estimate is None:

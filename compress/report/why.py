@@ -1,14 +1,20 @@
-"""Why a candidate is not smaller or not faster, in a sentence each, by rules over what was measured."""
+"""Why a candidate is not smaller or not faster, and what was left out unasked, in a sentence each, by rules over what was measured."""
 
 from typing import Any
 
 from compress import methods
+from compress.report.layers import counted
 from compress.report.numbers import change, scaled
 from compress.results import Comparison, StageRecord
 
+LEFT_OUT = "left out: "
+# reasons that are the recipe's, or the same for all models
+EXPECTED = ("a head", "named under ignore", "stands outside the blocks", "no pattern of bits names it")
+NAMED = 3
+
 
 def notes(stages: list[StageRecord], compared: list[Comparison], environment: dict[str, Any]) -> list[str]:
-    """The sentences; none where the candidate is smaller and faster everywhere."""
+    """The sentences; none where the candidate is smaller and faster everywhere and every layer was compressed that was to be."""
     found = []
     slower = [c for c in compared if c.metric == "latency_p50" and c.low is not None and c.low > 1]
     if slower:
@@ -30,14 +36,33 @@ def notes(stages: list[StageRecord], compared: list[Comparison], environment: di
         found.append(
             f"{cut} inputs were longer than the model's context or data.max_tokens and were cut at their end, alike on both sides."
         )
-    return found
+    return found + [sentence for record in stages for sentence in _left_out(record)]
+
+
+def at_run_time(record: StageRecord) -> str | None:
+    """What a stage's method says happens at every step of its models; None for a method that isn't there any more."""
+    family, name = next(iter(record.stage.items()))
+    known = family in methods.FAMILIES and name in methods.names(family)
+    return methods.find(family, name).ABOUT.at_run_time if known else None
+
+
+def _left_out(record: StageRecord) -> list[str]:
+    """The layers that a stage left out although nobody asked it to, a sentence a reason."""
+    reasons: dict[str, list[str]] = {}
+    for layer in record.layers:
+        reason = (layer.remark or "").removeprefix(LEFT_OUT)
+        if layer.bits is None and reason and reason not in EXPECTED:
+            reasons.setdefault(reason, []).append(layer.name)
+    return [f"{record.name} left {_few(names)} because {reason}." for reason, names in reasons.items()]
+
+
+def _few(names: list[str]) -> str:
+    """1 layer in full precision (fc1); 9 layers in full precision (a, b, c and 6 more), each"""
+    more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
+    return f"{counted(len(names))} in full precision ({', '.join(names[:NAMED])}{more})" + (", each" if len(names) > 1 else "")
 
 
 def _at_run_time(stages: list[StageRecord]) -> str:
     """What the methods say happens at every step of their models."""
-    said = []
-    for record in stages:
-        family, name = next(iter(record.stage.items()))
-        if family in methods.FAMILIES and name in methods.names(family):
-            said.append(f"{family}: {name}: {methods.find(family, name).ABOUT.at_run_time}.")
+    said = [f"{record.name}: {text}." for record in stages if (text := at_run_time(record))]
     return " ".join(said) or "Nothing was done to the model that would explain it."

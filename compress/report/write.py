@@ -1,4 +1,4 @@
-"""A report on disk: report.json, measurements.parquet, predictions.parquet and report.md, all or none."""
+"""A report on disk, all files or none: report.json, report.md, and as parquet the measurements, the predictions and any layers."""
 
 import html
 import json
@@ -9,9 +9,11 @@ import yaml
 
 from compress.errors import printable
 from compress.metrics import METRICS
-from compress.report.frame import frame, predictions
-from compress.report.numbers import change, figure, verdict_words
-from compress.results import LAYERS, Comparison, Measurement, Prediction, Report, whole_folder
+from compress.report.frame import frame, layers, predictions
+from compress.report.layers import lost_most, remarkable, summary
+from compress.report.numbers import change, figure, share, verdict_words
+from compress.report.why import at_run_time
+from compress.results import LAYERS, Comparison, Layer, Measurement, Prediction, Report, StageRecord, whole_folder
 
 WORST = 10
 SHOWN = (
@@ -28,6 +30,8 @@ def write(report: Report, folder: Path) -> Report:
         (partial / "report.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
         frame([placed]).to_parquet(partial / "measurements.parquet", index=False)
         predictions(report).to_parquet(partial / "predictions.parquet", index=False)
+        if any(record.layers for record in report.stages):
+            layers(report).to_parquet(partial / "layers.parquet", index=False)
         (partial / "report.md").write_text(markdown(report), encoding="utf-8")
     return placed
 
@@ -41,6 +45,7 @@ def markdown(report: Report) -> str:
         _sides(report),
         _notes(report),
         _stages(report),
+        *(_layers(record) for record in report.stages),
         _worst(report),
         _environment(report),
         f"## Recipe\n\nAs it was run, defaults filled in; digest {report.digest}, examples {report.examples_digest}.\n\n{_recipe(report)}",
@@ -68,10 +73,10 @@ def _cell(text: str) -> str:
     return re.sub(r"([\\`*_\[\]!#|~])", r"\\\1", html.escape(printable(text), quote=False)).replace("\n", "<br>")
 
 
-def read_layers(artifact: Path) -> list[dict[str, object]]:
+def read_layers(artifact: Path) -> list[Layer]:
     """What a stage noted of each layer of its artifact."""
     file = artifact / LAYERS
-    return list(json.loads(file.read_text(encoding="utf-8"))) if file.is_file() else []
+    return [Layer.model_validate(one) for one in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
 
 
 def _recipe(report: Report) -> str:
@@ -109,10 +114,28 @@ def _stages(report: Report) -> str:
         [
             ", ".join(f"{key}: {value}" for key, value in record.stage.items()),
             f"{record.seconds:.1f} s" + (" (reused)" if record.reused else ""),
+            at_run_time(record) or "-",
         ]
         for record in report.stages
     ]
-    return "## Stages\n\n" + table(["stage", "took"], rows) + f"\n\nThe artifact: {_cell(report.stages[-1].artifact)}"
+    return "## Stages\n\n" + table(["stage", "took", "in use"], rows) + f"\n\nThe artifact: {_cell(report.stages[-1].artifact)}"
+
+
+def _layers(record: StageRecord) -> str:
+    """What one stage did to its layers: in a sentence, those left out or remarked upon, those that lost most."""
+    if not record.layers:
+        return ""
+    parts = [f"## Layers: {_cell(record.name)}", f"{_cell(summary(record.layers))}. Each is listed in report.json and layers.parquet."]
+    if found := remarkable(record.layers):
+        rows = [[name, "full" if bits is None else str(bits), remark] for name, bits, remark in found]
+        parts.append(table(["layer", "bits", "remark"], rows))
+    if worst := lost_most(record.layers, WORST):
+        rows = [[layer.name, str(layer.bits), share(layer.error)] for layer in worst]
+        parts.append("Those that lost most; the error is the share of a layer's output on the calibration data that has changed:")
+        parts.append(table(["layer", "bits", "error"], rows))
+    elif any(layer.bits is not None for layer in record.layers):
+        parts.append("What each layer lost was not measured.")
+    return "\n\n".join(parts)
 
 
 def _worst(report: Report) -> str:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from compress.architecture import label_number
 from compress.benchmark import quality
 from compress.errors import DataError
 from compress.model import Bundle, Source
@@ -99,6 +100,6 @@ def test_chat_prompts_have_one_start_token(llama):
 
 def test_labels_are_read_as_numbers_and_names(toys):
     model = Bundle(Source(str(toys["bert"]), "sequence-classification", "float32"), "cpu").model
-    assert (quality.label_number(model, "1"), quality.label_number(model, "LABEL_1")) == (1, 1)
+    assert (label_number(model.config, "1"), label_number(model.config, "LABEL_1")) == (1, 1)
     with pytest.raises(DataError, match="label 'good' is none of the model's: numbers below 2, or LABEL_0, LABEL_1"):
-        quality.label_number(model, "good")
+        label_number(model.config, "good")

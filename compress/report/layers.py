@@ -1,0 +1,51 @@
+"""What the stages did to each layer, as people read it."""
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+from compress.report.numbers import share
+from compress.results import Layer
+
+
+def counted(number: int) -> str:
+    return f"{number} layer" if number == 1 else f"{number} layers"
+
+
+def summary(layers: Sequence[Layer]) -> str:
+    """84 layers: 80 in 4 bits, 2 in 8 bits (4.1 a layer on average); 2 left out"""
+    widths = Counter(layer.bits for layer in layers if layer.bits is not None)
+    packed = ", ".join(f"{number} in {bits} bits" for bits, number in sorted(widths.items()))
+    if len(widths) > 1:
+        packed += f" ({sum(bits * number for bits, number in widths.items()) / widths.total():.1f} a layer on average)"
+    kept = len(layers) - widths.total()
+    return f"{counted(len(layers))}: " + "; ".join(part for part in (packed, f"{kept} left out" if kept else "") if part)
+
+
+def lost_most(layers: Iterable[Layer], number: int) -> list[Layer]:
+    """The layers with the largest errors, largest first; those without one are not among them."""
+    return sorted((layer for layer in layers if layer.error is not None), key=lambda layer: layer.error or 0, reverse=True)[:number]
+
+
+def line(layers: Sequence[Layer]) -> str:
+    """The summary with the layer that lost most."""
+    worst = "".join(f"; {layer.name} lost most, {share(layer.error)} of its output" for layer in lost_most(layers, 1))
+    return summary(layers) + worst
+
+
+def remarkable(layers: Iterable[Layer]) -> list[tuple[str, int | None, str]]:
+    """Layers left out and then layers with a remark: name, bits, remark. Names that differ only in numbers stand together."""
+    groups: dict[tuple[int | None, str, str], list[str]] = {}
+    for layer in sorted(layers, key=lambda layer: layer.bits is not None):
+        if layer.bits is None or layer.remark:
+            alike = re.sub(r"(?<![^.])\d+(?![^.])", "*", layer.name)
+            groups.setdefault((layer.bits, layer.remark or "left out", alike), []).append(layer.name)
+    return [(_together(names), bits, remark) for (bits, remark, _), names in groups.items()]
+
+
+def _together(names: list[str]) -> str:
+    """layers.*.fc1 (6 layers), with a star where the names differ; one name as it is."""
+    if len(names) == 1:
+        return names[0]
+    places = zip(*(name.split(".") for name in names), strict=True)
+    return ".".join(place[0] if len(set(place)) == 1 else "*" for place in places) + f" ({counted(len(names))})"
