@@ -11,6 +11,9 @@ from compress.quantize._grid import Grid, GridSettings, fit
 from compress.quantize._inputs import in_order, second_moments
 
 
+BLOCK = 32  # columns whose errors are carried on one by one; to all behind them they are carried together
+
+
 def solve_block(block: Block, settings: GridSettings, damping: float) -> None:
     """Set every layer of a block, in the order they run, each on the inputs that the solved ones give it."""
     for group in in_order(block):
@@ -50,25 +53,26 @@ def _refitted(weight: Tensor, grid: Grid, integers: Tensor, moments: Tensor) -> 
 
 
 def _columns(weight: Tensor, grid: Grid, moments: Tensor, damping: float, name: str) -> Tensor:
-    """The integers of each row, column by column in the order of their inputs' size, in blocks of 128."""
+    """The integers of each row, column by column in the order of their inputs' size, a block of columns at a time."""
     columns = weight.shape[1]
     order = torch.argsort(moments.diagonal(), descending=True)
     factor = _factor(moments[order][:, order], damping, name)
-    scale, zero = (part[:, order] for part in grid.columns(columns))
-    left = weight[:, order]
-    integers = torch.zeros_like(left)
-    for start in range(0, columns, 128):
-        end = min(start + 128, columns)
-        block, inner = left[:, start:end], factor[start:end, start:end]
-        errors = torch.zeros_like(block)
+    # transposed, so that a column lies in one piece
+    scale, zero = (part[:, order].t().contiguous() for part in grid.columns(columns))
+    left = weight[:, order].t().contiguous()
+    integers = torch.empty_like(left)
+    for start in range(0, columns, BLOCK):
+        end = min(start + BLOCK, columns)
+        block, inner = left[start:end], factor[start:end, start:end]
+        errors = torch.empty_like(block)
         for j in range(end - start):
-            s, z = scale[:, start + j], zero[:, start + j]
-            q = (block[:, j] / s + z).round().clamp(0, grid.top)
-            integers[:, start + j] = q
-            errors[:, j] = (block[:, j] - (q - z) * s) / inner[j, j]
-            block[:, j + 1 :] -= errors[:, j : j + 1] * inner[j, j + 1 :]
-        left[:, end:] -= errors @ factor[start:end, end:]
-    return integers[:, torch.argsort(order)]
+            s, z = scale[start + j], zero[start + j]
+            q = (block[j] / s).add_(z).round_().clamp_(0, grid.top)
+            integers[start + j] = q
+            errors[j] = (block[j] - (q - z) * s) / inner[j, j]
+            block[j + 1 :].addr_(inner[j, j + 1 :], errors[j], alpha=-1)
+        left[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
+    return integers[torch.argsort(order)].t().contiguous()
 
 
 def _factor(moments: Tensor, damping: float, name: str) -> Tensor:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
 PER_ROW = -1
 WIDTHS = (2, 3, 4, 8)
+CACHED = 2**16  # weights
 Width = Literal[2, 3, 4, 8]
 PACKED = methods.About(
     at_run_time="transformers unpacks the weights at loading, so it gains on disk only; servers with fused kernels (vLLM) keep them packed",
@@ -119,21 +120,30 @@ def fit(weight: "Tensor", settings: GridSettings, bits: int, moments: "Tensor | 
 
     rows, columns = weight.shape
     size = group_columns(columns, settings.group_size)
-    groups = weight.float().reshape(rows, columns // size, size)
     blocks = None if moments is None else torch.stack([moments[i : i + size, i : i + size] for i in range(0, columns, size)])
+    # on a CPU by so many rows at a time as stay in its cache
+    parts = weight.split(max(CACHED // columns, 1) if weight.device.type == "cpu" else rows)  # type: ignore[no-untyped-call]
+    found = [_searched(part.float().reshape(len(part), columns // size, size), blocks, bits, settings.symmetric, search) for part in parts]
+    return Grid(bits, settings.symmetric, torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found]))
+
+
+def _searched(groups: "Tensor", blocks: "Tensor | None", bits: int, symmetric: bool, search: bool) -> "tuple[Tensor, Tensor]":
+    """Scale and zero, (rows, groups), for weights as (rows, groups, size)."""
+    import torch
+
     low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
-    best = torch.full(low.shape, float("inf"), device=weight.device)
+    best = torch.full_like(low, float("inf"))
     scale, zero = torch.ones_like(low), torch.zeros_like(low)
     for step in range(80 if search else 1):
         shrink = 1 - step / 100
-        tried_scale, tried_zero = grid_of(low * shrink, high * shrink, bits, settings.symmetric)
-        integers = (groups / tried_scale[..., None] + tried_zero[..., None]).round().clamp(0, 2**bits - 1)
-        change = (integers - tried_zero[..., None]) * tried_scale[..., None] - groups
-        error = (change if blocks is None else torch.einsum("rgi,gij->rgj", change, blocks)).mul(change).sum(dim=2)
+        tried_scale, tried_zero = grid_of(low * shrink, high * shrink, bits, symmetric)
+        s, z = tried_scale[..., None], tried_zero[..., None]
+        change = (groups / s).add_(z).round_().clamp_(0, 2**bits - 1).sub_(z).mul_(s).sub_(groups)
+        error = (change.square_() if blocks is None else torch.einsum("rgi,gij->rgj", change, blocks).mul_(change)).sum(dim=2)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, tried_scale, scale), torch.where(better, tried_zero, zero)
-    return Grid(bits, settings.symmetric, scale, zero)
+    return scale, zero
 
 
 def grid_of(low: "Tensor", high: "Tensor", bits: int, symmetric: bool) -> "tuple[Tensor, Tensor]":

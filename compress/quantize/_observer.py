@@ -21,11 +21,15 @@ SHRINKINGS = [1 - step / 100 for step in range(90)]
 
 
 class Histogram:
-    """Counts of values in equal bins over all that was seen, (rows, BINS); it widens as larger values come."""
+    """Counts of values in equal bins over all that was seen, (rows, BINS); it widens as larger values come.
+
+    Bins are a power of two wide and begin at multiples of it, so that wider ones are made of whole narrower ones: in which pieces the
+    values come makes no difference.
+    """
 
     def __init__(self, values: "Tensor"):
         """values   (rows, count), finite"""
-        self.low, self.high = values.amin(dim=1), values.amax(dim=1)
+        self.low, self.high = values.amin(dim=1).double(), values.amax(dim=1).double()
         self.counts = self._binned(values, None)
 
     def add(self, values: "Tensor") -> None:
@@ -33,7 +37,7 @@ class Histogram:
         import torch
 
         centres, low, high = self.centres(), self.low, self.high
-        self.low, self.high = torch.minimum(low, values.amin(dim=1)), torch.maximum(high, values.amax(dim=1))
+        self.low, self.high = torch.minimum(low, values.amin(dim=1).double()), torch.maximum(high, values.amax(dim=1).double())
         if not (torch.equal(low, self.low) and torch.equal(high, self.high)):
             self.counts = self._binned(centres, self.counts)
         self.counts += self._binned(values, None)
@@ -42,8 +46,8 @@ class Histogram:
         """The middle of each bin, (rows, BINS)."""
         import torch
 
-        steps = (torch.arange(BINS, device=self.low.device) + 0.5) / BINS
-        return self.low[:, None] + (self.high - self.low)[:, None] * steps
+        start, width = self._bins()
+        return start[:, None] + width[:, None] * (torch.arange(BINS, device=start.device) + 0.5)
 
     def range(self, observer: Observer, bits: int, symmetric: bool) -> "tuple[Tensor, Tensor]":
         """Low and high of the grid's range, (rows,) each; the range includes 0, and is -high to high where symmetric."""
@@ -52,9 +56,9 @@ class Histogram:
         if observer == "percentile":
             share = self.counts.cumsum(dim=1) / self.counts.sum(dim=1, keepdim=True)
             inside = (share > OUTSIDE / 2) & (share - self.counts / self.counts.sum(dim=1, keepdim=True) < 1 - OUTSIDE / 2)
-            width = (self.high - self.low) / BINS
+            start, width = self._bins()
             first, last = inside.int().argmax(dim=1), BINS - inside.flip(1).int().argmax(dim=1)
-            return _with_zero(self.low + first * width, self.low + last * width, symmetric)
+            return _with_zero((start + first * width).maximum(self.low), (start + last * width).minimum(self.high), symmetric)
         low, high = _with_zero(self.low, self.high, symmetric)
         if observer == "minmax":
             return low, high
@@ -67,11 +71,19 @@ class Histogram:
             best = torch.minimum(error, best)
         return low * found, high * found
 
+    def _bins(self) -> "tuple[Tensor, Tensor]":
+        """Where the first bin begins, and the bins' width, (rows,) each."""
+        import torch
+
+        least = 1e-6 * torch.maximum(self.low.abs(), self.high.abs()).clamp(min=1e-30)
+        width = torch.exp2(torch.frexp(torch.maximum(self.high - self.low, least) / (BINS - 1)).exponent.double())
+        return (self.low / width).floor() * width, width
+
     def _binned(self, values: "Tensor", weights: "Tensor | None") -> "Tensor":
         import torch
 
-        width = ((self.high - self.low) / BINS).clamp(min=1e-30)[:, None]
-        bins = ((values - self.low[:, None]) / width).long().clamp(0, BINS - 1)
+        start, width = self._bins()
+        bins = ((values / width[:, None]).floor() - (start / width)[:, None]).long().clamp(0, BINS - 1)
         counts = torch.zeros(len(values), BINS, dtype=torch.float64, device=values.device)
         return counts.scatter_add_(1, bins, torch.ones_like(values, dtype=torch.float64) if weights is None else weights)
 
