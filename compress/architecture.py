@@ -120,6 +120,15 @@ def block_stacks(model: "PreTrainedModel") -> "dict[str, nn.ModuleList]":
     return found
 
 
+def packs_alike(model: "PreTrainedModel") -> bool:
+    """Whether plain transformers reads packed weights of a model only where all layers are packed alike.
+
+    An encoder-decoder's generation calls the encoder before the model as a whole, which is when kinds of their own would be unpacked;
+    GPTBigCode looks at its weights while it is made.
+    """
+    return bool(model.config.is_encoder_decoder) or model.config.model_type == "gpt_bigcode"
+
+
 def context_length(config: Any, tokenizer: Any = None) -> int | None:
     """The longest input in tokens that the positions of a model allow; None where they set no bound (T5).
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from compress.architecture import as_linear, block_stacks, match
+from compress.architecture import as_linear, block_stacks, match, packs_alike
 from compress.errors import BrokenPromise
 from compress.methods import Context
 from compress.model import Bundle, load_model
@@ -22,12 +22,15 @@ from compress.quantize._grid import PER_ROW, WIDTHS, GridSettings, Kind, LayerSe
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
+    from transformers import PreTrainedModel
 
 
-def plan(bundle: Bundle, settings: LayerSettings, context: Context, layers: "dict[str, nn.Linear]") -> dict[str, Kind]:
+def plan(
+    bundle: Bundle, model: "PreTrainedModel", settings: LayerSettings, context: Context, layers: "dict[str, nn.Linear]"
+) -> dict[str, Kind]:
     """The kind of grid that each layer gets, by name; layers that no pattern names are left out and noted.
 
-    A group size that doesn't divide a layer's width gives it a scale a row, which is noted too.
+    A group size that doesn't divide a layer's width gives it a scale a row, which is noted too; so are widths that can't be stored as such.
 
     Raises InputError for a pattern that matches no layer, BrokenPromise where the loss can't be differentiated.
     """
@@ -42,6 +45,10 @@ def plan(bundle: Bundle, settings: LayerSettings, context: Context, layers: "dic
         columns = layers[name].in_features
         size = group_columns(columns, settings.group_size)
         kinds[name] = Kind(bits, settings.symmetric, 0 if size == columns else size)
+        if bits < max(found.values()) and packs_alike(model):
+            context.remarks[name] = (
+                f"stored in {max(found.values())} bits: plain transformers reads one width for all layers of such a model"
+            )
         if settings.group_size not in (PER_ROW, size):
             context.remarks[name] = f"group_size {settings.group_size} does not divide its {columns} columns; it has a scale a row"
     return kinds

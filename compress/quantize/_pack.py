@@ -6,8 +6,8 @@ transformers reads of it (5.23 with compressed-tensors 0.20) decides which of th
     one kind of grid   every layer alike; unpacked at loading. The layout that vLLM knows
     kinds apart        each kind (bits, symmetry, group size) with its own description; unpacked at the first step. Its reader stumbles over
                        asymmetric grids with packed zero points, so those have them as bytes, under the name of blocks of one row
-    kinds as one       for models that can't be read so (encoder-decoders, whose generation calls the encoder first; GPTBigCode, whose
-                       initialisation looks at weights): all layers are written in the finest groups and the widest bits that any has
+    kinds as one       for models that can't be read so (encoder-decoders, GPTBigCode): all layers are written in the finest groups and the
+                       widest bits that any has
 """
 
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor, nn
 
+from compress.architecture import packs_alike
 from compress.quantize._block import Solution
 from compress.quantize._grid import Kind
 
@@ -30,7 +31,7 @@ class Packed:
         self._kinds, distinct = kinds, set(kinds.values())
         self._alike = len(distinct) == 1
         self._as_one: Kind | None = None
-        if not self._alike and (model.config.is_encoder_decoder or model.config.model_type == "gpt_bigcode"):
+        if not self._alike and packs_alike(model):
             size = min((kind.size for kind in distinct if kind.size), default=0)
             self._as_one = Kind(max(kind.bits for kind in distinct), False, size)
 

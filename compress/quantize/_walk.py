@@ -79,7 +79,7 @@ def _walk(
     model, weights = empty(bundle.source, scratch)
     stacks = block_stacks(model)
     layers = layers_in_blocks(model, stacks, settings, context)
-    kinds = plan(bundle, settings, context, layers)
+    kinds = plan(bundle, model, settings, context, layers)
     store = storage(model, kinds)
     weights.fill(model, "", bundle.device, skip=tuple(f"{stack}." for stack in stacks))
     model.tie_weights()

@@ -51,7 +51,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     model = copy.deepcopy(original).float()
     stacks = block_stacks(model)
     layers = layers_in_blocks(model, stacks, settings, context)
-    kinds = plan(bundle, settings, context, layers)
+    kinds = plan(bundle, model, settings, context, layers)
     store = Packed(model, kinds)
     for stack in stacks.values():
         stack.requires_grad_(True)

@@ -148,6 +148,8 @@ def _worst(report: Report) -> str:
         return sign * ((example.baseline_score or 0) - (example.candidate_score or 0))
 
     scored = [e for e in report.predictions if e.baseline_score is not None and e.candidate_score is not None]
+    if not scored:
+        return ""
     worst = [example for example in sorted(scored, key=loss, reverse=True)[:WORST] if loss(example) > 0]
     if not worst:
         return f"## Examples that lost most\n\nNone of {len(scored)} lost in {_cell(report.score)}."
