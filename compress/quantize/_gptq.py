@@ -10,7 +10,6 @@ from compress.quantize._block import Block, Solution
 from compress.quantize._grid import Grid, GridSettings, fit
 from compress.quantize._inputs import in_order, second_moments
 
-
 BLOCK = 32  # columns whose errors are carried on one by one; to all behind them they are carried together
 
 

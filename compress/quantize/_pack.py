@@ -29,6 +29,7 @@ class Packed:
 
     def __init__(self, model: "PreTrainedModel", kinds: dict[str, Kind]):
         self._kinds, distinct = kinds, set(kinds.values())
+        self._groups: dict[tuple[Kind, int], list[str]] = {}
         self._alike = len(distinct) == 1
         self._as_one: Kind | None = None
         if not self._alike and packs_alike(model):
@@ -38,6 +39,8 @@ class Packed:
     def packed(self, name: str, layer: nn.Linear, solution: Solution) -> nn.Module:
         """A module that holds what the format stores for a layer."""
         kind = self._as_one or self._kinds[name]
+        row = 0 if self._alike or self._as_one else layer.in_features
+        self._groups.setdefault((kind, row), []).append(name)
         middle = 2 ** (kind.bits - 1)  # the format counts from -middle
         integers = solution.integers.to(torch.int16)
         if kind.symmetric:
@@ -52,14 +55,9 @@ class Packed:
             parts["weight_zero_point"] = pack_to_int32(zeros, kind.bits, packed_dim=0) if self._alike else zeros
         return holder(parts, layer)
 
-    def describe(self, model: "PreTrainedModel", solved: dict[str, Solution]) -> None:
-        """Write into the model's config how its layers are packed."""
-        groups: dict[tuple[Kind, int], list[str]] = {}
-        for name, solution in solved.items():
-            kind = self._as_one or self._kinds[name]
-            row = solution.integers.shape[1] if self._as_one is None and not self._alike else 0
-            groups.setdefault((kind, row), []).append(name)
-        described = [{"targets": names, "weights": self._weights(kind, row)} for (kind, row), names in sorted(groups.items())]
+    def describe(self, model: "PreTrainedModel") -> None:
+        """Write into the model's config how the layers that were packed are stored."""
+        described = [{"targets": names, "weights": self._weights(kind, row)} for (kind, row), names in sorted(self._groups.items())]
         describe(model, "pack-quantized", described, dequantize=self._alike or self._as_one is not None)
 
     def _weights(self, kind: Kind, row: int) -> dict[str, Any]:

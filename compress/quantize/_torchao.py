@@ -20,9 +20,10 @@ class Int8:
     """Linear layers with int8 weights by row, whose inputs are rounded token by token as they come."""
 
     def __init__(self, model: "PreTrainedModel", kinds: dict[str, Kind]):
-        pass
+        self._names: set[str] = set()
 
     def packed(self, name: str, layer: nn.Linear, solution: Solution) -> nn.Module:
+        self._names.add(name)
         divide = None if solution.divide is None else (1 / solution.divide).to(layer.weight.dtype).cpu()
         weight = Int8Tensor(
             (solution.integers.to(torch.int16) - 128).to(torch.int8).cpu(),
@@ -37,9 +38,9 @@ class Int8:
         made.bias, made.weight = layer.bias, nn.Parameter(weight, requires_grad=False)
         return made
 
-    def describe(self, model: "PreTrainedModel", solved: dict[str, Solution]) -> None:
+    def describe(self, model: "PreTrainedModel") -> None:
         """Write into the model's config that its layers are torchao's. What each is like stands with its tensors."""
-        left_out = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in solved]
+        left_out = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in self._names]
         make_serializable(model, Int8DynamicActivationInt8WeightConfig(), left_out)
 
 

@@ -43,8 +43,8 @@ class Storage(Protocol):
         """What stands in the layer's place in the file, in main memory."""
         ...
 
-    def describe(self, model: "PreTrainedModel", solved: dict[str, Solution]) -> None:
-        """Write into the model's config how its layers are stored."""
+    def describe(self, model: "PreTrainedModel") -> None:
+        """Write into the model's config how the layers that were packed are stored."""
         ...
 
 
@@ -86,7 +86,7 @@ def _walk(
     examples = batches(model, bundle.tokenizer, context)
     # two ways through the model: as the solved blocks go, and as the uncompressed ones do
     ways = [examples, [dict(inputs) for inputs in examples]] if targets else [examples]
-    solved: dict[str, Solution] = {}
+    solved = 0
     done, total = 0, sum(map(len, stacks.values()))
     with torch.no_grad(), without_cache(model):
         for stack, blocks in stacks.items():
@@ -107,7 +107,7 @@ def _walk(
                         stream[index + 1].hidden, stream[index].hidden = stream[index].hidden, []
                 for full, solution in block.solved.items():
                     model.set_submodule(full, store.packed(full, block.layers[full], solution))
-                solved |= block.solved
+                solved += len(block.solved)
                 module.to("cpu")
                 done += 1
             context.progress("calibrating, block by block", done, total)
@@ -116,7 +116,7 @@ def _walk(
                     encode(model, blocks, way, stream[-1].hidden)
     if not solved:
         raise BrokenPromise(f"{type(model).__name__}: every layer was left out; nothing would be smaller")
-    store.describe(model.to("cpu"), solved)
+    store.describe(model.to("cpu"))
     return model
 
 

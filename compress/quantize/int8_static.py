@@ -80,6 +80,7 @@ class _Static:
     """compressed-tensors' `int-quantized`: `weight` in int8, `weight_scale`, `input_scale`, `input_zero_point`."""
 
     def __init__(self, model: "PreTrainedModel", kinds: dict[str, Kind]):
+        self._names: list[str] = []
         self._inputs: dict[str, Any] = {}
 
     def packed(self, name: str, layer: "nn.Linear", solution: "Solution") -> "nn.Module":
@@ -87,6 +88,7 @@ class _Static:
 
         from compress.quantize._pack import holder
 
+        self._names.append(name)
         given = solution.inputs
         assert isinstance(given, Grid)
         dtype = layer.weight.dtype
@@ -100,10 +102,10 @@ class _Static:
         self._inputs = {"num_bits": 8, "type": "int", "symmetric": given.symmetric, "strategy": "tensor", "dynamic": False}
         return holder(parts, layer)
 
-    def describe(self, model: "PreTrainedModel", solved: "dict[str, Solution]") -> None:
+    def describe(self, model: "PreTrainedModel") -> None:
         from compress.quantize._pack import describe
 
         weights = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel", "dynamic": False}
         describe(
-            model, "int-quantized", [{"targets": list(solved), "weights": weights, "input_activations": self._inputs}], dequantize=False
+            model, "int-quantized", [{"targets": self._names, "weights": weights, "input_activations": self._inputs}], dequantize=False
         )

@@ -69,7 +69,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     model = model.to(original.dtype)
     for name, solution in solved.items():
         model.set_submodule(name, store.packed(name, layers[name], solution))
-    store.describe(model.to("cpu"), solved)
+    store.describe(model.to("cpu"))
     return bundle.holding(model)
 
 
