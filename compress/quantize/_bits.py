@@ -32,7 +32,7 @@ def plan(
 
     A group size that doesn't divide a layer's width gives it a scale a row, which is noted too; so are widths that can't be stored as such.
 
-    Raises InputError for a pattern that matches no layer, BrokenPromise where the loss can't be differentiated.
+    Raises InputError for a pattern that matches no layer, BrokenPromise where the loss can't be computed or differentiated.
     """
     if not isinstance(settings, GridSettings):
         return dict.fromkeys(layers, Kind(8, True, 0))
@@ -45,12 +45,13 @@ def plan(
         columns = layers[name].in_features
         size = group_columns(columns, settings.group_size)
         kinds[name] = Kind(bits, settings.symmetric, 0 if size == columns else size)
+        odd = []
         if bits < max(found.values()) and packs_alike(model):
-            context.remarks[name] = (
-                f"stored in {max(found.values())} bits: plain transformers reads one width for all layers of such a model"
-            )
+            odd.append(f"stored in {max(found.values())} bits: plain transformers reads one width for all layers of such a model")
         if settings.group_size not in (PER_ROW, size):
-            context.remarks[name] = f"group_size {settings.group_size} does not divide its {columns} columns; it has a scale a row"
+            odd.append(f"group_size {settings.group_size} does not divide its {columns} columns; it has a scale a row")
+        if odd:
+            context.remarks[name] = "; ".join(odd)
     return kinds
 
 
@@ -103,6 +104,8 @@ def sensitivity(bundle: Bundle, settings: GridSettings, context: Context, layers
             logits = logits.reshape(-1, logits.shape[-1])
             mask = inputs["decoder_attention_mask" if model.config.is_encoder_decoder else "attention_mask"].reshape(-1).bool()
             logits = logits[mask] if len(mask) == len(logits) else logits
+            if not torch.isfinite(logits).all():
+                raise BrokenPromise(f"bits: auto: {type(model).__name__} gives NaN or infinite logits on the calibration data")
             drawn = torch.multinomial(logits.detach().softmax(dim=-1), 1, generator=generator)[:, 0]
             torch.nn.functional.cross_entropy(logits, drawn, reduction="sum").backward()  # type: ignore[no-untyped-call]
             tokens += len(logits)

@@ -97,7 +97,8 @@ def _walk(
                 name, module = f"{stack}.{index}", blocks[index]
                 weights.fill(module, f"{name}.", bundle.device)
                 aims = _led_through(streams[1][index], module, bundle.device) if targets else []
-                inside = {full: layer for full, layer in layers.items() if full.startswith(f"{name}.") and full in kinds}
+                # taken out, so that nothing holds a layer's weights once it is packed
+                inside = {full: layers.pop(full) for full in list(layers) if full.startswith(f"{name}.") and full in kinds}
                 block = Block(name, module, inside, {full: kinds[full].bits for full in inside}, streams[0][index], aims, bundle.device)
                 if block.layers:
                     solve(block)
