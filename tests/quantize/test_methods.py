@@ -28,6 +28,7 @@ CASES = {
     "smoothquant": ({}, 0.06),
     "int8_static": ({}, 0.06),
     "fp8": ({}, 0.15),
+    "qat": ({"bits": 8, "group_size": -1, "steps": 5, "batch_size": 2, "learning_rate": 1e-6}, 0.08),
 }
 NOTHING = {"examples": [], "max_tokens": 32, "chat": False}
 SEEN = [{"id": str(n), "prompt": "the cat sat on a big red mat", "references": ["dog ran"]} for n in range(3)]

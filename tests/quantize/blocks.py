@@ -1,0 +1,58 @@
+"""Blocks of toy models as methods see them, for the tests of what methods share."""
+
+import pytest
+import torch
+
+from compress.errors import BrokenPromise
+from compress.methods import Context, Example, quiet
+from compress.model import Bundle, Source
+from compress.quantize._grid import LayerSettings
+from compress.quantize._pack import Packed
+from compress.quantize._walk import walk
+from tests.conftest import TASKS, WORDS, make_model, make_tokenizer
+
+
+def examples(count=6, label=False):
+    """Texts of different lengths, with targets of different lengths."""
+    found = []
+    for n in range(count):
+        said = " ".join(WORDS[(3 * n + 7 * k) % len(WORDS)] for k in range(4 + 5 * n % 13))
+        answer = str(n % 2) if label else " ".join(WORDS[(5 * n + k) % len(WORDS)] for k in range(2 + n % 4))
+        found.append(Example(str(n), said, [answer]))
+    return found
+
+
+def context(**changes):
+    return Context("cpu", quiet, **{"examples": examples(), "max_tokens": 32, **changes})
+
+
+def bundle(folder, kind, dtype="float32"):
+    return Bundle(Source(str(folder), TASKS[kind], dtype), "cpu")
+
+
+def saved(model, folder):
+    model.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def lively(kind, change=lambda config: None):
+    """A random model none of whose biases is zero and none of whose norms is one."""
+    model = make_model(kind)
+    config = model.config
+    change(config)
+    torch.manual_seed(1)
+    model = type(model)(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias") and parameter.ndim == 1:
+                parameter.normal_(std=0.2)
+            elif parameter.ndim == 1:
+                parameter.uniform_(0.5, 1.5)
+    return model
+
+
+def visit(made, look, targets=False, ignore=None, seen=None):
+    """look(block) for every block of a model as the pass comes to it; no layer is solved."""
+    with pytest.raises(BrokenPromise, match="every layer was left out"):
+        walk(made, LayerSettings(ignore=ignore), seen or context(), Packed, look, targets)
