@@ -32,7 +32,7 @@ ABOUT = About(
 
 
 class Settings(LayerSettings):
-    observer: Observer = Field("mse", description="how the range of the inputs is found")
+    observer: Observer = Field("percentile", description="how the range of the inputs is found")
     symmetric: bool = Field(False, description="whether the range of the inputs is as wide on both sides of zero")
 
 

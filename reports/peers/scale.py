@@ -30,9 +30,9 @@ def make(folder: Path, width: int, layers: int) -> None:
         num_attention_heads=width // 64, num_key_value_heads=max(width // 512, 1), tie_word_embeddings=False, dtype="bfloat16",
     )  # fmt: skip
     LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({str(n): n for n in range(VOCABULARY)}, unk_token="0"))
+    words = Tokenizer(models.WordLevel({str(n): n for n in range(VOCABULARY)}, unk_token="0"))  # noqa: S106
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1").save_pretrained(folder)
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1").save_pretrained(folder)  # noqa: S106
 
 
 def memory(name: str) -> int:
@@ -87,7 +87,8 @@ def main() -> None:
     parser.add_argument("--solve", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.solve:
-        return solve(given.work, given.samples, given.tokens)
+        solve(given.work, given.samples, given.tokens)
+        return
     for layers in given.layers:
         folder = given.work / f"llama-{given.width}-{layers}"
         shutil.rmtree(folder, ignore_errors=True)

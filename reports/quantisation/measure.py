@@ -12,7 +12,6 @@ import tempfile
 from pathlib import Path
 
 import compress
-from compress.metrics import METRICS
 from compress.report.write import write
 from compress.results import Report, read_report
 
@@ -58,11 +57,12 @@ def table() -> str:
         for file in sorted((HERE / recipe.stem).glob("*/report.json")):
             report = read_report(file)
             compared = {c.metric: c for c in report.comparisons}
-            stage = ", ".join(f"{v}" if k == "quantize" else f"{k} {v}" for k, v in report.stages[0].stage.items()
-                              if k in ("quantize", "bits", "group_size", "average_bits") and v is not None)  # fmt: skip
+            given = report.stages[0].stage
+            stage = ", ".join([given["quantize"], *(f"{k} {given[k]}" for k in ("bits", "group_size", "average_bits") if given.get(k))])
             cells = [recipe.stem, stage]
             if one := compared.get("perplexity"):
-                cells += [f"{one.baseline:.4f} to {one.candidate:.4f}", "x{:.4f} ({:.4f} to {:.4f})".format(*(1 + change / one.baseline for change in (one.estimate, one.low, one.high)))]
+                cells.append(f"{one.baseline:.4f} to {one.candidate:.4f}")
+                cells += ["x{:.4f} ({:.4f} to {:.4f})".format(*(1 + change / one.baseline for change in (one.estimate, one.low, one.high)))]
             for metric in ("rougeL", "bleu"):
                 one = compared.get(metric)
                 cells.append("" if one is None else f"{one.baseline:.2f} to {one.candidate:.2f}")
@@ -85,7 +85,8 @@ def main() -> None:
             except compress.CompressError as error:
                 print(f"{recipe.stem}: {stage}: {error}", flush=True)
                 continue
-            quality = {c.metric: f"{c.baseline:.4f} to {c.candidate:.4f}" for c in report.comparisons if METRICS[c.metric].kind == "quality"}
+            shown = [c for c in report.comparisons if c.metric in ("perplexity", "rougeL", "bleu")]
+            quality = ", ".join(f"{c.metric} {c.baseline:.4f} to {c.candidate:.4f}" for c in shown)
             print(f"{recipe.stem}: {stage}: {report.verdict}: {quality}, {report.stages[0].seconds:.0f} s", flush=True)
     print(table())
 
