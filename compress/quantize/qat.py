@@ -128,7 +128,7 @@ def _train(
 
     def collate(rows: list[tuple[Example, list[int], list[int]]]) -> dict[str, Any]:
         inputs = padded(model, [(ids, answer) for _, ids, answer in rows])
-        return {**inputs, "labels": _labels(model, inputs, rows)}
+        return {**inputs, "labels": _labels(model, inputs, rows, settings.loss == "targets")}
 
     rows = encoded(model, tokenizer, context)
     on_gpu = model.device.type == "cuda"
@@ -143,10 +143,14 @@ def _train(
     model.eval()
 
 
-def _labels(model: "PreTrainedModel", inputs: dict[str, Any], rows: list[tuple[Example, list[int], list[int]]]) -> "Tensor":
+def _labels(
+    model: "PreTrainedModel", inputs: dict[str, Any], rows: list[tuple[Example, list[int], list[int]]], known: bool = True
+) -> "Tensor":
     """What each position of the logits should give, -100 where it counts for nothing; for classifiers one label an example."""
     import torch
 
+    if not model.can_generate() and not known:  # any label will do to say that the position counts
+        return torch.zeros(len(rows), dtype=torch.long, device=model.device)
     if not model.can_generate():
         return torch.tensor([label_number(model.config, example.references[0]) for example, _, _ in rows], device=model.device)
     both = model.config.is_encoder_decoder

@@ -72,7 +72,7 @@ def test_padded_batches_have_the_statistics_of_one_example_at_a_time(lively_toys
 
 @pytest.mark.xfail(strict=True, reason="the decoder's mask is taken for the encoder's states where both are as long")
 def test_cross_attention_is_shown_all_encoder_states_where_both_sides_are_as_long(lively_toys):
-    said = [Example("0", "the cat sat on a mat", ["dog"]), Example("1", "red", ["the big dog ran in a hat"])]
+    said = [Example("0", "the cat sat on a mat", ["dog"]), Example("1", "red", ["big dog ran in a hat"])]
     made, told = bundle(lively_toys["t5"], "t5"), context(examples=said)
     expected = one_by_one(made, told)
 
