@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.architecture import block_stacks, linear_layers
-from compress.errors import BrokenPromise
+from compress.errors import BrokenPromise, ModelError
 from compress.methods import Context
 from compress.model import Bundle
 from compress.quantize._bits import plan
@@ -124,7 +124,15 @@ def _walk(
 def layers_in_blocks(
     model: "PreTrainedModel", stacks: dict[str, nn.ModuleList], settings: LayerSettings, context: Context
 ) -> dict[str, nn.Linear]:
-    """The linear layers inside the blocks that aren't ignored; the others are noted."""
+    """The linear layers inside the blocks that aren't ignored; the others are noted.
+
+    Raises BrokenPromise where there are none, ModelError for a model that can't be had in float16 (T5).
+    """
+    if model.dtype == torch.float16 and (wide := model._keep_in_fp32_modules):
+        raise ModelError(
+            f"{type(model).__name__} in float16: transformers unpacks its {', '.join(sorted(wide))} layers to float16, where they overflow;"
+            " say model.dtype: bfloat16 or float32"
+        )
     wanted, ignored = linear_layers(model, settings.ignore)
     for full in ignored:
         context.leave_out(full, "a head" if settings.ignore is None else "named under ignore")

@@ -4,7 +4,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import GenerationConfig
@@ -21,8 +20,6 @@ class Weights:
 
     def __init__(self, folder: Path, model: "PreTrainedModel"):
         self._dtype, self._files = model.dtype, dict[str, Path]()
-        # what overflows in float16 (T5's `wo`), as transformers itself keeps it
-        self._wide = set(model._keep_in_fp32_modules or ()) if model.dtype == torch.float16 else set()
         for file in weight_files(folder):
             with safe_open(file, framework="pt") as tensors:
                 self._files.update(dict.fromkeys(tensors.keys(), file))
@@ -38,8 +35,7 @@ class Weights:
             if not name.startswith(skip or ("\0",)) and (file := self._files.get(full)) is not None:
                 with safe_open(file, framework="pt") as tensors:
                     tensor = tensors.get_tensor(full)
-                dtype = torch.float32 if self._wide & set(full.split(".")) else self._dtype
-                state[name] = tensor.to(device, dtype if tensor.is_floating_point() else None)
+                state[name] = tensor.to(device, self._dtype if tensor.is_floating_point() else None)
         module.load_state_dict(state, strict=False, assign=True)
         for name, buffer in module.named_buffers():
             if buffer.device.type != "meta" and not name.startswith(skip or ("\0",)):

@@ -39,6 +39,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     Raises DataError when there is nothing to learn from.
     """
+    from torch import nn
     from torch.nn.utils import parametrize
 
     from compress.architecture import as_linear, block_stacks
@@ -55,6 +56,9 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     store = Packed(model, kinds)
     for stack in stacks.values():
         stack.requires_grad_(True)
+    for name, part in model.named_modules():
+        if isinstance(part, nn.Linear) and name not in kinds:  # left out, so left as it is
+            part.requires_grad_(False)
     rounded = {name: _rounded(fit(layers[name].weight.data, settings, kind.bits)) for name, kind in kinds.items()}
     for name, rounding in rounded.items():
         parametrize.register_parametrization(layers[name], "weight", rounding)

@@ -1,6 +1,7 @@
 """How many bits each layer gets, and artifacts whose layers differ in them."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -134,7 +135,7 @@ def test_a_broken_regular_expression_is_said(toys):
         planned(made, context(), bits={"re:(": 4})
 
 
-@pytest.mark.parametrize("average", [2.0, 2.6, 5.5])
+@pytest.mark.parametrize("average", [2.0, 2.6, None, 5.5])
 @pytest.mark.parametrize("kind", ["llama", "t5", "bert", "gpt2"])
 def test_auto_spends_the_bits_it_may_and_no_more(toys, kind, average):
     made = bundle(toys[kind], kind)
@@ -143,8 +144,8 @@ def test_auto_spends_the_bits_it_may_and_no_more(toys, kind, average):
     assert set(found) == set(layers)
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
     mean = sum(found[name].bits * size for name, size in sizes.items()) / sum(sizes.values())
-    assert average - 0.4 < mean <= average + 1e-6
-    assert average == 2 or len({kind.bits for kind in found.values()}) > 1
+    assert (average or 4) - 0.4 < mean <= (average or 4) + 1e-6
+    assert average in (2, None) or len({kind.bits for kind in found.values()}) > 1
 
 
 def wide(config):
@@ -211,10 +212,14 @@ def check_artifact(source, kind, folder, solutions):
 @pytest.mark.parametrize("kind", TASKS)
 def test_artifacts_of_mixed_bits_hold_exactly_the_grids_weights(awkward, tmp_path, monkeypatch, kind, symmetric, group_size):
     names = list(layers_of(bundle(awkward[kind], kind)))
-    bits = {name: WIDTHS[number % 4] for number, name in enumerate(names)}
+    widths = WIDTHS if group_size == 32 else (2, 3, 4)
+    bits = {name: widths[number % len(widths)] for number, name in enumerate(names)}
     solutions, told = made_with(awkward[kind], kind, tmp_path / "made", monkeypatch, bits=bits, symmetric=symmetric, group_size=group_size)
     assert {name: solution.grid.bits for name, solution in solutions.items()} == bits
     assert {one["name"]: one["bits"] for one in told.layers if one["bits"]} == bits
+    groups = json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]["config_groups"].values()
+    stored = {group["weights"]["num_bits"] for group in groups}
+    assert stored == ({max(widths)} if kind in ("t5", "bart", "gpt2") else set(widths))
     check_artifact(awkward[kind], kind, tmp_path / "made", solutions)
 
 

@@ -100,7 +100,7 @@ def test_training_brings_two_bits_nearer_to_the_original_than_rounding(lively_to
     made, told = bundle(lively_toys[kind], kind), context()
     apply(made, "rtn", told, bits=2, group_size=-1).save(tmp_path / "rounded")
     made = bundle(lively_toys[kind], kind)
-    apply(made, "qat", told, bits=2, group_size=-1, steps=40, batch_size=6, learning_rate=2e-3).save(tmp_path / "trained")
+    apply(made, "qat", told, bits=2, group_size=-1, steps=20, batch_size=6, learning_rate=3e-3).save(tmp_path / "trained")
     made = bundle(lively_toys[kind], kind)
     rounded, trained = (divergence(tmp_path / name, kind, made, told) for name in ("rounded", "trained"))
     assert trained < 0.5 * rounded
@@ -155,6 +155,12 @@ def test_labels_stand_where_the_logits_should_give_them(toys):
     made = bundle(toys["bert"], "bert")
     rows = encoded(made.model, tokenizer, context(examples=[Example("0", "cat", ["1"]), Example("1", "dog red", ["LABEL_0"])]))
     assert qat._labels(made.model, {}, rows).tolist() == [1, 0]
+
+
+def test_a_classifier_learns_from_the_original_without_labels(toys):
+    told = context(examples=[Example(e.id, e.prompt, []) for e in examples()])
+    apply(bundle(toys["bert"], "bert"), "qat", told, bits=4, group_size=-1, steps=2)
+    assert sum(one["bits"] == 4 for one in told.layers) == 12
 
 
 def test_progress_is_told_and_every_layer_is_noted(toys, tmp_path):
