@@ -103,7 +103,7 @@ def test_the_folds_of_each_architecture_are_found(lively_toys, case, dtype):
         assert one == FOLDS[stack]
 
 
-@pytest.mark.parametrize("case", ["llama", "t5", "bart", "gpt2"])
+@pytest.mark.parametrize("case", ["llama", "bart", "gpt2"])
 def test_no_wrong_fold_is_found_in_float16_whose_smallest_numbers_round(lively_toys, case):
     found = []
     visit(bundle(lively_toys[case].source.id, case, "float16"), lambda block: found.append((stack_of(case, block), folds(block))))
