@@ -83,7 +83,8 @@ def allocate(rises: dict[str, dict[int, float]], sizes: dict[str, int], average:
     one_each = np.array([[float(name == layer) for name, _ in choices] for layer in rises])
     share = np.array([sizes[name] * bits for name, bits in choices]) / sum(sizes.values())
     limits = [LinearConstraint(one_each, 1, 1), LinearConstraint(share[None], 0, average * (1 + 1e-9))]
-    solution = milp(cost / max(cost.max(), 1e-30), constraints=limits, integrality=np.ones(len(choices)), bounds=Bounds(0, 1))
+    scaled = cost * (1e6 / max(cost.max(), 1e-30))  # the solver's tolerances are absolute ones
+    solution = milp(scaled, constraints=limits, integrality=np.ones(len(choices)), bounds=Bounds(0, 1))
     return {name: bits for (name, bits), taken in zip(choices, solution.x, strict=True) if taken > 0.5}
 
 

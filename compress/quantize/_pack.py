@@ -43,8 +43,6 @@ class Packed:
         self._groups.setdefault((kind, row), []).append(name)
         middle = 2 ** (kind.bits - 1)  # the format counts from -middle
         integers = solution.integers.to(torch.int16)
-        if kind.symmetric:
-            integers = integers - 2 ** (solution.grid.bits - 1) + middle
         parts = {
             "weight_packed": pack_to_int32((integers - middle).to(torch.int8), kind.bits),
             "weight_scale": solution.grid.scale.to(layer.weight.dtype),

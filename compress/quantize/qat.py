@@ -156,7 +156,7 @@ def _labels(
     if not model.can_generate() and not known:  # any label will do to say that the position counts
         return torch.zeros(len(rows), dtype=torch.long, device=model.device)
     if not model.can_generate():
-        return torch.tensor([label_number(model.config, example.references[0]) for example, _, _ in rows], device=model.device)
+        return torch.tensor([label_number(model.config, (example.references or [""])[0]) for example, _, _ in rows], device=model.device)
     both = model.config.is_encoder_decoder
     labels = torch.full_like(inputs["decoder_input_ids" if both else "input_ids"], -100)
     for row, (_, ids, answer) in zip(labels, rows, strict=True):
