@@ -5,12 +5,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerRow
+from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerRow, quantize_
 from torchao.quantization.quantize_.workflows import Int8Tensor
 from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
 
+from compress.architecture import linear_layers
+from compress.methods import Context
 from compress.quantize._block import Solution
 from compress.quantize._grid import Kind
+from compress.quantize._touched import note_layers, require_touched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -42,6 +45,17 @@ class Int8:
         """Write into the model's config that its layers are torchao's. What each is like stands with its tensors."""
         left_out = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in self._names]
         make_serializable(model, Int8DynamicActivationInt8WeightConfig(), left_out)
+
+
+def convert(model: "PreTrainedModel", ignore: list[str] | None, context: Context, scheme: Any, kind: type, method: str) -> None:
+    """Give every linear layer that isn't ignored weights of a scheme of torchao's, which are tensors of `kind`, in place."""
+    layers, left_out = linear_layers(model, ignore)
+    for done, layer in enumerate(layers.values(), 1):
+        quantize_(layer, scheme)
+        context.progress("quantising", done, len(layers))
+    require_touched(model, lambda layer: isinstance(getattr(layer, "weight", None), kind), method)
+    note_layers(context, list(layers), list(left_out), 8, ignore)
+    make_serializable(model, scheme, list(left_out))
 
 
 def make_serializable(model: "PreTrainedModel", scheme: Any, left_out: list[str]) -> None:

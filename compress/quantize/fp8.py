@@ -4,12 +4,11 @@ Micikevicius et al. 2022, "FP8 Formats for Deep Learning". Products run in fp8 o
 Ada, Hopper, Blackwell), which is where it is made too; elsewhere it is refused. GPT-2's Conv1D layers become linear ones first.
 """
 
-from compress.architecture import as_linear, linear_layers
+from compress.architecture import as_linear
 from compress.errors import DeviceError
 from compress.methods import About, Context
 from compress.model import Bundle
 from compress.quantize._grid import LayerSettings
-from compress.quantize._touched import note_layers, require_touched
 
 CAPABILITY = (8, 9)
 ABOUT = About(
@@ -35,19 +34,12 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     if found < CAPABILITY:
         name = torch.cuda.get_device_name()
         raise DeviceError(f"quantize: fp8 needs compute capability 8.9 or more; {name} has {found[0]}.{found[1]}. int8_dynamic runs there")
-    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, PerRow, quantize_
+    from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, PerRow
 
-    from compress.quantize._torchao import make_serializable
+    from compress.quantize._torchao import convert
 
     model = as_linear(bundle.model)
     if model.dtype == torch.float32:
         model = model.to(torch.bfloat16)  # what scales by row are for
-    layers, left_out = linear_layers(model, settings.ignore)
-    scheme = Float8DynamicActivationFloat8WeightConfig(granularity=PerRow())
-    for done, layer in enumerate(layers.values(), 1):
-        quantize_(layer, scheme)
-        context.progress("quantising", done, len(layers))
-    require_touched(model, lambda layer: isinstance(getattr(layer, "weight", None), Float8Tensor), "quantize: fp8")
-    note_layers(context, list(layers), list(left_out), 8, settings.ignore)
-    make_serializable(model, scheme, list(left_out))
+    convert(model, settings.ignore, context, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), Float8Tensor, "quantize: fp8")
     return bundle.holding(model)

@@ -6,10 +6,9 @@ GPT-2's Conv1D layers become linear ones first, so its artifact is a GPTBigCode 
 """
 
 from compress import methods
-from compress.architecture import as_linear, linear_layers
+from compress.architecture import as_linear
 from compress.methods import About, Context
 from compress.model import Bundle
-from compress.quantize._touched import note_layers, require_touched
 
 ABOUT = About(
     at_run_time="products are in int8, which a CPU without int8 instructions (VNNI, AMX) does more slowly than in float32",
@@ -24,18 +23,11 @@ class Settings(methods.Settings):
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with torchao `Int8Tensor` weights, saved as safetensors by transformers' own torchao support."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    from torchao.quantization import Int8DynamicActivationInt8WeightConfig
     from torchao.quantization.quantize_.workflows import Int8Tensor
 
-    from compress.quantize._torchao import make_serializable
+    from compress.quantize._torchao import convert
 
     model = as_linear(bundle.model)
-    layers, left_out = linear_layers(model, settings.ignore)
-    scheme = Int8DynamicActivationInt8WeightConfig()
-    for done, layer in enumerate(layers.values(), 1):
-        quantize_(layer, scheme)
-        context.progress("quantising", done, len(layers))
-    require_touched(model, lambda layer: isinstance(getattr(layer, "weight", None), Int8Tensor), "quantize: int8_dynamic")
-    note_layers(context, list(layers), list(left_out), 8, settings.ignore)
-    make_serializable(model, scheme, list(left_out))
+    convert(model, settings.ignore, context, Int8DynamicActivationInt8WeightConfig(), Int8Tensor, "quantize: int8_dynamic")
     return bundle.holding(model)
