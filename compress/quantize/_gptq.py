@@ -31,7 +31,7 @@ def solve_layer(weight: Tensor, moments: Tensor, settings: GridSettings, bits: i
     """
     grid = fit(weight, settings, bits)
     integers = _columns(weight, grid, moments, damping, name)
-    return Solution(replace(grid, scale=_refitted(weight, grid, integers, moments)), integers.to(torch.uint8))
+    return Solution(replace(grid, scale=_refitted(weight, grid, integers, moments)), integers)
 
 
 def _refitted(weight: Tensor, grid: Grid, integers: Tensor, moments: Tensor) -> Tensor:
@@ -52,14 +52,14 @@ def _refitted(weight: Tensor, grid: Grid, integers: Tensor, moments: Tensor) -> 
 
 
 def _columns(weight: Tensor, grid: Grid, moments: Tensor, damping: float, name: str) -> Tensor:
-    """The integers of each row, column by column in the order of their inputs' size, a block of columns at a time."""
+    """The integers of each row, uint8, column by column in the order of their inputs' size, a block of columns at a time."""
     columns = weight.shape[1]
     order = torch.argsort(moments.diagonal(), descending=True)
-    factor = _factor(moments[order][:, order], damping, name)
+    factor = _factor(moments[order[:, None], order], damping, name)
     # transposed, so that a column lies in one piece
-    scale, zero = (part[:, order].t().contiguous() for part in grid.columns(columns))
-    left = weight[:, order].t().contiguous()
-    integers = torch.empty_like(left)
+    group = order // (columns // grid.scale.shape[1])
+    scale, zero, left = (part.t()[at].contiguous() for part, at in ((grid.scale, group), (grid.zero, group), (weight, order)))
+    integers = torch.empty_like(left, dtype=torch.uint8)
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         block, inner = left[start:end], factor[start:end, start:end]
@@ -75,17 +75,16 @@ def _columns(weight: Tensor, grid: Grid, moments: Tensor, damping: float, name: 
 
 
 def _factor(moments: Tensor, damping: float, name: str) -> Tensor:
-    """The upper Cholesky factor of the damped inverse; damping is raised tenfold until it exists."""
-    moments = moments.clone()
-    moments.diagonal()[moments.diagonal() == 0] = 1  # an input that is always zero: any integer will do, the nearest is kept
-    mean = moments.diagonal().mean()
+    """The upper Cholesky factor of the damped inverse; damping is raised tenfold until it exists. Works in `moments`."""
+    diagonal = moments.diagonal().clone()
+    diagonal[diagonal == 0] = 1  # an input that is always zero: any integer will do, the nearest is kept
     while damping <= 1:
-        damped = moments + torch.eye(len(moments), device=moments.device) * damping * mean
-        lower, failed = torch.linalg.cholesky_ex(damped)
+        moments.diagonal().copy_(diagonal + damping * diagonal.mean())
+        factor, failed = torch.linalg.cholesky_ex(moments)
         if not failed:
-            upper, failed = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower), upper=True)
-        if not failed and torch.isfinite(upper).all():
-            factor: Tensor = upper
-            return factor
+            factor = torch.cholesky_inverse(factor)
+            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
+        if not failed and torch.isfinite(factor).all():
+            return factor  # type: ignore
         damping *= 10
     raise BrokenPromise(f"{name}: its Hessian is not positive definite even with damping 1; more or other calibration data is needed")

@@ -47,7 +47,7 @@ def second_moments(block: Block, name: str) -> Tensor:
     for rows in inputs(block, name):
         total.addmm_(rows.t(), rows)
         count += len(rows)
-    return total / max(count, 1)
+    return total.div_(max(count, 1))
 
 
 def inputs(block: Block, name: str) -> Iterator[Tensor]:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
 
@@ -45,7 +46,8 @@ class Stream:
     def rows(self, states: Tensor, index: int) -> Tensor:
         """Rows (tokens, width) of states inside the block that belong to real tokens.
 
-        States of another length are the encoder's, given to a decoder's cross attention; those are zero where they are padding.
+        States of another length are the encoder's, given to a decoder's cross attention (`padded` sees to it that the lengths differ); those
+        are zero where they are padding.
         """
         flat, real = states.reshape(-1, states.shape[-1]), self.real[index].reshape(-1).to(states.device)
         return flat[real] if len(flat) == len(real) and not real.all() else flat
@@ -67,7 +69,8 @@ def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cont
         ids = tokenizer(prompt, add_special_tokens=not context.chat, truncation=True, max_length=limit)["input_ids"]
         answer: list[int] = []
         if model.can_generate() and (both or target):
-            answer = tokenizer(text_target=target, add_special_tokens=both, truncation=True, max_length=limit)["input_ids"]
+            room = limit - both  # `padded` may need one more
+            answer = tokenizer(text_target=target, add_special_tokens=both, truncation=True, max_length=room)["input_ids"]
         if answer and not both:
             ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
             ids = [*ids[: limit - len(answer)], *answer]
@@ -93,12 +96,12 @@ def batches(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cont
 
 
 def padded(model: "PreTrainedModel", part: list[tuple[list[int], list[int]]]) -> Inputs:
-    """Encoded examples as one batch on the model's device, padded on the right."""
+    """Encoded examples as one batch on the model's device, padded on the right, both sides of an encoder-decoder to unlike lengths."""
 
     def side(number: int) -> tuple[Tensor, Tensor]:
         rows = [torch.tensor(example[number]) for example in part]
-        pad = model.config.get_text_config().pad_token_id or 0
-        ids = pad_sequence(rows, batch_first=True, padding_value=pad)
+        filler = model.config.get_text_config().pad_token_id or 0
+        ids = pad_sequence(rows, batch_first=True, padding_value=filler)
         mask = pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
         return ids.to(model.device), mask.to(model.device)
 
@@ -106,6 +109,8 @@ def padded(model: "PreTrainedModel", part: list[tuple[list[int], list[int]]]) ->
     inputs: Inputs = {"input_ids": ids, "attention_mask": mask}
     if model.config.is_encoder_decoder:
         labels, mask = side(1)
+        if labels.shape == ids.shape:
+            labels, mask = pad(labels, (0, 1)), pad(mask, (0, 1))
         inputs |= {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels), "decoder_attention_mask": mask}
     return inputs
 

@@ -9,8 +9,10 @@ What was lost is measured here, alike for all methods: the share of a layer's ou
 new weights change, on the inputs that the solved layers before it make.
 """
 
+import ctypes
 import tempfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -77,6 +79,7 @@ def _walk(
     targets: bool,
 ) -> "PreTrainedModel":
     model, weights = empty(bundle.source, scratch)
+    check_dtype(model)
     stacks = block_stacks(model)
     layers = layers_in_blocks(model, stacks, settings, context)
     kinds = plan(bundle, model, settings, context, layers)
@@ -110,6 +113,7 @@ def _walk(
                     model.set_submodule(full, store.packed(full, block.layers[full], solution))
                 solved += len(block.solved)
                 module.to("cpu")
+                _give_memory_back()
                 done += 1
             context.progress("calibrating, block by block", done, total)
             if is_encoder(model, blocks):
@@ -121,18 +125,22 @@ def _walk(
     return model
 
 
-def layers_in_blocks(
-    model: "PreTrainedModel", stacks: dict[str, nn.ModuleList], settings: LayerSettings, context: Context
-) -> dict[str, nn.Linear]:
-    """The linear layers inside the blocks that aren't ignored; the others are noted.
-
-    Raises BrokenPromise where there are none, ModelError for a model that can't be had in float16 (T5).
-    """
+def check_dtype(model: "PreTrainedModel") -> None:
+    """Raises ModelError for a model that can't be had in its dtype (T5 in float16)."""
     if model.dtype == torch.float16 and (wide := model._keep_in_fp32_modules):
         raise ModelError(
             f"{type(model).__name__} in float16: transformers unpacks its {', '.join(sorted(wide))} layers to float16, where they overflow;"
             " say model.dtype: bfloat16 or float32"
         )
+
+
+def layers_in_blocks(
+    model: "PreTrainedModel", stacks: dict[str, nn.ModuleList], settings: LayerSettings, context: Context
+) -> dict[str, nn.Linear]:
+    """The linear layers inside the blocks that aren't ignored; the others are noted.
+
+    Raises BrokenPromise where there are none.
+    """
     wanted, ignored = linear_layers(model, settings.ignore)
     for full in ignored:
         context.leave_out(full, "a head" if settings.ignore is None else "named under ignore")
@@ -152,6 +160,12 @@ def _led_through(stream: Stream, module: nn.Module, device: str) -> list[Tensor]
     for batch in range(len(stream.hidden)):
         stream.hidden[batch] = stream.through(module, batch, device).cpu()
     return stream.hidden
+
+
+def _give_memory_back() -> None:
+    """What a block needed goes back to the system; glibc would keep it, in pieces too small for the next block's matrices."""
+    with suppress(AttributeError):  # another C library
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _finish(block: Block, context: Context) -> None:

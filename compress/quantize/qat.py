@@ -37,7 +37,7 @@ class Settings(GridSettings):
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with packed integer weights.
 
-    Raises DataError when there is nothing to learn from.
+    Raises DataError when there is nothing to learn from, ModelError for T5 in float16.
     """
     from torch import nn
     from torch.nn.utils import parametrize
@@ -46,8 +46,9 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from compress.quantize._bits import plan
     from compress.quantize._block import Solution
     from compress.quantize._pack import Packed
-    from compress.quantize._walk import layers_in_blocks
+    from compress.quantize._walk import check_dtype, layers_in_blocks
 
+    check_dtype(bundle.model)
     original = as_linear(bundle.model).requires_grad_(False)
     model = copy.deepcopy(original).float()
     stacks = block_stacks(model)

@@ -147,7 +147,7 @@ def test_labels_stand_where_the_logits_should_give_them(toys):
     assert qat._labels(model, inputs, rows).tolist() == [[-100, -100, red, dog, -100], [red, end, -100, -100, -100]]
 
     made = bundle(toys["t5"], "t5")
-    rows = encoded(made.model, tokenizer, context(examples=[Example("0", "cat", ["red dog"]), Example("1", "dog red", ["cat"])]))
+    rows = encoded(made.model, tokenizer, context(examples=[Example("0", "cat", ["red dog"]), Example("1", "dog red cat", ["cat"])]))
     inputs = padded(made.model, [(ids, answer) for _, ids, answer in rows])
     assert inputs["decoder_input_ids"].tolist() == [[0, red, dog], [0, cat, end]]
     assert qat._labels(made.model, inputs, rows).tolist() == [[red, dog, end], [cat, end, -100]]
