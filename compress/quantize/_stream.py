@@ -46,7 +46,7 @@ class Stream:
     def rows(self, states: Tensor, index: int) -> Tensor:
         """Rows (tokens, width) of states inside the block that belong to real tokens.
 
-        States of another length are the encoder's, given to a decoder's cross attention (`padded` sees to it that the lengths differ); those
+        States of another length are the encoder's, given to a decoder's cross attention (`padded` makes the lengths differ); those
         are zero where they are padding.
         """
         flat, real = states.reshape(-1, states.shape[-1]), self.real[index].reshape(-1).to(states.device)
