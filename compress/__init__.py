@@ -11,7 +11,7 @@ Names are imported when first used, so that `import compress` costs nothing.
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CompressError", "Recipe", "Report", "bench", "check", "load_recipe", "load_reports", "read_report", "run"]
+__all__ = ["CompressError", "Recipe", "Report", "bench", "check", "load_recipe", "load_reports", "read_report", "run", "use_cpu_int8"]
 
 if TYPE_CHECKING:
     from compress.errors import CompressError
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from compress.recipe import load as load_recipe
     from compress.report.frame import load_reports
     from compress.results import Report, read_report
+    from compress.runtime import use_cpu_int8
 
 _HOMES = {
     "CompressError": ("compress.errors", "CompressError"),
@@ -31,6 +32,7 @@ _HOMES = {
     "load_reports": ("compress.report.frame", "load_reports"),
     "read_report": ("compress.results", "read_report"),
     "run": ("compress.pipeline", "run"),
+    "use_cpu_int8": ("compress.runtime", "use_cpu_int8"),
 }
 
 

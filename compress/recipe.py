@@ -95,6 +95,14 @@ class Calibration(Settings):
     seed: Seed = 0
 
 
+class Runtime(Settings):
+    """How the models are run, both alike, where plain transformers isn't how they will be deployed."""
+
+    cpu_int8: bool = Field(
+        False, description="on a CPU, int8 layers by FBGEMM's kernels, as compress.use_cpu_int8(model) sets them, not torchao's"
+    )
+
+
 class Benchmark(Settings):
     """What is timed. A round starts a fresh process for each side; in a round the sides take turns.
 
@@ -110,6 +118,7 @@ class Benchmark(Settings):
     warmup: Annotated[int, Field(ge=0)] = 2
     quality_batch_size: Count = 16
     threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(None, description="CPU threads; null takes all that the process may use")
+    runtime: Runtime = Runtime()
     limit_minutes: float = Field(60, gt=0, le=100_000, description="the longest that one request to a measuring process may take")
 
 

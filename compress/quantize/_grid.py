@@ -18,6 +18,10 @@ PER_ROW = -1
 WIDTHS = (2, 3, 4, 8)
 CACHED = 2**16  # weights
 Width = Literal[2, 3, 4, 8]
+IN_INT8 = (
+    "products are in int8, which torchao does more slowly than float32 on a CPU without int8 instructions (VNNI, AMX);"
+    " benchmark.runtime.cpu_int8 takes kernels that are faster there"
+)
 PACKED = methods.About(
     at_run_time="transformers unpacks the weights at loading, so it gains on disk only; servers with fused kernels (vLLM) keep them packed",
     packages=("compressed-tensors",),

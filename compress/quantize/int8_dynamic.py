@@ -1,7 +1,7 @@
 """Weights in 8 bits by row, activations in 8 bits by token as they come (torchao). No calibration.
 
 The plain absolute-maximum scheme of torchao's Int8DynamicActivationInt8WeightConfig; symmetric on both sides. Matrix products run in
-int8 where the machine has instructions for them (GPU tensor cores, CPUs with VNNI); elsewhere they are slower than float32.
+int8: fast on GPU tensor cores, slow on a CPU unless FBGEMM's kernels are taken (compress.use_cpu_int8, compress/runtime.py).
 GPT-2's Conv1D layers become linear ones first, so its artifact is a GPTBigCode model.
 """
 
@@ -9,9 +9,10 @@ from compress import methods
 from compress.architecture import as_linear
 from compress.methods import About, Context
 from compress.model import Bundle
+from compress.quantize._grid import IN_INT8
 
 ABOUT = About(
-    at_run_time="products are in int8, which a CPU without int8 instructions (VNNI, AMX) does more slowly than in float32",
+    at_run_time=IN_INT8,
     packages=("torchao",),
     packs=True,
 )

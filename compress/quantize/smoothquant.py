@@ -11,7 +11,7 @@ from pydantic import Field
 
 from compress.methods import About, Context
 from compress.model import Bundle
-from compress.quantize._grid import GridSettings, LayerSettings, PerToken, fit
+from compress.quantize._grid import IN_INT8, GridSettings, LayerSettings, PerToken, fit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from compress.quantize._block import Block
 
 ABOUT = About(
-    at_run_time="products are in int8, which a CPU without int8 instructions (VNNI, AMX) does more slowly than in float32",
+    at_run_time=IN_INT8,
     packages=("torchao",),
     calibrated=True,
     packs=True,

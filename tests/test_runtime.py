@@ -1,0 +1,58 @@
+"""FBGEMM's int8 kernels in the place of torchao's, against a reference in float64 and on every architecture."""
+
+import numpy as np
+import pytest
+import torch
+
+from compress import use_cpu_int8
+from compress.model import Source, load_model
+from compress.runtime import Int8Linear
+from tests.conftest import TASKS
+from tests.quantize.test_methods import logits, make
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("divided", [True, False])
+def test_a_layer_gives_the_product_of_the_rounded_parts(bias, divided):
+    """Reference in float64. Tokens of very unlike size, each rounded on a grid of its own of 127 steps or finer."""
+    draw = np.random.default_rng(0)
+    integers, scale = draw.integers(-128, 128, (24, 64)).astype(np.int8), draw.uniform(0.01, 0.03, 24)
+    x = draw.normal(size=(2, 5, 64)) * np.array([1e-3, 1, 1e3, 1e6, 0])[:, None]
+    factor, shift = draw.uniform(0.5, 2, 64), draw.normal(size=24)
+
+    def tensor(values):
+        return torch.tensor(values, dtype=torch.float32)
+
+    layer = Int8Linear(torch.tensor(integers), tensor(scale), tensor(shift) if bias else None, tensor(factor) if divided else None)
+    found = layer(tensor(x)).double().numpy() - shift * bias
+    given = x * factor if divided else x
+    weight = integers * scale[:, None]
+    step = np.abs(given).max(-1, keepdims=True) / 127 * 2  # of 7 bits
+    assert found.shape == (2, 5, 24)
+    # rounding errors of at most half a step, of random sign
+    limit = 6 * step / 12**0.5 * np.linalg.norm(weight, axis=1)
+    assert (np.abs(found - given @ weight.T) <= limit + 1e-5 * np.abs(shift)).all()
+
+
+@pytest.mark.parametrize("method", ["int8_dynamic", "smoothquant"])
+@pytest.mark.parametrize("kind", TASKS)
+def test_every_int8_layer_is_replaced_and_the_model_gives_the_same(toys, tmp_path, method, kind):
+    target = make(toys[kind], kind, method, tmp_path / "made")
+    loaded, expected = logits(target, kind)
+    layers = sum(type(getattr(module, "weight", None)).__name__ == "Int8Tensor" for module in loaded.modules())
+    assert use_cpu_int8(loaded) == layers > 0
+    ids = torch.arange(3, 23)[None]
+    extra = {"decoder_input_ids": ids[:, :8]} if loaded.config.is_encoder_decoder else {}
+    with torch.inference_mode():
+        found = loaded(ids, **extra).logits
+    assert found.dtype == expected.dtype
+    assert 0 < ((found - expected).norm() / expected.norm()).item() < 0.06
+    if loaded.can_generate():
+        assert loaded.generate(ids, max_new_tokens=3, min_new_tokens=3).shape[0] == 1
+
+
+def test_a_model_without_int8_layers_stays_as_it_is(toys):
+    loaded = load_model(Source(str(toys["llama"]), "causal-lm"), "cpu")
+    before = list(loaded.modules())
+    assert use_cpu_int8(loaded) == 0
+    assert list(loaded.modules()) == before
