@@ -37,6 +37,10 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
 
+    def needs(self) -> tuple[str, ...]:
+        """Packages that these settings need besides the method's own; an extra of this package goes by the name of each."""
+        return ()
+
 
 @dataclass(frozen=True)
 class About:
@@ -127,14 +131,18 @@ def everyone() -> Iterator[tuple[str, str, Method]]:
             yield family, name, find(family, name)
 
 
-def require(family: str, name: str) -> Method:
-    """The method, its packages being there.
+def require(family: str, name: str, settings: Settings) -> Method:
+    """The method, its packages and those of the settings being there.
 
     Raises MissingPackage with the line that installs them.
     """
     method = find(family, name)
+    line = ""
     if missing := method.ABOUT.missing():
         line = f"pip install 'compress[{method.ABOUT.extra}]'" if method.ABOUT.extra else f"pip install {' '.join(missing)}"
+    elif missing := [package for package in settings.needs() if _version(package) is None]:
+        line = f"pip install 'compress[{','.join(missing)}]'"
+    if missing:
         raise MissingPackage(f"{family}: {name} needs {', '.join(missing)}, not installed here. Install with: {line}")
     return method
 

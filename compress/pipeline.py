@@ -73,7 +73,7 @@ def check(report: Report, against: Report | None = None) -> Report:
 def _refuse(recipe: Recipe, device: str) -> None:
     """What can be seen to go wrong before anything is loaded."""
     for stage in recipe.stages:
-        method = methods.require(stage.family, stage.method)
+        method = methods.require(stage.family, stage.method, stage.settings)
         if device != "auto" and device not in method.ABOUT.devices:
             raise DeviceError(f"{stage} runs on {', '.join(method.ABOUT.devices)}, not on {device}")
 

@@ -14,8 +14,9 @@ from compress.results import LAYERS, whole_folder
 
 def run(progress: Progress, source: dict[str, Any], stage: dict[str, Any], calibration: dict[str, Any], target: str, device: str) -> None:
     """Make the artifact of one stage in the folder `target`, which appears whole or not at all."""
-    family, name, settings = stage["family"], stage["method"], stage["settings"]
-    method = methods.require(family, name)
+    family, name = stage["family"], stage["method"]
+    settings = methods.find(family, name).Settings.model_validate(stage["settings"])
+    method = methods.require(family, name, settings)
     device = model.pick_device(device)
     if device not in method.ABOUT.devices:
         raise DeviceError(f"{family}: {name} runs on {', '.join(method.ABOUT.devices)}, not on {device}")
@@ -23,7 +24,7 @@ def run(progress: Progress, source: dict[str, Any], stage: dict[str, Any], calib
     seen = [Example(**row) for row in calibration["examples"]]
     context = methods.Context(device, progress, seen, calibration["max_tokens"], calibration["chat"])
     progress(f"{family}: {name}", 0, 1)
-    bundle = method.apply(model.Bundle(before, device), method.Settings.model_validate(settings), context)
+    bundle = method.apply(model.Bundle(before, device), settings, context)
     with whole_folder(Path(target)) as folder:
         bundle.save(folder)
         (folder / LAYERS).write_text(json.dumps(context.layers, indent=1), encoding="utf-8")

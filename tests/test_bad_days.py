@@ -157,4 +157,4 @@ def test_a_method_whose_package_is_absent_says_what_to_install(monkeypatch):
     with pytest.raises(
         MissingPackage, match=r"quantize: bnb_nf4 needs bitsandbytes, not installed here\. Install with: pip install 'compress\[bnb\]'"
     ):
-        methods.require("quantize", "bnb_nf4")
+        methods.require("quantize", "bnb_nf4", methods.Settings())

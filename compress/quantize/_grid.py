@@ -23,7 +23,8 @@ IN_INT8 = (
     " benchmark.runtime.cpu_int8 takes kernels that are faster there"
 )
 PACKED = methods.About(
-    at_run_time="transformers unpacks the weights at loading, so it gains on disk only; servers with fused kernels (vLLM) keep them packed",
+    at_run_time="transformers unpacks the weights at loading, so it gains on disk only; servers with fused kernels (vLLM) keep them packed,"
+    " and so does format: gptq",
     packages=("compressed-tensors",),
     extra="quant",
     calibrated=True,
@@ -46,12 +47,20 @@ class GridSettings(LayerSettings):
     average_bits: float | None = Field(None, ge=2, le=8, description="with bits: auto, the mean over all weights; 4 where not given")
     group_size: Literal[32, 64, 128, -1] = Field(128, description="columns that share a scale; -1 is a scale a row")
     symmetric: bool = False
+    format: Literal["compressed-tensors", "gptq"] = Field(
+        "compressed-tensors", description="of the files; gptq is for decoders and encoders, and runs packed by gptqmodel's kernels"
+    )
 
     @model_validator(mode="after")
-    def _average(self) -> "GridSettings":
+    def _go_together(self) -> "GridSettings":
         if self.average_bits is not None and self.bits != "auto":
             raise ValueError("average_bits only counts with bits: auto")
+        if self.format == "gptq" and self.bits == "auto":
+            raise ValueError("format: gptq holds one width, so bits: auto has no place in it")
         return self
+
+    def needs(self) -> tuple[str, ...]:
+        return ("gptqmodel",) if self.format == "gptq" else ()
 
 
 @dataclass(frozen=True, order=True)

@@ -25,7 +25,7 @@ from compress.methods import Context
 from compress.model import Bundle
 from compress.quantize._bits import plan
 from compress.quantize._block import Block, Solution
-from compress.quantize._grid import Kind, LayerSettings
+from compress.quantize._grid import GridSettings, Kind, LayerSettings
 from compress.quantize._lost import measuring
 from compress.quantize._stream import Stream, batches, encode, is_encoder, lead_in, without_cache
 from compress.quantize._weights import empty
@@ -123,6 +123,14 @@ def _walk(
         raise BrokenPromise(f"{type(model).__name__}: every layer was left out; nothing would be smaller")
     store.describe(model.to("cpu"))
     return model
+
+
+def files(settings: GridSettings) -> type[Storage]:
+    """How layers on integer grids are stored, by the settings' format."""
+    from compress.quantize._gptq_files import GptqFiles
+    from compress.quantize._pack import Packed
+
+    return GptqFiles if settings.format == "gptq" else Packed
 
 
 def check_dtype(model: "PreTrainedModel") -> None:

@@ -29,14 +29,13 @@ class Settings(GridSettings):
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with packed integer weights."""
     from compress.quantize._gptq import solve_block
-    from compress.quantize._pack import Packed
-    from compress.quantize._walk import walk
+    from compress.quantize._walk import files, walk
 
     def solve(block: "Block") -> None:
         solve_block(block, settings, damping=0.01)
         _learn(block, settings)
 
-    return walk(bundle, settings, context, Packed, solve, targets=True)
+    return walk(bundle, settings, context, files(settings), solve, targets=True)
 
 
 class _Learner:

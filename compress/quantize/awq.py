@@ -31,8 +31,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from compress.quantize._block import Block, Solution
     from compress.quantize._fold import fold_before
     from compress.quantize._inputs import in_order, reach, second_moments
-    from compress.quantize._pack import Packed
-    from compress.quantize._walk import walk
+    from compress.quantize._walk import files, walk
 
     def solve(block: Block) -> None:
         most = reach(block)
@@ -46,7 +45,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
                 grid = fit(block.weights[name], settings, block.bits[name], moments)
                 block.set(name, Solution(grid, grid.integers(block.weights[name])))
 
-    return walk(bundle, settings, context, Packed, solve)
+    return walk(bundle, settings, context, files(settings), solve)
 
 
 def _best_scale(block: "Block", group: list[str], moments: "Tensor", settings: Settings) -> "Tensor":

@@ -26,10 +26,9 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """
     from compress.quantize._block import Block
     from compress.quantize._gptq import solve_block
-    from compress.quantize._pack import Packed
-    from compress.quantize._walk import walk
+    from compress.quantize._walk import files, walk
 
     def solve(block: Block) -> None:
         solve_block(block, settings, settings.damping)
 
-    return walk(bundle, settings, context, Packed, solve)
+    return walk(bundle, settings, context, files(settings), solve)

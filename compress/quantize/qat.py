@@ -45,8 +45,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from compress.architecture import as_linear, block_stacks
     from compress.quantize._bits import plan
     from compress.quantize._block import Solution
-    from compress.quantize._pack import Packed
-    from compress.quantize._walk import check_dtype, layers_in_blocks
+    from compress.quantize._walk import check_dtype, files, layers_in_blocks
 
     check_dtype(bundle.model)
     original = as_linear(bundle.model).requires_grad_(False)
@@ -54,7 +53,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     stacks = block_stacks(model)
     layers = layers_in_blocks(model, stacks, settings, context)
     kinds = plan(bundle, model, settings, context, layers)
-    store = Packed(model, kinds)
+    store = files(settings)(model, kinds)
     for stack in stacks.values():
         stack.requires_grad_(True)
     for name, part in model.named_modules():

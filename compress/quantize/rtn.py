@@ -19,8 +19,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with packed integer weights."""
     from compress.quantize._block import Block, Solution
     from compress.quantize._inputs import in_order, reach
-    from compress.quantize._pack import Packed
-    from compress.quantize._walk import walk
+    from compress.quantize._walk import files, walk
 
     def solve(block: Block) -> None:
         most = reach(block)
@@ -30,4 +29,4 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
                     grid = fit(block.weights[name], settings, block.bits[name])
                     block.set(name, Solution(grid, grid.integers(block.weights[name])))
 
-    return walk(bundle, settings, context, Packed, solve)
+    return walk(bundle, settings, context, files(settings), solve)
