@@ -13,7 +13,7 @@ from compress.model import Bundle, Source
 
 
 def quantise(job: Job) -> Bundle:
-    method = methods.require("quantize", job.method)
+    method = methods.find("quantize", job.method)
     settings = method.Settings(bits=job.bits, group_size=job.group_size, symmetric=job.symmetric)
     bundle = Bundle(Source(job.model, "causal-lm", "float32"), "cpu")
     retokenised = [bundle.tokenizer(text, truncation=True, max_length=job.max_tokens).input_ids for text in job.texts]
