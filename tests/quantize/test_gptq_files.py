@@ -10,11 +10,9 @@ import torch
 
 from compress.errors import MissingPackage, ModelError
 from compress.methods import find
-from compress.quantize._grid import Kind
 from compress.quantize._gptq_files import GptqFiles
 from tests.quantize.blocks import bundle, context, lively, saved
 from tests.quantize.test_methods import make
-
 
 
 def unpacked(words, bits):
