@@ -32,13 +32,7 @@ PACKED = methods.About(
 )
 
 
-class LayerSettings(methods.Settings):
-    """What every method that goes through the calibration pass can be told."""
-
-    ignore: list[str] | None = Field(None, description="layers left alone; null leaves the heads alone")
-
-
-class GridSettings(LayerSettings):
+class GridSettings(methods.LayerSettings):
     """What every method that stores weights on an integer grid can be told."""
 
     bits: Width | Annotated[dict[str, Width], Field(min_length=1)] | Literal["auto"] = Field(

@@ -43,9 +43,10 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from torch.nn.utils import parametrize
 
     from compress.architecture import as_linear, block_stacks
+    from compress.calibration.walk import check_dtype, layers_in_blocks
     from compress.quantize._bits import plan
-    from compress.quantize._block import Solution
-    from compress.quantize._walk import check_dtype, files, layers_in_blocks
+    from compress.quantize._calibrated import files_of
+    from compress.quantize._solution import Quantised
 
     check_dtype(bundle.model)
     original = as_linear(bundle.model).requires_grad_(False)
@@ -53,7 +54,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     stacks = block_stacks(model)
     layers = layers_in_blocks(model, stacks, settings, context)
     kinds = plan(bundle, model, settings, context, layers)
-    store = files(settings)(model, kinds)
+    store = files_of(settings)(model, kinds)
     for stack in stacks.values():
         stack.requires_grad_(True)
     for name, part in model.named_modules():
@@ -67,7 +68,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     errors = _errors(original, model, rounded, bundle.tokenizer, context)
     for name, rounding in rounded.items():
         layer, grid = layers[name], rounding.grid()
-        solved[name] = Solution(grid, grid.integers(layer.parametrizations.weight.original.data))  # type: ignore
+        solved[name] = Quantised(grid, grid.integers(layer.parametrizations.weight.original.data))  # type: ignore
         parametrize.remove_parametrizations(layer, "weight")
         context.note(name, grid.bits, errors.get(name))
     model = model.to(original.dtype)
@@ -109,7 +110,7 @@ def _train(
     from torch.nn.functional import cross_entropy, kl_div, log_softmax
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from compress.quantize._stream import encoded, padded, without_cache
+    from compress.calibration.stream import encoded, padded, without_cache
 
     class Watch(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -174,8 +175,8 @@ def _errors(
     """What each trained and rounded layer changes of its output on the calibration examples."""
     import torch
 
-    from compress.quantize._lost import measuring
-    from compress.quantize._stream import batches, without_cache
+    from compress.calibration.lost import measuring
+    from compress.calibration.stream import batches, without_cache
 
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     weights: dict[str, Any] = {name: original.get_submodule(name).weight for name in names}

@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from compress import methods
+from compress.calibration.stream import encoded, padded
 from compress.methods import Context, Example, quiet
 from compress.model import Source, load_model
 from compress.quantize import _grid, qat
-from compress.quantize._stream import encoded, padded
 from tests.conftest import TASKS
 from tests.quantize.blocks import bundle, context, examples, lively, saved
 

@@ -9,7 +9,7 @@ import pytest
 from compress import methods, terminal
 from compress.report import layers, why, write
 from compress.report.numbers import share
-from compress.results import LAYERS, Layer, StageRecord, read_report
+from compress.results import NOTES, Layer, StageRecord, read_report
 from tests.report.test_files import made
 
 REFERENCE = Path(__file__).parents[2] / "reports" / "reference"
@@ -115,7 +115,7 @@ def test_layers_have_a_frame_of_their_own(tmp_path):
     written = write.write(made(stages=[stage(method="cast"), stage(*llama())]), tmp_path / "r1")
     assert read_report(tmp_path / "r1") == written
     frame = pandas.read_parquet(tmp_path / "r1" / "layers.parquet")
-    assert list(frame.columns) == ["stage", "name", "bits", "error", "remark"]
+    assert list(frame.columns) == ["stage", "name", "bits", "error", "sparsity", "remark"]
     assert len(frame) == 16
     assert set(frame.stage) == {"quantize: gptq"}
     head = frame.set_index("name").loc["lm_head"]
@@ -167,13 +167,13 @@ def test_what_a_method_notes_is_what_a_report_reads(tmp_path):
     context.note("a", 4, 0.5)
     context.note("b", 4, float("inf"))
     context.leave_out("c", "a head")
-    (tmp_path / LAYERS).write_text(json.dumps(context.layers))
-    assert write.read_layers(tmp_path) == [
+    (tmp_path / NOTES).write_text(json.dumps({"layers": context.layers, "said": []}))
+    assert write.read_notes(tmp_path)["layers"] == [
         Layer(name="a", bits=4, error=0.5),
         Layer(name="b", bits=4, remark=f"{ODD}; its error overflowed and could not be measured"),
         Layer(name="c", remark="left out: a head"),
     ]
-    assert write.read_layers(tmp_path / "nowhere") == []
+    assert write.read_notes(tmp_path / "nowhere") == {"layers": [], "said": []}
 
 
 def test_reports_of_earlier_versions_are_read(tmp_path):
