@@ -133,9 +133,10 @@ def _layers(record: StageRecord) -> str:
         rows = [[name, "full" if bits is None else str(bits), remark] for name, bits, remark in found]
         parts.append(table(["layer", "bits", "remark"], rows))
     if worst := lost_most(record.layers, WORST):
-        rows = [[layer.name, str(layer.bits), share(layer.error)] for layer in worst]
+        sparse = any(layer.sparsity is not None for layer in worst)
+        rows = [[layer.name, share(layer.sparsity) if sparse else str(layer.bits), share(layer.error)] for layer in worst]
         parts.append("Those that lost most; the error is the share of a layer's output on the calibration data that has changed:")
-        parts.append(table(["layer", "bits", "error"], rows))
+        parts.append(table(["layer", "zeros" if sparse else "bits", "error"], rows))
     elif any(layer.bits is not None for layer in record.layers):
         parts.append("What each layer lost was not measured.")
     return "\n\n".join(parts)

@@ -34,6 +34,11 @@ def llama(blocks=6):
     [
         (llama(), "16 layers: 12 in 4 bits, 1 in 8 bits (4.3 a layer on average); 3 left out"),
         ([Layer(name="a", bits=4)], "1 layer: 1 in 4 bits"),
+        ([Layer(name="a", bits=32, sparsity=0.5), Layer(name="b", bits=32, sparsity=0.5)], "2 layers: 2 with 50 % zeros"),
+        (
+            [Layer(name="a", bits=32, sparsity=0.25), Layer(name="b", bits=32, sparsity=0.743), Layer(name="c")],
+            "3 layers: 2 with 25 % to 74.3 % zeros; 1 left out",
+        ),
         ([Layer(name="a"), Layer(name="b")], "2 layers: 2 left out"),
     ],
 )
@@ -83,6 +88,11 @@ def test_the_text_report_lists_the_odd_layers_and_the_ten_worst():
     assert len(worst) == 10
     assert worst[0] == r"| model.layers.5.mlp.down\_proj | 4 | 15 % |"
     assert worst[-1] == r"| model.layers.2.self\_attn.q\_proj | 4 | 0.3 % |"
+
+
+def test_pruned_layers_are_shown_with_their_zeros():
+    text = write.markdown(made(stages=[stage(Layer(name="a", bits=32, sparsity=0.5, error=0.03))]))
+    assert "| layer | zeros | error |" in text and "| a | 50 % | 3 % |" in text
 
 
 def test_a_name_or_remark_is_shown_as_text():
