@@ -31,7 +31,7 @@ def solve_layer(weight: Tensor, moments: Tensor, settings: GridSettings, bits: i
     Raises BrokenPromise when the Hessian can't be factored at any damping.
     """
     grid = fit(weight, settings, bits)
-    integers = _columns(weight, grid, moments, damping, name)
+    integers = _columns(weight, grid, moments, damping, settings.keep_zeros, name)
     return Quantised(replace(grid, scale=_refitted(weight, grid, integers, moments)), integers)
 
 
@@ -52,7 +52,7 @@ def _refitted(weight: Tensor, grid: Grid, integers: Tensor, moments: Tensor) -> 
     return torch.where(near.all(dim=1, keepdim=True), scale, grid.scale)
 
 
-def _columns(weight: Tensor, grid: Grid, moments: Tensor, damping: float, name: str) -> Tensor:
+def _columns(weight: Tensor, grid: Grid, moments: Tensor, damping: float, keep_zeros: bool, name: str) -> Tensor:
     """The integers of each row, uint8, column by column in the order of their inputs' size, a block of columns at a time."""
     columns = weight.shape[1]
     order = torch.argsort(moments.diagonal(), descending=True)
@@ -61,6 +61,8 @@ def _columns(weight: Tensor, grid: Grid, moments: Tensor, damping: float, name: 
     group = order // (columns // grid.scale.shape[1])
     scale, zero, left = (part.t()[at].contiguous() for part, at in ((grid.scale, group), (grid.zero, group), (weight, order)))
     integers = torch.empty_like(left, dtype=torch.uint8)
+    gone = left == 0
+    sparse = keep_zeros and bool(gone.any())
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         block, inner = left[start:end], factor[start:end, start:end]
@@ -68,6 +70,8 @@ def _columns(weight: Tensor, grid: Grid, moments: Tensor, damping: float, name: 
         for j in range(end - start):
             s, z = scale[start + j], zero[start + j]
             q = (block[j] / s).add_(z).round_().clamp_(0, grid.top)
+            if sparse:
+                q = torch.where(gone[start + j], z, q)
             integers[start + j] = q
             errors[j] = (block[j] - (q - z) * s) / inner[j, j]
             block[j + 1 :].addr_(inner[j, j + 1 :], errors[j], alpha=-1)

@@ -45,6 +45,8 @@ class GridSettings(methods.LayerSettings):
         "compressed-tensors", description="of the files; gptq is for decoders and encoders, and runs packed by gptqmodel's kernels"
     )
 
+    keep_zeros: bool = Field(True, description="weights that pruning made zero stay zero")
+
     @model_validator(mode="after")
     def _go_together(self) -> "GridSettings":
         if self.average_bits is not None and self.bits != "auto":

@@ -45,9 +45,10 @@ class _Learner:
     reach    factors on the low and high end of each range, (2, rows, groups)
     """
 
-    def __init__(self, weight: "Tensor", grid: Grid, integers: "Tensor"):
+    def __init__(self, weight: "Tensor", grid: Grid, integers: "Tensor", keep_zeros: bool):
         import torch
 
+        self._moves = weight != 0 if keep_zeros else torch.ones_like(weight, dtype=torch.bool)
         self._weight, self._grid = weight, grid
         self._low, self._high = -grid.zero * grid.scale, (grid.top - grid.zero) * grid.scale
         scale, zero = grid.columns(weight.shape[1])
@@ -66,7 +67,7 @@ class _Learner:
 
     def integers(self, grid: Grid) -> "Tensor":
         scale, zero = grid.columns(self._weight.shape[1])
-        return _round(self._weight / scale + zero + self.offset).clamp(0, grid.top)
+        return _round(self._weight / scale + zero + self.offset * self._moves).clamp(0, grid.top)
 
     def value(self) -> "Tensor":
         """The weight as it would be read back; differentiable."""
@@ -82,7 +83,9 @@ def _learn(block: "Block", settings: Settings) -> None:
     from compress.quantize._solution import Quantised
 
     start = cast("dict[str, Quantised]", block.solved)
-    learners = {name: _Learner(block.weights[name].float(), one.grid, one.integers.float()) for name, one in start.items()}
+    learners = {
+        name: _Learner(block.weights[name].float(), one.grid, one.integers.float(), settings.keep_zeros) for name, one in start.items()
+    }
     parameters = [parameter for learner in learners.values() for parameter in (learner.offset, learner.reach)]
     generator = torch.Generator().manual_seed(settings.seed)
     count = len(block.targets)

@@ -39,6 +39,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     Raises DataError when there is nothing to learn from, ModelError for T5 in float16.
     """
+    import torch
     from torch import nn
     from torch.nn.utils import parametrize
 
@@ -46,7 +47,6 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from compress.calibration.walk import check_dtype, layers_in_blocks
     from compress.quantize._bits import plan
     from compress.quantize._calibrated import files_of
-    from compress.quantize._solution import Quantised
 
     check_dtype(bundle.model)
     original = as_linear(bundle.model).requires_grad_(False)
@@ -60,17 +60,20 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     for name, part in model.named_modules():
         if isinstance(part, nn.Linear) and name not in kinds:  # left out, so left as it is
             part.requires_grad_(False)
-    rounded = {name: _rounded(fit(layers[name].weight.data, settings, kind.bits)) for name, kind in kinds.items()}
+    rounded = {}
+    for name, kind in kinds.items():
+        weight = layers[name].weight.data
+        rounded[name] = _rounded(fit(weight, settings, kind.bits), weight != 0 if settings.keep_zeros else torch.ones_like(weight))
     for name, rounding in rounded.items():
         parametrize.register_parametrization(layers[name], "weight", rounding)
     _train(model, original, bundle.tokenizer, settings, context)
     solved = {}
     errors = _errors(original, model, rounded, bundle.tokenizer, context)
     for name, rounding in rounded.items():
-        layer, grid = layers[name], rounding.grid()
-        solved[name] = Quantised(grid, grid.integers(layer.parametrizations.weight.original.data))  # type: ignore
+        layer = layers[name]
+        solved[name] = rounding.solution(layer.parametrizations.weight.original.data)  # type: ignore
         parametrize.remove_parametrizations(layer, "weight")
-        context.note(name, grid.bits, errors.get(name))
+        context.note(name, kinds[name].bits, errors.get(name))
     model = model.to(original.dtype)
     for name, solution in solved.items():
         model.set_submodule(name, store.packed(name, layers[name], solution))
@@ -78,24 +81,27 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     return bundle.holding(model)
 
 
-def _rounded(grid: Grid) -> Any:
-    """A weight's parametrization: rounded to a grid whose scale is learned."""
+def _rounded(grid: Grid, kept: "Tensor") -> Any:
+    """A weight's parametrization: rounded to a grid whose scale is learned; zero where it isn't kept, (rows, columns)."""
     import torch
+
+    from compress.quantize._solution import Quantised
 
     class Rounded(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.scale = torch.nn.Parameter(grid.scale.clone())
 
-        def grid(self) -> Grid:
-            return replace(grid, scale=self.scale.detach().clamp(min=1e-10))
+        def solution(self, weight: "Tensor") -> Quantised:
+            learned = replace(grid, scale=self.scale.detach().clamp(min=1e-10))
+            return Quantised(learned, learned.integers(weight * kept))
 
         def forward(self, weight: "Tensor") -> "Tensor":
             # the step sizes' gradient is large beside the weights': LSQ divides it by the root of weights a step times levels
             share = (grid.scale.numel() / (weight.numel() * grid.top)) ** 0.5
             scale = (self.scale * share + (self.scale * (1 - share)).detach()).clamp(min=1e-10)
             scale, zero = replace(grid, scale=scale).columns(weight.shape[1])
-            wanted = weight / scale + zero
+            wanted = weight * kept / scale + zero
             inside = wanted.clamp(0, grid.top)
             return (inside + (inside.round() - inside).detach() - zero) * scale
 
