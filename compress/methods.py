@@ -22,14 +22,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from compress.errors import MissingPackage
 
 if TYPE_CHECKING:
     from compress.model import Bundle
 
-FAMILIES = ("quantize",)
+FAMILIES = ("quantize", "prune")
 
 
 class Settings(BaseModel):
@@ -40,6 +40,20 @@ class Settings(BaseModel):
     def needs(self) -> tuple[str, ...]:
         """Packages that these settings need besides the method's own; an extra of this package goes by the name of each."""
         return ()
+
+
+class LayerSettings(Settings):
+    """What every method that works on linear layers can be told."""
+
+    ignore: list[str] | None = Field(None, description="layers left alone; null leaves the heads alone")
+
+
+class TrainSettings(Settings):
+    """What every method that trains can be told about its data, which is the train split."""
+
+    samples: int | None = Field(None, ge=1, description="rows of the train split; null takes all")
+    max_tokens: int = Field(512, ge=1, description="each example's longest input")
+    seed: int = Field(0, ge=0, lt=2**32, description="draws the rows and their order")
 
 
 @dataclass(frozen=True)
@@ -83,22 +97,32 @@ class Context:
 
     device: str
     progress: Callable[[str, int, int], None]  # what, done, total
-    examples: list[Example] = field(default_factory=list)  # what a calibrated method may see
+    examples: list[Example] = field(default_factory=list)  # what a calibrated or training method may see
     max_tokens: int = 512  # each example's longest input
     chat: bool = False  # prompts are a user's turns
+    scratch: Path | None = None  # a folder that outlives a kill, for checkpoints; the same one when the same stage is run again
+    said: list[str] = field(default_factory=list)  # for the report, by `say`
     layers: list[dict[str, Any]] = field(default_factory=list)  # for the report, by `note` and `leave_out`
     remarks: dict[str, str] = field(default_factory=dict)  # for the report: what is odd about a layer
 
-    def note(self, name: str, bits: int, error: float | None = None) -> None:
-        """A layer is stored in so many bits a weight; `error` is the share of its output that this changes on the calibration data."""
+    def note(self, name: str, bits: int, error: float | None = None, sparsity: float | None = None) -> None:
+        """A layer is stored in so many bits a weight.
+
+        error     the share of its output that this changes on the calibration data
+        sparsity  the share of its weights that are zero, where that was the aim
+        """
         remark = self.remarks.get(name)
         if error is not None and not math.isfinite(error):
             error, remark = None, "; ".join(filter(None, [remark, "its error overflowed and could not be measured"]))
-        self.layers.append({"name": name, "bits": bits, "error": error, "remark": remark})
+        self.layers.append({"name": name, "bits": bits, "error": error, "sparsity": sparsity, "remark": remark})
+
+    def say(self, sentence: str) -> None:
+        """Something that the report tells about the stage as a whole, as a sentence."""
+        self.said.append(sentence)
 
     def leave_out(self, name: str, why: str) -> None:
         """A layer stays as it was."""
-        self.layers.append({"name": name, "bits": None, "error": None, "remark": f"left out: {why}"})
+        self.layers.append({"name": name, "bits": None, "error": None, "sparsity": None, "remark": f"left out: {why}"})
 
 
 class Method(Protocol):
@@ -154,7 +178,7 @@ def quiet(what: str, done: int, total: int) -> None:
 def made_with(method: Method) -> dict[str, str]:
     """What a method's output depends on besides model and settings: the code that makes it, and the versions of what that uses."""
     file, package = Path(cast(ModuleType, method).__file__ or ""), Path(__file__).parent
-    shared = sorted(file.parent.glob("_*.py"))
+    shared = sorted([*file.parent.glob("_*.py"), *(package / "calibration").glob("*.py")])
     code = [file, *shared, *(package / f"{name}.py" for name in ("architecture", "model", "stage"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()
     return {"code": digest, **{name: _version(name) or "" for name in ("torch", "transformers", *method.ABOUT.packages)}}

@@ -14,7 +14,7 @@ from compress import data, methods, model
 from compress.benchmark import isolate
 from compress.benchmark.statistics import corpus_value
 from compress.errors import DeviceError, InputError, ModelError, RunError
-from compress.methods import Example, quiet
+from compress.methods import Example, TrainSettings, quiet
 from compress.model import Source
 from compress.process import Child, Progress
 from compress.recipe import Gate, Recipe, Stage, digest, load
@@ -115,18 +115,18 @@ def _stages(recipe: Recipe, source: Source, artifacts: Path, device: str, log: P
     for stage in recipe.stages:
         method = methods.find(stage.family, stage.method)
         seen: list[Example] = []
+        wanted = stage.settings if isinstance(stage.settings, TrainSettings) else recipe.calibration
         if method.ABOUT.calibrated:
-            wanted = recipe.calibration
             seen = data.examples(recipe.data, recipe.folder, "train", wanted.samples, wanted.seed)
             history.append([data.examples_digest(seen), wanted.max_tokens, recipe.data.chat])
         history.append([stage.as_written(), methods.made_with(method)])
         target = artifacts / f"{name}-{stage.method}-{digest(history)}"
         start, reused = time.monotonic(), _is_whole(target)
         if not reused:
-            _make(recipe, stage, source, seen, target, device, log, progress)
-        layers = write.read_layers(target)
+            _make(stage, source, seen, wanted.max_tokens, recipe.data.chat, target, device, log, progress)
         seconds = time.monotonic() - start
-        records.append(StageRecord(stage=stage.as_written(), artifact=str(target), seconds=seconds, reused=reused, layers=layers))
+        noted = write.read_notes(target)
+        records.append(StageRecord(stage=stage.as_written(), artifact=str(target), seconds=seconds, reused=reused, **noted))
         source = Source(str(target.resolve()), source.task)
     return records
 
@@ -144,13 +144,15 @@ def _is_whole(artifact: Path) -> bool:
 
 
 def _make(
-    recipe: Recipe, stage: Stage, source: Source, seen: list[Example], target: Path, device: str, log: Path, progress: Progress
+    stage: Stage, source: Source, seen: list[Example], max_tokens: int, chat: bool, target: Path, device: str, log: Path, progress: Progress
 ) -> None:
     written = {"family": stage.family, "method": stage.method, "settings": stage.settings.model_dump(mode="json")}
-    calibration = {"examples": [asdict(e) for e in seen], "max_tokens": recipe.calibration.max_tokens, "chat": recipe.data.chat}
+    shown = {"examples": [asdict(e) for e in seen], "max_tokens": max_tokens, "chat": chat}
+    scratch = target.with_name(f".{target.name}.scratch")  # a stage that was killed finds its checkpoints there
     try:
         with Child("compress.stage", log, progress) as child:
-            child.ask("run", source=asdict(source), stage=written, calibration=calibration, target=str(target), device=device)
+            child.ask("run", source=asdict(source), stage=written, shown=shown, target=str(target), scratch=str(scratch), device=device)
+        shutil.rmtree(scratch, ignore_errors=True)
     finally:
         for partial in target.parent.glob(f".{target.name}.*.partial"):  # a killed process could not tidy up after itself
             shutil.rmtree(partial, ignore_errors=True)

@@ -17,7 +17,7 @@ from compress.process import is_disk_full
 from compress.recipe import Gate
 
 FORMAT = 1
-LAYERS = "compress_layers.json"  # in an artifact: what a stage did to each layer
+NOTES = "compress_notes.json"  # in an artifact: what a stage did to each layer and what it has to say
 Verdict = Literal["pass", "fail", "cannot_tell"]
 Role = Literal["baseline", "candidate"]
 
@@ -120,11 +120,13 @@ class Layer(Record):
 
     bits    a weight's; None where the layer stays in full precision, `remark` then says why
     error   the share (from 0) of the layer's output, mean square over the calibration tokens, that this changes; None where not measured
+    sparsity  the share of its weights that are zero; None where that was not the aim
     """
 
     name: str
     bits: int | None = None
     error: float | None = None
+    sparsity: float | None = None
     remark: str | None = None
 
 
@@ -136,6 +138,7 @@ class StageRecord(Record):
     seconds: float
     reused: bool
     layers: list[Layer] = []
+    said: list[str] = []
 
     @property
     def name(self) -> str:

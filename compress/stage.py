@@ -9,11 +9,18 @@ from compress import methods, model
 from compress.errors import BrokenPromise, DeviceError
 from compress.methods import Example
 from compress.process import Progress, serve
-from compress.results import LAYERS, whole_folder
+from compress.results import NOTES, whole_folder
 
 
-def run(progress: Progress, source: dict[str, Any], stage: dict[str, Any], calibration: dict[str, Any], target: str, device: str) -> None:
-    """Make the artifact of one stage in the folder `target`, which appears whole or not at all."""
+def run(
+    progress: Progress, source: dict[str, Any], stage: dict[str, Any], shown: dict[str, Any], target: str, device: str,
+    scratch: str | None = None,
+) -> None:  # fmt: skip
+    """Make the artifact of one stage in the folder `target`, which appears whole or not at all.
+
+    shown     what the method may see: examples, max_tokens, chat
+    scratch   where it may leave checkpoints; not made before it does
+    """
     family, name = stage["family"], stage["method"]
     settings = methods.find(family, name).Settings.model_validate(stage["settings"])
     method = methods.require(family, name, settings)
@@ -21,13 +28,13 @@ def run(progress: Progress, source: dict[str, Any], stage: dict[str, Any], calib
     if device not in method.ABOUT.devices:
         raise DeviceError(f"{family}: {name} runs on {', '.join(method.ABOUT.devices)}, not on {device}")
     before = model.Source(**source)
-    seen = [Example(**row) for row in calibration["examples"]]
-    context = methods.Context(device, progress, seen, calibration["max_tokens"], calibration["chat"])
+    seen = [Example(**row) for row in shown["examples"]]
+    context = methods.Context(device, progress, seen, shown["max_tokens"], shown["chat"], scratch=Path(scratch) if scratch else None)
     progress(f"{family}: {name}", 0, 1)
     bundle = method.apply(model.Bundle(before, device), settings, context)
     with whole_folder(Path(target)) as folder:
         bundle.save(folder)
-        (folder / LAYERS).write_text(json.dumps(context.layers, indent=1), encoding="utf-8")
+        (folder / NOTES).write_text(json.dumps({"layers": context.layers, "said": context.said}, indent=1), encoding="utf-8")
         del bundle
         gc.collect()
         if method.ABOUT.smaller:

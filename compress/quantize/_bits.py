@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from compress.architecture import as_linear, block_stacks, match, packs_alike
 from compress.errors import BrokenPromise
-from compress.methods import Context
+from compress.methods import Context, LayerSettings
 from compress.model import Bundle, load_model
-from compress.quantize._grid import PER_ROW, WIDTHS, GridSettings, Kind, LayerSettings, fit, group_columns
+from compress.quantize._grid import PER_ROW, WIDTHS, GridSettings, Kind, fit, group_columns
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -92,7 +92,7 @@ def sensitivity(bundle: Bundle, settings: GridSettings, context: Context, layers
     """By how much the loss (nats a token) rises, as predicted, when one layer alone is rounded to 2, 3, 4 or 8 bits."""
     import torch
 
-    from compress.quantize._stream import batches, without_cache
+    from compress.calibration.stream import batches, without_cache
 
     model = as_linear(load_model(bundle.source, bundle.device)).requires_grad_(False)
     modules = {name: model.get_submodule(name) for name in layers}

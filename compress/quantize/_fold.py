@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from compress.quantize._block import Block
+from compress.calibration.block import Block
 
 
 @dataclass(frozen=True)

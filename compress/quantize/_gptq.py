@@ -5,10 +5,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from compress.errors import BrokenPromise
-from compress.quantize._block import Block, Solution
+from compress.calibration.block import Block
+from compress.calibration.hessian import inverse_factor
+from compress.calibration.inputs import in_order, second_moments
 from compress.quantize._grid import Grid, GridSettings, fit
-from compress.quantize._inputs import in_order, second_moments
+from compress.quantize._solution import Quantised
 
 BLOCK = 32  # columns whose errors are carried on one by one; to all behind them they are carried together
 
@@ -22,7 +23,7 @@ def solve_block(block: Block, settings: GridSettings, damping: float) -> None:
                 block.set(name, solve_layer(block.weights[name].float(), moments, settings, block.bits[name], damping, name))
 
 
-def solve_layer(weight: Tensor, moments: Tensor, settings: GridSettings, bits: int, damping: float, name: str = "") -> Solution:
+def solve_layer(weight: Tensor, moments: Tensor, settings: GridSettings, bits: int, damping: float, name: str = "") -> Quantised:
     """Integers for a weight (rows, columns) that keep its outputs, given its inputs' second moments (columns, columns).
 
     Once the integers stand, the scales that suit them best are a least-squares problem with a closed solution, which is taken.
@@ -30,8 +31,8 @@ def solve_layer(weight: Tensor, moments: Tensor, settings: GridSettings, bits: i
     Raises BrokenPromise when the Hessian can't be factored at any damping.
     """
     grid = fit(weight, settings, bits)
-    integers = _columns(weight, grid, moments, damping, name)
-    return Solution(replace(grid, scale=_refitted(weight, grid, integers, moments)), integers)
+    integers = _columns(weight, grid, moments, damping, settings.keep_zeros, name)
+    return Quantised(replace(grid, scale=_refitted(weight, grid, integers, moments)), integers)
 
 
 def _refitted(weight: Tensor, grid: Grid, integers: Tensor, moments: Tensor) -> Tensor:
@@ -51,15 +52,17 @@ def _refitted(weight: Tensor, grid: Grid, integers: Tensor, moments: Tensor) -> 
     return torch.where(near.all(dim=1, keepdim=True), scale, grid.scale)
 
 
-def _columns(weight: Tensor, grid: Grid, moments: Tensor, damping: float, name: str) -> Tensor:
+def _columns(weight: Tensor, grid: Grid, moments: Tensor, damping: float, keep_zeros: bool, name: str) -> Tensor:
     """The integers of each row, uint8, column by column in the order of their inputs' size, a block of columns at a time."""
     columns = weight.shape[1]
     order = torch.argsort(moments.diagonal(), descending=True)
-    factor = _factor(moments[order[:, None], order], damping, name)
+    factor = inverse_factor(moments[order[:, None], order], damping, name)
     # transposed, so that a column lies in one piece
     group = order // (columns // grid.scale.shape[1])
     scale, zero, left = (part.t()[at].contiguous() for part, at in ((grid.scale, group), (grid.zero, group), (weight, order)))
     integers = torch.empty_like(left, dtype=torch.uint8)
+    gone = left == 0
+    sparse = keep_zeros and bool(gone.any())
     for start in range(0, columns, BLOCK):
         end = min(start + BLOCK, columns)
         block, inner = left[start:end], factor[start:end, start:end]
@@ -67,24 +70,10 @@ def _columns(weight: Tensor, grid: Grid, moments: Tensor, damping: float, name: 
         for j in range(end - start):
             s, z = scale[start + j], zero[start + j]
             q = (block[j] / s).add_(z).round_().clamp_(0, grid.top)
+            if sparse:
+                q = torch.where(gone[start + j], z, q)
             integers[start + j] = q
             errors[j] = (block[j] - (q - z) * s) / inner[j, j]
             block[j + 1 :].addr_(inner[j, j + 1 :], errors[j], alpha=-1)
         left[end:].addmm_(factor[start:end, end:].t(), errors, alpha=-1)
     return integers[torch.argsort(order)].t().contiguous()
-
-
-def _factor(moments: Tensor, damping: float, name: str) -> Tensor:
-    """The upper Cholesky factor of the damped inverse; damping is raised tenfold until it exists. Works in `moments`."""
-    diagonal = moments.diagonal().clone()
-    diagonal[diagonal == 0] = 1  # an input that is always zero: any integer will do, the nearest is kept
-    while damping <= 1:
-        moments.diagonal().copy_(diagonal + damping * diagonal.mean())
-        factor, failed = torch.linalg.cholesky_ex(moments)
-        if not failed:
-            factor = torch.cholesky_inverse(factor)
-            factor, failed = torch.linalg.cholesky_ex(factor, upper=True)
-        if not failed and torch.isfinite(factor).all():
-            return factor  # type: ignore
-        damping *= 10
-    raise BrokenPromise(f"{name}: its Hessian is not positive definite even with damping 1; more or other calibration data is needed")

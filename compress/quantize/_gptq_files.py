@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from compress.architecture import block_stacks
 from compress.errors import ModelError
-from compress.quantize._block import Solution
 from compress.quantize._grid import Kind
 from compress.quantize._pack import holder
+from compress.quantize._solution import Quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -36,6 +36,7 @@ class GptqFiles:
     """
 
     def __init__(self, model: "PreTrainedModel", kinds: dict[str, Kind]):
+        self.bits = {name: kind.bits for name, kind in kinds.items()}
         if model.config.is_encoder_decoder:
             raise ModelError(f"format: gptq: transformers reads no encoder-decoder ({type(model).__name__}) from it; {WAY_OUT}")
         for name in kinds:
@@ -50,7 +51,7 @@ class GptqFiles:
         self._kind, self._blocks = next(iter(kinds.values())), len(blocks)
         self._names: list[str] = []
 
-    def packed(self, name: str, layer: nn.Linear, solution: Solution) -> nn.Module:
+    def packed(self, name: str, layer: nn.Linear, solution: Quantised) -> nn.Module:
         """A module that holds what the format stores for a layer."""
         self._names.append(name)
         kind, zeros = self._kind, solution.grid.zero.to(torch.uint8).t()

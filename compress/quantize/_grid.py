@@ -32,13 +32,7 @@ PACKED = methods.About(
 )
 
 
-class LayerSettings(methods.Settings):
-    """What every method that goes through the calibration pass can be told."""
-
-    ignore: list[str] | None = Field(None, description="layers left alone; null leaves the heads alone")
-
-
-class GridSettings(LayerSettings):
+class GridSettings(methods.LayerSettings):
     """What every method that stores weights on an integer grid can be told."""
 
     bits: Width | Annotated[dict[str, Width], Field(min_length=1)] | Literal["auto"] = Field(
@@ -50,6 +44,8 @@ class GridSettings(LayerSettings):
     format: Literal["compressed-tensors", "gptq"] = Field(
         "compressed-tensors", description="of the files; gptq is for decoders and encoders, and runs packed by gptqmodel's kernels"
     )
+
+    keep_zeros: bool = Field(True, description="weights that pruning made zero stay zero")
 
     @model_validator(mode="after")
     def _go_together(self) -> "GridSettings":

@@ -17,8 +17,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor, nn
 
 from compress.architecture import packs_alike
-from compress.quantize._block import Solution
 from compress.quantize._grid import Kind
+from compress.quantize._solution import Quantised
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -28,6 +28,7 @@ class Packed:
     """The layout of a model whose layers have these kinds of grid, by name."""
 
     def __init__(self, model: "PreTrainedModel", kinds: dict[str, Kind]):
+        self.bits = {name: kind.bits for name, kind in kinds.items()}
         self._kinds, distinct = kinds, set(kinds.values())
         self._groups: dict[tuple[Kind, int], list[str]] = {}
         self._alike = len(distinct) == 1
@@ -36,7 +37,7 @@ class Packed:
             size = min((kind.size for kind in distinct if kind.size), default=0)
             self._as_one = Kind(max(kind.bits for kind in distinct), False, size)
 
-    def packed(self, name: str, layer: nn.Linear, solution: Solution) -> nn.Module:
+    def packed(self, name: str, layer: nn.Linear, solution: Quantised) -> nn.Module:
         """A module that holds what the format stores for a layer."""
         kind = self._as_one or self._kinds[name]
         row = 0 if self._alike or self._as_one else layer.in_features

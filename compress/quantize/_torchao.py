@@ -11,8 +11,8 @@ from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTe
 
 from compress.architecture import linear_layers
 from compress.methods import Context
-from compress.quantize._block import Solution
 from compress.quantize._grid import Kind
+from compress.quantize._solution import Quantised
 from compress.quantize._touched import note_layers, require_touched
 
 if TYPE_CHECKING:
@@ -23,9 +23,10 @@ class Int8:
     """Linear layers with int8 weights by row, whose inputs are rounded token by token as they come."""
 
     def __init__(self, model: "PreTrainedModel", kinds: dict[str, Kind]):
+        self.bits = {name: kind.bits for name, kind in kinds.items()}
         self._names: set[str] = set()
 
-    def packed(self, name: str, layer: nn.Linear, solution: Solution) -> nn.Module:
+    def packed(self, name: str, layer: nn.Linear, solution: Quantised) -> nn.Module:
         self._names.add(name)
         divide = None if solution.divide is None else (1 / solution.divide).to(layer.weight.dtype).cpu()
         weight = Int8Tensor(

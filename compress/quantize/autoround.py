@@ -5,7 +5,7 @@ uncompressed model has at its place, from the inputs that the solved blocks befo
 at 2 to 4 bits; takes a few hundred forward and backward passes a block.
 """
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from pydantic import Field
 
@@ -16,7 +16,7 @@ from compress.quantize._grid import PACKED, Grid, GridSettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.quantize._block import Block
+    from compress.calibration.block import Block
 
 ABOUT = PACKED
 
@@ -28,14 +28,14 @@ class Settings(GridSettings):
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with packed integer weights."""
+    from compress.quantize._calibrated import files_of, quantise
     from compress.quantize._gptq import solve_block
-    from compress.quantize._walk import files, walk
 
     def solve(block: "Block") -> None:
         solve_block(block, settings, damping=0.01)
         _learn(block, settings)
 
-    return walk(bundle, settings, context, files(settings), solve, targets=True)
+    return quantise(bundle, settings, context, files_of(settings), solve, targets=True)
 
 
 class _Learner:
@@ -45,9 +45,10 @@ class _Learner:
     reach    factors on the low and high end of each range, (2, rows, groups)
     """
 
-    def __init__(self, weight: "Tensor", grid: Grid, integers: "Tensor"):
+    def __init__(self, weight: "Tensor", grid: Grid, integers: "Tensor", keep_zeros: bool):
         import torch
 
+        self._moves = weight != 0 if keep_zeros else torch.ones_like(weight, dtype=torch.bool)
         self._weight, self._grid = weight, grid
         self._low, self._high = -grid.zero * grid.scale, (grid.top - grid.zero) * grid.scale
         scale, zero = grid.columns(weight.shape[1])
@@ -66,7 +67,7 @@ class _Learner:
 
     def integers(self, grid: Grid) -> "Tensor":
         scale, zero = grid.columns(self._weight.shape[1])
-        return _round(self._weight / scale + zero + self.offset).clamp(0, grid.top)
+        return _round(self._weight / scale + zero + self.offset * self._moves).clamp(0, grid.top)
 
     def value(self) -> "Tensor":
         """The weight as it would be read back; differentiable."""
@@ -79,9 +80,12 @@ def _learn(block: "Block", settings: Settings) -> None:
     import torch
     from torch.func import functional_call
 
-    from compress.quantize._block import Solution
+    from compress.quantize._solution import Quantised
 
-    learners = {name: _Learner(block.weights[name].float(), one.grid, one.integers.float()) for name, one in block.solved.items()}
+    start = cast("dict[str, Quantised]", block.solved)
+    learners = {
+        name: _Learner(block.weights[name].float(), one.grid, one.integers.float(), settings.keep_zeros) for name, one in start.items()
+    }
     parameters = [parameter for learner in learners.values() for parameter in (learner.offset, learner.reach)]
     generator = torch.Generator().manual_seed(settings.seed)
     count = len(block.targets)
@@ -105,7 +109,7 @@ def _learn(block: "Block", settings: Settings) -> None:
     for name, learner in learners.items():
         with torch.no_grad():
             grid = learner.grid()
-            block.set(name, Solution(grid, learner.integers(grid).to(torch.uint8)))
+            block.set(name, Quantised(grid, learner.integers(grid).to(torch.uint8)))
 
 
 def _round(values: "Tensor") -> "Tensor":

@@ -17,7 +17,7 @@ from compress.quantize._grid import PACKED, GridSettings, fit
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.quantize._block import Block
+    from compress.calibration.block import Block
 
 ABOUT = PACKED
 
@@ -28,10 +28,11 @@ class Settings(GridSettings):
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with packed integer weights."""
-    from compress.quantize._block import Block, Solution
+    from compress.calibration.block import Block
+    from compress.calibration.inputs import in_order, reach, second_moments
+    from compress.quantize._calibrated import files_of, quantise
     from compress.quantize._fold import fold_before
-    from compress.quantize._inputs import in_order, reach, second_moments
-    from compress.quantize._walk import files, walk
+    from compress.quantize._solution import Quantised
 
     def solve(block: Block) -> None:
         most = reach(block)
@@ -43,9 +44,9 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
             moments = second_moments(block, group[0])
             for name in group:
                 grid = fit(block.weights[name], settings, block.bits[name], moments)
-                block.set(name, Solution(grid, grid.integers(block.weights[name])))
+                block.set(name, Quantised(grid, grid.integers(block.weights[name])))
 
-    return walk(bundle, settings, context, files(settings), solve)
+    return quantise(bundle, settings, context, files_of(settings), solve)
 
 
 def _best_scale(block: "Block", group: list[str], moments: "Tensor", settings: Settings) -> "Tensor":

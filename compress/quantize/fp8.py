@@ -6,9 +6,8 @@ Ada, Hopper, Blackwell), which is where it is made too; elsewhere it is refused.
 
 from compress.architecture import as_linear
 from compress.errors import DeviceError
-from compress.methods import About, Context
+from compress.methods import About, Context, LayerSettings
 from compress.model import Bundle
-from compress.quantize._grid import LayerSettings
 
 CAPABILITY = (8, 9)
 ABOUT = About(

@@ -24,11 +24,11 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     Raises BrokenPromise when a layer's Hessian can't be factored at any damping.
     """
-    from compress.quantize._block import Block
+    from compress.calibration.block import Block
+    from compress.quantize._calibrated import files_of, quantise
     from compress.quantize._gptq import solve_block
-    from compress.quantize._walk import files, walk
 
     def solve(block: Block) -> None:
         solve_block(block, settings, settings.damping)
 
-    return walk(bundle, settings, context, files(settings), solve)
+    return quantise(bundle, settings, context, files_of(settings), solve)

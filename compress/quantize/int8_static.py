@@ -10,16 +10,17 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field
 
 from compress.errors import ModelError
-from compress.methods import About, Context
+from compress.methods import About, Context, LayerSettings
 from compress.model import Bundle, skeleton
-from compress.quantize._grid import Grid, GridSettings, Kind, LayerSettings, fit, grid_of
+from compress.quantize._grid import Grid, GridSettings, Kind, fit, grid_of
 from compress.quantize._observer import Observer
 
 if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from compress.quantize._block import Block, Solution
+    from compress.calibration.block import Block
+    from compress.quantize._solution import Quantised
 
 ABOUT = About(
     at_run_time="transformers unpacks the weights at the first step and rounds the inputs in floating point, so it gains on disk only;"
@@ -41,10 +42,10 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     Raises ModelError for an encoder-decoder.
     """
-    from compress.quantize._block import Solution
-    from compress.quantize._inputs import in_order, inputs, reach
+    from compress.calibration.inputs import in_order, inputs, reach
+    from compress.quantize._calibrated import quantise
     from compress.quantize._observer import Histogram
-    from compress.quantize._walk import walk
+    from compress.quantize._solution import Quantised
 
     config = skeleton(bundle.source).config
     if config.is_encoder_decoder:
@@ -71,19 +72,20 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
             for name in group:
                 weight = block.weights[name]
                 grid = fit(weight, by_row, 8)
-                block.set(name, Solution(grid, grid.integers(weight), Grid(8, settings.symmetric, scale, zero)))
+                block.set(name, Quantised(grid, grid.integers(weight), Grid(8, settings.symmetric, scale, zero)))
 
-    return walk(bundle, settings, context, _Static, solve)
+    return quantise(bundle, settings, context, _Static, solve)
 
 
 class _Static:
     """compressed-tensors' `int-quantized`: `weight` in int8, `weight_scale`, `input_scale`, `input_zero_point`."""
 
     def __init__(self, model: "PreTrainedModel", kinds: dict[str, Kind]):
+        self.bits = {name: kind.bits for name, kind in kinds.items()}
         self._names: list[str] = []
         self._inputs: dict[str, Any] = {}
 
-    def packed(self, name: str, layer: "nn.Linear", solution: "Solution") -> "nn.Module":
+    def packed(self, name: str, layer: "nn.Linear", solution: "Quantised") -> "nn.Module":
         import torch
 
         from compress.quantize._pack import holder

@@ -39,13 +39,14 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     Raises DataError when there is nothing to learn from, ModelError for T5 in float16.
     """
+    import torch
     from torch import nn
     from torch.nn.utils import parametrize
 
     from compress.architecture import as_linear, block_stacks
+    from compress.calibration.walk import check_dtype, layers_in_blocks
     from compress.quantize._bits import plan
-    from compress.quantize._block import Solution
-    from compress.quantize._walk import check_dtype, files, layers_in_blocks
+    from compress.quantize._calibrated import files_of
 
     check_dtype(bundle.model)
     original = as_linear(bundle.model).requires_grad_(False)
@@ -53,23 +54,26 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     stacks = block_stacks(model)
     layers = layers_in_blocks(model, stacks, settings, context)
     kinds = plan(bundle, model, settings, context, layers)
-    store = files(settings)(model, kinds)
+    store = files_of(settings)(model, kinds)
     for stack in stacks.values():
         stack.requires_grad_(True)
     for name, part in model.named_modules():
         if isinstance(part, nn.Linear) and name not in kinds:  # left out, so left as it is
             part.requires_grad_(False)
-    rounded = {name: _rounded(fit(layers[name].weight.data, settings, kind.bits)) for name, kind in kinds.items()}
+    rounded = {}
+    for name, kind in kinds.items():
+        weight = layers[name].weight.data
+        rounded[name] = _rounded(fit(weight, settings, kind.bits), weight != 0 if settings.keep_zeros else torch.ones_like(weight))
     for name, rounding in rounded.items():
         parametrize.register_parametrization(layers[name], "weight", rounding)
     _train(model, original, bundle.tokenizer, settings, context)
     solved = {}
     errors = _errors(original, model, rounded, bundle.tokenizer, context)
     for name, rounding in rounded.items():
-        layer, grid = layers[name], rounding.grid()
-        solved[name] = Solution(grid, grid.integers(layer.parametrizations.weight.original.data))  # type: ignore
+        layer = layers[name]
+        solved[name] = rounding.solution(layer.parametrizations.weight.original.data)  # type: ignore
         parametrize.remove_parametrizations(layer, "weight")
-        context.note(name, grid.bits, errors.get(name))
+        context.note(name, kinds[name].bits, errors.get(name))
     model = model.to(original.dtype)
     for name, solution in solved.items():
         model.set_submodule(name, store.packed(name, layers[name], solution))
@@ -77,24 +81,27 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     return bundle.holding(model)
 
 
-def _rounded(grid: Grid) -> Any:
-    """A weight's parametrization: rounded to a grid whose scale is learned."""
+def _rounded(grid: Grid, kept: "Tensor") -> Any:
+    """A weight's parametrization: rounded to a grid whose scale is learned; zero where it isn't kept, (rows, columns)."""
     import torch
+
+    from compress.quantize._solution import Quantised
 
     class Rounded(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.scale = torch.nn.Parameter(grid.scale.clone())
 
-        def grid(self) -> Grid:
-            return replace(grid, scale=self.scale.detach().clamp(min=1e-10))
+        def solution(self, weight: "Tensor") -> Quantised:
+            learned = replace(grid, scale=self.scale.detach().clamp(min=1e-10))
+            return Quantised(learned, learned.integers(weight * kept))
 
         def forward(self, weight: "Tensor") -> "Tensor":
             # the step sizes' gradient is large beside the weights': LSQ divides it by the root of weights a step times levels
             share = (grid.scale.numel() / (weight.numel() * grid.top)) ** 0.5
             scale = (self.scale * share + (self.scale * (1 - share)).detach()).clamp(min=1e-10)
             scale, zero = replace(grid, scale=scale).columns(weight.shape[1])
-            wanted = weight / scale + zero
+            wanted = weight * kept / scale + zero
             inside = wanted.clamp(0, grid.top)
             return (inside + (inside.round() - inside).detach() - zero) * scale
 
@@ -109,7 +116,7 @@ def _train(
     from torch.nn.functional import cross_entropy, kl_div, log_softmax
     from transformers import Trainer, TrainerCallback, TrainingArguments
 
-    from compress.quantize._stream import encoded, padded, without_cache
+    from compress.calibration.stream import encoded, padded, without_cache
 
     class Watch(TrainerCallback):  # type: ignore[misc]
         def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
@@ -174,8 +181,8 @@ def _errors(
     """What each trained and rounded layer changes of its output on the calibration examples."""
     import torch
 
-    from compress.quantize._lost import measuring
-    from compress.quantize._stream import batches, without_cache
+    from compress.calibration.lost import measuring
+    from compress.calibration.stream import batches, without_cache
 
     layers: dict[str, Any] = {name: model.get_submodule(name) for name in names}
     weights: dict[str, Any] = {name: original.get_submodule(name).weight for name in names}

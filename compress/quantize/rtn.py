@@ -17,9 +17,10 @@ class Settings(GridSettings):
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with packed integer weights."""
-    from compress.quantize._block import Block, Solution
-    from compress.quantize._inputs import in_order, reach
-    from compress.quantize._walk import files, walk
+    from compress.calibration.block import Block
+    from compress.calibration.inputs import in_order, reach
+    from compress.quantize._calibrated import files_of, quantise
+    from compress.quantize._solution import Quantised
 
     def solve(block: Block) -> None:
         most = reach(block)
@@ -27,6 +28,6 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
             if block.sound(group, most[group[0]]):
                 for name in group:
                     grid = fit(block.weights[name], settings, block.bits[name])
-                    block.set(name, Solution(grid, grid.integers(block.weights[name])))
+                    block.set(name, Quantised(grid, grid.integers(block.weights[name])))
 
-    return walk(bundle, settings, context, files(settings), solve)
+    return quantise(bundle, settings, context, files_of(settings), solve)

@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING
 
 from pydantic import Field
 
-from compress.methods import About, Context
+from compress.methods import About, Context, LayerSettings
 from compress.model import Bundle
-from compress.quantize._grid import IN_INT8, GridSettings, LayerSettings, PerToken, fit
+from compress.quantize._grid import IN_INT8, GridSettings, PerToken, fit
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.quantize._block import Block
+    from compress.calibration.block import Block
 
 ABOUT = About(
     at_run_time=IN_INT8,
@@ -34,11 +34,11 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with torchao `Int8Tensor` weights."""
     import torch
 
-    from compress.quantize._block import Solution
+    from compress.calibration.inputs import in_order, reach
+    from compress.quantize._calibrated import quantise
     from compress.quantize._fold import fold_before
-    from compress.quantize._inputs import in_order, reach
+    from compress.quantize._solution import Quantised
     from compress.quantize._torchao import Int8
-    from compress.quantize._walk import walk
 
     by_row = GridSettings(bits=8, group_size=-1, symmetric=True)
 
@@ -56,9 +56,9 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
             weight = block.weights[name]
             scaled = weight.float() * divided.get(name, torch.ones((), device=weight.device))
             grid = fit(scaled, by_row, 8)
-            block.set(name, Solution(grid, grid.integers(scaled), PerToken(), divided.get(name)))
+            block.set(name, Quantised(grid, grid.integers(scaled), PerToken(), divided.get(name)))
 
-    return walk(bundle, settings, context, Int8, solve)
+    return quantise(bundle, settings, context, Int8, solve)
 
 
 def _smoothing(block: "Block", group: list[str], most: "Tensor", alpha: float) -> "Tensor":

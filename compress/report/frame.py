@@ -16,7 +16,7 @@ COLUMNS = {
     "stages": "string", "metric": "string", "batch_size": "Int64", "prompt_tokens": "Int64", "value": "Float64", "unit": "string",
     "better": "string", "samples": "Int64", "reason": "string", "device": "string", "report": "string",
 }  # fmt: skip
-LAYER_COLUMNS = {"stage": "string", "name": "string", "bits": "Int64", "error": "Float64", "remark": "string"}
+LAYER_COLUMNS = {"stage": "string", "name": "string", "bits": "Int64", "error": "Float64", "sparsity": "Float64", "remark": "string"}
 
 
 def load_reports(*places: str | Path) -> "pandas.DataFrame":

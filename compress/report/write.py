@@ -4,6 +4,7 @@ import html
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -13,7 +14,7 @@ from compress.report.frame import frame, layers, predictions
 from compress.report.layers import lost_most, remarkable, summary
 from compress.report.numbers import change, figure, share, verdict_words
 from compress.report.why import at_run_time
-from compress.results import LAYERS, Comparison, Layer, Measurement, Prediction, Report, StageRecord, whole_folder
+from compress.results import NOTES, Comparison, Layer, Measurement, Prediction, Report, StageRecord, whole_folder
 
 WORST = 10
 SHOWN = (
@@ -73,10 +74,11 @@ def _cell(text: str) -> str:
     return re.sub(r"([\\`*_\[\]!#|~])", r"\\\1", html.escape(printable(text), quote=False)).replace("\n", "<br>")
 
 
-def read_layers(artifact: Path) -> list[Layer]:
-    """What a stage noted of each layer of its artifact."""
-    file = artifact / LAYERS
-    return [Layer.model_validate(one) for one in json.loads(file.read_text(encoding="utf-8"))] if file.is_file() else []
+def read_notes(artifact: Path) -> dict[str, Any]:
+    """What a stage noted in its artifact: `layers`, and what it `said`."""
+    file = artifact / NOTES
+    noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"layers": [], "said": []}
+    return {"layers": [Layer.model_validate(one) for one in noted["layers"]], "said": noted["said"]}
 
 
 def _recipe(report: Report) -> str:
@@ -103,7 +105,8 @@ def _sides(report: Report) -> str:
 
 
 def _notes(report: Report) -> str:
-    lines = [f"- {_cell(note)}" for note in [*report.notes, *(f for side in report.sides for f in side.failures)]]
+    said = [f"{record.name}: {sentence}" for record in report.stages for sentence in record.said]
+    lines = [f"- {_cell(note)}" for note in [*said, *report.notes, *(f for side in report.sides for f in side.failures)]]
     return "## Notes\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -130,9 +133,10 @@ def _layers(record: StageRecord) -> str:
         rows = [[name, "full" if bits is None else str(bits), remark] for name, bits, remark in found]
         parts.append(table(["layer", "bits", "remark"], rows))
     if worst := lost_most(record.layers, WORST):
-        rows = [[layer.name, str(layer.bits), share(layer.error)] for layer in worst]
+        sparse = any(layer.sparsity is not None for layer in worst)
+        rows = [[layer.name, share(layer.sparsity) if sparse else str(layer.bits), share(layer.error)] for layer in worst]
         parts.append("Those that lost most; the error is the share of a layer's output on the calibration data that has changed:")
-        parts.append(table(["layer", "bits", "error"], rows))
+        parts.append(table(["layer", "zeros" if sparse else "bits", "error"], rows))
     elif any(layer.bits is not None for layer in record.layers):
         parts.append("What each layer lost was not measured.")
     return "\n\n".join(parts)

@@ -45,7 +45,7 @@ def solve(folder: Path, samples: int, tokens: int) -> None:
     """Run gptq and print what it took as JSON."""
     from compress.methods import Context, Example, find
     from compress.model import Bundle, Source, weight_bytes
-    from compress.quantize import _gptq, _pack, _walk  # noqa: F401 - their imports are no part of the measurement
+    from compress.quantize import _calibrated, _gptq, _pack  # noqa: F401 - their imports are no part of the measurement
 
     gptq = find("quantize", "gptq")
     draw = random.Random(0)

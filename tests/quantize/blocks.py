@@ -4,11 +4,10 @@ import pytest
 import torch
 
 from compress.errors import BrokenPromise
-from compress.methods import Context, Example, quiet
+from compress.methods import Context, Example, LayerSettings, quiet
 from compress.model import Bundle, Source
-from compress.quantize._grid import LayerSettings
+from compress.quantize._calibrated import quantise
 from compress.quantize._pack import Packed
-from compress.quantize._walk import walk
 from tests.conftest import TASKS, WORDS, make_model, make_tokenizer
 
 
@@ -55,4 +54,4 @@ def lively(kind, change=lambda config: None):
 def visit(made, look, targets=False, ignore=None, seen=None):
     """look(block) for every block of a model as the pass comes to it; no layer is solved."""
     with pytest.raises(BrokenPromise, match="every layer was left out"):
-        walk(made, LayerSettings(ignore=ignore), seen or context(), Packed, look, targets)
+        quantise(made, LayerSettings(ignore=ignore), seen or context(), Packed, look, targets)

@@ -13,14 +13,14 @@ from scipy.stats import spearmanr
 
 from compress import data
 from compress.architecture import as_linear
+from compress.calibration.block import Block
+from compress.calibration.stream import batches
 from compress.errors import BrokenPromise, InputError
 from compress.methods import Context, quiet
 from compress.model import BUILTIN, Bundle, Source, load_model
 from compress.quantize import rtn
 from compress.quantize._bits import allocate, plan, sensitivity
-from compress.quantize._block import Block
 from compress.quantize._grid import WIDTHS, GridSettings, Kind, fit
-from compress.quantize._stream import batches
 from compress.recipe import load
 from tests.conftest import TASKS
 from tests.quantize.blocks import bundle, context, examples, lively, saved

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from compress.calibration.inputs import in_order, inputs
 from compress.quantize._fold import fold_before
-from compress.quantize._inputs import in_order, inputs
 from tests.quantize.blocks import bundle, lively, saved, visit
 
 T5_SELF = {

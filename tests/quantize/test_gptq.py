@@ -46,7 +46,7 @@ def least_squares(weight, grid, integers, moments):
 def test_refitted_scales_are_the_least_squares_solution(bits, group_size, symmetric):
     weight, moments = layer()
     grid = _grid.fit(weight, Settings(group_size=group_size, symmetric=symmetric), bits)
-    integers = _gptq._columns(weight, grid, moments, 0.01, "layer")
+    integers = _gptq._columns(weight, grid, moments, 0.01, True, "layer")
     scale = _gptq._refitted(weight, grid, integers, moments)
     expected = least_squares(weight, grid, integers, moments)
     assert scale.shape == grid.scale.shape == expected.shape
@@ -65,7 +65,7 @@ def test_refitting_never_loses_more_even_on_singular_moments(tokens, seed):
     weight[2] *= 1e-6
     moments[5], moments[:, 5] = 0, 0
     grid = _grid.fit(weight, Settings(group_size=32), 2 + seed % 3)
-    integers = _gptq._columns(weight, grid, moments, 0.01, "layer")
+    integers = _gptq._columns(weight, grid, moments, 0.01, True, "layer")
     scale = _gptq._refitted(weight, grid, integers, moments)
     assert torch.isfinite(scale).all() and (scale > 0).all()
     before, after = lost(weight, grid, integers, moments), lost(weight, with_scale(grid, scale), integers, moments)
@@ -76,7 +76,7 @@ def test_refitting_never_loses_more_even_on_singular_moments(tokens, seed):
 def test_a_row_whose_best_scale_is_far_off_keeps_its_own():
     weight, moments = layer()
     grid = _grid.fit(weight, Settings(group_size=32), 4)
-    integers = _gptq._columns(weight, grid, moments, 0.01, "layer")
+    integers = _gptq._columns(weight, grid, moments, 0.01, True, "layer")
     off = grid.scale.clone()
     off[3] *= 3
     found = _gptq._refitted(weight, with_scale(grid, off), integers, moments)

@@ -8,7 +8,7 @@ import torch
 
 from compress.errors import BrokenPromise
 from compress.quantize import _gptq, _grid, _pack
-from compress.quantize._block import Solution
+from compress.quantize._solution import Quantised
 from compress.quantize.gptq import Settings
 
 
@@ -112,7 +112,7 @@ def test_packed_layers_are_unpacked_to_the_same_values_by_the_formats_own_librar
     integers = grid.integers(w)
     model = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=False, model_type="llama"))
     kind = _grid.Kind(bits, False, 32)
-    holder = _pack.Packed(model, {"layer": kind}).packed("layer", layer, Solution(grid, integers))
+    holder = _pack.Packed(model, {"layer": kind}).packed("layer", layer, Quantised(grid, integers))
     group = {"weights": {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}, "targets": ["Linear"]}
     state = {name: p.data for name, p in holder.named_parameters() if name != "bias"}
     read = BaseCompressor.get_value_from_registry("pack-quantized").decompress(state, QuantizationScheme(**group))["weight"]

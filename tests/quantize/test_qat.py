@@ -5,10 +5,10 @@ import pytest
 import torch
 
 from compress import methods
+from compress.calibration.stream import encoded, padded
 from compress.methods import Context, Example, quiet
 from compress.model import Source, load_model
 from compress.quantize import _grid, qat
-from compress.quantize._stream import encoded, padded
 from tests.conftest import TASKS
 from tests.quantize.blocks import bundle, context, examples, lively, saved
 
@@ -42,7 +42,7 @@ def test_rounding_and_its_gradients_are_those_of_the_paper(bits, group_size, sym
     weight = torch.randn(6, 64, generator=generator)
     upstream = torch.randn(6, 64, generator=generator)
     grid = _grid.fit(weight, _grid.GridSettings(group_size=group_size, symmetric=symmetric), bits)
-    rounding = qat._rounded(grid)
+    rounding = qat._rounded(grid, torch.ones_like(weight))
     with torch.no_grad():
         rounding.scale.mul_(0.7)  # so that some are clipped
     trained = weight.clone().requires_grad_()

@@ -8,16 +8,16 @@ import pytest
 import torch
 
 from compress import methods, stage
+from compress.calibration.inputs import in_order, reach, second_moments
+from compress.calibration.stream import encoded, padded
 from compress.errors import BrokenPromise, DataError, DeviceError, ModelError
-from compress.methods import Example, quiet
+from compress.methods import Example, LayerSettings, quiet
 from compress.model import Source, load_model
 from compress.quantize import rtn
-from compress.quantize._block import Solution
-from compress.quantize._grid import GridSettings, LayerSettings, fit
-from compress.quantize._inputs import in_order, reach, second_moments
+from compress.quantize._calibrated import quantise
+from compress.quantize._grid import GridSettings, fit
 from compress.quantize._pack import Packed
-from compress.quantize._stream import encoded, padded
-from compress.quantize._walk import walk
+from compress.quantize._solution import Quantised
 from tests.conftest import TASKS, WORDS
 from tests.quantize.blocks import bundle, context, examples, lively, saved, visit
 
@@ -129,7 +129,13 @@ def test_layers_with_unusable_inputs_are_left_as_they_are_with_the_reason(tmp_pa
     noted = {one["name"]: one for one in told.layers}
     dead = {f"model.layers.1.mlp.{part}_proj" for part in ("gate", "up", "down")}
     for name in dead:
-        assert noted[name] == {"name": name, "bits": None, "error": None, "remark": f"left out: {why} on the calibration data"}
+        assert noted[name] == {
+            "name": name,
+            "bits": None,
+            "error": None,
+            "sparsity": None,
+            "remark": f"left out: {why} on the calibration data",
+        }
     assert {name for name, one in noted.items() if one["bits"] is None} == dead | {"lm_head"}
     assert len(noted) == 15
     loaded = load_model(Source(str(tmp_path / "made"), "causal-lm"), "cpu")
@@ -172,9 +178,9 @@ def test_targets_are_the_uncompressed_models_states_and_inputs_those_of_the_solv
         kept.append((block.name, block.given.hidden[0].clone(), block.targets[0].clone()))
         for name, weight in block.weights.items():
             grid = fit(weight, GridSettings(group_size=-1), 8)
-            block.set(name, Solution(grid, grid.integers(torch.zeros_like(weight))))  # a block that does nothing but add its biases
+            block.set(name, Quantised(grid, grid.integers(torch.zeros_like(weight))))  # a block that does nothing but add its biases
 
-    walk(made, LayerSettings(), told, Packed, solve, targets=True)
+    quantise(made, LayerSettings(), told, Packed, solve, targets=True)
     model = load_model(made.source, "cpu")
     (example,) = encoded(model, made.tokenizer, told)
     states: dict = {}
@@ -247,7 +253,7 @@ def test_fp8_without_a_gpu_is_refused(toys, tmp_path):
 @pytest.mark.parametrize("method", ["rtn", "smoothquant", "qat"])
 def test_a_t5_in_float16_is_refused_with_the_way_out(toys, method):
     """FLAN-T5's trap: `wo` is unpacked to float16, where it overflows."""
-    with pytest.raises(ModelError, match=r"in float16: .*wo layers .*overflow; say model\.dtype: bfloat16 or float32"):
+    with pytest.raises(ModelError, match=r"in float16: .*wo layers overflow there; say model\.dtype: bfloat16 or float32"):
         apply(bundle(toys["t5"], "t5", "float16"), method, context())
 
 

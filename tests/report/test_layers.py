@@ -9,7 +9,7 @@ import pytest
 from compress import methods, terminal
 from compress.report import layers, why, write
 from compress.report.numbers import share
-from compress.results import LAYERS, Layer, StageRecord, read_report
+from compress.results import NOTES, Layer, StageRecord, read_report
 from tests.report.test_files import made
 
 REFERENCE = Path(__file__).parents[2] / "reports" / "reference"
@@ -34,6 +34,11 @@ def llama(blocks=6):
     [
         (llama(), "16 layers: 12 in 4 bits, 1 in 8 bits (4.3 a layer on average); 3 left out"),
         ([Layer(name="a", bits=4)], "1 layer: 1 in 4 bits"),
+        ([Layer(name="a", bits=32, sparsity=0.5), Layer(name="b", bits=32, sparsity=0.5)], "2 layers: 2 with 50 % zeros"),
+        (
+            [Layer(name="a", bits=32, sparsity=0.25), Layer(name="b", bits=32, sparsity=0.743), Layer(name="c")],
+            "3 layers: 2 with 25 % to 74.3 % zeros; 1 left out",
+        ),
         ([Layer(name="a"), Layer(name="b")], "2 layers: 2 left out"),
     ],
 )
@@ -85,6 +90,11 @@ def test_the_text_report_lists_the_odd_layers_and_the_ten_worst():
     assert worst[-1] == r"| model.layers.2.self\_attn.q\_proj | 4 | 0.3 % |"
 
 
+def test_pruned_layers_are_shown_with_their_zeros():
+    text = write.markdown(made(stages=[stage(Layer(name="a", bits=32, sparsity=0.5, error=0.03))]))
+    assert "| layer | zeros | error |" in text and "| a | 50 % | 3 % |" in text
+
+
 def test_a_name_or_remark_is_shown_as_text():
     evil = Layer(name="a|<b>\x1b[31m", remark="left out: ![x](http://y)")
     text = write.markdown(made(stages=[stage(evil)]))
@@ -115,7 +125,7 @@ def test_layers_have_a_frame_of_their_own(tmp_path):
     written = write.write(made(stages=[stage(method="cast"), stage(*llama())]), tmp_path / "r1")
     assert read_report(tmp_path / "r1") == written
     frame = pandas.read_parquet(tmp_path / "r1" / "layers.parquet")
-    assert list(frame.columns) == ["stage", "name", "bits", "error", "remark"]
+    assert list(frame.columns) == ["stage", "name", "bits", "error", "sparsity", "remark"]
     assert len(frame) == 16
     assert set(frame.stage) == {"quantize: gptq"}
     head = frame.set_index("name").loc["lm_head"]
@@ -167,13 +177,13 @@ def test_what_a_method_notes_is_what_a_report_reads(tmp_path):
     context.note("a", 4, 0.5)
     context.note("b", 4, float("inf"))
     context.leave_out("c", "a head")
-    (tmp_path / LAYERS).write_text(json.dumps(context.layers))
-    assert write.read_layers(tmp_path) == [
+    (tmp_path / NOTES).write_text(json.dumps({"layers": context.layers, "said": []}))
+    assert write.read_notes(tmp_path)["layers"] == [
         Layer(name="a", bits=4, error=0.5),
         Layer(name="b", bits=4, remark=f"{ODD}; its error overflowed and could not be measured"),
         Layer(name="c", remark="left out: a head"),
     ]
-    assert write.read_layers(tmp_path / "nowhere") == []
+    assert write.read_notes(tmp_path / "nowhere") == {"layers": [], "said": []}
 
 
 def test_reports_of_earlier_versions_are_read(tmp_path):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.quantize._block import Block
+from compress.calibration.block import Block
 
 
 def in_order(block: Block) -> list[list[str]]:

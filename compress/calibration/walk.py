@@ -14,21 +14,19 @@ import tempfile
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from compress.architecture import block_stacks, linear_layers
+from compress.calibration.block import Block
+from compress.calibration.lost import measuring
+from compress.calibration.stream import Stream, batches, encode, is_encoder, lead_in, without_cache
+from compress.calibration.weights import empty
 from compress.errors import BrokenPromise, ModelError
-from compress.methods import Context
+from compress.methods import Context, LayerSettings
 from compress.model import Bundle
-from compress.quantize._bits import plan
-from compress.quantize._block import Block, Solution
-from compress.quantize._grid import GridSettings, Kind, LayerSettings
-from compress.quantize._lost import measuring
-from compress.quantize._stream import Stream, batches, encode, is_encoder, lead_in, without_cache
-from compress.quantize._weights import empty
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -37,11 +35,14 @@ MEASURED = 4  # what a layer lost is measured on every fourth batch
 
 
 class Storage(Protocol):
-    """How solved layers are stored: a file format, made for a model and the kinds of grid its layers will have."""
+    """How solved layers are stored.
 
-    def __init__(self, model: "PreTrainedModel", kinds: dict[str, Kind]): ...
+    bits  that a weight of each layer takes, by the layer's name; a layer without is not worked on
+    """
 
-    def packed(self, name: str, layer: nn.Linear, solution: Solution) -> nn.Module:
+    bits: dict[str, int]
+
+    def packed(self, name: str, layer: nn.Linear, solution: Any) -> nn.Module:
         """What stands in the layer's place in the file, in main memory."""
         ...
 
@@ -50,22 +51,21 @@ class Storage(Protocol):
         ...
 
 
-def walk(
-    bundle: Bundle,
-    settings: LayerSettings,
-    context: Context,
-    storage: type[Storage],
-    solve: Callable[[Block], None],
-    targets: bool = False,
-) -> Bundle:
-    """Lead the calibration examples through the model and have `solve` set every layer of every block; the model comes back packed.
+Prepare = Callable[["PreTrainedModel", dict[str, nn.Linear]], Storage]
 
+
+def walk(
+    bundle: Bundle, settings: LayerSettings, context: Context, prepare: Prepare, solve: Callable[[Block], None], targets: bool = False
+) -> Bundle:
+    """Lead the calibration examples through the model and have `solve` set every layer of every block; the model comes back as stored.
+
+    prepare   makes the storage, given the model without weights and the layers to work on
     targets   give each block the uncompressed model's hidden states to aim at; keeps a second set of them
 
     Raises DataError when there is nothing to calibrate on, BrokenPromise when the model has no blocks with linear layers.
     """
     with tempfile.TemporaryDirectory() as scratch:  # for a checkpoint that has to be written anew; read until the last block
-        model = _walk(bundle, Path(scratch), settings, context, storage, solve, targets)
+        model = _walk(bundle, Path(scratch), settings, context, prepare, solve, targets)
     return bundle.holding(model)
 
 
@@ -74,7 +74,7 @@ def _walk(
     scratch: Path,
     settings: LayerSettings,
     context: Context,
-    storage: type[Storage],
+    prepare: Prepare,
     solve: Callable[[Block], None],
     targets: bool,
 ) -> "PreTrainedModel":
@@ -82,8 +82,7 @@ def _walk(
     check_dtype(model)
     stacks = block_stacks(model)
     layers = layers_in_blocks(model, stacks, settings, context)
-    kinds = plan(bundle, model, settings, context, layers)
-    store = storage(model, kinds)
+    store = prepare(model, layers)
     weights.fill(model, "", bundle.device, skip=tuple(f"{stack}." for stack in stacks))
     model.tie_weights()
     examples = batches(model, bundle.tokenizer, context)
@@ -101,8 +100,8 @@ def _walk(
                 weights.fill(module, f"{name}.", bundle.device)
                 aims = _led_through(streams[1][index], module, bundle.device) if targets else []
                 # taken out, so that nothing holds a layer's weights once it is packed
-                inside = {full: layers.pop(full) for full in list(layers) if full.startswith(f"{name}.") and full in kinds}
-                block = Block(name, module, inside, {full: kinds[full].bits for full in inside}, streams[0][index], aims, bundle.device)
+                inside = {full: layers.pop(full) for full in list(layers) if full.startswith(f"{name}.") and full in store.bits}
+                block = Block(name, module, inside, {full: store.bits[full] for full in inside}, streams[0][index], aims, bundle.device)
                 if block.layers:
                     solve(block)
                 _finish(block, context)
@@ -125,20 +124,11 @@ def _walk(
     return model
 
 
-def files(settings: GridSettings) -> type[Storage]:
-    """How layers on integer grids are stored, by the settings' format."""
-    from compress.quantize._gptq_files import GptqFiles
-    from compress.quantize._pack import Packed
-
-    return GptqFiles if settings.format == "gptq" else Packed
-
-
 def check_dtype(model: "PreTrainedModel") -> None:
     """Raises ModelError for a model that can't be had in its dtype (T5 in float16)."""
     if model.dtype == torch.float16 and (wide := model._keep_in_fp32_modules):
         raise ModelError(
-            f"{type(model).__name__} in float16: transformers unpacks its {', '.join(sorted(wide))} layers to float16, where they overflow;"
-            " say model.dtype: bfloat16 or float32"
+            f"{type(model).__name__} in float16: its {', '.join(sorted(wide))} layers overflow there; say model.dtype: bfloat16 or float32"
         )
 
 
@@ -188,6 +178,6 @@ def _finish(block: Block, context: Context) -> None:
             block.given.hidden[batch] = block.output(batch).cpu()
     for name in block.layers:
         if name in block.solved:
-            context.note(name, block.bits[name], errors.get(name))
+            context.note(name, block.bits[name], errors.get(name), block.solved[name].sparsity)
         else:
             context.leave_out(name, block.left_out.get(name, "no calibration example reached it"))

@@ -6,34 +6,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
-from compress.quantize._grid import Grid, PerToken
-from compress.quantize._stream import Stream
+from compress.calibration.stream import Stream
 
 
-@dataclass(frozen=True)
 class Solution:
-    """What a layer is stored as: integers of 0 to 2^bits - 1, uint8 of the weight's shape, on a grid.
+    """What a layer becomes.
 
-    inputs  what its inputs are rounded to at run time; None leaves them as they are
-    divide  what its inputs are divided by before, (columns,), at run time; its weights hold the product
+    sparsity  the share of its weights that are zero, where that was the aim
     """
 
-    grid: Grid
-    integers: Tensor
-    inputs: Grid | PerToken | None = None
-    divide: Tensor | None = None
+    sparsity: float | None = None
+
+    def weight(self) -> Tensor:
+        """What it computes with, (rows, columns)."""
+        raise NotImplementedError
 
     def given(self, states: Tensor) -> Tensor:
-        """The layer's inputs as it computes with them."""
-        states = states if self.divide is None else states / self.divide.to(states.dtype)
-        return states if self.inputs is None else self.inputs.rounded(states).to(states.dtype)
+        """Its inputs as it computes with them."""
+        return states
 
 
 @dataclass
 class Block:
     """One block with its weights and its linear layers to solve.
 
-    bits    for each layer
+    bits    that a weight of each layer will be stored in
     given   its inputs as the solved blocks before it make them
     targets what the uncompressed model has behind this block, batch by batch; empty unless asked for
     weights what each layer would compute with if it were not compressed
@@ -61,9 +58,8 @@ class Block:
     def set(self, name: str, solution: Solution) -> None:
         """Give a layer its solution; it computes with it from here on."""
         layer = self.layers[name]
-        layer.weight.data = solution.grid.values(solution.integers).to(layer.weight.dtype)
-        if solution.inputs is not None or solution.divide is not None:
-            layer.forward = lambda x: linear(solution.given(x), layer.weight, layer.bias)  # type: ignore
+        layer.weight.data = solution.weight().to(layer.weight.dtype)
+        layer.forward = lambda x: linear(solution.given(x), layer.weight, layer.bias)  # type: ignore
         self.solved[name] = solution
 
     def sound(self, layers: list[str], statistic: Tensor) -> bool:

@@ -1,0 +1,39 @@
+"""Wanda: a weight matters as much as its size times its input's norm; in every row the share that matters least becomes zero.
+
+Sun et al. 2023, "A Simple and Effective Pruning Approach for Large Language Models". Calibrated block by block, each layer on what the
+pruned ones before it make; on every linear layer of any model's blocks. What is left keeps its value.
+"""
+
+from dataclasses import replace
+
+from compress.methods import Context
+from compress.model import Bundle
+from compress.prune._sparse import DENSE, SparseSettings, lowest
+
+ABOUT = replace(DENSE, calibrated=True)
+
+
+class Settings(SparseSettings):
+    pass
+
+
+def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
+    """The model with zeros in its blocks' linear layers.
+
+    Raises InputError where a layer would be emptied or a pattern does not divide its rows.
+    """
+    from compress.calibration.block import Block
+    from compress.calibration.inputs import in_order, second_moments
+    from compress.calibration.walk import walk
+    from compress.prune._dense import Dense, Pruned
+
+    def solve(block: Block) -> None:
+        for group in in_order(block):
+            moments = second_moments(block, group[0])
+            if block.sound(group, moments):
+                for name in group:
+                    weight = block.weights[name]
+                    gone = lowest(weight.float().abs() * moments.diagonal().sqrt(), settings.share, settings.n_of_m, name)
+                    block.set(name, Pruned(weight.masked_fill(gone, 0)))
+
+    return walk(bundle, settings, context, Dense, solve)

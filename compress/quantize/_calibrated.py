@@ -1,0 +1,37 @@
+"""The calibration pass as quantisation goes through it: the kinds of grid planned before it, the solved layers packed behind it."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from compress.calibration.block import Block
+from compress.calibration.walk import Storage, walk
+from compress.methods import Context, LayerSettings
+from compress.model import Bundle
+from compress.quantize._bits import plan
+from compress.quantize._grid import GridSettings, Kind
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Files = Callable[["PreTrainedModel", dict[str, Kind]], Storage]
+
+
+def quantise(
+    bundle: Bundle, settings: LayerSettings, context: Context, files: Files, solve: Callable[[Block], None], targets: bool = False
+) -> Bundle:
+    """The model with every layer as `solve` sets it, stored in these files. Raises what `walk` and `plan` raise."""
+
+    def prepare(model: "PreTrainedModel", layers: dict[str, nn.Linear]) -> Storage:
+        return files(model, plan(bundle, model, settings, context, layers))
+
+    return walk(bundle, settings, context, prepare, solve, targets)
+
+
+def files_of(settings: GridSettings) -> Files:
+    """How layers on integer grids are stored, by the settings' format."""
+    from compress.quantize._gptq_files import GptqFiles
+    from compress.quantize._pack import Packed
+
+    return GptqFiles if settings.format == "gptq" else Packed
