@@ -240,7 +240,10 @@ def load_model(source: Source, device: str, quantization_config: Any = None) -> 
         )  # fmt: skip
     except ImportError as error:
         raise ModelError(f"{source.id}: {_first_line(error)}") from None
-    except (OSError, ValueError, KeyError, TypeError, NameError) as error:
+    except NameError as error:  # transformers uses an optional package without a look whether it is there
+        why = f"the package that reads its packed weights isn't installed here ({_first_line(error)})"
+        raise ModelError(f"{source.id}: {why}; `compress methods` says which a method needs") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{source.id}: can't be loaded for task {source.task}: {_first_line(error)}") from None
     except Exception as error:
         if type(error).__name__ == "SafetensorError" or "ignore_mismatched_sizes" in str(error):
