@@ -11,11 +11,15 @@ Names are imported when first used, so that `import compress` costs nothing.
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["CompressError", "Recipe", "Report", "bench", "check", "load_recipe", "load_reports", "read_report", "run", "use_cpu_int8"]
+__all__ = [
+    "CompressError", "Inspection", "Recipe", "Report", "bench", "check", "inspect", "load_recipe", "load_reports", "read_report", "run",
+    "use_cpu_int8",
+]  # fmt: skip
 
 if TYPE_CHECKING:
     from compress.errors import CompressError
-    from compress.pipeline import bench, check, run
+    from compress.inspection.findings import Inspection
+    from compress.pipeline import bench, check, inspect, run
     from compress.recipe import Recipe
     from compress.recipe import load as load_recipe
     from compress.report.frame import load_reports
@@ -24,10 +28,12 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "CompressError": ("compress.errors", "CompressError"),
+    "Inspection": ("compress.inspection.findings", "Inspection"),
     "Recipe": ("compress.recipe", "Recipe"),
     "Report": ("compress.results", "Report"),
     "bench": ("compress.pipeline", "bench"),
     "check": ("compress.pipeline", "check"),
+    "inspect": ("compress.pipeline", "inspect"),
     "load_recipe": ("compress.recipe", "load"),
     "load_reports": ("compress.report.frame", "load_reports"),
     "read_report": ("compress.results", "read_report"),

@@ -26,7 +26,7 @@ def linear_layers(model: "PreTrainedModel", ignore: list[str] | None) -> "tuple[
 
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     if ignore is None:
-        left_out = {name for name in layers if _is_head(model, name)}
+        left_out = {name for name in layers if is_head(model, name)}
     else:
         left_out = {name for entry in ignore for name in match(entry, layers, "ignore")}
     kept = {name: module for name, module in layers.items() if name not in left_out}
@@ -151,7 +151,7 @@ def label_number(config: Any, text: str) -> int:
     raise DataError(f"label {text!r} is none of the model's: numbers below {config.num_labels}, or {', '.join(names)}")
 
 
-def _is_head(model: "PreTrainedModel", name: str) -> bool:
+def is_head(model: "PreTrainedModel", name: str) -> bool:
     """Whether a layer maps the last hidden state to tokens or labels, by standing outside the base model or being the output embedding."""
     output = model.get_output_embeddings()
     if output is not None and model.get_submodule(name) is output:

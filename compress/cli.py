@@ -55,6 +55,30 @@ def bench(given: Arguments) -> int:
     return _finish(report, given.json, measured_only=True)
 
 
+def inspect(given: Arguments) -> int:
+    """Look at a model: where its parameters are, how many are near zero, where the time of a forward pass goes.
+
+    Exit status: 0 looked at, 2 bad input, 3 the work failed.
+
+    Example:  compress inspect ./my-model --picture my-model.png
+    """
+    from compress import pipeline, terminal
+
+    if given.picture:
+        from compress.inspection import picture
+
+        picture.refuse(given.picture)
+    with terminal.bars() as progress:
+        found = pipeline.inspect(given.model, given.task, given.device, given.batch_size, given.tokens, progress)
+    if given.picture:
+        picture.draw(found, given.picture)
+    if given.json:
+        _print_json(found.as_json())
+    else:
+        terminal.show_inspection(found, given.all)
+    return 0
+
+
 def validate(given: Arguments) -> int:
     """Read recipes and say all that is wrong with each, without loading anything.
 
@@ -169,12 +193,15 @@ def parser() -> argparse.ArgumentParser:
         added.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else there")
         return added
 
+    def on_a_device(verb: argparse.ArgumentParser) -> None:
+        verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU where there is one")
+
     def measuring(verb: argparse.ArgumentParser) -> None:
         verb.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe: --set stages.0.bits=3"
         )
         verb.add_argument("--out", type=Path, default=Path("reports"), metavar="DIR", help="where reports and artifacts go (reports)")
-        verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU where there is one")
+        on_a_device(verb)
 
     verb = add(run)
     verb.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
@@ -183,6 +210,16 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("model", metavar="MODEL", help="a model folder, a hub id, or builtin")
     verb.add_argument("--recipe", required=True, metavar="RECIPE", help="data, metrics and benchmark are taken from this recipe")
     measuring(verb)
+    verb = add(inspect)
+    verb.add_argument("model", metavar="MODEL", help="a model folder, a hub id, or builtin")
+    verb.add_argument(
+        "--task", metavar="TASK", help="seq2seq, causal-lm or sequence-classification; told from the model's config where left out"
+    )
+    verb.add_argument("--batch-size", type=int, default=1, metavar="N", help="inputs in the forward pass that is timed (1)")
+    verb.add_argument("--tokens", type=int, metavar="N", help="tokens in each, on both sides of an encoder-decoder (128, or all that fit)")
+    verb.add_argument("--all", action="store_true", help="a row for every layer, not one for layers that differ in numbers only")
+    verb.add_argument("--picture", type=Path, metavar="FILE", help="draw it as well, into a .png or .svg (needs compress[plot])")
+    on_a_device(verb)
     add(validate).add_argument("recipes", nargs="+", metavar="RECIPE")
     verb = add(compare)
     verb.add_argument("reports", nargs="+", metavar="REPORT", help="report folders, folders of reports, or patterns")

@@ -4,7 +4,7 @@ import hashlib
 import json
 import math
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +14,7 @@ from compress.errors import DeviceError, ModelError
 
 if TYPE_CHECKING:
     import torch
+    from torch import nn
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BUILTIN = Path(__file__).parent / "builtin" / "model"
@@ -239,7 +240,10 @@ def load_model(source: Source, device: str, quantization_config: Any = None) -> 
         )  # fmt: skip
     except ImportError as error:
         raise ModelError(f"{source.id}: {_first_line(error)}") from None
-    except (OSError, ValueError, KeyError, TypeError, NameError) as error:
+    except NameError as error:  # transformers uses an optional package without a look whether it is there
+        why = f"the package that reads its packed weights isn't installed here ({_first_line(error)})"
+        raise ModelError(f"{source.id}: {why}; `compress methods` says which a method needs") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{source.id}: can't be loaded for task {source.task}: {_first_line(error)}") from None
     except Exception as error:
         if type(error).__name__ == "SafetensorError" or "ignore_mismatched_sizes" in str(error):
@@ -248,6 +252,29 @@ def load_model(source: Source, device: str, quantization_config: Any = None) -> 
     if lacking := sorted(info["missing_keys"]):
         raise ModelError(f"{source.id}: {len(lacking)} weights are missing, such as {', '.join(lacking[:3])}; it can't serve {source.task}")
     return model.eval()
+
+
+def task_of(source: Source) -> str:
+    """The task that a model's config means by the class it names.
+
+    Raises ModelError where it names none, or one that serves another task.
+    """
+    from transformers import AutoConfig
+    from transformers.models.auto import modeling_auto as known
+
+    try:
+        named = AutoConfig.from_pretrained(source.id, revision=source.revision).architectures or []
+    except Exception as error:  # a config may hold anything
+        raise ModelError(f"{source.id}: its config can't be read: {_first_line(error)}") from None
+    serving = {
+        "seq2seq": known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+        "causal-lm": known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        "sequence-classification": known.MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES,
+    }
+    for task, classes in serving.items():
+        if set(named) & {str(name) for name in classes.values()}:
+            return task
+    raise ModelError(f"{source.id}: no task can be told from its config's architectures, {named}; give --task, one of {', '.join(AUTO)}")
 
 
 def skeleton(source: Source) -> "PreTrainedModel":
@@ -277,32 +304,29 @@ def skeleton_bytes(source: Source) -> int:
 
 def weight_bytes(model: "PreTrainedModel") -> int:
     """Bytes of all parameters and buffers as they lie in memory, packed ones packed, shared ones once."""
-    storages = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        for plain in _plain_tensors(tensor):
-            storages[plain.data_ptr(), plain.numel()] = plain.numel() * plain.element_size()
-    return sum(storages.values())
+    return sum(storages([*model.parameters(), *model.buffers()]).values())
+
+
+def storages(tensors: "Iterable[torch.Tensor]") -> dict[tuple[int, int], int]:
+    """The bytes of every piece of memory that tensors lie in, by its place; shared ones once."""
+    plain = [part for tensor in tensors for part in _plain_tensors(tensor)]
+    return {(part.data_ptr(), part.numel()): part.numel() * part.element_size() for part in plain}
 
 
 def parameter_count(model: "PreTrainedModel") -> int:
     """The number of weights; a packed one counts with its unpacked shape, a shared one once."""
-    count = 0
-    for name, parameter in model.named_parameters():
-        owner, _, leaf = name.rpartition(".")
-        if leaf in (
-            "weight_scale",
-            "weight_zero_point",
-            "weight_shape",
-            "input_scale",
-            "input_zero_point",
-        ):  # what packed weights bring along
-            continue
-        if leaf == "weight_packed":
-            count += int(model.get_submodule(owner).weight_shape.prod())
-        else:
-            state = getattr(parameter, "quant_state", None)
-            count += math.prod(state.shape) if state is not None else parameter.numel()
-    return count
+    named = ((name.rpartition("."), parameter) for name, parameter in model.named_parameters())
+    return sum(weights_in(model.get_submodule(owner), leaf, parameter) for (owner, _, leaf), parameter in named)
+
+
+def weights_in(owner: "nn.Module", leaf: str, parameter: "torch.Tensor") -> int:
+    """How many weights a module's parameter of this name stands for; none where it is what packed weights bring along."""
+    if leaf in ("weight_scale", "weight_zero_point", "weight_shape", "input_scale", "input_zero_point"):
+        return 0
+    if leaf == "weight_packed":
+        return int(owner.weight_shape.prod())  # type: ignore[operator]
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state is not None else parameter.numel()
 
 
 def local_folder(source: Source) -> Path:

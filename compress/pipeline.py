@@ -2,6 +2,7 @@
 
 import secrets
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from compress import data, methods, model
 from compress.benchmark import isolate
 from compress.benchmark.statistics import corpus_value
 from compress.errors import DeviceError, InputError, ModelError, RunError
+from compress.inspection.findings import Inspection
 from compress.methods import Example, TrainSettings, quiet
 from compress.model import Source
 from compress.process import Child, Progress
@@ -68,6 +70,27 @@ def check(report: Report, against: Report | None = None) -> Report:
         verdict.require_comparable(report, against)
         baseline = against.candidate.model_copy(update={"role": "baseline"})
     return _judged(report, baseline, report.candidate, same_run=against is None)
+
+
+def inspect(
+    model_id: str, task: str | None = None, device: str = "auto", batch_size: int = 1, tokens: int | None = None, progress: Progress = quiet
+) -> Inspection:
+    """Look at a model, a folder or a hub id: where its parameters are, how many are near zero, where the time of a forward pass goes.
+
+    task      seq2seq, causal-lm or sequence-classification; None takes what the model's config says
+    tokens    the length of each input, the decoder's too; None takes 128, or all that fit where the model has less room
+
+    Raises CompressError.
+    """
+    for name, value in (("--batch-size", batch_size), ("--tokens", tokens)):
+        if value is not None and value < 1:
+            raise InputError(f"{name} {value}: a number from 1 on is wanted")
+    if task is not None and task not in model.AUTO:
+        raise InputError(f"--task {task}: there is no such task; allowed are {', '.join(model.AUTO)}")
+    source = model.pinned(Source(model.locate(model_id, Path()), task or ""))
+    with tempfile.TemporaryDirectory() as folder, Child("compress.inspection.measure", Path(folder) / "log", progress) as child:
+        found = child.ask("inspect", source=asdict(source), device=device, batch_size=batch_size, tokens=tokens)
+    return Inspection.model_validate({"model": model_id, **found})
 
 
 def _refuse(recipe: Recipe, device: str) -> None:

@@ -1,5 +1,6 @@
 """What people see in a terminal: progress bars with time left on stderr, tables on stdout."""
 
+import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -13,13 +14,15 @@ from rich.table import Table
 
 from compress import process
 from compress.errors import printable
+from compress.inspection.findings import NORMAL, Inspection, Part, grouped
 from compress.report.compare import cells, columns, rows
 from compress.report.layers import line
-from compress.report.numbers import change, figure, verdict_words
+from compress.report.numbers import change, count, figure, scaled, verdict_words
 from compress.report.write import shown
 from compress.results import Report
 
 COLOURS = {"pass": "green", "fail": "red", "cannot_tell": "yellow"}
+WIDE = 110  # columns from which on every column of an inspection fits
 
 
 @contextmanager
@@ -109,6 +112,57 @@ def show_methods(found: Sequence[dict[str, Any]]) -> None:
             told.append(f"[yellow]Install with: {_shown(_install(method))}[/]")
         display.add_row(f"{_shown(name)}\n[dim]{devices}; {there}[/]", "\n".join(told), end_section=True)
     _Console().print(display)
+
+
+def show_inspection(found: Inspection, every: bool) -> None:
+    """Where a model's parameters, near-zero weights and time are: a row a layer, or a row for layers that differ in numbers only."""
+    console = _Console()
+    wide = console.width >= WIDE
+    header = ["layer", "params", "% of all", "size", "zero %", "<0.01 %", "<0.1 %", "<0.5 %", "time %"]
+    hidden = () if wide else (header.index("size"), header.index("<0.01 %"))
+
+    def cells(name: str, part: Part) -> list[str]:
+        near = (part.zero, part.below_hundredth, part.below_tenth, part.below_half)
+        row = [name, count(part.parameters), _percent(part.parameter_share), scaled(part.bytes, "bytes"), *map(_percent, near)]
+        return [cell for number, cell in enumerate([*row, _percent(part.time_share)]) if number not in hidden]
+
+    names = [name.replace(" ", "\n", 1) for number, name in enumerate(header) if number not in hidden]
+    display = _table(*names, right=range(1, len(names)))
+    display.padding = (0, 1, 0, 0)
+    for part in found.parts if every else [row for row, _ in grouped(found.parts)]:
+        display.add_row(*cells(_shown(_broken(part.name, console.width - (64 if wide else 44))), part))
+    display.add_section()
+    display.add_row(*cells("[bold]the whole model[/]", found.whole()))
+    normal = ["[dim]a normal distribution[/]", "", "", "", "0", *(_percent(NORMAL[name]) for name in NORMAL), ""]
+    display.add_row(*(cell for number, cell in enumerate(normal) if number not in hidden))
+    title = f"{found.model}: {found.task}, {found.dtype}, {count(found.parameters)} parameters, {scaled(found.bytes, 'bytes')}"
+    console.print(f"[bold]{_shown(title)}[/]")
+    console.print(display)
+    console.print(
+        "zero, <0.1 and so on: the share of weights that are zero, or below that part of their layer's root mean square (rms)", style="dim"
+    )
+    for remark in found.remarks:
+        console.print(_shown(remark), style="yellow")
+    for sentence in found.said:
+        console.print(_shown(sentence))
+
+
+def _percent(share: float | None) -> str:
+    """A share in a column of percentages."""
+    if share is None:
+        return "-"
+    return "<0.1" if 0 < share < 0.0005 else f"{100 * share:.1f}" if share else "0"
+
+
+def _broken(name: str, width: int) -> str:
+    """A layer's name on as many lines as it needs, broken after dots and before a bracket."""
+    lines = [""]
+    for piece in re.split(r"(?<=\.)|(?= \()", name):
+        if lines[-1] and len(lines[-1] + piece) > width:
+            lines.append("  " + piece.lstrip())
+        else:
+            lines[-1] += piece
+    return "\n".join(lines)
 
 
 def _install(method: dict[str, Any]) -> str:

@@ -41,12 +41,16 @@ def remarkable(layers: Iterable[Layer]) -> list[tuple[str, int | None, str]]:
     groups: dict[tuple[int | None, str, str], list[str]] = {}
     for layer in sorted(layers, key=lambda layer: layer.bits is not None):
         if layer.bits is None or layer.remark:
-            alike = re.sub(r"(?<![^.])\d+(?![^.])", "*", layer.name)
-            groups.setdefault((layer.bits, layer.remark or "left out", alike), []).append(layer.name)
-    return [(_together(names), bits, remark) for (bits, remark, _), names in groups.items()]
+            groups.setdefault((layer.bits, layer.remark or "left out", alike(layer.name)), []).append(layer.name)
+    return [(together(names), bits, remark) for (bits, remark, _), names in groups.items()]
 
 
-def _together(names: list[str]) -> str:
+def alike(name: str) -> str:
+    """A layer's name with a star for each number, so that the same layer of every block has one name."""
+    return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
+
+
+def together(names: list[str]) -> str:
     """layers.*.fc1 (6 layers), with a star where the names differ; one name as it is."""
     if len(names) == 1:
         return names[0]

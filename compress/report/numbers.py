@@ -33,6 +33,14 @@ def scaled(value: float, unit: str) -> str:
     return f"{value:.2f}" if unit == "points" else f"{value:,.1f} {unit}"
 
 
+def count(value: int) -> str:
+    """A number of weights in short: 512, 65.5 k, 7.62 M, 8.03 G."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if value >= 0.9995 * size:  # what would be rounded to a thousand of the letter below
+            return f"{value / size:.3g} {letter}"
+    return str(value)
+
+
 def share(value: float | None) -> str:
     """A share as a percentage: 0.226 %, 5.3 %."""
     if value is None:
