@@ -20,16 +20,16 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compress.errors import MissingPackage
 
 if TYPE_CHECKING:
     from compress.model import Bundle
 
-FAMILIES = ("quantize", "prune")
+FAMILIES = ("quantize", "prune", "finetune")
 
 
 class Settings(BaseModel):
@@ -54,6 +54,26 @@ class TrainSettings(Settings):
     samples: int | None = Field(None, ge=1, description="rows of the train split; null takes all")
     max_tokens: int = Field(512, ge=1, description="each example's longest input")
     seed: int = Field(0, ge=0, lt=2**32, description="draws the rows and their order")
+
+
+class Optimisation(Settings):
+    """How weights are trained: AdamW (Loshchilov and Hutter 2019) over the examples in random order."""
+
+    learning_rate: float = Field(1e-4, gt=0, description="the highest, which the warmup ends at")
+    batch_size: int = Field(8, ge=1, description="examples a step and device")
+    accumulate: int = Field(1, ge=1, description="batches whose gradients make one step; needs less memory than a larger batch")
+    epochs: float | None = Field(None, gt=0, description="passes over the examples; 1 where steps isn't given either")
+    steps: int | None = Field(None, ge=1, description="instead of epochs")
+    warmup: float = Field(0.05, ge=0, lt=1, description="the share of the steps in which the learning rate rises from zero")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="how the learning rate falls after the warmup")
+    weight_decay: float = Field(0.0, ge=0)
+    max_grad_norm: float = Field(1.0, gt=0, description="longer gradients are shortened to this")
+
+    @model_validator(mode="after")
+    def _one_length(self) -> "Optimisation":
+        if self.epochs is not None and self.steps is not None:
+            raise ValueError(f"either epochs or steps is wanted, one of the two; these are {self.epochs:g} and {self.steps}")
+        return self
 
 
 @dataclass(frozen=True)
@@ -179,7 +199,7 @@ def made_with(method: Method) -> dict[str, str]:
     """What a method's output depends on besides model and settings: the code that makes it, and the versions of what that uses."""
     file, package = Path(cast(ModuleType, method).__file__ or ""), Path(__file__).parent
     shared = sorted([*file.parent.glob("_*.py"), *(package / "calibration").glob("*.py")])
-    code = [file, *shared, *(package / f"{name}.py" for name in ("architecture", "model", "stage"))]
+    code = [file, *shared, *(package / f"{name}.py" for name in ("architecture", "model", "stage", "training"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()
     return {"code": digest, **{name: _version(name) or "" for name in ("torch", "transformers", *method.ABOUT.packages)}}
 

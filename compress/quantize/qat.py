@@ -7,15 +7,13 @@ and 3 bits.
 """
 
 import copy
-import tempfile
 from collections.abc import Iterable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from compress.architecture import label_number
-from compress.methods import Context, Example
+from compress.methods import Context, Optimisation
 from compress.model import Bundle
 from compress.quantize._grid import PACKED, Grid, GridSettings, fit
 
@@ -111,68 +109,26 @@ def _rounded(grid: Grid, kept: "Tensor") -> Any:
 def _train(
     model: "PreTrainedModel", original: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", settings: Settings, context: Context
 ) -> None:
-    """Train what wants a gradient, in place, by Hugging Face's Trainer."""
+    """Train what wants a gradient, in place."""
     import torch
-    from torch.nn.functional import cross_entropy, kl_div, log_softmax
-    from transformers import Trainer, TrainerCallback, TrainingArguments
+    from torch.nn.functional import kl_div, log_softmax
 
-    from compress.calibration.stream import encoded, padded, without_cache
+    from compress.calibration.stream import encoded, without_cache
+    from compress.training import IGNORED, entropy, train
 
-    class Watch(TrainerCallback):  # type: ignore[misc]
-        def on_step_end(self, args: Any, state: Any, control: Any, **more: Any) -> None:
-            context.progress("training", state.global_step, settings.steps)
+    def divergence(model: Any, inputs: dict[str, Any], wanted: "Tensor") -> "Tensor":
+        real = wanted != IGNORED
+        with torch.no_grad():
+            known = original(**inputs).logits[real].float()
+        return kl_div(log_softmax(model(**inputs).logits[real].float(), -1), log_softmax(known, -1), log_target=True, reduction="sum")
 
-    class Learn(Trainer):  # type: ignore[misc]
-        def compute_loss(self, model: Any, inputs: Any, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-            model.eval()  # without dropout: rounding is noise enough
-            wanted = inputs.pop("labels")
-            logits = model(**inputs).logits
-            real = wanted != -100
-            logits, wanted = logits[real].float(), wanted[real]
-            if settings.loss == "targets":
-                loss = cross_entropy(logits, wanted)
-            else:
-                with torch.no_grad():
-                    known = original(**inputs).logits[real].float()
-                loss = kl_div(log_softmax(logits, -1), log_softmax(known, -1), log_target=True, reduction="batchmean")
-            return (loss, logits) if return_outputs else loss
+    def loss(model: Any, inputs: dict[str, Any], wanted: "Tensor") -> "Tensor":
+        model.eval()  # without dropout: rounding is noise enough
+        return (entropy if settings.loss == "targets" else divergence)(model, inputs, wanted)
 
-    def collate(rows: list[tuple[Example, list[int], list[int]]]) -> dict[str, Any]:
-        inputs = padded(model, [(ids, answer) for _, ids, answer in rows])
-        return {**inputs, "labels": _labels(model, inputs, rows, settings.loss == "targets")}
-
-    rows = encoded(model, tokenizer, context)
-    on_gpu = model.device.type == "cuda"
-    with tempfile.TemporaryDirectory() as scratch, without_cache(model), without_cache(original):
-        arguments = TrainingArguments(
-            output_dir=scratch, max_steps=settings.steps, per_device_train_batch_size=settings.batch_size, seed=settings.seed,
-            learning_rate=settings.learning_rate, lr_scheduler_type="cosine", warmup_steps=settings.steps // 20, weight_decay=0.0,
-            bf16=on_gpu, use_cpu=not on_gpu, remove_unused_columns=False, dataloader_pin_memory=False,
-            save_strategy="no", logging_strategy="no", report_to="none", disable_tqdm=True,
-        )  # fmt: skip
-        Learn(model, arguments, collate, train_dataset=rows, callbacks=[Watch()]).train()
-    model.eval()
-
-
-def _labels(
-    model: "PreTrainedModel", inputs: dict[str, Any], rows: list[tuple[Example, list[int], list[int]]], known: bool = True
-) -> "Tensor":
-    """What each position of the logits should give, -100 where it counts for nothing; for classifiers one label an example."""
-    import torch
-
-    if not model.can_generate() and not known:  # any label will do to say that the position counts
-        return torch.zeros(len(rows), dtype=torch.long, device=model.device)
-    if not model.can_generate():
-        return torch.tensor([label_number(model.config, (example.references or [""])[0]) for example, _, _ in rows], device=model.device)
-    both = model.config.is_encoder_decoder
-    labels = torch.full_like(inputs["decoder_input_ids" if both else "input_ids"], -100)
-    for row, (_, ids, answer) in zip(labels, rows, strict=True):
-        if both:
-            row[: len(answer)] = torch.tensor(answer)
-        else:  # position n gives token n + 1; plain texts are learned whole
-            start = max(len(ids) - len(answer), 1) if answer else 1
-            row[start - 1 : len(ids) - 1] = torch.tensor(ids[start:])
-    return labels
+    how = Optimisation(steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.learning_rate)
+    with without_cache(original):
+        train(model, encoded(model, tokenizer, context), how, settings.seed, context, loss, settings.loss == "targets")
 
 
 def _errors(

@@ -9,6 +9,7 @@ from compress.calibration.stream import encoded, padded
 from compress.methods import Context, Example, quiet
 from compress.model import Source, load_model
 from compress.quantize import _grid, qat
+from compress.training import labels
 from tests.conftest import TASKS
 from tests.quantize.blocks import bundle, context, examples, lively, saved
 
@@ -144,22 +145,22 @@ def test_labels_stand_where_the_logits_should_give_them(toys):
     rows = encoded(model, tokenizer, context(examples=[Example("0", "cat cat dog", ["red dog"]), Example("1", "dog red", [])]))
     inputs = padded(model, [(ids, answer) for _, ids, answer in rows])
     assert inputs["input_ids"].tolist() == [[cat, cat, dog, red, dog], [dog, red, end, 0, 0]]
-    assert qat._labels(model, inputs, rows).tolist() == [[-100, -100, red, dog, -100], [red, end, -100, -100, -100]]
+    assert labels(model, inputs, rows).tolist() == [[-100, -100, red, dog, -100], [red, end, -100, -100, -100]]
 
     made = bundle(toys["t5"], "t5")
     rows = encoded(made.model, tokenizer, context(examples=[Example("0", "cat", ["red dog"]), Example("1", "dog red cat", ["cat"])]))
     inputs = padded(made.model, [(ids, answer) for _, ids, answer in rows])
     assert inputs["decoder_input_ids"].tolist() == [[0, red, dog], [0, cat, end]]
-    assert qat._labels(made.model, inputs, rows).tolist() == [[red, dog, end], [cat, end, -100]]
+    assert labels(made.model, inputs, rows).tolist() == [[red, dog, end], [cat, end, -100]]
 
     made = bundle(toys["bert"], "bert")
     rows = encoded(made.model, tokenizer, context(examples=[Example("0", "cat", ["1"]), Example("1", "dog red", ["LABEL_0"])]))
-    assert qat._labels(made.model, {}, rows).tolist() == [1, 0]
+    assert labels(made.model, {}, rows).tolist() == [1, 0]
 
 
 def test_a_classifier_learns_from_the_original_without_labels(toys):
     told = context(examples=[Example(e.id, e.prompt, []) for e in examples()])
-    apply(bundle(toys["bert"], "bert"), "qat", told, bits=4, group_size=-1, steps=2)
+    apply(bundle(toys["bert"], "bert"), "qat", told, bits=4, group_size=-1, steps=2, batch_size=6)
     assert sum(one["bits"] == 4 for one in told.layers) == 12
 
 

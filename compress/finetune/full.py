@@ -1,0 +1,32 @@
+"""All weights are trained on the targets of the train split, or on its plain texts: recovery after pruning, or learning the task.
+
+AdamW in float32, on GPUs with products in bfloat16; stored in the dtypes it came in. Takes four times the float32 model in memory:
+weights, gradients and two states of the optimiser. Weights that pruning set to zero stay zero.
+"""
+
+from contextlib import nullcontext
+
+from compress.finetune._settings import TUNED, TuneSettings
+from compress.methods import Context
+from compress.model import Bundle
+
+ABOUT = TUNED
+
+
+class Settings(TuneSettings):
+    pass
+
+
+def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
+    """The same model with other weights.
+
+    Raises DataError where there is too little to learn from, RunError where the loss is no longer a number.
+    """
+    from compress.calibration.stream import encoded
+    from compress.training import in_float32, train, zeros_kept
+
+    model = bundle.model.requires_grad_(True)
+    rows = encoded(model, bundle.tokenizer, context)
+    with in_float32(model), zeros_kept(model) if settings.keep_zeros else nullcontext():
+        train(model, rows, settings, settings.seed, context)
+    return bundle

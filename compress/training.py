@@ -1,0 +1,242 @@
+"""Training for every family: Hugging Face's Trainer over the calibration's batches, checkpoints that outlive a kill, zeros that stay."""
+
+import math
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.pytorch_utils import Conv1D
+
+from compress.architecture import label_number
+from compress.calibration.stream import Inputs, padded, without_cache
+from compress.errors import DataError, RunError
+from compress.methods import Context, Example, Optimisation
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CHECKPOINT_SECONDS = 60.0  # what a kill costs at most, where a checkpoint is quickly written
+CHECKPOINT_SHARE = 0.05  # the share of the time that checkpoints may take where it isn't
+CURVE = 200  # points of the loss that are kept
+IGNORED = -100  # the label of a position that counts for nothing
+WHOLE = "whole"  # the file that says that a checkpoint was written to its end
+WEIGHTS = "trained.safetensors"
+
+Row = tuple[Example, list[int], list[int]]  # as `calibration.stream.encoded` gives them
+Loss = Callable[[Any, Inputs, Tensor], Tensor]  # model, inputs, labels -> the loss summed over the positions that count
+
+
+def entropy(model: Any, inputs: Inputs, wanted: Tensor) -> Tensor:
+    """Cross-entropy with the targets, summed over the positions that count."""
+    logits, real = model(**inputs).logits, wanted != IGNORED
+    return cross_entropy(logits[real].float(), wanted[real], reduction="sum")
+
+
+def train(
+    model: "PreTrainedModel", rows: list[Row], how: Optimisation, seed: int, context: Context, loss: Loss = entropy, known: bool = True
+) -> None:
+    """Train what wants a gradient, in place; goes on from the last checkpoint in `context.scratch`, and ends as if it had never stopped.
+
+    loss    is divided by the number of positions that count in all batches of a step, so accumulated batches are one larger batch
+    known   whether the targets are needed; without, examples that have none are learned from too
+
+    Raises DataError where there is too little to learn from, RunError where the loss is no longer a number.
+    """
+    rows = _learnable(model, rows) if known else rows
+    size = how.batch_size * how.accumulate
+    if len(rows) < size:
+        raise DataError(
+            f"training: the train split gives {len(rows)} examples to learn from, fewer than the {size} of one step"
+            f" (batch_size {how.batch_size} x accumulate {how.accumulate}); lower these or give more rows"
+        )
+    steps = how.steps or math.ceil((how.epochs or 1) * math.ceil(math.ceil(len(rows) / how.batch_size) / how.accumulate))
+
+    def collate(part: list[Row]) -> Inputs:
+        inputs = padded(model, [(ids, answer) for _, ids, answer in part])
+        wanted = labels(model, inputs, part, known)
+        return {**inputs, "labels": wanted, "shift_labels": wanted}  # the Trainer counts the latter where it knows them
+
+    on_gpu = model.device.type == "cuda"
+    with _folder(context) as folder, without_cache(model):
+        arguments = TrainingArguments(
+            output_dir=str(folder), max_steps=steps, per_device_train_batch_size=how.batch_size, gradient_accumulation_steps=how.accumulate,
+            learning_rate=how.learning_rate, lr_scheduler_type=_SCHEDULES[how.schedule], warmup_steps=round(how.warmup * steps),
+            weight_decay=how.weight_decay, max_grad_norm=how.max_grad_norm, seed=seed,
+            bf16=on_gpu and torch.cuda.is_bf16_supported(), use_cpu=not on_gpu,
+            remove_unused_columns=False, dataloader_pin_memory=False, include_num_input_tokens_seen="non_padding", save_strategy="no",
+            logging_steps=max(1, steps // CURVE), logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
+        )  # fmt: skip
+        watch = _Watch(context, folder if context.scratch else None)
+        learner = _Learner(loss, model, arguments, collate, train_dataset=rows, callbacks=[watch])
+        learner.remove_callback(PrinterCallback)
+        learner.train(resume_from_checkpoint=_last_checkpoint(folder))
+        learner.accelerator.unwrap_model(learner.model_wrapped, keep_fp32_wrapper=False)  # 16 bits were for training
+    model.zero_grad(set_to_none=True)
+    model.eval()
+    curve = [entry["loss"] for entry in learner.state.log_history if "loss" in entry]
+    some = max(1, len(curve) // 10)
+    first, last = (sum(part) / some for part in (curve[:some], curve[-some:]))
+    context.say(
+        f"trained {steps:,} steps of {size} on {len(rows):,} examples, {learner.state.num_input_tokens_seen:,} tokens read;"
+        f" loss {first:.3g} to {last:.3g}"
+    )
+
+
+def labels(model: "PreTrainedModel", inputs: Inputs, rows: list[Row], known: bool = True) -> Tensor:
+    """What each position of the logits should give, `IGNORED` where it counts for nothing; for classifiers one label an example."""
+    if not model.can_generate() and not known:  # any label will do to say that the position counts
+        return torch.zeros(len(rows), dtype=torch.long, device=model.device)
+    if not model.can_generate():
+        return torch.tensor([label_number(model.config, (example.references or [""])[0]) for example, _, _ in rows], device=model.device)
+    both = model.config.is_encoder_decoder
+    wanted = torch.full_like(inputs["decoder_input_ids" if both else "input_ids"], IGNORED)
+    for row, (_, ids, answer) in zip(wanted, rows, strict=True):
+        if both:
+            row[: len(answer)] = torch.tensor(answer)
+        else:  # position n gives token n + 1; plain texts are learned whole
+            start = max(len(ids) - len(answer), 1) if answer else 1
+            row[start - 1 : len(ids) - 1] = torch.tensor(ids[start:])
+    return wanted
+
+
+@contextmanager
+def in_float32(model: "PreTrainedModel") -> Iterator[None]:
+    """The model's weights in float32, where steps of a small learning rate aren't rounded away; afterwards each as it was stored."""
+    stored = {parameter: parameter.dtype for parameter in model.parameters()}
+    for parameter in stored:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in stored.items():
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def zeros_kept(model: "PreTrainedModel") -> Iterator[None]:
+    """Weights of linear layers that are zero get no gradient, so that AdamW leaves them there: zero times any weight decay is zero.
+
+    A head that is the embedding's own tensor is no layer that was pruned.
+    """
+    hooks = [weight.register_hook(_without(weight == 0)) for weight in pruned(model).values()]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def pruned(model: "PreTrainedModel") -> dict[str, Tensor]:
+    """The weights of the linear layers with at least one zero, by the layer's name."""
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items() if f"{name}.weight" not in tied}
+    return {name: weight for name, weight in weights.items() if (weight == 0).any()}
+
+
+def _without(zero: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: gradient.masked_fill(zero, 0)
+
+
+_SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
+
+
+class _Learner(Trainer):  # type: ignore[misc]
+    """The Trainer with a loss that is right when batches are accumulated, and checkpoints of what is trained alone."""
+
+    def __init__(self, loss: Loss, *given: Any, **named: Any):
+        super().__init__(*given, **named)
+        self._loss = loss
+        self.model_accepts_loss_kwargs = True  # `compute_loss` divides by all positions of a step; the Trainer must not divide again
+
+    def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
+        wanted = inputs.pop("labels")
+        del inputs["shift_labels"]
+        # gradients are averaged over processes, while the positions were counted over all
+        return self._loss(model, inputs, wanted) / num_items_in_batch * self.args.world_size
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        folder = Path(output_dir or self.args.output_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file({name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}, folder / WEIGHTS)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
+        with torch.no_grad():
+            for name, parameter in self.model.named_parameters():
+                if parameter.requires_grad:
+                    parameter.copy_(saved[name])
+
+
+class _Watch(TrainerCallback):  # type: ignore[misc]
+    """Tells the progress, stops a loss that is no number, and says when to write a checkpoint.
+
+    folder   where checkpoints go, None for none
+    """
+
+    def __init__(self, context: Context, folder: Path | None):
+        self._context, self._folder = context, folder
+        self._pause, self._last, self._begun = CHECKPOINT_SECONDS, time.monotonic(), 0.0
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        self._context.progress("training", state.global_step, state.max_steps)
+        if self._folder and state.global_step < state.max_steps and time.monotonic() - self._last >= self._pause:
+            control.should_save, self._begun = True, time.monotonic()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        loss = state.log_history[-1].get("loss", 0.0)
+        if not math.isfinite(loss):
+            raise RunError(
+                f"training: the loss became {loss} by step {state.global_step} of {state.max_steps};"
+                f" learning_rate {args.learning_rate:g} may be too high for this model, lower it"
+            )
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        assert self._folder
+        made = self._folder / f"checkpoint-{state.global_step}"
+        (made / WHOLE).touch()
+        for other in self._folder.glob("checkpoint-*"):
+            if other != made:
+                shutil.rmtree(other)
+        self._last = time.monotonic()
+        self._pause = max(CHECKPOINT_SECONDS, (self._last - self._begun) / CHECKPOINT_SHARE)
+
+
+def _learnable(model: "PreTrainedModel", rows: list[Row]) -> list[Row]:
+    """The examples that say what to learn: for a decoder all, its texts are targets themselves; else those with a target."""
+    if model.can_generate() and not model.config.is_encoder_decoder:
+        return rows
+    found = [row for row in rows if any(row[0].references[:1])]
+    if not found:
+        raise DataError(f"training: none of the {len(rows)} examples of the train split has a target; look at data.target")
+    return found
+
+
+@contextmanager
+def _folder(context: Context) -> Iterator[Path]:
+    if context.scratch:
+        context.scratch.mkdir(parents=True, exist_ok=True)
+        yield context.scratch
+        return
+    with tempfile.TemporaryDirectory() as made:
+        yield Path(made)
+
+
+def _last_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; what a kill left half-written goes."""
+    whole: dict[int, Path] = {}
+    for path in folder.glob("checkpoint-*"):
+        if (path / WHOLE).exists():
+            whole[int(path.name.rsplit("-", 1)[-1])] = path
+        else:
+            shutil.rmtree(path)
+    return str(whole[max(whole)]) if whole else None
