@@ -5,6 +5,7 @@ together and how many parameters are left) follows from it. torch-pruning finds 
 attention and does not know GPT-2's Conv1D (1.6.1), so the tables are written out; a layer that is in none is refused.
 """
 
+import copy
 import math
 import re
 from collections import Counter
@@ -159,6 +160,19 @@ class Coupling:
             here = [dimension_of(axis) for axis in axes if axis]
             total += number * math.prod(kept[d] for d in here) // math.prod(self.sizes[d] for d in here)
         return total
+
+    def describable(self, kept: Mapping[str, int]) -> bool:
+        """Whether the config's own class lets it say so; Llama's wants a width that its heads divide, whatever their size."""
+        from huggingface_hub.errors import StrictDataclassError
+
+        config = copy.copy(self.config)
+        try:
+            for key, value in self.described(kept).items():
+                setattr(config, key, value)
+            config.validate()
+        except StrictDataclassError:
+            return False
+        return True
 
     def described(self, kept: Mapping[str, int]) -> dict[str, int]:
         """The config's keys with so many units of each dimension."""

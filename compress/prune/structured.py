@@ -56,10 +56,11 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     indices = {}
     for group, scores in _scores(bundle, coupling, settings, context).items():
         dimension, where = group
+        if kept[dimension] == coupling.sizes[dimension]:
+            continue
         if not scores.isfinite().all():
             raise BrokenPromise(f"{where or 'the model'}: the scores of its {dimension} are inf or NaN; model.dtype: float32 may help")
-        if kept[dimension] < coupling.sizes[dimension]:
-            indices[group] = scores.argsort(descending=True, stable=True)[: kept[dimension]].sort().values
+        indices[group] = scores.argsort(descending=True, stable=True)[: kept[dimension]].sort().values
     state = {name: coupling.cut(name, weight, indices) if name in coupling.axes else weight for name, weight in model.state_dict().items()}
     _same_scale(model, state, kept[WIDTH] / coupling.sizes[WIDTH])
     config = copy.deepcopy(model.config)
@@ -134,6 +135,8 @@ def _options(coupling: Coupling, settings: Settings, allowed: set[str]) -> Itera
         outer = list(itertools.product(heads, stepped(WIDTH)))
     channels = stepped(CHANNELS)
     for count, width in outer:
+        if not coupling.describable({WIDTH: width, HEADS: count, CHANNELS: channels[-1]}):
+            continue
         low, high = (coupling.count({WIDTH: width, HEADS: count, CHANNELS: end}) for end in (channels[0], channels[-1]))
         place = 0 if low == high else (target - low) / (high - low) * (len(channels) - 1)
         nearest = {min(max(round_to(place), 0), len(channels) - 1) for round_to in (math.floor, math.ceil)}
@@ -179,6 +182,7 @@ def _same_scale(model: "PreTrainedModel", state: "dict[str, Tensor]", ratio: flo
 def _tell(
     before: "PreTrainedModel", after: "PreTrainedModel", coupling: Coupling, kept: Kept, settings: Settings, context: Context
 ) -> None:
+    """Say what was reached, and note every layer's new shape."""
     from compress.architecture import linear_layers
     from compress.prune._dense import bits
 
@@ -190,6 +194,8 @@ def _tell(
             shapes = {f"{coupling.size(key):,} -> {new[key]:,}": key for key in coupling.family.keys[dimension]}
             told = [f"{shape} ({key})" for shape, key in shapes.items()] if len(shapes) > 1 else list(shapes)
             cuts.append(f"{names[dimension]} {', '.join(told)}")
+        elif dimension in settings.cut:
+            cuts.append(f"{names[dimension]} unchanged")
     share = coupling.count(kept) / whole
     context.say(f"kept {share:.1%} of {whole:,} parameters (asked: {settings.keep:.1%}): {', '.join(cuts)}")
     layers, heads = linear_layers(before, None)
