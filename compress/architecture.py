@@ -108,14 +108,15 @@ def as_linear(model: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def block_stacks(model: "PreTrainedModel") -> "dict[str, nn.ModuleList]":
-    """The lists of blocks in the order they are run: outermost module lists of one class with linear layers inside."""
+    """The lists of blocks in the order they are run: outermost module lists of one class with linear layers inside, Conv1D among them."""
     from torch import nn
+    from transformers.pytorch_utils import Conv1D
 
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
             same = len({type(block) for block in module}) == 1
-            if same and any(isinstance(part, nn.Linear) for part in module.modules()):
+            if same and any(isinstance(part, nn.Linear | Conv1D) for part in module.modules()):
                 found[name] = module
     return found
 

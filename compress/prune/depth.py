@@ -1,0 +1,174 @@
+"""Depth: whole blocks go, those that change their input least, so that every step runs through fewer.
+
+Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect": a block's influence is 1 minus the mean
+cosine similarity of the hidden states before and behind it, here over the real tokens of the calibration examples, all measured on the
+whole model. On any model made of blocks; each stack of an encoder-decoder by itself. Best followed by some training.
+"""
+
+import copy
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, model_validator
+
+from compress import methods
+from compress.errors import BrokenPromise, InputError, ModelError
+from compress.methods import About, Context
+from compress.model import Bundle
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+    from transformers import PreTrainedModel
+
+ABOUT = About(at_run_time="fewer blocks one after the other; embeddings and the head take as long as before", calibrated=True)
+
+
+class Stacks(methods.Settings):
+    encoder: int = Field(0, ge=0, description="blocks of the encoder that go")
+    decoder: int = Field(0, ge=0, description="blocks of the decoder that go")
+
+    @model_validator(mode="after")
+    def _some(self) -> "Stacks":
+        if not self.encoder and not self.decoder:
+            raise ValueError("nothing to drop: give encoder, decoder or both a number above 0")
+        return self
+
+
+class Settings(methods.Settings):
+    drop: Annotated[int, Field(ge=1)] | Stacks = Field(
+        description="how many blocks go: of every stack, or as {encoder: 2, decoder: 4} of each"
+    )
+
+
+def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
+    """The model with fewer blocks, renumbered, and a config that says so.
+
+    Raises InputError where a stack would be emptied or isn't there, ModelError where blocks or their config can't be found, DataError
+    when there is nothing to calibrate on.
+    """
+    from compress.prune._rebuilt import rebuilt
+
+    model = bundle.model
+    stacks = _stacks(model)
+    going = {role: _going(role, name, len(blocks), settings, model) for role, (name, blocks) in stacks.items()}
+    influences = _influences(bundle, {role: blocks for role, (_, blocks) in stacks.items()}, context)
+    config, state = copy.deepcopy(model.config), dict(model.state_dict())
+    for role, (name, blocks) in stacks.items():
+        scores = influences[role]
+        dropped = set(sorted(range(len(blocks)), key=lambda index: scores[index])[: going[role]])
+        kept = [index for index in range(len(blocks)) if index not in dropped]
+        told = ", ".join(f"{n} {score:.3g}{' (dropped)' if n in dropped else ''}" for n, score in enumerate(scores))
+        context.say(f"block influence in {name}, {len(blocks)} -> {len(kept)} blocks: {told}")
+        if dropped:
+            _shorten(config, role, len(blocks), kept)
+            state = _renumbered(state, name, kept)
+    return bundle.holding(rebuilt(model, config, state))
+
+
+def _stacks(model: "PreTrainedModel") -> "dict[str, tuple[str, nn.ModuleList]]":
+    """The name and blocks of each stack, by its role: encoder and decoder, or blocks where there is one.
+
+    Raises ModelError where there are none, or others.
+    """
+    from compress.architecture import block_stacks
+    from compress.calibration.stream import is_encoder
+
+    both = bool(model.config.is_encoder_decoder)
+    found: dict[str, tuple[str, nn.ModuleList]] = {}
+    for name, blocks in block_stacks(model).items():
+        role = "blocks" if not both else "encoder" if is_encoder(model, blocks) else "decoder"
+        if role in found:
+            raise ModelError(f"{type(model).__name__}: {found[role][0]} and {name} both hold blocks; which are run when is not known")
+        found[role] = name, blocks
+    if not found:
+        raise ModelError(f"{type(model).__name__} has no blocks to drop")
+    if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
+        raise ModelError(
+            f"{type(model).__name__}: attention is scaled by a block's number (scale_attn_by_inverse_layer_idx), which changes"
+        )
+    return found
+
+
+def _going(role: str, name: str, blocks: int, settings: Settings, model: "PreTrainedModel") -> int:
+    """How many blocks of a stack go."""
+    if isinstance(settings.drop, int):
+        number = settings.drop
+    elif role == "blocks":
+        raise InputError(f"drop: {type(model).__name__} has one stack of {blocks} blocks, {name}; say drop: and a number below {blocks}")
+    else:
+        number = settings.drop.encoder if role == "encoder" else settings.drop.decoder
+    if number >= blocks:
+        raise InputError(f"drop: {number} of the {blocks} blocks of {name} would leave none; at most {blocks - 1} can go")
+    return number
+
+
+def _influences(bundle: Bundle, stacks: "dict[str, nn.ModuleList]", context: Context) -> dict[str, list[float]]:
+    """1 - mean cosine similarity of what goes into each block and what comes out, over real tokens."""
+    import torch
+
+    from compress.calibration.stream import batches, without_cache
+
+    model = bundle.model
+    alike = {role: [0.0] * len(blocks) for role, blocks in stacks.items()}
+    tokens, real = dict.fromkeys(stacks, 0), dict["str", "Tensor"]()
+
+    def hook_of(role: str, index: int) -> Callable[..., None]:
+        def hook(block: "nn.Module", args: tuple[Any, ...], out: Any) -> None:
+            behind = out[0] if isinstance(out, tuple) else out
+            given, made = (states[real[role]].float() for states in (args[0], behind))
+            alike[role][index] += float(torch.cosine_similarity(given, made, dim=-1).double().sum())
+
+        return hook
+
+    handles = [block.register_forward_hook(hook_of(role, n)) for role, blocks in stacks.items() for n, block in enumerate(blocks)]
+    try:
+        with torch.no_grad(), without_cache(model):
+            examples = batches(model, bundle.tokenizer, context)
+            for done, inputs in enumerate(examples):
+                context.progress("measuring each block's influence", done, len(examples))
+                for role in stacks:
+                    real[role] = inputs["decoder_attention_mask" if role == "decoder" else "attention_mask"].bool()
+                    tokens[role] += int(real[role].sum())
+                model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    found = {role: [1 - total / tokens[role] for total in totals] for role, totals in alike.items()}
+    if any(math.isnan(score) for scores in found.values() for score in scores):
+        raise BrokenPromise(f"{type(model).__name__}: hidden states are NaN on the calibration data; model.dtype: float32 may help")
+    return found
+
+
+def _shorten(config: Any, role: str, blocks: int, kept: list[int]) -> None:
+    """Have a config say how many blocks are left, and keep their part of what it says block by block (`layer_types`)."""
+    keys = {
+        "encoder": ("encoder_layers", "num_layers"),
+        "decoder": ("num_decoder_layers", "decoder_layers"),
+        "blocks": ("num_hidden_layers",),
+    }[role]
+    key = next((key for key in keys if getattr(config, key, None) == blocks), None)
+    if key is None:
+        raise ModelError(f"{config.model_type}: its config has no {' or '.join(keys)} that is the number of its blocks, {blocks}")
+    for name, value in config.to_dict().items():
+        if "layer" in name and isinstance(value, list) and len(value) == blocks and role == "blocks":
+            setattr(config, name, [value[index] for index in kept])
+    setattr(config, key, len(kept))
+    if hasattr(config, "num_decoder_layers"):
+        # transformers makes a cache for as many blocks as `decoder_layers` says; T5's config has none, and then the encoder's number counts
+        config.decoder_layers = config.num_decoder_layers
+
+
+def _renumbered(state: "dict[str, Tensor]", stack: str, kept: list[int]) -> "dict[str, Tensor]":
+    """The weights of the blocks that are kept by their new numbers, and all else. T5's first block keeps the position bias of its stack."""
+    new = {}
+    for name, weight in state.items():
+        if not name.startswith(f"{stack}."):
+            new[name] = weight
+            continue
+        number, _, rest = name.removeprefix(f"{stack}.").partition(".")
+        if int(number) in kept:
+            new[f"{stack}.{kept.index(int(number))}.{rest}"] = weight
+        elif number == "0" and rest.endswith("relative_attention_bias.weight"):
+            new.setdefault(f"{stack}.0.{rest}", weight)  # a block with a bias of its own, coming later, takes its place
+    return new

@@ -1,0 +1,172 @@
+"""Blocks that do nothing are the ones that go, and what is left computes what it did, with a cache too."""
+
+import json
+from itertools import pairwise
+
+import pytest
+import torch
+import transformers
+from transformers.pytorch_utils import Conv1D
+
+from compress.architecture import block_stacks
+from compress.calibration.stream import batches
+from compress.errors import DataError, InputError, ModelError
+from compress.methods import Context, Example, quiet
+from compress.prune import depth
+from compress.results import NOTES
+from tests.conftest import TASKS
+from tests.prune.models import SEEN, alike, bundle, elsewhere, greedy, logits, run, stored, wide
+
+KINDS = list(TASKS)
+# What writes into the residual stream; without it a block hands its input on. Behind BART's and BERT's blocks stands a norm, which would not.
+WRITERS = (
+    "SelfAttention.o",
+    "EncDecAttention.o",
+    "wo",
+    "out_proj",
+    "fc2",
+    "o_proj",
+    "down_proj",
+    "c_proj",
+    "attention.output.dense",
+    "output.dense",
+)
+
+
+def plant(block):
+    for name, layer in block.named_modules():
+        if isinstance(layer, torch.nn.Linear | Conv1D) and name.endswith(WRITERS):
+            layer.weight.data.zero_()
+            if layer.bias is not None:
+                layer.bias.data.zero_()
+
+
+def still_norms(model):
+    """The norms of models that have them behind their blocks do nothing to what is normed, as far as eps allows."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.LayerNorm):
+            module.weight.data.fill_(1)
+            module.bias.data.zero_()
+            module.eps = 0.0
+
+
+def pruned(folder, kind, drop):
+    context = Context("cpu", quiet, [Example(**row) for row in SEEN], 32)
+    return depth.apply(bundle(folder, kind), depth.Settings(drop=drop), context).model, context
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("place", [0, 1, -1])
+def test_blocks_that_do_nothing_are_the_ones_that_go(tmp_path, kind, place):
+    """The first of T5's stacks is among them: its position bias has to stay."""
+    made = wide(kind)
+    if kind in ("bart", "bert"):
+        still_norms(made)
+    stacks = block_stacks(made)
+    for blocks in stacks.values():
+        plant(blocks[place])
+    folder = stored(made, tmp_path / "whole")
+    new, context = pruned(folder, kind, 1)
+    if kind in ("bart", "bert"):
+        still_norms(new)
+    left = block_stacks(new)
+    for name, blocks in stacks.items():
+        assert len(left[name]) == len(blocks) - 1
+        number = place % len(blocks)
+        said = next(said for said in context.said if name in said)
+        assert f"{number} " in said.split(": ")[1].split(" (dropped)")[0].split(", ")[-1]
+    assert alike(logits(new), logits(made))
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_influence_is_the_papers_written_out(tmp_path, kind):
+    """1 - cosine, in float64 from transformers' own hidden states, each example by itself without padding."""
+    made = bundle(stored(wide(kind), tmp_path / "whole"), kind)
+    context = Context("cpu", quiet, [Example(**row) for row in SEEN], 32)
+    stacks = {role: blocks for role, (_, blocks) in depth._stacks(made.model).items()}
+    found = depth._influences(made, stacks, context)
+    fields = {"encoder": "encoder_hidden_states", "decoder": "decoder_hidden_states", "blocks": "hidden_states"}
+    for role, scores in found.items():
+        total, tokens = torch.zeros(len(scores) - 1, dtype=torch.float64), 0
+        for row in SEEN:
+            (inputs,) = batches(made.model, made.tokenizer, Context("cpu", quiet, [Example(**row)], 32))
+            with torch.no_grad():
+                out = made.model(**inputs, output_hidden_states=True)
+            mask = inputs["decoder_attention_mask" if role == "decoder" else "attention_mask"].bool()
+            states = [states[mask].double() for states in out[fields[role]][:-1]]  # the last is behind a norm
+            total += torch.stack([torch.nn.functional.cosine_similarity(a, b, dim=-1).sum() for a, b in pairwise(states)])
+            tokens += int(mask.sum())
+        torch.testing.assert_close(torch.tensor(scores[:-1], dtype=torch.float64), 1 - total / tokens, rtol=1e-4, atol=1e-6)
+
+
+def test_they_load_without_this_package_and_say_the_same(tmp_path):
+    """Also with fewer blocks in T5's encoder than in its decoder, whose cache transformers would make too short."""
+    drops = {"t5": {"encoder": 2}, "bart": {"encoder": 1, "decoder": 3}, "llama": 2, "gpt2": 2, "bert": 3}
+    made, targets = {}, {}
+    for kind in KINDS:
+        folder = stored(wide(kind), tmp_path / f"{kind}-whole")
+        targets[kind] = run("depth", kind, folder, tmp_path / kind, drop=drops[kind])
+        made[kind], _ = pruned(folder, kind, drops[kind])
+        said = json.loads((targets[kind] / NOTES).read_text())["said"]
+        wanted = drops[kind] if isinstance(drops[kind], dict) else {"blocks": drops[kind]}
+        assert " ".join(said).count("(dropped)") == sum(wanted.values())
+    assert {name: len(blocks) for name, blocks in block_stacks(made["bart"]).items()} == {
+        "model.encoder.layers": 2,
+        "model.decoder.layers": 1,
+    }
+    for kind, (found, tokens) in elsewhere(targets, tmp_path).items():
+        assert alike(found, logits(made[kind])), kind
+        assert tokens == greedy(made[kind]), kind
+
+
+def test_generation_with_a_cache_says_what_it_says_without(tmp_path):
+    for kind, drop in (("llama", 2), ("gpt2", 1), ("t5", {"encoder": 3}), ("bart", {"decoder": 2})):
+        new, _ = pruned(stored(wide(kind), tmp_path / kind), kind, drop)
+        ids = torch.arange(3, 13)[None]
+        asked = {"attention_mask": torch.ones_like(ids), "do_sample": False, "max_new_tokens": 12, "pad_token_id": 0}
+        assert new.generate(ids, use_cache=True, **asked).tolist() == new.generate(ids, use_cache=False, **asked).tolist(), kind
+
+
+def test_lists_that_have_an_entry_a_block_are_cut_alike(tmp_path):
+    """Qwen's sliding windows stay with their blocks."""
+    config = transformers.Qwen2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
+        max_position_embeddings=64, use_sliding_window=True, sliding_window=4, max_window_layers=2, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    made = transformers.AutoModelForCausalLM.from_config(config)
+    for block in (1, 2):
+        plant(made.model.layers[block])
+    new, _ = pruned(stored(made, tmp_path / "whole"), "llama", 2)
+    assert new.config.layer_types == ["full_attention", "sliding_attention"]
+    torch.testing.assert_close(logits(new), logits(made), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("kind", "drop", "message"),
+    [
+        ("llama", 4, r"drop: 4 of the 4 blocks of model\.layers would leave none; at most 3 can go"),
+        ("t5", {"decoder": 3}, r"drop: 3 of the 3 blocks of decoder\.block would leave none"),
+        ("gpt2", {"decoder": 1}, r"GPT2LMHeadModel has one stack of 4 blocks, transformer\.h; say drop: and a number below 4"),
+    ],
+)
+def test_what_cannot_be_dropped_is_refused(tmp_path, kind, drop, message):
+    with pytest.raises(InputError, match=message):
+        run("depth", kind, stored(wide(kind), tmp_path / "whole"), tmp_path / "made", drop=drop)
+    assert not (tmp_path / "made").exists()
+
+
+def test_without_examples_it_is_refused(tmp_path):
+    with pytest.raises(DataError, match="no example"):
+        run("depth", "llama", stored(wide("llama"), tmp_path / "whole"), tmp_path / "made", seen=[], drop=1)
+
+
+def test_attention_scaled_by_the_number_of_its_block_is_refused(tmp_path):
+    folder = stored(wide("gpt2", scale_attn_by_inverse_layer_idx=True), tmp_path / "whole")
+    with pytest.raises(ModelError, match="scale_attn_by_inverse_layer_idx"):
+        pruned(folder, "gpt2", 1)
+
+
+@pytest.mark.parametrize("drop", [0, -1, {}, {"encoder": 0, "decoder": 0}, {"encodr": 1}])
+def test_settings_that_drop_nothing_are_refused(drop):
+    with pytest.raises(ValueError, match="drop"):
+        depth.Settings(drop=drop)

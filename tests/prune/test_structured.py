@@ -1,0 +1,347 @@
+"""Heads, channels and width go, and what is left computes what it did: against models in which the units that go were zero."""
+
+import json
+
+import pytest
+import torch
+import transformers
+from torch.nn.functional import layer_norm
+from transformers.pytorch_utils import Conv1D
+
+from compress.errors import BrokenPromise, DataError, InputError, ModelError
+from compress.methods import Context, Example, quiet
+from compress.model import AUTO, parameter_count
+from compress.prune import structured
+from compress.results import NOTES
+from tests.conftest import TASKS
+from tests.prune.models import SEEN, alike, bundle, elsewhere, greedy, logits, run, stored, wide
+
+KINDS = list(TASKS)
+CUTS = [["channels"], ["channels", "heads"], ["channels", "heads", "width"]]
+
+
+def pruned(folder, kind, **settings):
+    """The model in memory, and what was said about it."""
+    context = Context("cpu", quiet, [Example(**row) for row in SEEN], 32)
+    return structured.apply(bundle(folder, kind), structured.Settings(**settings), context).model, context
+
+
+# What each architecture's layers are called, written down apart from the method's own table: queries, keys and values; what gathers the
+# heads; the feed-forward's inner and outer layers; what else reads the hidden states; tables of embeddings; norms.
+NAMES = {
+    "t5": ("q k v", "o", "wi_0 wi_1", "wo", "", "shared", "layer_norm final_layer_norm"),
+    "bart": (
+        "q_proj k_proj v_proj", "out_proj", "fc1", "fc2", "", "shared embed_positions",
+        "layernorm_embedding self_attn_layer_norm encoder_attn_layer_norm final_layer_norm",
+    ),
+    "llama": ("q_proj k_proj v_proj", "o_proj", "gate_proj up_proj", "down_proj", "", "embed_tokens", "input_layernorm post_attention_layernorm norm"),
+    "gpt2": ("c_attn", "attn.c_proj", "c_fc", "mlp.c_proj", "", "wte wpe", "ln_1 ln_2 ln_f"),
+    "bert": (
+        "query key value", "attention.output.dense", "intermediate.dense", "output.dense", "classifier",
+        "word_embeddings position_embeddings token_type_embeddings", "LayerNorm",
+    ),
+}  # fmt: skip
+
+
+def layers(made, kind, which):
+    ends = NAMES[kind][which].split()
+    return {
+        name: module
+        for name, module in made.named_modules()
+        if any(f".{name}".endswith(f".{end}") for end in ends) and not (which == 3 and "attention" in name)
+    }
+
+
+def rows(layer):
+    """A layer's weight with its outputs as rows; a view."""
+    return layer.weight.data.t() if isinstance(layer, Conv1D) else layer.weight.data
+
+
+def clear(layer, outputs=(), inputs=()):
+    rows(layer)[list(outputs)] = 0
+    rows(layer)[:, list(inputs)] = 0
+    if getattr(layer, "bias", None) is not None:
+        layer.bias.data[list(outputs)] = 0
+
+
+def block_of(name):
+    """encoder.block.3.layer.0.SelfAttention.q -> (encoder.block, 3)"""
+    parts = name.split(".")
+    at = next(n for n, part in enumerate(parts) if part.isdigit())
+    return ".".join(parts[:at]), int(parts[at])
+
+
+def plant_channels(made, kind):
+    """A quarter of the channels of each block is zero, others in each."""
+    for name, layer in layers(made, kind, 2).items():
+        clear(layer, outputs=chosen(block_of(name), rows(layer).shape[0], rows(layer).shape[0] // 4))
+    for name, layer in layers(made, kind, 3).items():
+        clear(layer, inputs=chosen(block_of(name), rows(layer).shape[1], rows(layer).shape[1] // 4))
+
+
+def parameters_of(made, kind, *which):
+    return sum(layer.weight.numel() for each in which for layer in layers(made, kind, each).values())
+
+
+def chosen(key, size, count):
+    generator = torch.Generator().manual_seed(sum(map(ord, str(key))))
+    return torch.randperm(size, generator=generator)[:count].tolist()
+
+
+def plant_heads(made, kind, count, heads):
+    """So many heads (groups of them for Llama) of each attention are zero, others in each; for T5's self-attention others in each stack."""
+
+    def units(name, size, parts=1):
+        stack, block = block_of(name)
+        cross = "EncDecAttention" in name or "encoder_attn" in name
+        key = (stack,) if kind == "t5" and not cross else (stack, block, cross)
+        each = size // heads // parts
+        return [p * size // parts + unit * each + n for p in range(parts) for unit in chosen(key, heads, count) for n in range(each)]
+
+    for name, layer in layers(made, kind, 0).items():
+        clear(layer, outputs=units(name, rows(layer).shape[0], 3 if kind == "gpt2" else 1))
+    for name, layer in layers(made, kind, 1).items():
+        clear(layer, inputs=units(name, rows(layer).shape[1]))
+
+
+def plant_width(made, kind, gone):
+    """These hidden units are zero everywhere; norms count the others alone."""
+    left = [unit for unit in range(64) if unit not in gone]
+    for which in (0, 2, 4):
+        for layer in layers(made, kind, which).values():
+            clear(layer, inputs=gone)
+    for which in (1, 3):
+        for layer in layers(made, kind, which).values():
+            clear(layer, outputs=gone)
+    if kind == "bert":
+        clear(made.bert.pooler.dense, outputs=gone, inputs=gone)
+    for table in layers(made, kind, 5).values():
+        table.weight.data[:, gone] = 0
+    for norm in layers(made, kind, 6).values():
+        clear_norm(norm, gone, left)
+
+
+def clear_norm(norm, gone, left):
+    norm.weight.data[gone] = 0
+    bias = getattr(norm, "bias", None)
+    if bias is not None:
+        bias.data[gone] = 0
+
+    def forward(states):
+        out = torch.zeros_like(states)
+        if bias is not None:
+            out[..., left] = layer_norm(states[..., left], (len(left),), norm.weight[left], bias[left], norm.eps)
+        else:
+            mean = states[..., left].square().mean(dim=-1, keepdim=True)
+            out = norm.weight * states * torch.rsqrt(mean + norm.variance_epsilon)
+        return out
+
+    norm.forward = forward
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("cut", CUTS, ids="-".join)
+@pytest.mark.parametrize("keep", [0.8, 0.6])
+def test_the_share_of_parameters_is_met_and_told(tmp_path, kind, cut, keep):
+    folder = stored(wide(kind), tmp_path / "whole")
+    whole = parameter_count(bundle(folder, kind).model)
+    if kind == "bart" and keep == 0.6 and "width" not in cut:  # half of it is attention
+        with pytest.raises(InputError, match="can't be reached by cutting channels 128"):
+            pruned(folder, kind, cut=cut, keep=keep, multiple=4)
+        return
+    target = run("structured", kind, folder, tmp_path / "made", cut=cut, keep=keep, multiple=4)
+    left = parameter_count(bundle(target, kind).model)
+    assert left == pytest.approx(keep * whole, rel=0.02)
+    said = " ".join(json.loads((target / NOTES).read_text())["said"])
+    assert f"kept {left / whole:.1%} of {whole:,} parameters (asked: {keep:.1%}): feed-forward channels " in said
+    assert ("so all heads stay" in said) == (cut == ["channels", "heads"] and kind in ("bart", "gpt2", "bert"))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("importance", ["magnitude", "taylor"])
+def test_channels_that_do_nothing_are_the_ones_that_go(tmp_path, kind, importance):
+    made = wide(kind)
+    plant_channels(made, kind)
+    folder = stored(made, tmp_path / "whole")
+    keep = 1 - parameters_of(made, kind, 2, 3) / 4 / parameter_count(made)
+    new, _ = pruned(folder, kind, cut=["channels"], keep=keep, importance=importance)
+    assert parameter_count(new) == pytest.approx(keep * parameter_count(made), rel=0.005)
+    assert alike(logits(new), logits(made))
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize("importance", ["magnitude", "taylor"])
+def test_heads_that_do_nothing_are_the_ones_that_go(tmp_path, kind, importance):
+    """T5's position bias keeps its columns of the heads that stay; Llama's groups of queries go with their keys and values."""
+    made = wide(kind)
+    plant_heads(made, kind, 2, made.config.num_key_value_heads if kind == "llama" else 8)
+    folder = stored(made, tmp_path / "whole")
+    share = 2 / (4 if kind == "llama" else 8)
+    new, _ = pruned(
+        folder, kind, cut=["heads"], keep=1 - parameters_of(made, kind, 0, 1) * share / parameter_count(made), importance=importance
+    )
+    assert new.config.num_attention_heads == (4 if kind == "llama" else 6)
+    assert alike(logits(new), logits(made))
+
+
+def test_t5s_self_attention_keeps_the_heads_that_its_position_bias_keeps(tmp_path):
+    """One choice for each stack, whose bias is made in the first block; cross-attention chooses in each block."""
+    made = wide("t5")
+    new, _ = pruned(stored(made, tmp_path / "whole"), "t5", cut=["heads"], keep=0.8)
+    left = new.config.num_heads
+    assert left < 8
+
+    def heads(before, after):
+        old, now = before.q.weight.view(8, 8, 64), after.q.weight.view(left, 8, 64)
+        return [next(head for head in range(8) if torch.equal(old[head], kept)) for kept in now]
+
+    choices = {}
+    for name in ("encoder", "decoder"):
+        stacks = getattr(made, name).block, getattr(new, name).block
+        (choices[name],) = {tuple(heads(old.layer[0].SelfAttention, now.layer[0].SelfAttention)) for old, now in zip(*stacks, strict=True)}
+        old, now = (stack[0].layer[0].SelfAttention.relative_attention_bias.weight for stack in stacks)
+        assert torch.equal(now, old[:, list(choices[name])])
+    pairs = zip(made.decoder.block, new.decoder.block, strict=True)
+    crossing = {tuple(heads(old.layer[1].EncDecAttention, now.layer[1].EncDecAttention)) for old, now in pairs}
+    assert len({*choices.values(), *crossing}) > 2
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_width_that_does_nothing_is_what_goes(tmp_path, kind):
+    """With as many heads where the config binds them. Against the whole model with norms over the units that stay."""
+    made, bound = wide(kind), kind in ("bart", "gpt2", "bert")
+    gone = chosen("width", 64, 16)
+    plant_width(made, kind, gone)
+    if bound:
+        plant_heads(made, kind, 2, 8)
+    folder = stored(made, tmp_path / "whole")
+    keep = 0.75  # all weights but some biases have a width; where heads are bound to it, attention has it on both sides
+    if bound:
+        both = parameters_of(made, kind, 0, 1) + (made.bert.pooler.dense.weight.numel() if kind == "bert" else 0)
+        keep -= 0.75 * 0.25 * both / parameter_count(made)
+    new, _ = pruned(folder, kind, cut=["width"], keep=keep)
+    assert new.config.hidden_size == 48
+    assert parameter_count(new) == pytest.approx(keep * parameter_count(made), rel=0.01)
+    assert alike(logits(new), logits(made))
+
+
+def test_they_load_without_this_package_and_say_the_same(tmp_path):
+    settings = {"cut": ["channels", "heads", "width"], "keep": 0.5, "importance": "taylor"}
+    made, targets = {}, {}
+    for kind in KINDS:
+        folder = stored(wide(kind), tmp_path / f"{kind}-whole")
+        targets[kind] = run("structured", kind, folder, tmp_path / kind, **settings)
+        made[kind], _ = pruned(folder, kind, **settings)
+    for kind, (found, tokens) in elsewhere(targets, tmp_path).items():
+        assert alike(found, logits(made[kind])), kind
+        assert tokens == greedy(made[kind]), kind
+
+
+def test_taylor_is_the_change_of_the_loss_written_out(tmp_path):
+    """One channel's score on one example, against weight times gradient by autograd on transformers' own loss."""
+    folder = stored(wide("llama"), tmp_path / "whole")
+    made = bundle(folder, "llama")
+    coupling = structured.Coupling(made.model)
+    context = Context("cpu", quiet, [Example("0", "the cat sat", ["on a mat"])], 32)
+    scores = structured._scores(made, coupling, structured.Settings(importance="taylor"), context)["channels", "model.layers.2"]
+    ids = made.tokenizer("the cat sat on a mat", add_special_tokens=False, return_tensors="pt").input_ids
+    model = bundle(folder, "llama").model
+    model(input_ids=ids, labels=torch.where(torch.arange(6) < 3, -100, ids)).loss.backward()
+    mlp = model.model.layers[2].mlp
+    parts = [(mlp.gate_proj.weight, 1), (mlp.up_proj.weight, 1), (mlp.down_proj.weight, 0)]
+    expected = sum((weight * weight.grad).abs().sum(dim=axis) for weight, axis in parts)
+    torch.testing.assert_close(scores, expected.detach(), rtol=1e-3, atol=1e-6)
+
+
+def test_magnitude_is_the_norm_of_all_that_belongs_to_a_head(tmp_path):
+    made = bundle(stored(wide("llama"), tmp_path / "whole"), "llama")
+    scores = structured._scores(made, structured.Coupling(made.model), structured.Settings(), Context("cpu", quiet))
+    attention = made.model.model.layers[1].self_attn
+    second = [
+        attention.q_proj.weight[16:32],
+        attention.k_proj.weight[8:16],
+        attention.v_proj.weight[8:16],
+        attention.o_proj.weight[:, 16:32],
+    ]
+    assert float(scores["heads", "model.layers.1"][1]) == pytest.approx(
+        float(torch.cat([part.flatten() for part in second]).norm()), rel=1e-5
+    )
+
+
+def test_relatives_are_cut_alike(tmp_path):
+    """Biases of queries, norms of heads, and a classifier of two layers."""
+    sizes = {
+        "vocab_size": 64, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 8,
+        "max_position_embeddings": 64, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1,
+    }  # fmt: skip
+    grouped = {"num_key_value_heads": 4, "head_dim": 8}
+    settings = {"cut": ["channels", "heads", "width"], "keep": 0.6}
+    made, targets = {}, {}
+    for name in ("mistral", "qwen2", "qwen3", "roberta"):
+        kind = "bert" if name == "roberta" else "llama"
+        config = transformers.AutoConfig.for_model(name, **sizes, **(grouped if kind == "llama" else {}))
+        folder = stored(getattr(transformers, AUTO[TASKS[kind]]).from_config(config), tmp_path / f"{name}-whole")
+        made[name], _ = pruned(folder, kind, **settings)
+        whole = parameter_count(bundle(folder, kind).model)
+        assert parameter_count(made[name]) == pytest.approx(0.6 * whole, rel=0.02)
+        targets[name] = run("structured", kind, folder, tmp_path / name, **settings)
+    for name, (found, tokens) in elsewhere(targets, tmp_path).items():
+        torch.testing.assert_close(found, logits(made[name]), rtol=1e-5, atol=1e-5)
+        assert tokens == greedy(made[name])
+        if name != "roberta":
+            config = made[name].config
+            assert (config.num_attention_heads / config.num_key_value_heads, config.head_dim) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "error", "message"),
+    [
+        ("t5", {"keep": 0.05}, InputError, r"keep: 0.05 of [\d,]+ parameters can't be reached .* is left; cut: \[channels, heads, width\]"),
+        ("llama", {"multiple": 200, "cut": ["channels"]}, InputError, "multiple: 200 is more than the 160 channels"),
+        ("bart", {"cut": ["heads"]}, InputError, "bart: its config can't describe fewer heads of the same size"),
+        ("gpt2", {"cut": ["width"], "keep": 0.97}, InputError, r"can't be met within 2% .* near it are 0\.\d+ and 1\.000"),
+        ("bert", {"cut": ["channels"], "multiple": 128}, InputError, "keep: 0.75"),
+    ],
+)
+def test_what_cannot_be_reached_is_refused_with_what_can(tmp_path, kind, settings, error, message):
+    with pytest.raises(error, match=message):
+        run("structured", kind, stored(wide(kind), tmp_path / "whole"), tmp_path / "made", **settings)
+    assert not (tmp_path / "made").exists()
+
+
+def test_the_least_share_that_is_named_can_be_reached(tmp_path):
+    folder = stored(wide("bert"), tmp_path / "whole")
+    with pytest.raises(InputError) as caught:
+        pruned(folder, "bert", keep=0.01)
+    least = float(str(caught.value).split(" is left")[0].split()[-1])
+    assert least > 0.3
+    new, _ = pruned(folder, "bert", keep=least)
+    assert new.config.intermediate_size == 8
+
+
+def test_an_unknown_architecture_is_refused(tmp_path):
+    config = transformers.OPTConfig(
+        vocab_size=64,
+        hidden_size=32,
+        ffn_dim=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        word_embed_proj_dim=32,
+    )
+    folder = stored(transformers.OPTForCausalLM(config), tmp_path / "whole")
+    with pytest.raises(ModelError, match=r"opt: structured pruning doesn't know .* it knows t5, "):
+        pruned(folder, "llama")
+
+
+def test_taylor_without_examples_is_refused(tmp_path):
+    folder = stored(wide("llama"), tmp_path / "whole")
+    with pytest.raises(DataError, match="no example"):
+        run("structured", "llama", folder, tmp_path / "made", seen=[], importance="taylor")
+
+
+def test_broken_weights_are_refused(tmp_path):
+    sick = wide("llama")
+    sick.model.layers[1].mlp.up_proj.weight.data[3, 3] = float("nan")
+    with pytest.raises(BrokenPromise, match=r"model\.layers\.1: the scores of its channels are inf or NaN"):
+        run("structured", "llama", stored(sick, tmp_path / "whole"), tmp_path / "made")
