@@ -2,7 +2,8 @@
 
 For each architecture a table says what the outputs and inputs of every kind of layer count; all else (what is scored together, cut
 together and how many parameters are left) follows from it. torch-pruning finds such tables by tracing, but it hangs on grouped-query
-attention and does not know GPT-2's Conv1D (1.6.1), so the tables are written out; a layer that is in none is refused.
+attention and does not know GPT-2's Conv1D (1.6.1), so the tables are written out; what it does find is what the tests compare them with.
+A layer that is in none is refused.
 """
 
 import copy

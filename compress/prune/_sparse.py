@@ -66,10 +66,15 @@ def lowest(scores: "Tensor", share: float, n_of_m: tuple[int, int] | None, name:
         width, count = columns, round(share * columns)
     else:
         width, count = n_of_m[1], n_of_m[1] - n_of_m[0]
-    if n_of_m is not None and columns % width:
-        raise InputError(f"pattern: {n_of_m[0]}:{width} does not divide the {columns} columns of {name}; name it under ignore")
+    check_pattern(n_of_m, columns, name)
     if count == width:
         raise InputError(f"sparsity: {share:g} would empty {name}, which has {columns} columns; lower it or name the layer under ignore")
     parts = scores.reshape(-1, width)
     where = parts.argsort(dim=1, stable=True)[:, :count]
     return torch.zeros_like(parts, dtype=torch.bool).scatter_(1, where, True).reshape(rows, columns)
+
+
+def check_pattern(n_of_m: tuple[int, int] | None, columns: int, name: str) -> None:
+    """Raises InputError where a pattern does not divide a row of so many columns."""
+    if n_of_m is not None and columns % n_of_m[1]:
+        raise InputError(f"pattern: {n_of_m[0]}:{n_of_m[1]} does not divide the {columns} columns of {name}; name it under ignore")

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from compress.methods import Context
 from compress.model import Bundle
-from compress.prune._sparse import DENSE, SparseSettings, lowest
+from compress.prune._sparse import DENSE, SparseSettings, check_pattern, lowest
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -52,12 +52,14 @@ def solve_layer(weight: "Tensor", moments: "Tensor", settings: Settings, name: s
 
     from compress.calibration.hessian import inverse_factor
 
+    columns, width = weight.shape[1], settings.n_of_m[1] if settings.n_of_m else settings.columns
+    check_pattern(settings.n_of_m, columns, name)
     factor = inverse_factor(moments.clone(), settings.damping, name)
     cost = factor.diagonal().square()
-    columns, width = weight.shape[1], settings.n_of_m[1] if settings.n_of_m else settings.columns
     left = weight.t().contiguous()  # so that a column lies in one piece
-    for start in range(0, columns, BLOCK):
-        end = min(start + BLOCK, columns)
+    size = max(BLOCK // width, 1) * width  # a pattern lies within a block
+    for start in range(0, columns, size):
+        end = min(start + size, columns)
         block, inner = left[start:end], factor[start:end, start:end]
         errors = torch.empty_like(block)
         for j in range(end - start):

@@ -12,6 +12,7 @@ from compress.errors import BrokenPromise, DataError, InputError, ModelError
 from compress.methods import Context, Example, quiet
 from compress.model import AUTO, parameter_count
 from compress.prune import structured
+from compress.prune._coupled import CHANNELS, HEADS, Coupling
 from compress.results import NOTES
 from tests.conftest import TASKS
 from tests.prune.models import SEEN, alike, bundle, elsewhere, greedy, logits, run, stored, wide
@@ -291,6 +292,41 @@ def test_relatives_are_cut_alike(tmp_path):
         if name != "roberta":
             config = made[name].config
             assert (config.num_attention_heads / config.num_key_value_heads, config.head_dim) == (2, 8)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("bert", {}), ("bart", {}), ("t5", {"tie_word_embeddings": False}), ("llama", {"num_key_value_heads": 8})],
+)
+def test_what_goes_together_is_what_torch_pruning_finds_by_tracing(kind, changes):
+    """Its graph knows these models; grouped queries and GPT-2's Conv1D it does not."""
+    torch_pruning = pytest.importorskip("torch_pruning")
+    model, ids = wide(kind, **changes), torch.arange(3, 13)[None]
+    model.config.use_cache = False
+    inputs = {"input_ids": ids, **({"decoder_input_ids": ids} if model.config.is_encoder_decoder else {})}
+    plain = [(p, 0) for name, p in model.named_parameters() if p.dim() == 1 and not name.endswith("bias")]  # norms it does not know
+    traced = torch_pruning.DependencyGraph().build_dependency(
+        model, inputs, output_transform=lambda out: out.logits, unwrapped_parameters=plain if kind in ("t5", "llama") else None
+    )
+    coupling = Coupling(model)
+    names = {module: name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+    checked = 0
+    for module, name in names.items():
+        axis = coupling.axes[f"{name}.weight"][0]
+        if axis not in (HEADS, CHANNELS):
+            continue
+        steps = [step for step, _ in traced.get_pruning_group(module, torch_pruning.prune_linear_out_channels, idxs=[5])]
+        found = {(names[one.target.module], one.handler.__name__) for one in steps if one.target.module in names}
+        group = coupling.group(f"{name}.weight", axis)
+        ours = {
+            (other, f"prune_{side}_channels")
+            for other in names.values()
+            for counted, side in zip(coupling.axes[f"{other}.weight"], ("out", "in"), strict=True)
+            if counted in (HEADS, CHANNELS) and coupling.group(f"{other}.weight", counted) == group
+        }
+        assert found == ours, name
+        checked += 1
+    assert checked >= 16
 
 
 @pytest.mark.parametrize(
