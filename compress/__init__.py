@@ -14,6 +14,7 @@ __version__ = "0.1.0"
 __all__ = [
     "CompressError", "Inspection", "Recipe", "Report", "bench", "check", "inspect", "load_recipe", "load_reports", "read_report", "run",
     "use_cpu_int8",
+    "use_sparse_24",
 ]  # fmt: skip
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ if TYPE_CHECKING:
     from compress.recipe import load as load_recipe
     from compress.report.frame import load_reports
     from compress.results import Report, read_report
-    from compress.runtime import use_cpu_int8
+    from compress.runtime import use_cpu_int8, use_sparse_24
 
 _HOMES = {
     "CompressError": ("compress.errors", "CompressError"),
@@ -39,6 +40,7 @@ _HOMES = {
     "read_report": ("compress.results", "read_report"),
     "run": ("compress.pipeline", "run"),
     "use_cpu_int8": ("compress.runtime", "use_cpu_int8"),
+    "use_sparse_24": ("compress.runtime", "use_sparse_24"),
 }
 
 

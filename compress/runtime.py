@@ -3,6 +3,9 @@
 torchao's int8 layers (`int8_dynamic`, `smoothquant`) are slower than float32 on a CPU: they compute with integers where the CPU has
 instructions for it and in loops where it has none. FBGEMM's kernels (Khudia et al. 2021), which come with torch, are faster than float32
 on any x86 since AVX2.
+
+Two zeros in every four weights (`prune`, pattern 2:4) are stored densely and computed as such. The sparse tensor cores of GPUs since Ampere
+(Mishra et al. 2021) skip them, once the weights lie packed in memory.
 """
 
 import warnings
@@ -56,6 +59,35 @@ def use_cpu_int8(model: "PreTrainedModel") -> int:
         bias = None if layer.bias is None else layer.bias.data.float()
         model.set_submodule(name, Int8Linear(weight.qdata, weight.scale.flatten(), bias, factor))
     return len(found)
+
+
+def use_sparse_24(model: "PreTrainedModel") -> int:
+    """Have a loaded model's layers with two zeros in every four weights computed by sparse tensor cores, in place. Returns how many there were.
+
+    Takes float16 and bfloat16 layers of shapes that torch's kernels know; a head that is the embedding's own tensor stays as it is.
+
+    Raises DeviceError where there are no such cores.
+    """
+    from torch.sparse import to_sparse_semi_structured
+
+    if model.device.type != "cuda" or torch.cuda.get_device_capability(model.device) < (8, 0):
+        raise DeviceError(
+            f"sparse_24: the model is on {model.device}, and these kernels need a GPU of compute capability 8.0 or more; leave it out there"
+        )
+    found = [(name, layer) for name, layer in model.named_modules() if _is_sparse_24(layer)]
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    found = [(name, layer) for name, layer in found if f"{name}.weight" not in tied]
+    for _, layer in found:
+        layer.weight = nn.Parameter(to_sparse_semi_structured(layer.weight.data.contiguous()), requires_grad=False)  # type: ignore
+    return len(found)
+
+
+def _is_sparse_24(layer: nn.Module) -> bool:
+    """Whether a layer has two zeros in every four weights of a row, in a dtype and shape that the kernels take."""
+    if type(layer) is not nn.Linear or layer.weight.dtype not in (torch.float16, torch.bfloat16):
+        return False
+    rows, columns = layer.weight.shape
+    return rows % 32 == 0 and columns % 64 == 0 and bool(((layer.weight.reshape(-1, 4) == 0).sum(dim=1) >= 2).all())
 
 
 def _is_int8(layer: nn.Module) -> bool:

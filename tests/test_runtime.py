@@ -4,10 +4,12 @@ import numpy as np
 import pytest
 import torch
 
-from compress import use_cpu_int8
+from compress import use_cpu_int8, use_sparse_24
+from compress.errors import DeviceError
 from compress.model import Source, load_model
 from compress.runtime import Int8Linear
 from tests.conftest import TASKS
+from tests.prune.models import run, stored, wide
 from tests.quantize.test_methods import logits, make
 
 
@@ -56,3 +58,26 @@ def test_a_model_without_int8_layers_stays_as_it_is(toys):
     before = list(loaded.modules())
     assert use_cpu_int8(loaded) == 0
     assert list(loaded.modules()) == before
+
+
+def test_sparse_tensor_cores_are_refused_on_a_cpu(toys):
+    loaded = load_model(Source(str(toys["llama"]), "causal-lm"), "cpu")
+    with pytest.raises(DeviceError, match=r"sparse_24: the model is on cpu.*compute capability 8\.0"):
+        use_sparse_24(loaded)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", TASKS)
+def test_layers_pruned_in_the_pattern_run_on_sparse_tensor_cores(kind, tmp_path):
+    folder = stored(wide(kind), tmp_path / "whole")
+    made = run("magnitude", kind, folder, tmp_path / "made", pattern="2:4")
+    ids = torch.arange(3, 23, device="cuda")[None]
+    loaded = load_model(Source(str(made), TASKS[kind], "float16"), "cuda")
+    extra = {"decoder_input_ids": ids[:, :8]} if loaded.config.is_encoder_decoder else {}
+    with torch.inference_mode():
+        expected = loaded(ids, **extra).logits
+        assert use_sparse_24(loaded) > 0
+        found = loaded(ids, **extra).logits
+    assert ((found - expected).norm() / expected.norm()).item() < 0.02
+    if loaded.can_generate():
+        assert loaded.generate(ids, max_new_tokens=3, min_new_tokens=3).shape[0] == 1

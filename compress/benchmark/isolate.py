@@ -55,7 +55,7 @@ class Subject:
         self._child = Child("compress.benchmark.worker", self._log, self._tell, benchmark.threads)
         try:
             loaded = self.ask(
-                "load", source=asdict(self.source), device=self._device, threads=benchmark.threads, cpu_int8=benchmark.runtime.cpu_int8
+                "load", source=asdict(self.source), device=self._device, threads=benchmark.threads, runtime=benchmark.runtime.model_dump()
             )
             warm = self.ask("warm_up", points=self.usable, new_tokens=benchmark.new_tokens, repeats=benchmark.warmup)
         except BaseException:

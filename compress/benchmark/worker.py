@@ -17,7 +17,7 @@ from compress.benchmark import latency, memory, quality, scores
 from compress.errors import ModelError
 from compress.metrics import CLASSIFIED, GENERATED
 from compress.process import Progress, is_out_of_memory, serve
-from compress.runtime import use_cpu_int8
+from compress.runtime import use_cpu_int8, use_sparse_24
 
 Point = tuple[int, int]  # batch size, prompt tokens
 
@@ -25,7 +25,7 @@ Point = tuple[int, int]  # batch size, prompt tokens
 class Worker:
     """One model under measurement."""
 
-    def load(self, progress: Progress, source: dict[str, Any], device: str, threads: int | None, cpu_int8: bool) -> dict[str, Any]:
+    def load(self, progress: Progress, source: dict[str, Any], device: str, threads: int | None, runtime: dict[str, bool]) -> dict[str, Any]:
         """Load the model. Returns the peak while loading, the model's sizes and the environment."""
         progress("loading", 0, 1)
         self.device = models.pick_device(device)
@@ -43,8 +43,10 @@ class Worker:
                 f"{source['id']}: its tokenizer has {len(self.tokenizer)} tokens, its embedding only {rows}; they don't belong together"
             )
         weight_bytes, parameters = models.weight_bytes(self.model), models.parameter_count(self.model)
-        if cpu_int8 and self.device == "cpu":
+        if runtime["cpu_int8"] and self.device == "cpu":
             use_cpu_int8(self.model)
+        if runtime["sparse_24"]:
+            use_sparse_24(self.model)
         progress("loading", 1, 1)
         return {
             "peak": memory.peak(self.device, self.interpreter),

@@ -57,7 +57,7 @@ def test_rounding_and_its_gradients_are_those_of_the_paper(bits, group_size, sym
     assert np.allclose(out.detach().double().numpy(), value, rtol=1e-5, atol=1e-6)
     assert np.allclose(trained.grad.double().numpy(), to_weight, rtol=1e-5, atol=1e-6)
     assert np.allclose(rounding.scale.grad.double().numpy(), to_scale, rtol=1e-3, atol=1e-4)
-    assert torch.allclose(rounding.grid().rounded(weight), out.detach(), rtol=1e-5, atol=1e-6), "trained as it is stored"
+    assert torch.allclose(rounding.solution(weight).weight(), out.detach(), rtol=1e-5, atol=1e-6), "trained as it is stored"
 
 
 def apply(made, method, told, **settings):
