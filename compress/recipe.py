@@ -101,7 +101,9 @@ class Runtime(Settings):
     cpu_int8: bool = Field(
         False, description="on a CPU, int8 layers by FBGEMM's kernels, as compress.use_cpu_int8(model) sets them, not torchao's"
     )
-    sparse_24: bool = Field(False, description="on a GPU, layers pruned 2:4 by sparse tensor cores, as compress.use_sparse_24(model) sets them")
+    sparse_24: bool = Field(
+        False, description="on a GPU, layers pruned 2:4 by sparse tensor cores, as compress.use_sparse_24(model) sets them"
+    )
 
 
 class Benchmark(Settings):

@@ -62,7 +62,7 @@ def use_cpu_int8(model: "PreTrainedModel") -> int:
 
 
 def use_sparse_24(model: "PreTrainedModel") -> int:
-    """Have a loaded model's layers with two zeros in every four weights computed by sparse tensor cores, in place. Returns how many there were.
+    """Have a loaded model's layers with two zeros in every four weights computed by sparse tensor cores, in place. Returns how many.
 
     Takes float16 and bfloat16 layers of shapes that torch's kernels know; a head that is the embedding's own tensor stays as it is.
 

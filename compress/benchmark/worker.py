@@ -25,7 +25,9 @@ Point = tuple[int, int]  # batch size, prompt tokens
 class Worker:
     """One model under measurement."""
 
-    def load(self, progress: Progress, source: dict[str, Any], device: str, threads: int | None, runtime: dict[str, bool]) -> dict[str, Any]:
+    def load(
+        self, progress: Progress, source: dict[str, Any], device: str, threads: int | None, runtime: dict[str, bool]
+    ) -> dict[str, Any]:
         """Load the model. Returns the peak while loading, the model's sizes and the environment."""
         progress("loading", 0, 1)
         self.device = models.pick_device(device)

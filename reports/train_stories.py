@@ -1,6 +1,6 @@
-"""Train the Llama that the peers are compared on: widths in multiples of 128, 3.5 million weights, from texts in JSON lines.
+"""Train the Llama (or GPT-2) that methods are measured on: widths in multiples of 128, 3.5 million weights, from texts in JSON lines.
 
-    python reports/peers/train_llama.py TRAIN.jsonl VALIDATION.jsonl TOKENIZER_FOLDER OUT [--minutes 20]
+    python reports/train_stories.py TRAIN.jsonl VALIDATION.jsonl TOKENIZER_FOLDER OUT [--type gpt2] [--minutes 20]
 
 Each line of the data has a `text`. The model with the lowest validation loss is kept. CPU or GPU; reproducible up to the order of sums.
 """
@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, LlamaConfig
 
 LENGTH, BATCH, PEAK = 256, 16, 2e-3
 
@@ -28,6 +28,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("train", "validation", "tokenizer", "out"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("--type", choices=["llama", "gpt2"], default="llama")
     parser.add_argument("--minutes", type=float, default=20)
     given = parser.parse_args()
     torch.manual_seed(0)
@@ -35,13 +36,15 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
     train, held_out = tokens(given.train, tokenizer), tokens(given.validation, tokenizer)
     held_out = held_out[: len(held_out) // LENGTH * LENGTH].view(-1, LENGTH).to(device)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=len(tokenizer), hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
-            max_position_embeddings=512, tie_word_embeddings=False, attention_dropout=0.1,
-            bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
-        )
-    ).to(device)  # fmt: skip
+    ends = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+    if given.type == "llama":
+        config = LlamaConfig(
+            hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=512,
+            tie_word_embeddings=False, attention_dropout=0.1, **ends,
+        )  # fmt: skip
+    else:
+        config = GPT2Config(n_embd=256, n_layer=4, n_head=4, n_positions=512, **ends)
+    model = AutoModelForCausalLM.from_config(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.1, betas=(0.9, 0.95))
     start, best, step = time.monotonic(), float("inf"), 0
     while (spent := (time.monotonic() - start) / 60 / given.minutes) < 1:

@@ -1,0 +1,122 @@
+"""Run one chain of stages after another on the models of a folder's recipes, and print what each of them lost.
+
+    python reports/measure.py RECIPE.yaml... --models FOLDER --data FOLDER [--stages 'prune: wanda; quantize: gptq, bits: 4' ...]
+
+The recipes of `quantisation/` and `pruning/` have no stages of their own; without --stages each runs those of its folder. A run leaves its
+report in a folder beside the recipe (texts and predictions left out: the data are not ours to publish). Printed is one table over all of
+a folder's reports; without a recipe, over both folders'.
+"""
+
+import argparse
+import re
+import tempfile
+from pathlib import Path
+
+import compress
+from compress.report.write import write
+from compress.results import Report, read_report
+
+HERE = Path(__file__).parent
+FOLDERS = {
+    "quantisation": [
+        "rtn, bits: 8", "rtn, bits: 4", "awq, bits: 4", "gptq, bits: 4", "autoround, bits: 4", "gptq, bits: auto",
+        "rtn, bits: 3", "awq, bits: 3", "gptq, bits: 3", "autoround, bits: 3",
+    ],
+    "pruning": [
+        "prune: magnitude", "prune: wanda", "prune: sparsegpt", 'prune: magnitude, pattern: "2:4"', 'prune: wanda, pattern: "2:4"',
+        "prune: wanda; quantize: gptq, group_size: 32",
+    ],
+}  # fmt: skip
+INT8 = ["quantize: smoothquant", "quantize: int8_dynamic", "quantize: bnb_int8", "quantize: bnb_nf4"]
+
+
+def chains(recipe: Path) -> list[str]:
+    """What is run on a model where nothing is said: rows as groups on the real Llama, groups of 32 elsewhere."""
+    found = FOLDERS[recipe.parent.name]
+    if recipe.parent.name == "pruning":
+        return found
+    size = -1 if recipe.stem == "llama-real" else 32
+    static = ["quantize: int8_static"] if recipe.stem.startswith("llama") else []
+    return [f"quantize: {stage}, group_size: {size}" for stage in found] + INT8 + static
+
+
+def measure(recipe: Path, chain: str, models: Path, data: Path) -> Report:
+    """One chain of stages on one model; its report is kept without texts."""
+    loaded = compress.load_recipe(recipe)
+    stages = ", ".join(f"{{{stage}}}" for stage in chain.split("; "))
+    places = [] if loaded.model.id == "builtin" else [f"model.id={models / loaded.model.id}", f"data.source={data / loaded.data.source}"]
+    loaded = compress.load_recipe(recipe, [*places, f"stages=[{stages}]"])
+    with tempfile.TemporaryDirectory() as out:
+        report = compress.run(loaded, out=out)
+    settings = report.settings | {"model": report.settings["model"] | {"id": compress.load_recipe(recipe).model.id}}
+    settings |= {"data": settings["data"] | {"source": compress.load_recipe(recipe).data.source}}
+    sides = [side.model_copy(update={"model": side.role}) for side in report.sides]
+    records = [record.model_copy(update={"artifact": Path(record.artifact).name}) for record in report.stages]
+    report = report.model_copy(update={"predictions": [], "settings": settings, "sides": sides, "stages": records})
+    name = re.sub(r"(quantize|prune|finetune): ", "", chain).lower()
+    place = recipe.parent / recipe.stem / re.sub(r"[^a-z0-9_]+", "-", name).strip("-")
+    if place.exists():
+        for file in place.iterdir():
+            file.unlink()
+        place.rmdir()
+    return write(report, place)
+
+
+def table(folder: Path) -> str:
+    """All reports of a folder as one Markdown table."""
+    heads = ["model", "stages", "perplexity", "ratio (95 %)", "ROUGE-L", "BLEU", "parameters", "files", "latency", "took"]
+    rows = []
+    for recipe in sorted(folder.glob("*.yaml")):
+        for file in sorted((folder / recipe.stem).glob("*/report.json")):
+            report = read_report(file)
+            compared = {c.metric: c for c in report.comparisons}  # of latencies the last, which is the largest batch's
+            row = dict.fromkeys(heads, "") | {"model": recipe.stem, "stages": ", then ".join(said(r.stage) for r in report.stages)}
+            if one := compared.get("perplexity"):
+                row["perplexity"] = f"{one.baseline:.4f} to {one.candidate:.4f}"
+                ratios = (1 + change / one.baseline for change in (one.estimate, one.low, one.high))
+                row["ratio (95 %)"] = "x{:.4f} ({:.4f} to {:.4f})".format(*ratios)
+            for head, metric in (("ROUGE-L", "rougeL"), ("BLEU", "bleu")):
+                if one := compared.get(metric):
+                    row[head] = f"{one.baseline:.2f} to {one.candidate:.2f}"
+            for head, metric in (("parameters", "parameters"), ("files", "file_bytes"), ("latency", "latency_p50")):
+                row[head] = f"x{compared[metric].estimate:.3f}"
+            row["took"] = f"{sum(record.seconds for record in report.stages):.0f} s"
+            rows.append(row)
+    shown = [head for head in heads if any(row[head] for row in rows)]
+    if folder.name == "quantisation":
+        shown = [head for head in shown if head not in ("parameters", "latency")]  # these keep all, and were not run for speed
+    lines = [shown, ["---"] * len(shown), *([row[head] for head in shown] for row in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def said(stage: dict[str, object]) -> str:
+    """A stage by its method and what matters most of its settings."""
+    keys = ["bits", "group_size", "average_bits", "pattern", "keep", "importance", "drop", "epochs", "rank"]
+    keys += [] if stage.get("pattern") else ["sparsity"]
+    return ", ".join([str(next(iter(stage.values()))), *(f"{key} {stage[key]}" for key in keys if stage.get(key))])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipes", type=Path, nargs="*")
+    parser.add_argument("--models", type=Path, default=Path())
+    parser.add_argument("--data", type=Path, default=Path())
+    parser.add_argument("--stages", nargs="*")
+    given = parser.parse_args()
+    for recipe in (path.resolve() for path in given.recipes):
+        for chain in given.stages or chains(recipe):
+            try:
+                report = measure(recipe, chain, given.models.resolve(), given.data.resolve())
+            except compress.CompressError as error:
+                print(f"{recipe.stem}: {chain}: {error}", flush=True)
+                continue
+            shown = [c for c in report.comparisons if c.metric in ("perplexity", "rougeL", "bleu")]
+            quality = ", ".join(f"{c.metric} {c.baseline:.4f} to {c.candidate:.4f}" for c in shown)
+            took = sum(record.seconds for record in report.stages)
+            print(f"{recipe.stem}: {chain}: {report.verdict}: {quality}, {took:.0f} s", flush=True)
+    for folder in sorted({recipe.parent.name for recipe in given.recipes} or FOLDERS):
+        print(table(HERE / folder))
+
+
+if __name__ == "__main__":
+    main()
