@@ -78,7 +78,7 @@ def use_sparse_24(model: "PreTrainedModel") -> int:
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     found = [(name, layer) for name, layer in found if f"{name}.weight" not in tied]
     for _, layer in found:
-        layer.weight = nn.Parameter(to_sparse_semi_structured(layer.weight.data.contiguous()), requires_grad=False)  # type: ignore
+        layer.weight = nn.Parameter(to_sparse_semi_structured(layer.weight.data.contiguous()), requires_grad=False)
     return len(found)
 
 

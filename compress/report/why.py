@@ -9,7 +9,7 @@ from compress.results import Comparison, StageRecord
 
 LEFT_OUT = "left out: "
 # reasons that are the recipe's, or the same for all models
-EXPECTED = ("a head", "named under ignore", "stands outside the blocks", "no pattern of bits names it")
+EXPECTED = ("a head", "named under ignore", "stands outside the blocks", "no pattern of bits names it", "its shape did not change")
 NAMED = 3
 
 
@@ -53,13 +53,14 @@ def _left_out(record: StageRecord) -> list[str]:
         reason = (layer.remark or "").removeprefix(LEFT_OUT)
         if layer.bits is None and reason and reason not in EXPECTED:
             reasons.setdefault(reason, []).append(layer.name)
-    return [f"{record.name} left {_few(names)} because {reason}." for reason, names in reasons.items()]
+    how = "in full precision" if "quantize" in record.stage else "whole"
+    return [f"{record.name} left {_few(names, how)} because {reason}." for reason, names in reasons.items()]
 
 
-def _few(names: list[str]) -> str:
+def _few(names: list[str], how: str) -> str:
     """1 layer in full precision (fc1); 9 layers in full precision (a, b, c and 6 more), each"""
     more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
-    return f"{counted(len(names))} in full precision ({', '.join(names[:NAMED])}{more})" + (", each" if len(names) > 1 else "")
+    return f"{counted(len(names))} {how} ({', '.join(names[:NAMED])}{more})" + (", each" if len(names) > 1 else "")
 
 
 def _at_run_time(stages: list[StageRecord]) -> str:
