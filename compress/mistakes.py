@@ -1,7 +1,8 @@
 """Mistakes in a recipe, gathered as they are found and said as people say them: where, what, and what was perhaps meant."""
 
 import difflib
-from typing import Any, TypeVar
+from types import NoneType, UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -27,10 +28,10 @@ class Problems:
         try:
             return kind.model_validate(data)
         except ValidationError as error:
-            for item in error.errors():
-                inner = tuple(part for part in item["loc"] if part != "[key]")
+            for loc, message in _explained(kind, [dict(item) for item in error.errors()]):
+                inner = tuple(part for part in loc if part != "[key]")
                 where = None if prefix is None else f"{prefix}: {yamlfile.dotted(inner)}" if inner else prefix
-                self.add(document, (*place, *inner), _explain(kind, dict(item)), where)
+                self.add(document, (*place, *inner), message, where)
             return None
 
     def end(self) -> None:
@@ -44,6 +45,44 @@ def suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
 
 
+def _explained(kind: type[Settings], errors: list[dict[str, Any]]) -> list[tuple[yamlfile.Place, str]]:
+    """Place and message of each mistake. Where a key takes values of several forms, of the form that was meant, or of all in one."""
+    found: list[tuple[yamlfile.Place, str]] = []
+    forms: dict[yamlfile.Place, list[dict[str, Any]]] = {}
+    for error in errors:
+        depth = _union(kind, error["loc"])
+        if depth is None:
+            found.append((error["loc"], _explain(kind, error)))
+        else:
+            forms.setdefault(error["loc"][:depth], []).append(error)
+    for place, tried in forms.items():
+        depth = len(place)
+        meant = [
+            error for error in tried if len(error["loc"]) > depth + 1 or not error["type"].endswith(("_type", "_parsing", "literal_error"))
+        ]
+        for error in meant:
+            found.append(((*place, *error["loc"][depth + 1 :]), _explain(kind, error)))
+        if not meant:
+            value = _short(tried[0]["input"])
+            wanted = [_explain(kind, error).removeprefix(f"{value} is not ") for error in tried]
+            found.append((place, f"{value} is not {', nor '.join(wanted)}"))
+    return found
+
+
+def _union(kind: type[Settings], loc: tuple[str | int, ...]) -> int | None:
+    """How many parts of an error's place lead to a key that takes several forms; the part behind them is pydantic's name for one."""
+    block: Any = kind
+    for depth, part in enumerate(loc):
+        field = getattr(block, "model_fields", {}).get(part)
+        if field is None:
+            return None
+        forms = [form for form in get_args(field.annotation) if form is not NoneType]
+        if get_origin(field.annotation) in (Union, UnionType) and len(forms) > 1:
+            return depth + 1
+        block = next((form for form in forms if hasattr(form, "model_fields")), field.annotation)
+    return None
+
+
 def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
     value, context = error["input"], error.get("ctx", {})
     match error["type"]:
@@ -55,7 +94,7 @@ def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
         case "literal_error":
             allowed = context["expected"].replace(" or ", ", ").replace("'", "")
             close = difflib.get_close_matches(str(value), allowed.split(", "), n=1)
-            return f"{_short(value)} is not one of {allowed}" + (f"; did you mean {close[0]!r}?" if close else "")
+            return f"{_short(value)} is not {'one of ' * (', ' in allowed)}{allowed}" + (f"; did you mean {close[0]!r}?" if close else "")
         case "value_error":
             return str(context["error"])
         case "bool_parsing" | "bool_type":
@@ -70,8 +109,10 @@ def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
             return f"{value!r} is less than {context['ge']}"
         case "greater_than":
             return f"{value!r} is not above {context['gt']}"
-        case "less_than_equal" | "less_than":
-            return f"{_short(value)} is too large; at most {context.get('le', context.get('lt'))} is allowed"
+        case "less_than_equal":
+            return f"{_short(value)} is too large; at most {context['le']} is allowed"
+        case "less_than":
+            return f"{_short(value)} is too large; it must be below {context['lt']}"
         case "finite_number":
             return f"{value!r} is not a finite number"
         case "int_parsing_size":
@@ -81,7 +122,7 @@ def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
         case "list_type":
             return f"{_short(value)} is not a list"
         case "too_short":
-            return "is an empty list; at least one entry is wanted"
+            return "is empty; at least one entry is wanted"
         case "string_too_short":
             return "is empty"
         case "invalid_key":

@@ -48,7 +48,7 @@ def test_a_good_recipe_is_read_with_its_defaults(tmp_path):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (("version: 1", "version: 2"), "x.yaml:1: version: 2 is not one of 1"),
+        (("version: 1", "version: 2"), "x.yaml:1: version: 2 is not 1"),
         (("task: seq2seq", "task: seq2sec"), "x.yaml:2: model.task: 'seq2sec' is not one of seq2seq, causal-lm, sequence-classification; did you mean 'seq2seq'?"),
         (("task: seq2seq", "task: seq2seq, dtyp: float16"), "x.yaml:2: model.dtyp: unknown key 'dtyp'; did you mean 'dtype'?"),
         (("quantize: bnb_nf4", "quantize: bnb_nf5"), "x.yaml:8: stages[0].quantize: there is no method 'bnb_nf5'; did you mean 'bnb_nf4'?"),
@@ -69,6 +69,24 @@ def test_a_good_recipe_is_read_with_its_defaults(tmp_path):
 )  # fmt: skip
 def test_a_mistake_is_named_by_file_line_and_key(tmp_path, change, message):
     assert mistakes(tmp_path, GOOD.replace(*change))[0] == message
+
+
+@pytest.mark.parametrize(
+    ("stage", "message"),
+    [
+        ("quantize: gptq, bits: 5", "bits: 5 is not one of 2, 3, 4, 8, nor a mapping of keys to values, nor auto"),
+        ("quantize: gptq, bits: {q: 9}", "bits.q: 9 is not one of 2, 3, 4, 8"),
+        ("quantize: gptq, bits: {}", "bits: is empty; at least one entry is wanted"),
+        ("prune: depth, drop: few", "drop: 'few' is not a whole number, nor a mapping of keys to values"),
+        ("prune: depth, drop: 0", "drop: 0 is less than 1"),
+        ("prune: depth, drop: {encoder: -1}", "drop.encoder: -1 is less than 0"),
+        ("prune: depth, drop: {encodr: 1}", "drop.encodr: unknown key 'encodr'; did you mean 'encoder'?"),
+        ("prune: magnitude, sparsity: 1", "sparsity: 1 is too large; it must be below 1.0"),
+    ],
+)
+def test_a_key_of_several_forms_is_explained_once(tmp_path, stage, message):
+    found = mistakes(tmp_path, GOOD[: GOOD.index("stages:")] + "stages: [{" + stage + "}]\n")
+    assert [line.split("): ", 1)[1] for line in found] == [message]
 
 
 def test_every_mistake_is_told_at_once(tmp_path):
