@@ -118,7 +118,8 @@ def padded(model: "PreTrainedModel", part: list[tuple[list[int], list[int]]]) ->
 def lead_in(model: "PreTrainedModel", blocks: nn.ModuleList, examples: list[Inputs]) -> list[Stream]:
     """What each block is called with; hidden states for the first alone, the others' are filled in as they come.
 
-    The first block is run, since T5's makes the position bias that the others are given; the others answer with what it said.
+    T5's first block is run, since it makes the position bias that the others are given, and these answer with what it said. Elsewhere a
+    block gives hidden states alone, and any will do.
     """
     first, said = blocks[0], list[Any]()
     decoder = not is_encoder(model, blocks) and model.config.is_encoder_decoder
@@ -137,7 +138,7 @@ def lead_in(model: "PreTrainedModel", blocks: nn.ModuleList, examples: list[Inpu
         if index == len(blocks) - 1:
             raise _Stop
         if index == 0:
-            said[:] = [first(states, *args, **kwargs)]
+            said[:] = [states if said and isinstance(said[0], Tensor) else first(states, *args, **kwargs)]
         return said[0]
 
     with _standing_in(blocks, answer):

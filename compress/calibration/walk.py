@@ -104,8 +104,9 @@ def _walk(
                 block = Block(name, module, inside, {full: store.bits[full] for full in inside}, streams[0][index], aims, bundle.device)
                 if block.layers:
                     solve(block)
-                _finish(block, context)
-                if index + 1 < len(blocks):
+                last = index + 1 == len(blocks)
+                _finish(block, context, whole=not last or is_encoder(model, blocks))
+                if not last:
                     for stream in streams:
                         stream[index + 1].hidden, stream[index].hidden = stream[index].hidden, []
                 for full, solution in block.solved.items():
@@ -166,15 +167,18 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def _finish(block: Block, context: Context) -> None:
-    """Lead the examples through the solved block and note what became of each layer."""
+def _finish(block: Block, context: Context, whole: bool) -> None:
+    """Lead the examples through the solved block and note what became of each layer.
+
+    whole   nothing comes behind a decoder's last block, so there it is led through for the errors alone
+    """
     batch = 0
 
     def rows(states: Tensor) -> Tensor | None:
         return None if batch % MEASURED else block.given.rows(states, batch)
 
     with measuring({name: block.layers[name] for name in block.solved}, block.weights, rows) as errors:
-        for batch in range(len(block.given.hidden)):
+        for batch in range(0, len(block.given.hidden), 1 if whole else MEASURED):
             block.given.hidden[batch] = block.output(batch).cpu()
     for name in block.layers:
         if name in block.solved:
