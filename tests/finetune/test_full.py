@@ -20,8 +20,8 @@ def texts(count=6):
 @pytest.mark.parametrize(
     ("kind", "seen", "settings"),
     [
-        *[(kind, None, {"batch_size": size, "accumulate": 6 // size}) for kind in TASKS for size in (6, 2)],
-        ("llama", texts(), {"batch_size": 2, "accumulate": 3}),
+        *[(kind, None, {"batch_size": 2, "accumulate": 3}) for kind in TASKS],
+        ("llama", texts(), {"batch_size": 6}),
         ("llama", [*examples(3), *texts()[3:]], {"batch_size": 2, "accumulate": 3, "schedule": "linear"}),
         ("gpt2", texts(), {"batch_size": 1, "accumulate": 6, "schedule": "constant", "weight_decay": 0.1}),
         ("bert", None, {"batch_size": 3, "accumulate": 2, "schedule": "linear", "weight_decay": 0.1, "max_grad_norm": 0.5}),
@@ -74,8 +74,7 @@ def test_zeros_are_filled_where_the_recipe_says_so(toys):
     assert zeros_of(tune(made, "full", steps=3, batch_size=3, learning_rate=1e-2, keep_zeros=False)) == {}
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
-@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize(("kind", "dtype"), [("t5", "float16"), ("llama", "bfloat16")])
 def test_weights_come_back_in_the_dtypes_they_came_in(toys, tmp_path, kind, dtype):
     """Steps that are below the resolution of 16 bits add up, because they are made in float32."""
     made = bundle(toys[kind], kind, dtype)
@@ -93,7 +92,7 @@ def test_weights_come_back_in_the_dtypes_they_came_in(toys, tmp_path, kind, dtyp
 
 @pytest.mark.parametrize(
     ("settings", "steps"),
-    [({}, 3), ({"epochs": 2}, 6), ({"epochs": 1.5}, 5), ({"steps": 4}, 4), ({"accumulate": 2}, 2), ({"accumulate": 3, "epochs": 2}, 2)],
+    [({}, 3), ({"epochs": 1.5}, 5), ({"steps": 4}, 4), ({"accumulate": 2}, 2), ({"accumulate": 3, "epochs": 2}, 2)],
 )
 def test_so_many_steps_are_trained(toys, settings, steps):
     """Six examples, two a batch."""

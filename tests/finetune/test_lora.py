@@ -9,7 +9,7 @@ from torch.nn.utils import parametrize
 from transformers.pytorch_utils import Conv1D
 
 from compress.errors import DataError, InputError
-from compress.methods import Optimisation
+from compress.methods import Context, Optimisation
 from compress.model import AUTO
 from compress.training import pruned
 from tests.conftest import TASKS
@@ -59,8 +59,7 @@ class Adapted(nn.Module):
         return weight + self.kept * (change.t() if self.transposed else change)
 
 
-@pytest.mark.parametrize("keep_zeros", [True, False])
-@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize(("kind", "keep_zeros"), [*[(kind, True) for kind in TASKS], ("llama", False), ("gpt2", False)])
 def test_training_and_merging_are_as_written_out(tmp_path, factors, kind, keep_zeros):
     calm(kind, tmp_path)
     halved(tmp_path / kind, kind).save(tmp_path / "halved")
@@ -91,20 +90,22 @@ def test_training_and_merging_are_as_written_out(tmp_path, factors, kind, keep_z
     assert all(torch.equal(after[name], before[name]) for name in same), "only weights of layers with factors change"
 
 
-@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-@pytest.mark.parametrize("kind", ["llama", "gpt2", "t5"])
-def test_what_pruning_made_zero_stays_zero(toys, kind, dtype):
-    made = halved(toys[kind], kind, dtype)
+@pytest.mark.parametrize(("kind", "dtype", "computed"), [("gpt2", "float16", "float32"), ("t5", "bfloat16", "bfloat16")])
+def test_what_pruning_made_zero_stays_zero_in_the_dtypes_it_came_in(toys, kind, dtype, computed):
+    """Small gradients vanish in float16, not in bfloat16."""
+    made, seen = halved(toys[kind], kind, dtype), set()
     zeros = {name: weight == 0 for name, weight in pruned(made.model).items()}
     dtypes = {name: tensor.dtype for name, tensor in made.model.state_dict().items()}
-    after = tune(made, "lora", rank=4, steps=4, batch_size=3, learning_rate=1e-2, dropout=0.1)
+    told = Context("cpu", lambda *_: seen.add(made.model.dtype), examples(), 32)
+    after = tune(made, "lora", told, rank=4, steps=4, batch_size=3, learning_rate=1e-2, dropout=0.1)
+    assert seen == {getattr(torch, computed)}
     assert {name: tensor.dtype for name, tensor in after.state_dict().items()} == dtypes
     assert {name: weight == 0 for name, weight in pruned(after).items()}.keys() == zeros.keys()
     for name, zero in zeros.items():
         assert torch.equal(after.get_submodule(name).weight == 0, zero), name
 
 
-@pytest.mark.parametrize("kind", TASKS)
+@pytest.mark.parametrize("kind", ["t5", "gpt2", "bert"])
 def test_the_artifact_is_an_ordinary_model(toys, tmp_path, kind):
     made, found = bundle(toys[kind], kind), bundle(toys[kind], kind)
     names = made.model.state_dict().keys()
