@@ -7,7 +7,6 @@ from torch.nn.functional import cross_entropy
 
 from compress.methods import find
 from compress.model import load_model
-from tests.conftest import TASKS
 from tests.quantize.blocks import bundle, context, examples, lively, saved
 
 
