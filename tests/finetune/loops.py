@@ -63,10 +63,11 @@ def rate(step, steps, how):
     return how.learning_rate * {"constant": 1, "linear": 1 - share, "cosine": (1 + math.cos(math.pi * share)) / 2}[how.schedule]
 
 
-def adamw(model, tokenizer, rows, how, trained):
+def adamw(model, tokenizer, rows, how, trained, gone=None):
     """`how.steps` steps over all rows at once, in place.
 
     trained   the tensors that are trained, by name
+    gone      which elements are zero from the end of the first step on, and count for nothing from then on, by name
 
     Gives the loss of each step, and for each tensor its elements' smallest gradient: AdamW divides by it, so where it is no more than the
     rounding of float32, no two programs agree.
@@ -81,6 +82,8 @@ def adamw(model, tokenizer, rows, how, trained):
         losses.append(loss.item())
         found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
         slopes = {name: torch.zeros_like(t) if g is None else g for (name, t), g in zip(trained.items(), found, strict=True)}
+        if step:
+            slopes = {name: slope.masked_fill(gone[name], 0) if gone else slope for name, slope in slopes.items()}
         norm = math.sqrt(sum(float((slope**2).sum()) for slope in slopes.values()))
         now = rate(step, how.steps, how)
         for name, tensor in trained.items():
@@ -92,6 +95,8 @@ def adamw(model, tokenizer, rows, how, trained):
             decay = how.weight_decay if tensor.ndim > 1 else 0  # biases and norms don't decay
             with torch.no_grad():
                 tensor.mul_(1 - now * decay).sub_(now * mean / (square.sqrt() + 1e-8))
+                if gone:
+                    tensor.masked_fill_(gone[name], 0)
     return losses, least
 
 

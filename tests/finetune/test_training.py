@@ -118,6 +118,18 @@ def test_a_loss_that_is_no_number_is_named_with_its_step(toys):
         trained(made, "full", None)
 
 
+def test_elements_have_no_gradient_while_they_are_zero():
+    weight = torch.nn.Parameter(torch.tensor([0.0, 1.0, 2.0]))
+    with training.zeros_kept([weight]):
+        (3 * weight).sum().backward()
+        assert weight.grad.tolist() == [0, 3, 3]
+        weight.data[2] = 0
+        (3 * weight).sum().backward()
+        assert weight.grad.tolist() == [0, 6, 3]
+    (3 * weight).sum().backward()
+    assert weight.grad.tolist() == [3, 9, 6]
+
+
 class Here:
     """A working process's child that works in this one, as `process.Child` is asked."""
 
