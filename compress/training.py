@@ -4,7 +4,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +33,7 @@ WEIGHTS = "trained.safetensors"
 
 Row = tuple[Example, list[int], list[int]]  # as `calibration.stream.encoded` gives them
 Loss = Callable[[Any, Inputs, Tensor], Tensor]  # model, inputs, labels -> the loss summed over the positions that count
+Step = Callable[[int, int], None]  # steps done, all steps
 
 
 def entropy(model: Any, inputs: Inputs, wanted: Tensor) -> Tensor:
@@ -42,12 +43,14 @@ def entropy(model: Any, inputs: Inputs, wanted: Tensor) -> Tensor:
 
 
 def train(
-    model: "PreTrainedModel", rows: list[Row], how: Optimisation, seed: int, context: Context, loss: Loss = entropy, known: bool = True
-) -> None:
+    model: "PreTrainedModel", rows: list[Row], how: Optimisation, seed: int, context: Context, loss: Loss = entropy, known: bool = True,
+    each_step: Step = lambda done, steps: None,
+) -> None:  # fmt: skip
     """Train what wants a gradient, in place; goes on from the last checkpoint in `context.scratch`, and ends as if it had never stopped.
 
-    loss    is divided by the number of positions that count in all batches of a step, so accumulated batches are one larger batch
-    known   whether the targets are needed; without, examples that have none are learned from too
+    loss       is divided by the number of positions that count in all batches of a step, so accumulated batches are one larger batch
+    known      whether the targets are needed; without, examples that have none are learned from too
+    each_step  called before the first step, which after a kill is the one behind the checkpoint, and after each, before its checkpoint
 
     Raises DataError where there is too little to learn from, RunError where the loss is no longer a number.
     """
@@ -75,7 +78,7 @@ def train(
             remove_unused_columns=False, dataloader_pin_memory=False, include_num_input_tokens_seen="non_padding", save_strategy="no",
             logging_steps=max(1, steps // CURVE), logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
         )  # fmt: skip
-        watch = _Watch(context, folder if context.scratch else None)
+        watch = _Watch(context, folder if context.scratch else None, each_step)
         learner = _Learner(loss, model, arguments, collate, train_dataset=rows, callbacks=[watch])
         learner.remove_callback(PrinterCallback)
         learner.train(resume_from_checkpoint=_last_checkpoint(folder))
@@ -122,12 +125,9 @@ def in_float32(model: "PreTrainedModel") -> Iterator[None]:
 
 
 @contextmanager
-def zeros_kept(model: "PreTrainedModel") -> Iterator[None]:
-    """Weights of linear layers that are zero get no gradient, so that AdamW leaves them there: zero times any weight decay is zero.
-
-    A head that is the embedding's own tensor is no layer that was pruned.
-    """
-    hooks = [weight.register_hook(_without(weight == 0)) for weight in pruned(model).values()]  # type: ignore[no-untyped-call]
+def zeros_kept(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Elements that are zero get no gradient, so that AdamW leaves them there: zero times any weight decay is zero."""
+    hooks = [weight.register_hook(_without_zeros(weight)) for weight in weights]  # type: ignore[no-untyped-call]
     try:
         yield
     finally:
@@ -136,15 +136,18 @@ def zeros_kept(model: "PreTrainedModel") -> Iterator[None]:
 
 
 def pruned(model: "PreTrainedModel") -> dict[str, Tensor]:
-    """The weights of the linear layers with at least one zero, by the layer's name."""
+    """The weights of the linear layers with at least one zero, by the layer's name.
+
+    A head that is the embedding's own tensor is no layer that was pruned.
+    """
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items() if f"{name}.weight" not in tied}
     return {name: weight for name, weight in weights.items() if (weight == 0).any()}
 
 
-def _without(zero: Tensor) -> Callable[[Tensor], Tensor]:
-    return lambda gradient: gradient.masked_fill(zero, 0)
+def _without_zeros(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: gradient.masked_fill(weight == 0, 0)
 
 
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
@@ -183,11 +186,15 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     folder   where checkpoints go, None for none
     """
 
-    def __init__(self, context: Context, folder: Path | None):
-        self._context, self._folder = context, folder
+    def __init__(self, context: Context, folder: Path | None, each_step: Step):
+        self._context, self._folder, self._each_step = context, folder, each_step
         self._pause, self._last, self._begun = CHECKPOINT_SECONDS, time.monotonic(), 0.0
 
+    def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        self._each_step(state.global_step, state.max_steps)
+
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        self._each_step(state.global_step, state.max_steps)
         self._context.progress("training", state.global_step, state.max_steps)
         if self._folder and state.global_step < state.max_steps and time.monotonic() - self._last >= self._pause:
             control.should_save, self._begun = True, time.monotonic()

@@ -4,8 +4,6 @@ AdamW in float32, on GPUs with products in bfloat16; stored in the dtypes it cam
 weights, gradients and two states of the optimiser. Weights that pruning set to zero stay zero.
 """
 
-from contextlib import nullcontext
-
 from compress.finetune._settings import TUNED, TuneSettings
 from compress.methods import Context
 from compress.model import Bundle
@@ -23,10 +21,10 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     Raises DataError where there is too little to learn from, RunError where the loss is no longer a number.
     """
     from compress.calibration.stream import encoded
-    from compress.training import in_float32, train, zeros_kept
+    from compress.training import in_float32, pruned, train, zeros_kept
 
     model = bundle.model.requires_grad_(True)
     rows = encoded(model, bundle.tokenizer, context)
-    with in_float32(model), zeros_kept(model) if settings.keep_zeros else nullcontext():
+    with in_float32(model), zeros_kept(pruned(model).values() if settings.keep_zeros else []):
         train(model, rows, settings, settings.seed, context)
     return bundle

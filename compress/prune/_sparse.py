@@ -18,10 +18,15 @@ DENSE = About(
 )
 
 
-class SparseSettings(LayerSettings):
+class SparsitySettings(LayerSettings):
     """What every method that sets single weights to zero can be told."""
 
     sparsity: float = Field(0.5, gt=0, lt=1, description="the share of the weights of the layers worked on that are zero afterwards")
+
+
+class SparseSettings(SparsitySettings):
+    """What the methods that do it at once can be told."""
+
     pattern: str | None = Field(None, description="n:m, such as 2:4: of every m weights of a row, n are kept; sparsity is then 1 - n/m")
 
     @field_validator("pattern")
