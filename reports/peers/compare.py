@@ -3,12 +3,11 @@
     python reports/peers/compare.py MODEL TRAIN.jsonl TEST.jsonl --gptqmodel PYTHON --llmcompressor PYTHON [--rounds 3]
 
 Each line of the data has a `text`. Every tool runs in its own environment, a fresh process for each round, grid and tool, in random
-order, on the same rows of token ids; its dequantised weights are put into the original model here and measured by one function.
-Runs where this package is installed. Writes results.md (medians over rounds) and results.csv (every run).
+order, on the same rows of token ids, drawn anew for each round; its dequantised weights are put into the original model here and measured
+by one function. Runs where this package is installed. Writes results.md (over all rounds) and results.csv (every run).
 """
 
 import argparse
-import hashlib
 import itertools
 import json
 import os
@@ -39,21 +38,20 @@ class Tool:
 
 @dataclass(frozen=True)
 class Losses:
-    """Each text's negative log-likelihood and the number of its predicted tokens."""
+    """Each text's negative log-likelihood, its divergence from the uncompressed model's distributions, and the number of its tokens."""
 
     sums: torch.Tensor
+    divergences: torch.Tensor
     tokens: torch.Tensor
 
     @property
     def perplexity(self) -> float:
         return float((self.sums.sum() / self.tokens.sum()).exp())
 
-    def against(self, other: "Losses") -> tuple[float, float]:
-        """This perplexity over another's, and half of that ratio's 95 % interval: the delta method over texts, paired."""
-        change = self.sums - other.sums
-        mean = change.sum() / self.tokens.sum()
-        error = (change - mean * self.tokens).norm() / self.tokens.sum()
-        return float(mean.exp()), float(1.96 * error * mean.exp())
+    @property
+    def divergence(self) -> float:
+        """Mean Kullback-Leibler divergence of the uncompressed model's next-token distribution to this one's, nats a token."""
+        return float(self.divergences.sum() / self.tokens.sum())
 
 
 def main() -> None:
@@ -78,18 +76,20 @@ def main() -> None:
 
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
-    train = random.Random(given.seed).sample(_texts(given.train), given.rows)
-    rows, test = _ids(tokenizer, train), _ids(tokenizer, _texts(given.test))
-    original = losses(model, test)
+    test = _ids(tokenizer, _texts(given.test))
+    known = [_logs(model, row) for row in test]
+    original = losses(model, test, known)
     print(f"uncompressed: perplexity {original.perplexity:.4f} on {int(original.tokens.sum()):,} tokens", flush=True)
 
     tools = [Tool(f"compress {method}", given.ours, "by_us.py", method) for method in given.methods]
     for name in ("gptqmodel", "llmcompressor"):
         if python := getattr(given, name):
             tools += [Tool(f"{name}{note}", python, f"by_{name}.py", method) for method, note in (("plain", ""), ("searched", " searched"))]
-    runs, measured = [], dict[str, Losses]()
+    runs = []
     every = list(itertools.product(given.bits, given.grids, tools))
     for turn in range(given.rounds):
+        train = random.Random(given.seed + turn).sample(_texts(given.train), given.rows)
+        rows = _ids(tokenizer, train)
         for bits, grid, tool in random.Random(turn).sample(every, len(every)):
             run = {"bits": bits, "grid": grid, "tool": tool.name, "round": turn}
             with tempfile.TemporaryDirectory() as out:
@@ -98,26 +98,34 @@ def main() -> None:
                 )
                 run |= _in_turn(tool, job, given.threads)
                 if "failed" not in run:
-                    weights = Path(out) / "weights.safetensors"
-                    run["weights"] = hashlib.sha256(weights.read_bytes()).hexdigest()
-                    if run["weights"] not in measured:
-                        measured[run["weights"]] = losses(_holding(model, weights), test)
-                    run["perplexity"] = measured[run["weights"]].perplexity
+                    made = losses(_holding(model, Path(out) / "weights.safetensors"), test, known)
+                    run |= {"perplexity": made.perplexity, "divergence": made.divergence}
             runs.append(run)
             print(
                 ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in run.items()), flush=True
             )
             pd.DataFrame(runs).to_csv(given.out / "results.csv", index=False)
-    table = _table(pd.DataFrame(runs), [tool.name for tool in tools], measured, original)
-    text = "\n".join([*_header(given, rows, original), "", *_markdown(table)])
+    table = _table(pd.DataFrame(runs), [tool.name for tool in tools])
+    text = "\n".join([*_header(given, original), "", *_markdown(table)])
     (given.out / "results.md").write_text(f"{text}\n", encoding="utf-8")
     print(text)
 
 
-def losses(model: PreTrainedModel, rows: list[list[int]]) -> Losses:
-    """Of each row every token but the first is predicted from those before it."""
-    sums = [float(model(torch.tensor([row]), labels=torch.tensor([row])).loss) * (len(row) - 1) for row in rows]
-    return Losses(torch.tensor(sums, dtype=torch.float64), torch.tensor([len(row) - 1 for row in rows], dtype=torch.float64))
+def losses(model: PreTrainedModel, rows: list[list[int]], known: list[torch.Tensor]) -> Losses:
+    """Of each row every token but the first is predicted from those before it.
+
+    known   the uncompressed model's log-probabilities for each row, (tokens - 1, vocabulary)
+    """
+    found = []
+    for row, wanted in zip(rows, known, strict=True):
+        logs = _logs(model, row)
+        likelihood = logs.gather(1, torch.tensor(row[1:])[:, None])
+        found.append([-float(likelihood.double().sum()), float((wanted.exp() * (wanted - logs)).double().sum()), len(row) - 1])
+    return Losses(*torch.tensor(found, dtype=torch.float64).unbind(dim=1))
+
+
+def _logs(model: PreTrainedModel, row: list[int]) -> torch.Tensor:
+    return model(torch.tensor([row])).logits[0, :-1].log_softmax(dim=-1)
 
 
 def _texts(file: Path) -> list[str]:
@@ -150,26 +158,24 @@ def _holding(model: PreTrainedModel, file: Path) -> PreTrainedModel:
     return model
 
 
-def _table(runs: pd.DataFrame, tools: list[str], measured: dict[str, Losses], original: Losses) -> list[dict[str, str]]:
-    """A row for each grid and tool: medians over rounds; perplexity is the first round's, and says so where rounds differ."""
+def _table(runs: pd.DataFrame, tools: list[str]) -> list[dict[str, str]]:
+    """A row for each grid and tool over all rounds: means of what the test texts gave, medians of time and memory; least and most."""
     found = []
     for (bits, grid), of_grid in runs.groupby(["bits", "grid"], sort=False):
-        by_tool = {tool: of_grid[of_grid.tool == tool].sort_values("round") for tool in tools}
-        reference = None
-        for tool, same in by_tool.items():
+        rounds = of_grid.pivot(index="round", columns="tool", values="perplexity")
+        for tool in tools:
+            same = of_grid[of_grid.tool == tool]
             row = {"bits": f"{bits}", "grid": str(grid), "tool": tool}
             if same.perplexity.isna().any():
                 found.append(row | {"perplexity": "failed"})
                 continue
-            mine = measured[same.weights.iloc[0]]
-            reference = reference or mine
-            ratio, half = mine.against(reference)
+            ratios = rounds[tool] / rounds[tools[0]]
             found.append(
                 row
                 | {
-                    "perplexity": f"{mine.perplexity:.4f}" + (" (varies)" if same.weights.nunique() > 1 else ""),
-                    "x uncompressed": f"{mine.against(original)[0]:.4f}",
-                    f"x {tools[0]}": "1" if mine is reference else f"{ratio:.4f} ± {half:.4f}",
+                    "perplexity": f"{same.perplexity.mean():.4f}",
+                    f"x {tools[0]}": "1" if tool == tools[0] else f"{ratios.mean():.4f} ({ratios.min():.4f} to {ratios.max():.4f})",
+                    "divergence": f"{same.divergence.mean():.5f} ({same.divergence.min():.5f} to {same.divergence.max():.5f})",
                     "seconds": f"{same.seconds.median():.1f} ({same.seconds.min():.1f} to {same.seconds.max():.1f})",
                     "peak MiB": f"{same.peak_mib.median():.0f}",
                     "of it grown": f"{same.grown_mib.median():.0f}",
@@ -179,11 +185,11 @@ def _table(runs: pd.DataFrame, tools: list[str], measured: dict[str, Losses], or
     return sorted(found, key=lambda row: (-int(row["bits"]), row["grid"] != "symmetric", tools.index(row["tool"])))
 
 
-def _header(given: argparse.Namespace, rows: list[list[int]], original: Losses) -> list[str]:
+def _header(given: argparse.Namespace, original: Losses) -> list[str]:
     return [
         f"`{given.model.name}`, uncompressed perplexity {original.perplexity:.4f} on {len(original.sums)} texts,"
-        f" {int(original.tokens.sum()):,} tokens. Groups of {given.group_size}. {len(rows)} calibration rows,"
-        f" {sum(map(len, rows)):,} tokens, seed {given.seed}. Rounds: {given.rounds}, threads: {given.threads}.",
+        f" {int(original.tokens.sum()):,} tokens. Groups of {given.group_size}. {given.rows} calibration rows of at most"
+        f" {MAX_TOKENS} tokens, drawn anew for each round. Rounds: {given.rounds}, threads: {given.threads}.",
     ]
 
 
