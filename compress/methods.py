@@ -47,6 +47,11 @@ class LayerSettings(Settings):
 
     ignore: list[str] | None = Field(None, description="layers left alone; null leaves the heads alone")
 
+    @property
+    def why_ignored(self) -> str:
+        """Why a layer that is ignored is."""
+        return "a head" if self.ignore is None else "named under ignore"
+
 
 class TrainSettings(Settings):
     """What every method that trains can be told about its data, which is the train split."""
@@ -137,8 +142,9 @@ class Context:
         self.layers.append({"name": name, "bits": bits, "error": error, "sparsity": sparsity, "remark": remark})
 
     def say(self, sentence: str) -> None:
-        """Something that the report tells about the stage as a whole, as a sentence."""
-        self.said.append(sentence)
+        """Something that the report tells about the stage as a whole, as a sentence; once."""
+        if sentence not in self.said:
+            self.said.append(sentence)
 
     def leave_out(self, name: str, why: str) -> None:
         """A layer stays as it was."""

@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import DeviceError, ModelError
+from compress.errors import DataError, DeviceError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -222,6 +222,12 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
             raise ModelError(f"{source.id}: its tokenizer has neither a padding nor an end token")
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raises DataError where `data.chat` is wanted of a tokenizer that has no chat template."""
+    if not tokenizer.chat_template:
+        raise DataError("data.chat: the model's tokenizer has no chat template; write the prompt out and leave chat away")
 
 
 def load_model(source: Source, device: str, quantization_config: Any = None) -> "PreTrainedModel":

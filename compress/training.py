@@ -74,10 +74,12 @@ def train(
             output_dir=str(folder), max_steps=steps, per_device_train_batch_size=how.batch_size, gradient_accumulation_steps=how.accumulate,
             learning_rate=how.learning_rate, lr_scheduler_type=_SCHEDULES[how.schedule], warmup_steps=round(how.warmup * steps),
             weight_decay=how.weight_decay, max_grad_norm=how.max_grad_norm, seed=seed,
-            bf16=on_gpu and torch.cuda.is_bf16_supported(), use_cpu=not on_gpu,
+            bf16=on_gpu and torch.cuda.is_bf16_supported(including_emulation=False), use_cpu=not on_gpu,
             remove_unused_columns=False, dataloader_pin_memory=False, include_num_input_tokens_seen="non_padding", save_strategy="no",
             logging_steps=max(1, steps // CURVE), logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
         )  # fmt: skip
+        if arguments.n_gpu > 1:
+            arguments._n_gpu = 1  # the model is on one of them; the Trainer would put copies on all
         watch = _Watch(context, folder if context.scratch else None, each_step)
         learner = _Learner(loss, model, arguments, collate, train_dataset=rows, callbacks=[watch])
         learner.remove_callback(PrinterCallback)

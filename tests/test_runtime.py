@@ -9,8 +9,8 @@ from compress.errors import DeviceError
 from compress.model import Source, load_model
 from compress.runtime import Int8Linear
 from tests.conftest import TASKS
-from tests.prune.models import run, stored, wide
 from tests.quantize.test_methods import logits, make
+from tests.wide import run, stored, wide
 
 
 @pytest.mark.parametrize("bias", [True, False])

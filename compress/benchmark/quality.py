@@ -8,6 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.architecture import context_length
 from compress.errors import DataError
+from compress.model import require_template
 from compress.process import Progress
 
 Texts = list[str]
@@ -25,8 +26,8 @@ class Reader:
         self.model, self.tokenizer, self.cut = model, tokenizer, 0
         self.context = context_length(model.config, tokenizer)
         self._max_tokens, self._chat = max_tokens, chat
-        if chat and not tokenizer.chat_template:
-            raise DataError("data.chat: the model's tokenizer has no chat template; write the prompt out and leave chat away")
+        if chat:
+            require_template(tokenizer)
 
     def read(self, texts: Texts, room: int = 0, unended: bool = False) -> list[list[int]]:
         """Token ids of each text, leaving `room` in the context; `unended` leaves off the end token that some tokenizers add.

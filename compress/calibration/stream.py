@@ -12,8 +12,9 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
 
 from compress.architecture import context_length
-from compress.errors import DataError
+from compress.errors import DataError, ModelError
 from compress.methods import Context, Example
+from compress.model import require_template
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -54,31 +55,59 @@ class Stream:
 
 
 def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: Context) -> list[tuple[Example, list[int], list[int]]]:
-    """Each example with its token ids and those of its first reference, which for a decoder stand at the end of the example's, too.
+    """Each example with its token ids and those of its first reference with its end, which for a decoder stand behind the example's, too.
 
-    Raises DataError when no example is left that has two tokens or more.
+    What was too long or too short is said in the report.
+
+    Raises DataError when no example is left that has two tokens or more and for chat without a template, ModelError for encoder-decoders
+    that classify.
     """
-    limit = min(context.max_tokens, context_length(model.config, tokenizer) or context.max_tokens)
-    both = model.config.is_encoder_decoder
-    found = []
+    both, limit = model.config.is_encoder_decoder, min(context.max_tokens, context_length(model.config, tokenizer) or context.max_tokens)
+    if both and not model.can_generate():
+        raise ModelError(
+            f"{type(model).__name__}: an encoder-decoder that classifies can't be shown examples here;"
+            " methods that need none work on it (`compress methods` says which)"
+        )
+    if context.chat:
+        require_template(tokenizer)
+    if not model.can_generate() and model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id  # by it decoders that classify find the last real token
+    found, cut = [], 0
     for example in context.examples:
         prompt, target = example.prompt, example.references[0] if example.references else ""
         if context.chat:
             turn = [{"role": "user", "content": prompt}]
             prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-        ids = tokenizer(prompt, add_special_tokens=not context.chat, truncation=True, max_length=limit)["input_ids"]
+        ids, longer = _ids(tokenizer, prompt, limit, special=not context.chat)
         answer: list[int] = []
         if model.can_generate() and (both or target):
-            room = limit - both  # `padded` may need one more
-            answer = tokenizer(text_target=target, add_special_tokens=both, truncation=True, max_length=room)["input_ids"]
+            room = limit - 1  # for a decoder's end token; for others since `padded` may need one more
+            answer, too_long = _ids(tokenizer, target, room, special=both)
+            longer |= too_long
+            if not both and not too_long and tokenizer.eos_token_id is not None:
+                answer.append(tokenizer.eos_token_id)
         if answer and not both:
             ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+            longer |= len(ids) + len(answer) > limit
             ids = [*ids[: limit - len(answer)], *answer]
+        cut += longer
         if len(ids) > 1:
             found.append((example, ids, answer))
     if not found:
         raise DataError("calibration: no example has two tokens or more; look at data.splits.train and the prompt")
+    if cut:
+        context.say(f"{cut:,} of the {len(context.examples):,} examples were longer than {limit:,} tokens and were cut at an end")
+    if short := len(context.examples) - len(found):
+        context.say(f"{short:,} of the {len(context.examples):,} examples had fewer than two tokens and were left out")
     return found
+
+
+def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, limit: int, special: bool) -> tuple[list[int], bool]:
+    """A text's tokens, at most so many, and whether it had more."""
+    whole = tokenizer(text, add_special_tokens=special)["input_ids"]
+    if len(whole) <= limit:
+        return whole, False
+    return tokenizer(text, add_special_tokens=special, truncation=True, max_length=limit)["input_ids"], True
 
 
 def batches(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: Context) -> list[Inputs]:
@@ -88,9 +117,12 @@ def batches(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cont
     """
     pairs = [(ids, answer) for _, ids, answer in encoded(model, tokenizer, context)]
     parts: list[list[tuple[list[int], list[int]]]] = [[]]
+    longest = 0
     for pair in sorted(pairs, key=lambda pair: (len(pair[0]), len(pair[1]))):
-        if parts[-1] and (len(parts[-1]) + 1) * len(pair[0]) > BATCH_TOKENS:
+        longest = max(longest, *map(len, pair))
+        if parts[-1] and (len(parts[-1]) + 1) * longest > BATCH_TOKENS:
             parts.append([])
+            longest = max(map(len, pair))
         parts[-1].append(pair)
     return [padded(model, part) for part in parts]
 

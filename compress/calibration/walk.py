@@ -79,6 +79,8 @@ def _walk(
     targets: bool,
 ) -> "PreTrainedModel":
     model, weights = empty(bundle.source, scratch)
+    if model.config.model_type == "gpt_bigcode" and any(scratch.iterdir()):
+        context.say("stored as GPTBigCode, which is GPT-2 with ordinary linear layers and computes the same")
     check_dtype(model)
     stacks = block_stacks(model)
     layers = layers_in_blocks(model, stacks, settings, context)
@@ -142,7 +144,7 @@ def layers_in_blocks(
     """
     wanted, ignored = linear_layers(model, settings.ignore)
     for full in ignored:
-        context.leave_out(full, "a head" if settings.ignore is None else "named under ignore")
+        context.leave_out(full, settings.why_ignored)
     inside = {}
     for full, layer in wanted.items():
         if isinstance(layer, nn.Linear) and any(full.startswith(f"{stack}.") for stack in stacks):

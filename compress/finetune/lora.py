@@ -89,16 +89,22 @@ def _keep(layer: Any, zero: "Tensor") -> None:
 
     zero   where the weight is to stay zero, in the weight's shape
     """
+    from torch.utils.checkpoint import checkpoint
+
     whole, transposed = layer.get_delta_weight, layer.fan_in_fan_out
 
     def kept(adapter: str) -> "Tensor":
         delta: Tensor = whole(adapter)
         return delta.masked_fill(zero, 0)
 
-    def forward(states: "Tensor") -> "Tensor":
+    def changed(states: "Tensor") -> "Tensor":
         delta = kept(ADAPTER)
+        shown: Tensor = layer.lora_dropout[ADAPTER](states.to(delta.dtype))
+        return shown @ (delta if transposed else delta.t())
+
+    def forward(states: "Tensor") -> "Tensor":
         out: Tensor = layer.base_layer(states)
-        shown = layer.lora_dropout[ADAPTER](states.to(delta.dtype))
-        return out.add((shown @ (delta if transposed else delta.t())).to(out.dtype))
+        # made again in the backward pass, so that B A of one layer alone is in memory
+        return out.add(checkpoint(changed, states, use_reentrant=False).to(out.dtype))
 
     layer.get_delta_weight, layer.forward = kept, forward

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 class ScopeSettings(Settings):
     """Which weights compete for the zeros."""
 
-    scope: Literal["layer", "global"] = Field("layer", description="whether the share holds for each layer, or for all together")
+    scope: Literal["layer", "global"] = Field(
+        "layer", description="whether the share holds for each layer, or for all together, which sorts all weights: 17 bytes for each"
+    )
 
 
 def layers_to_prune(model: "PreTrainedModel", settings: SparsitySettings, context: Context) -> "dict[str, nn.Module]":
@@ -27,7 +29,7 @@ def layers_to_prune(model: "PreTrainedModel", settings: SparsitySettings, contex
     if not layers:
         raise BrokenPromise(f"{type(model).__name__} has no linear layers to prune")
     for name in left_out:
-        context.leave_out(name, "a head" if settings.ignore is None else "named under ignore")
+        context.leave_out(name, settings.why_ignored)
     return layers
 
 

@@ -47,7 +47,10 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
 
 def solve_layer(weight: "Tensor", moments: "Tensor", settings: Settings, name: str = "") -> "Tensor":
-    """A weight (rows, columns) with zeros that keeps its outputs, given its inputs' second moments (columns, columns)."""
+    """A weight (rows, columns) with zeros that keeps its outputs, given its inputs' second moments (columns, columns).
+
+    What is zero stays zero; so does all that only zeros are multiplied by, which costs nothing.
+    """
     import torch
 
     from compress.calibration.hessian import inverse_factor
@@ -56,7 +59,9 @@ def solve_layer(weight: "Tensor", moments: "Tensor", settings: Settings, name: s
     check_pattern(settings.n_of_m, columns, name)
     factor = inverse_factor(moments.clone(), settings.damping, name)
     cost = factor.diagonal().square()
-    left = weight.t().contiguous()  # so that a column lies in one piece
+    left = weight.t().masked_fill(moments.diagonal()[:, None] == 0, 0)  # transposed, so that a column lies in one piece
+    left = left.contiguous()
+    was = left == 0
     size = max(BLOCK // width, 1) * width  # a pattern lies within a block
     for start in range(0, columns, size):
         end = min(start + size, columns)
@@ -64,8 +69,9 @@ def solve_layer(weight: "Tensor", moments: "Tensor", settings: Settings, name: s
         errors = torch.empty_like(block)
         for j in range(end - start):
             if j % width == 0:
-                gone = _gone(block[j : j + width].t(), cost[start + j : start + j + width], settings, name).t()
-            kept = block[j].masked_fill(gone[j % width], 0)
+                part = slice(start + j, start + j + width)
+                gone = _gone(left[part].t(), cost[part], was[part].t(), settings, name).t()
+            kept = block[j].masked_fill(gone[j % width] | was[start + j], 0)
             errors[j] = (block[j] - kept) / inner[j, j]
             block[j] = kept
             block[j + 1 :].addr_(inner[j, j + 1 :], errors[j], alpha=-1)
@@ -73,9 +79,9 @@ def solve_layer(weight: "Tensor", moments: "Tensor", settings: Settings, name: s
     return left.t().contiguous()
 
 
-def _gone(weight: "Tensor", cost: "Tensor", settings: Settings, name: str) -> "Tensor":
-    """Which of these columns' weights (rows, columns) go: those whose loss can be made up for at the least cost."""
-    lost = weight.square() / cost
+def _gone(weight: "Tensor", cost: "Tensor", was: "Tensor", settings: Settings, name: str) -> "Tensor":
+    """Which of these columns' weights (rows, columns) go: those whose loss can be made up for at the least cost, zeros before all."""
+    lost = (weight.square() / cost).masked_fill(was, -1)
     if settings.n_of_m is not None:
         return lowest(lost, settings.share, settings.n_of_m, name)
     return lowest(lost.reshape(1, -1), settings.share, None, name).reshape(weight.shape)

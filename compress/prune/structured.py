@@ -171,8 +171,9 @@ def _same_scale(model: "PreTrainedModel", state: "dict[str, Tensor]", ratio: flo
     config = model.config
     if ratio == 1:
         return
+    divided = model.can_generate() and getattr(config, "scale_decoder_outputs", False)
     for name, weight in state.items():
-        scaled_logits = getattr(config, "scale_decoder_outputs", False) and name.endswith("decoder.final_layer_norm.weight")
+        scaled_logits = divided and name.endswith("decoder.final_layer_norm.weight")
         # a norm stands behind the sum of tokens and positions, so the positions may give way
         scaled_tokens = getattr(config, "scale_embedding", False) and name.endswith("embed_positions.weight")
         if scaled_logits or scaled_tokens:

@@ -22,18 +22,20 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     Raises InputError where a layer would be emptied or a pattern does not divide its rows.
     """
+    import torch
+
     from compress.calibration.block import Block
-    from compress.calibration.inputs import in_order, second_moments
+    from compress.calibration.inputs import in_order, inputs
     from compress.calibration.walk import walk
     from compress.prune._dense import Dense, Pruned
 
     def solve(block: Block) -> None:
         for group in in_order(block):
-            moments = second_moments(block, group[0])
-            if block.sound(group, moments):
+            energy = torch.stack([rows.square().sum(dim=0) for rows in inputs(block, group[0])]).sum(dim=0)
+            if block.sound(group, energy):
                 for name in group:
                     weight = block.weights[name]
-                    gone = lowest(weight.float().abs() * moments.diagonal().sqrt(), settings.share, settings.n_of_m, name)
+                    gone = lowest(weight.float().abs() * energy.sqrt(), settings.share, settings.n_of_m, name)
                     block.set(name, Pruned(weight.masked_fill(gone, 0)))
 
     return walk(bundle, settings, context, Dense, solve)

@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 WAY_OUT = "leave out format: gptq"
 
-WORD = 32  # the bits of a word, and so the rows and columns that a layer must have a multiple of
-
 
 class GptqFiles:
     """The format for a model whose layers have these kinds of grid, by name.

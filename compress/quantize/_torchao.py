@@ -10,7 +10,7 @@ from torchao.quantization.quantize_.workflows import Int8Tensor
 from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
 
 from compress.architecture import linear_layers
-from compress.methods import Context
+from compress.methods import Context, LayerSettings
 from compress.quantize._grid import Kind
 from compress.quantize._solution import Quantised
 from compress.quantize._touched import note_layers, require_touched
@@ -48,14 +48,14 @@ class Int8:
         make_serializable(model, Int8DynamicActivationInt8WeightConfig(), left_out)
 
 
-def convert(model: "PreTrainedModel", ignore: list[str] | None, context: Context, scheme: Any, kind: type, method: str) -> None:
+def convert(model: "PreTrainedModel", settings: LayerSettings, context: Context, scheme: Any, kind: type, method: str) -> None:
     """Give every linear layer that isn't ignored weights of a scheme of torchao's, which are tensors of `kind`, in place."""
-    layers, left_out = linear_layers(model, ignore)
+    layers, left_out = linear_layers(model, settings.ignore)
     for done, layer in enumerate(layers.values(), 1):
         quantize_(layer, scheme)
         context.progress("quantising", done, len(layers))
     require_touched(model, lambda layer: isinstance(getattr(layer, "weight", None), kind), method)
-    note_layers(context, list(layers), list(left_out), 8, ignore)
+    note_layers(context, list(layers), list(left_out), 8, settings.why_ignored)
     make_serializable(model, scheme, list(left_out))
 
 

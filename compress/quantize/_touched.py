@@ -13,9 +13,9 @@ def require_touched(model: Any, is_touched: Callable[[Any], bool], method: str) 
         raise BrokenPromise(f"{method}: touched no layer of {type(model).__name__}; nothing would be smaller")
 
 
-def note_layers(context: Context, touched: list[str], left_out: list[str], bits: int, ignore: list[str] | None) -> None:
-    """Tell the report what became of each layer where a library did all of them alike."""
+def note_layers(context: Context, touched: list[str], left_out: list[str], bits: int, why: str) -> None:
+    """Tell the report what became of each layer where a library did all of them alike, and why some were left out."""
     for name in touched:
         context.note(name, bits)
     for name in left_out:
-        context.leave_out(name, "a head" if ignore is None else "named under ignore")
+        context.leave_out(name, why)

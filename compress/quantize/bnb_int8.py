@@ -18,8 +18,7 @@ ABOUT = About(
 )
 
 
-class Settings(methods.Settings):
-    ignore: list[str] | None = None
+class Settings(methods.LayerSettings):
     threshold: float = 6.0
 
 
@@ -35,5 +34,5 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     touched = [name for name, layer in model.named_modules() if isinstance(layer, Linear8bitLt)]
     for name in sorted(kept.keys() - set(touched)):
         context.leave_out(name, "bitsandbytes keeps it as it is")
-    note_layers(context, touched, list(left_out), 8, settings.ignore)
+    note_layers(context, touched, list(left_out), 8, settings.why_ignored)
     return bundle.holding(model)

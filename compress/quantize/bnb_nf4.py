@@ -20,8 +20,7 @@ ABOUT = About(
 )
 
 
-class Settings(methods.Settings):
-    ignore: list[str] | None = None
+class Settings(methods.LayerSettings):
     double_quant: bool = True
     compute_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
@@ -48,5 +47,5 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     touched = [name for name, layer in model.named_modules() if isinstance(layer, Linear4bit)]
     for name in sorted(kept.keys() - set(touched)):
         context.leave_out(name, "bitsandbytes keeps it as it is")
-    note_layers(context, touched, list(left_out), 4, settings.ignore)
+    note_layers(context, touched, list(left_out), 4, settings.why_ignored)
     return bundle.holding(model)

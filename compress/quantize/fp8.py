@@ -40,5 +40,5 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     model = as_linear(bundle.model)
     if model.dtype == torch.float32:
         model = model.to(torch.bfloat16)  # what scales by row are for
-    convert(model, settings.ignore, context, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), Float8Tensor, "quantize: fp8")
+    convert(model, settings, context, Float8DynamicActivationFloat8WeightConfig(granularity=PerRow()), Float8Tensor, "quantize: fp8")
     return bundle.holding(model)

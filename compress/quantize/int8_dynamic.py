@@ -18,8 +18,8 @@ ABOUT = About(
 )
 
 
-class Settings(methods.Settings):
-    ignore: list[str] | None = None
+class Settings(methods.LayerSettings):
+    pass
 
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
@@ -30,5 +30,5 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from compress.quantize._torchao import convert
 
     model = as_linear(bundle.model)
-    convert(model, settings.ignore, context, Int8DynamicActivationInt8WeightConfig(), Int8Tensor, "quantize: int8_dynamic")
+    convert(model, settings, context, Int8DynamicActivationInt8WeightConfig(), Int8Tensor, "quantize: int8_dynamic")
     return bundle.holding(model)

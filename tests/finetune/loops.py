@@ -7,7 +7,7 @@ from torch.nn.functional import cross_entropy
 
 from compress.methods import find
 from compress.model import load_model
-from tests.quantize.blocks import bundle, context, examples, lively, saved
+from tests.blocks import bundle, context, examples, lively, saved
 
 
 def calm(kind, folder, **changes):
@@ -42,9 +42,8 @@ def lost(model, tokenizer, example):
     ids = tokenizer(example.prompt, add_special_tokens=False).input_ids
     if model.config.model_type == "bert":
         return cross_entropy(model(input_ids=torch.tensor([[*ids, end]])).logits, torch.tensor([int(answer)]), reduction="sum"), 1
-    target = tokenizer(answer, add_special_tokens=False).input_ids if answer is not None else None
+    target = [*tokenizer(answer, add_special_tokens=False).input_ids, end] if answer is not None else None
     if model.config.is_encoder_decoder:
-        target = [*target, end]
         said = torch.tensor([[model.config.decoder_start_token_id, *target[:-1]]])
         logits = model(input_ids=torch.tensor([[*ids, end]]), decoder_input_ids=said).logits[0]
     else:

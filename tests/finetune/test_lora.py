@@ -12,9 +12,9 @@ from compress.errors import DataError, InputError
 from compress.methods import Context, Optimisation
 from compress.model import AUTO
 from compress.training import pruned
+from tests.blocks import bundle, context, examples
 from tests.conftest import TASKS
 from tests.finetune.loops import adamw, calm, doubled, halved, tune
-from tests.quantize.blocks import bundle, context, examples
 
 HOW = {"steps": 3, "batch_size": 2, "accumulate": 3, "learning_rate": 1e-2, "warmup": 0.0}
 
@@ -102,7 +102,9 @@ def test_what_pruning_made_zero_stays_zero_in_the_dtypes_it_came_in(toys, kind, 
     assert {name: tensor.dtype for name, tensor in after.state_dict().items()} == dtypes
     assert {name: weight == 0 for name, weight in pruned(after).items()}.keys() == zeros.keys()
     for name, zero in zeros.items():
-        assert torch.equal(after.get_submodule(name).weight == 0, zero), name
+        weight = after.get_submodule(name).weight
+        assert not weight[zero].any(), name
+        assert (weight == 0).sum() <= zero.sum() + 2, "in 16 bits a change may happen to be as large as its weight"
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2", "bert"])

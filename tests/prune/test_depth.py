@@ -15,7 +15,7 @@ from compress.methods import Context, Example, quiet
 from compress.prune import depth
 from compress.results import NOTES
 from tests.conftest import TASKS
-from tests.prune.models import SEEN, alike, bundle, elsewhere, greedy, logits, run, stored, wide
+from tests.wide import SEEN, alike, bundle, elsewhere, greedy, logits, run, stored, wide
 
 KINDS = list(TASKS)
 # What writes into the residual stream; without it a block hands its input on. Behind BART's and BERT's blocks stands a norm, which would not.

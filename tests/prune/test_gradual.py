@@ -10,10 +10,9 @@ from compress.errors import DataError, InputError
 from compress.methods import Context, Example, Optimisation, find
 from compress.model import Source, load_model
 from compress.prune import gradual
+from tests.blocks import bundle, context, examples, run
 from tests.conftest import TASKS
 from tests.finetune.loops import adamw, calm, doubled, lost
-from tests.prune.test_then_quantize import run
-from tests.quantize.blocks import bundle, context, examples
 
 HOW = {"steps": 20, "batch_size": 3, "learning_rate": 1e-2}
 

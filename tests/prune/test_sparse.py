@@ -16,9 +16,8 @@ from compress.methods import find
 from compress.model import AUTO, Source, load_model
 from compress.prune import sparsegpt
 from compress.prune._sparse import lowest
+from tests.blocks import bundle, context, examples, run
 from tests.conftest import TASKS
-from tests.prune.test_then_quantize import run
-from tests.quantize.blocks import bundle, context, examples
 
 METHODS = ["magnitude", "wanda", "sparsegpt"]
 
@@ -100,7 +99,7 @@ def test_wanda_ranks_a_row_by_weight_times_input_norm(toys):
     plain.get_submodule(name).register_forward_pre_hook(lambda _, args: seen.append(args[0][0].double().numpy()))
     tokenizer = bundle(toys["llama"], "llama").tokenizer
     for example in told.examples:  # one by one, so nothing is padded
-        answer = tokenizer(example.references[0], add_special_tokens=False).input_ids
+        answer = [*tokenizer(example.references[0], add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         ids = tokenizer(example.prompt).input_ids
         ids = ids[:-1] if ids[-1] == tokenizer.eos_token_id else ids
         with torch.no_grad():
@@ -220,3 +219,23 @@ def test_global_magnitude_that_would_empty_a_layer_names_it(toys):
 def test_settings_that_make_no_sense_are_refused(chosen, said):
     with pytest.raises(ValidationError, match=said):
         find("prune", "magnitude").Settings(**chosen)
+
+
+def test_sparsegpt_takes_what_only_zeros_are_multiplied_by_first():
+    weight, moments = layer(rows=8, columns=128)
+    dead = torch.arange(0, 128, 4)
+    moments[dead] = moments[:, dead] = 0
+    found = sparsegpt.solve_layer(weight, moments * 1e-4, sparsegpt.Settings(sparsity=0.5, columns=128))
+    assert (found[:, dead] == 0).all()
+    assert (found == 0).double().mean() == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize("second", [{"pattern": "2:4"}, {"pattern": "1:4"}, {"sparsity": 0.6}, {"sparsity": 0.3}])
+@pytest.mark.parametrize("method", METHODS)
+def test_what_an_earlier_stage_made_zero_stays_zero(toys, tmp_path, method, second):
+    once = run("prune", "magnitude", toys["llama"], "llama", tmp_path / "once")
+    before = weights(load_model(Source(str(once), "causal-lm"), "cpu"))
+    after = weights(pruned(once, "llama", method, **second))
+    assert (before["model.layers.0.mlp.up_proj"] == 0).mean() == 0.5
+    for name, weight in before.items():
+        assert not after[name][weight == 0].any(), name

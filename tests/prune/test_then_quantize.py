@@ -3,10 +3,9 @@
 import pytest
 import torch
 
-from compress import stage
 from compress.model import Source, load_model
+from tests.blocks import run
 from tests.conftest import TASKS
-from tests.quantize.test_methods import NOTHING, SEEN, quiet
 
 SETTINGS = {
     "rtn": {},
@@ -18,14 +17,6 @@ SETTINGS = {
     "int8_dynamic": {},
     "bnb_nf4": {},
 }
-
-
-def run(family, method, source, kind, target, **settings):
-    stage.run(
-        quiet, {"id": str(source), "task": TASKS[kind], "dtype": "float32"}, {"family": family, "method": method, "settings": settings},
-        {**NOTHING, "examples": SEEN}, str(target), "cpu",
-    )  # fmt: skip
-    return target
 
 
 def dense(folder, kind):

@@ -22,8 +22,8 @@ from compress.quantize import rtn
 from compress.quantize._bits import allocate, plan, sensitivity
 from compress.quantize._grid import WIDTHS, GridSettings, Kind, fit
 from compress.recipe import load
+from tests.blocks import bundle, context, examples, lively, saved
 from tests.conftest import TASKS
-from tests.quantize.blocks import bundle, context, examples, lively, saved
 
 
 @st.composite

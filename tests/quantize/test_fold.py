@@ -5,7 +5,7 @@ import torch
 
 from compress.calibration.inputs import in_order, inputs
 from compress.quantize._fold import fold_before
-from tests.quantize.blocks import bundle, lively, saved, visit
+from tests.blocks import bundle, lively, saved, visit
 
 T5_SELF = {
     "layer.0.SelfAttention.k+q+v": "layer.0.layer_norm",

@@ -11,7 +11,7 @@ import torch
 from compress.errors import MissingPackage, ModelError
 from compress.methods import find
 from compress.quantize._gptq_files import GptqFiles
-from tests.quantize.blocks import bundle, context, lively, saved
+from tests.blocks import bundle, context, lively, saved
 from tests.quantize.test_methods import make
 
 

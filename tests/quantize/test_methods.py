@@ -13,6 +13,7 @@ import torch
 from compress import methods, model, stage
 from compress.errors import BrokenPromise
 from compress.model import Source
+from tests.blocks import run
 from tests.conftest import TASKS, make_model, make_tokenizer
 
 # settings, and the largest relative error of the logits of a random model: about sqrt(layers) times the grid's own error
@@ -30,10 +31,6 @@ CASES = {
     "fp8": ({}, 0.15),
     "qat": ({"bits": 8, "group_size": -1, "steps": 5, "batch_size": 2, "learning_rate": 1e-6}, 0.08),
 }
-NOTHING = {"examples": [], "max_tokens": 32, "chat": False}
-SEEN = [{"id": str(n), "prompt": "the cat sat on a big red mat", "references": ["dog ran"]} for n in range(3)]
-
-
 PAIRS = [
     pytest.param(method, kind, id=f"{method}-{kind}")
     for method in CASES
@@ -42,16 +39,8 @@ PAIRS = [
 ]
 
 
-def quiet(*_):
-    pass
-
-
 def make(folder, kind, method, target, device="cpu", **settings):
-    stage.run(
-        quiet, {"id": str(folder), "task": TASKS[kind], "dtype": "float32"},
-        {"family": "quantize", "method": method, "settings": settings}, {**NOTHING, "examples": SEEN}, str(target), device,
-    )  # fmt: skip
-    return target
+    return run("quantize", method, folder, kind, target, device=device, **settings)
 
 
 def logits(folder, kind, dtype="auto"):
@@ -222,7 +211,14 @@ def test_casting_to_the_same_dtype_is_refused(toys, tmp_path):
     assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
     written = {"family": "quantize", "method": "cast", "settings": {"dtype": "bfloat16"}}
     with pytest.raises(BrokenPromise, match="is in bfloat16 already"):
-        stage.run(quiet, {"id": str(half), "task": "causal-lm"}, written, NOTHING, str(tmp_path / "again"), "cpu")
+        stage.run(
+            methods.quiet,
+            {"id": str(half), "task": "causal-lm"},
+            written,
+            {"examples": [], "max_tokens": 32, "chat": False},
+            str(tmp_path / "again"),
+            "cpu",
+        )
     assert not (tmp_path / "again").exists()
 
 

@@ -10,8 +10,8 @@ from compress.methods import Context, Example, quiet
 from compress.model import Source, load_model
 from compress.quantize import _grid, qat
 from compress.training import labels
+from tests.blocks import bundle, context, examples, lively, saved
 from tests.conftest import TASKS
-from tests.quantize.blocks import bundle, context, examples, lively, saved
 
 
 def by_formula(weight, scale, zero, top, size, upstream):

@@ -7,8 +7,8 @@ import textwrap
 
 import torch
 
-from compress import stage
 from compress.model import Bundle, Source
+from tests import blocks
 from tests.conftest import TASKS, make_model, make_tokenizer
 
 SEEN = [
@@ -50,12 +50,7 @@ def stored(made, folder):
 
 
 def run(method, kind, folder, target, seen=SEEN, **settings):
-    """One stage with all its checks; what it tells the report."""
-    stage.run(
-        lambda *_: None, {"id": str(folder), "task": TASKS[kind], "dtype": "float32"},
-        {"family": "prune", "method": method, "settings": settings}, {"examples": seen, "max_tokens": 32, "chat": False}, str(target), "cpu",
-    )  # fmt: skip
-    return target
+    return blocks.run("prune", method, folder, kind, target, seen, **settings)
 
 
 def bundle(folder, kind):

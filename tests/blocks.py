@@ -1,14 +1,26 @@
-"""Blocks of toy models as methods see them, for the tests of what methods share."""
+"""Stages run on toy models, and blocks of these as methods see them."""
 
 import pytest
 import torch
 
+from compress import stage
 from compress.errors import BrokenPromise
 from compress.methods import Context, Example, LayerSettings, quiet
 from compress.model import Bundle, Source
 from compress.quantize._calibrated import quantise
 from compress.quantize._pack import Packed
 from tests.conftest import TASKS, WORDS, make_model, make_tokenizer
+
+SEEN = [{"id": str(n), "prompt": "the cat sat on a big red mat", "references": ["dog ran"]} for n in range(3)]
+
+
+def run(family, method, folder, kind, target, seen=SEEN, device="cpu", **settings):
+    """One stage with all its checks; the folder of what it made."""
+    stage.run(
+        quiet, {"id": str(folder), "task": TASKS[kind], "dtype": "float32"}, {"family": family, "method": method, "settings": settings},
+        {"examples": seen, "max_tokens": 32, "chat": False}, str(target), device,
+    )  # fmt: skip
+    return target
 
 
 def examples(count=6, label=False):

@@ -10,9 +10,9 @@ from compress import methods, pipeline, recipe, stage, training
 from compress.errors import RunError
 from compress.methods import Context
 from compress.model import Source
+from tests.blocks import bundle, examples
 from tests.conftest import recipe_for
 from tests.finetune.loops import halved, tune
-from tests.quantize.blocks import bundle, examples
 
 STEPS = 7
 
