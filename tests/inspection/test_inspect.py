@@ -184,7 +184,7 @@ def test_packed_weights_without_their_package_are_refused(toys, tmp_path):
     file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": packing}))
     with pytest.raises(
         ModelError,
-        match="packed: (the package that reads its packed weights isn't installed here|Loading a GPTQ quantized model requires optimum)",
+        match=r"packed: (the package that reads its packed weights isn't installed here|Loading a GPTQ quantized model requires optimum)",
     ):
         look(tmp_path / "packed")
 
