@@ -53,7 +53,7 @@ def measure(recipe: Path, chain: str, models: Path, data: Path) -> Report:
     sides = [side.model_copy(update={"model": side.role}) for side in report.sides]
     records = [record.model_copy(update={"artifact": Path(record.artifact).name}) for record in report.stages]
     report = report.model_copy(update={"predictions": [], "settings": settings, "sides": sides, "stages": records})
-    name = re.sub(r"(quantize|prune|finetune): ", "", chain).lower()
+    name = re.sub(r"(quantize|prune|finetune): |, (keep|importance|samples|epochs|learning_rate|batch_size): [^,;]+", "", chain).lower()
     place = recipe.parent / recipe.stem / re.sub(r"[^a-z0-9_]+", "-", name).strip("-")
     if place.exists():
         for file in place.iterdir():
