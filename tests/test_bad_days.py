@@ -31,6 +31,7 @@ def recipe(toys, rows, tmp_path):
 
 
 def start(folder):
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it, and so would their children
     return subprocess.Popen(
         [sys.executable, "-m", "compress", "run", "toy.yaml", "--json"],
         cwd=folder,
