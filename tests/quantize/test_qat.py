@@ -138,14 +138,14 @@ def test_training_on_targets_learns_them(lively_toys, tmp_path, case):
 
 
 def test_labels_stand_where_the_logits_should_give_them(toys):
-    """By hand: position n of a decoder gives token n + 1, of an answer alone; plain text is learned whole."""
+    """By hand: position n of a decoder gives token n + 1, of an answer and its end alone; plain text is learned whole."""
     made = bundle(toys["llama"], "llama")
     model, tokenizer = made.model, made.tokenizer
     cat, dog, red, end = (tokenizer.convert_tokens_to_ids(word) for word in ("cat", "dog", "red", "</s>"))
     rows = encoded(model, tokenizer, context(examples=[Example("0", "cat cat dog", ["red dog"]), Example("1", "dog red", [])]))
     inputs = padded(model, [(ids, answer) for _, ids, answer in rows])
-    assert inputs["input_ids"].tolist() == [[cat, cat, dog, red, dog], [dog, red, end, 0, 0]]
-    assert labels(model, inputs, rows).tolist() == [[-100, -100, red, dog, -100], [red, end, -100, -100, -100]]
+    assert inputs["input_ids"].tolist() == [[cat, cat, dog, red, dog, end], [dog, red, end, 0, 0, 0]]
+    assert labels(model, inputs, rows).tolist() == [[-100, -100, red, dog, end, -100], [red, end, -100, -100, -100, -100]]
 
     made = bundle(toys["t5"], "t5")
     rows = encoded(made.model, tokenizer, context(examples=[Example("0", "cat", ["red dog"]), Example("1", "dog red cat", ["cat"])]))
