@@ -56,26 +56,39 @@ class Stream:
 def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: Context) -> list[tuple[Example, list[int], list[int]]]:
     """Each example with its token ids and those of its first reference, which for a decoder stand at the end of the example's, too.
 
+    What is longer than `context.max_tokens` or the model's own context is cut; the report says of how many examples.
+
     Raises DataError when no example is left that has two tokens or more.
     """
     limit = min(context.max_tokens, context_length(model.config, tokenizer) or context.max_tokens)
     both = model.config.is_encoder_decoder
-    found = []
+    found, cut = [], 0
+
+    def read(room: int, special: bool, **text: str) -> tuple[list[int], bool]:
+        """The ids of a `text` or `text_target`, and whether it has more than there is room for."""
+        ids = tokenizer(**text, add_special_tokens=special, truncation=True, max_length=room)["input_ids"]
+        return ids, len(ids) >= room and len(tokenizer(**text, add_special_tokens=special, verbose=False)["input_ids"]) > room
+
     for example in context.examples:
         prompt, target = example.prompt, example.references[0] if example.references else ""
         if context.chat:
             turn = [{"role": "user", "content": prompt}]
             prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-        ids = tokenizer(prompt, add_special_tokens=not context.chat, truncation=True, max_length=limit)["input_ids"]
+        ids, long = read(limit, not context.chat, text=prompt)
         answer: list[int] = []
         if model.can_generate() and (both or target):
-            room = limit - both  # `padded` may need one more
-            answer = tokenizer(text_target=target, add_special_tokens=both, truncation=True, max_length=room)["input_ids"]
+            answer, longer = read(limit - both, both, text_target=target)  # `padded` may need one more
+            long |= longer
         if answer and not both:
             ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
+            long |= len(ids) + len(answer) > limit
             ids = [*ids[: limit - len(answer)], *answer]
         if len(ids) > 1:
             found.append((example, ids, answer))
+            cut += long
+    told = f"{cut:,} of {len(found):,} examples have more than {limit:,} tokens and were cut"
+    if cut and told not in context.said:  # a stage may read its examples more than once
+        context.say(told)
     if not found:
         raise DataError("calibration: no example has two tokens or more; look at data.splits.train and the prompt")
     return found
