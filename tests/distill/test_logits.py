@@ -8,7 +8,6 @@ import torch
 from pydantic import ValidationError
 from torch.nn.functional import cross_entropy
 
-from compress import training
 from compress.distill import _pair
 from compress.distill._divergence import divergence
 from compress.errors import DataError, InputError, ModelError, RunError
@@ -17,7 +16,7 @@ from compress.model import load_model
 from tests.conftest import TASKS, make_model, make_tokenizer
 from tests.distill import pairs
 from tests.distill.pairs import counted, distil, inputs_of, source, two
-from tests.finetune.test_training import STEPS, Killed, checkpoints, often, until  # noqa: F401 - a fixture
+from tests.finetune.test_training import STEPS, Killed, checkpoints, until
 from tests.quantize.blocks import bundle, context, examples, saved
 
 KINDS = ("forward", "reverse", "jensen-shannon")
@@ -69,19 +68,6 @@ def test_what_an_embedding_is_padded_with_is_left_out():
     expected = pairs.divergence(told, known[:, :20], "forward", 2)
     assert float(divergence(told, known, settings())) == pytest.approx(expected, rel=1e-6)
     assert float(divergence(known, told, settings())) == pytest.approx(pairs.divergence(known[:, :20], told, "forward", 2), rel=1e-6)
-
-
-@pytest.fixture
-def losses(monkeypatch):
-    """The loss of every batch as the Trainer has it."""
-    seen, plain = [], training._Learner.compute_loss
-
-    def compute_loss(self, *given, **named):
-        seen.append((loss := plain(self, *given, **named)).item())
-        return loss
-
-    monkeypatch.setattr(training._Learner, "compute_loss", compute_loss)
-    return seen
 
 
 @pytest.mark.parametrize(
@@ -145,7 +131,7 @@ def test_zeros_stay(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
-def test_a_killed_distillation_ends_as_if_it_had_not_been(tmp_path, often, kind):  # noqa: F811
+def test_a_killed_distillation_ends_as_if_it_had_not_been(tmp_path, often, kind):
     teacher, student = two(kind, tmp_path)
     how = {"steps": STEPS, "batch_size": 2, "learning_rate": 1e-2}
 
