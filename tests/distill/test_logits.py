@@ -163,7 +163,7 @@ def test_a_student_that_is_another_model_is_trained_in_its_stead(tmp_path):
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("t5", {"num_decoder_layers": 1}), ("bart", {"encoder_layers": 1, "d_model": 32}), ("llama", {"num_hidden_layers": 1}),
+        ("t5", {"num_layers": 1}), ("t5", {"num_decoder_layers": 1}), ("bart", {"encoder_layers": 1, "d_model": 32}), ("llama", {"num_hidden_layers": 1}),
         ("gpt2", {"n_layer": 1}), ("bert", {"num_hidden_layers": 1, "hidden_size": 32}),
     ],
 )  # fmt: skip
@@ -177,6 +177,7 @@ def test_a_student_with_fresh_weights(toys, tmp_path, kind, changes):
     first.save_pretrained(tmp_path)
     again = load_model(source(tmp_path, kind), "cpu")
     if again.can_generate():
+        assert again.generation_config.max_new_tokens == 7
         again.generate(input_ids=torch.arange(3, 9)[None], max_new_tokens=3, do_sample=False)
 
 
