@@ -62,12 +62,12 @@ def test_the_loss_is_the_divergence_on_what_the_student_wrote(tmp_path, losses, 
 def test_the_student_writes_with_the_weights_of_the_step(tmp_path, wrote, kind):
     """Batches are made one ahead elsewhere; what is written must not be."""
     teacher, student = two(kind, tmp_path)
-    made, _ = distil("on_policy", bundle(student, kind), teacher, steps=4, batch_size=3, accumulate=2, student_share=1, learning_rate=1e-2)
+    made, _ = distil("on_policy", bundle(student, kind), teacher, steps=4, batch_size=1, accumulate=2, student_share=1, learning_rate=1e-2)
     name = "lm_head.weight" if kind == "t5" else "model.norm.weight"
     weights = [state[name] for _, _, state in wrote]
     assert len(weights) == 8
     assert all(torch.equal(weights[n], weights[n + 1]) for n in range(0, 8, 2)), "accumulated batches are of one step"
-    assert not any(torch.equal(weights[n], weights[n + 2]) for n in range(2, 6))  # the first step has the learning rate 0
+    assert not any(torch.equal(weights[n], weights[n + 2]) for n in range(6))
     assert torch.equal(weights[0], load_model(source(student, kind), "cpu").state_dict()[name])
     assert not torch.equal(weights[-1], made.model.state_dict()[name])
 
@@ -77,6 +77,14 @@ def test_the_share_that_the_student_writes(tmp_path, wrote, share, least, most):
     teacher, student = two("llama", tmp_path)
     distil("on_policy", bundle(student, "llama"), teacher, steps=16, batch_size=6, student_share=share, max_new_tokens=2)
     assert least <= sum(len(prompts) for prompts, _, _ in wrote) <= most
+
+
+def test_it_is_drawn_anew_at_every_step(tmp_path, wrote):
+    teacher, student = two("llama", tmp_path)
+    told = context(examples=examples(1))
+    distil("on_policy", bundle(student, "llama"), teacher, told, steps=24, batch_size=1, max_new_tokens=4)
+    assert 4 <= len(wrote) <= 20
+    assert len({tuple(texts[0]) for _, texts, _ in wrote}) > 2
 
 
 def test_without_the_students_share_it_is_distill_logits(tmp_path):
@@ -96,21 +104,21 @@ def test_the_student_comes_nearer(tmp_path, losses, kind):
     assert sum(losses[-5:]) < 0.6 * sum(losses[:5])
 
 
-@pytest.mark.parametrize(("kind", "accumulate"), [("t5", 1), ("gpt2", 2)])
-def test_a_killed_training_ends_as_if_it_had_not_been(toys, tmp_path, often, kind, accumulate):
+@pytest.mark.parametrize(("kind", "accumulate", "kill"), [("t5", 1, 5), ("gpt2", 2, 4), ("gpt2", 2, 5)])  # amid an epoch, and at its end
+def test_a_killed_training_ends_as_if_it_had_not_been(toys, tmp_path, often, kind, accumulate, kill):
     """The toys have dropout, which draws numbers too."""
     teacher, _ = two(kind, tmp_path)
 
     def run(scratch, kill=None):
         told = Context("cpu", until(kill, []), examples(), 32, scratch=scratch)
-        how = {"steps": STEPS, "batch_size": 2, "accumulate": accumulate, "learning_rate": 1e-2, "max_new_tokens": 4}
+        how = {"steps": STEPS, "batch_size": 2, "accumulate": accumulate, "learning_rate": 1e-2, "max_new_tokens": 4, "student_share": 1}
         try:
             return distil("on_policy", bundle(toys[kind], kind), teacher, told, **how)[0].model.state_dict()
         except Killed:
             return None
 
     whole = run(None)
-    assert run(tmp_path / "scratch", 5) is None
+    assert run(tmp_path / "scratch", kill) is None
     found = run(tmp_path / "scratch")
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
