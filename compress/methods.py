@@ -27,9 +27,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from compress.errors import MissingPackage
 
 if TYPE_CHECKING:
-    from compress.model import Bundle
+    from compress.model import Bundle, Source
 
-FAMILIES = ("quantize", "prune", "finetune")
+FAMILIES = ("quantize", "prune", "finetune", "distill")
+Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
 
 class Settings(BaseModel):
@@ -40,6 +41,18 @@ class Settings(BaseModel):
     def needs(self) -> tuple[str, ...]:
         """Packages that these settings need besides the method's own; an extra of this package goes by the name of each."""
         return ()
+
+    def models(self) -> "dict[str, OtherModel]":
+        """Models that these settings name besides the one that is worked on, by what the method calls each (`Context.models`)."""
+        return {}
+
+
+class OtherModel(Settings):
+    """A model besides the one that is worked on; it serves the recipe's task."""
+
+    id: str = Field(min_length=1, description="hub id, folder (relative to the recipe), or builtin")
+    dtype: Dtype = Field("auto", description="the dtype that it is loaded in; auto is the stored one")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
 
 
 class LayerSettings(Settings):
@@ -125,6 +138,7 @@ class Context:
     examples: list[Example] = field(default_factory=list)  # what a calibrated or training method may see
     max_tokens: int = 512  # each example's longest input
     chat: bool = False  # prompts are a user's turns
+    models: "dict[str, Source]" = field(default_factory=dict)  # `original`, as the first stage found it, and those that the settings name
     scratch: Path | None = None  # a folder that outlives a kill, for checkpoints; the same one when the same stage is run again
     said: list[str] = field(default_factory=list)  # for the report, by `say`
     layers: list[dict[str, Any]] = field(default_factory=list)  # for the report, by `note` and `leave_out`

@@ -99,6 +99,8 @@ def _refuse(recipe: Recipe, device: str) -> None:
         method = methods.require(stage.family, stage.method, stage.settings)
         if device != "auto" and device not in method.ABOUT.devices:
             raise DeviceError(f"{stage} runs on {', '.join(method.ABOUT.devices)}, not on {device}")
+        for other in stage.settings.models().values():
+            model.locate(other.id, recipe.folder)
 
 
 @contextmanager
@@ -132,6 +134,7 @@ def _stages(recipe: Recipe, source: Source, artifacts: Path, device: str, log: P
     An artifact's name holds the digest of all that went into it: the model's content, every stage so far with its code, the calibration
     examples, the versions of what it was made with. So recipes that share a beginning share its artifacts.
     """
+    original = source
     records: list[StageRecord] = []
     name = Path(source.id).name if source.is_folder else source.id.rsplit("/", 1)[-1]
     history: list[Any] = [model.fingerprint(source), device]
@@ -142,11 +145,17 @@ def _stages(recipe: Recipe, source: Source, artifacts: Path, device: str, log: P
         if method.ABOUT.calibrated:
             seen = data.examples(recipe.data, recipe.folder, "train", wanted.samples, wanted.seed)
             history.append([data.examples_digest(seen), wanted.max_tokens, recipe.data.chat])
+        others = {
+            role: model.pinned(Source(model.locate(other.id, recipe.folder), source.task, other.dtype, other.revision))
+            for role, other in stage.settings.models().items()
+        }
+        history.extend([role, model.fingerprint(other)] for role, other in others.items())
         history.append([stage.as_written(), methods.made_with(method)])
         target = artifacts / f"{name}-{stage.method}-{digest(history)}"
         start, reused = time.monotonic(), _is_whole(target)
         if not reused:
-            _make(stage, source, seen, wanted.max_tokens, recipe.data.chat, target, device, log, progress)
+            models = {"original": original, **others}
+            _make(stage, source, models, seen, wanted.max_tokens, recipe.data.chat, target, device, log, progress)
         seconds = time.monotonic() - start
         noted = write.read_notes(target)
         records.append(StageRecord(stage=stage.as_written(), artifact=str(target), seconds=seconds, reused=reused, **noted))
@@ -167,14 +176,18 @@ def _is_whole(artifact: Path) -> bool:
 
 
 def _make(
-    stage: Stage, source: Source, seen: list[Example], max_tokens: int, chat: bool, target: Path, device: str, log: Path, progress: Progress
-) -> None:
+    stage: Stage, source: Source, models: dict[str, Source], seen: list[Example], max_tokens: int, chat: bool, target: Path, device: str,
+    log: Path, progress: Progress,
+) -> None:  # fmt: skip
     written = {"family": stage.family, "method": stage.method, "settings": stage.settings.model_dump(mode="json")}
     shown = {"examples": [asdict(e) for e in seen], "max_tokens": max_tokens, "chat": chat}
     scratch = target.with_name(f".{target.name}.scratch")  # a stage that was killed finds its checkpoints there
     try:
         with Child("compress.stage", log, progress) as child:
-            child.ask("run", source=asdict(source), stage=written, shown=shown, target=str(target), scratch=str(scratch), device=device)
+            child.ask(
+                "run", source=asdict(source), stage=written, shown=shown, target=str(target), scratch=str(scratch), device=device,
+                models={role: asdict(other) for role, other in models.items()},
+            )  # fmt: skip
         shutil.rmtree(scratch, ignore_errors=True)
     finally:
         for partial in target.parent.glob(f".{target.name}.*.partial"):  # a killed process could not tidy up after itself

@@ -34,6 +34,7 @@ WEIGHTS = "trained.safetensors"
 Row = tuple[Example, list[int], list[int]]  # as `calibration.stream.encoded` gives them
 Loss = Callable[[Any, Inputs, Tensor], Tensor]  # model, inputs, labels -> the loss summed over the positions that count
 Step = Callable[[int, int], None]  # steps done, all steps
+Rewrite = Callable[[list[Row], int], list[Row]]  # the rows of a batch, steps done -> what is learned from in their place
 
 
 def entropy(model: Any, inputs: Inputs, wanted: Tensor) -> Tensor:
@@ -44,16 +45,18 @@ def entropy(model: Any, inputs: Inputs, wanted: Tensor) -> Tensor:
 
 def train(
     model: "PreTrainedModel", rows: list[Row], how: Optimisation, seed: int, context: Context, loss: Loss = entropy, known: bool = True,
-    each_step: Step = lambda done, steps: None,
+    each_step: Step = lambda done, steps: None, rewrite: Rewrite = lambda rows, done: rows,
 ) -> None:  # fmt: skip
     """Train what wants a gradient, in place; goes on from the last checkpoint in `context.scratch`, and ends as if it had never stopped.
 
     loss       is divided by the number of positions that count in all batches of a step, so accumulated batches are one larger batch
     known      whether the targets are needed; without, examples that have none are learned from too
     each_step  called before the first step, which after a kill is the one behind the checkpoint, and after each, before its checkpoint
+    rewrite    called for each batch before its step; draws no numbers from the global generators, whose state a kill loses there
 
     Raises DataError where there is too little to learn from, RunError where the loss is no longer a number.
     """
+    given = len(rows)
     rows = _learnable(model, rows) if known else rows
     size = how.batch_size * how.accumulate
     if len(rows) < size:
@@ -63,10 +66,12 @@ def train(
         )
     steps = how.steps or math.ceil((how.epochs or 1) * math.ceil(math.ceil(len(rows) / how.batch_size) / how.accumulate))
 
-    def collate(part: list[Row]) -> Inputs:
+    def batch(numbers: list[int]) -> Inputs:
+        part = rewrite([rows[number] for number in numbers], learner.state.global_step)
         inputs = padded(model, [(ids, answer) for _, ids, answer in part])
         wanted = labels(model, inputs, part, known)
-        return {**inputs, "labels": wanted, "shift_labels": wanted}  # the Trainer counts the latter where it knows them
+        ids = [example.id for example, _, _ in part]
+        return {**inputs, "labels": wanted, "shift_labels": wanted, "ids": ids}  # the Trainer counts the latter labels where it knows them
 
     on_gpu = model.device.type == "cuda"
     with _folder(context) as folder, without_cache(model):
@@ -81,7 +86,7 @@ def train(
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # the model is on one of them; the Trainer would put copies on all
         watch = _Watch(context, folder if context.scratch else None, each_step)
-        learner = _Learner(loss, model, arguments, collate, train_dataset=rows, callbacks=[watch])
+        learner = _Learner(loss, batch, model, arguments, list, train_dataset=range(len(rows)), callbacks=[watch])
         learner.remove_callback(PrinterCallback)
         learner.train(resume_from_checkpoint=_last_checkpoint(folder))
         learner.accelerator.unwrap_model(learner.model_wrapped, keep_fp32_wrapper=False)  # 16 bits were for training
@@ -94,6 +99,8 @@ def train(
         f"trained {steps:,} steps of {size} on {len(rows):,} examples, {learner.state.num_input_tokens_seen:,} tokens read;"
         f" loss {first:.3g} to {last:.3g}"
     )
+    if len(rows) < given:
+        context.say(f"{given - len(rows):,} of {given:,} examples have no target and were left out")
 
 
 def labels(model: "PreTrainedModel", inputs: Inputs, rows: list[Row], known: bool = True) -> Tensor:
@@ -156,18 +163,31 @@ _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with
 
 
 class _Learner(Trainer):  # type: ignore[misc]
-    """The Trainer with a loss that is right when batches are accumulated, and checkpoints of what is trained alone."""
+    """The Trainer with a loss that is right when batches are accumulated, and checkpoints of what is trained alone.
 
-    def __init__(self, loss: Loss, *given: Any, **named: Any):
+    batch   makes the inputs from the numbers of the rows. The loader gives numbers alone, because it runs one batch ahead: what a model
+            writes for a step is to be written by the weights of that step.
+    """
+
+    def __init__(self, loss: Loss, batch: Callable[[list[int]], Inputs], *given: Any, **named: Any):
         super().__init__(*given, **named)
-        self._loss = loss
+        self._loss, self._batch = loss, batch
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by all positions of a step; the Trainer must not divide again
 
+    def get_batch_samples(self, epoch_iterator: Iterator[list[int]], num_batches: int, device: Any) -> Any:
+        return super().get_batch_samples(map(self._batch, epoch_iterator), num_batches, device)
+
     def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        wanted = inputs.pop("labels")
+        wanted, ids = inputs.pop("labels"), inputs.pop("ids")
         del inputs["shift_labels"]
         # gradients are averaged over processes, while the positions were counted over all
-        return self._loss(model, inputs, wanted) / num_items_in_batch * self.args.world_size
+        loss = self._loss(model, inputs, wanted) / num_items_in_batch * self.args.world_size
+        if not loss.isfinite():
+            raise RunError(
+                f"training: the loss became {loss.item()} in step {self.state.global_step + 1} of {self.state.max_steps}, on the examples"
+                f" {', '.join(ids)}; learning_rate {self.args.learning_rate:g} may be too high for this model, lower it"
+            )
+        return loss
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -183,7 +203,7 @@ class _Learner(Trainer):  # type: ignore[misc]
 
 
 class _Watch(TrainerCallback):  # type: ignore[misc]
-    """Tells the progress, stops a loss that is no number, and says when to write a checkpoint.
+    """Tells the progress, and says when to write a checkpoint.
 
     folder   where checkpoints go, None for none
     """
@@ -200,14 +220,6 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self._context.progress("training", state.global_step, state.max_steps)
         if self._folder and state.global_step < state.max_steps and time.monotonic() - self._last >= self._pause:
             control.should_save, self._begun = True, time.monotonic()
-
-    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
-        loss = state.log_history[-1].get("loss", 0.0)
-        if not math.isfinite(loss):
-            raise RunError(
-                f"training: the loss became {loss} by step {state.global_step} of {state.max_steps};"
-                f" learning_rate {args.learning_rate:g} may be too high for this model, lower it"
-            )
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         assert self._folder

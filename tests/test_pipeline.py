@@ -27,7 +27,9 @@ def name_of(monkeypatch, loaded_recipe, source, tmp_path, device="cpu"):
     """What the stage's artifact would be called; nothing is made."""
     made = []
     monkeypatch.setattr(
-        pipeline, "_make", lambda stage, source, seen, tokens, chat, target, *_: (made.append(target.name), target.mkdir(parents=True))
+        pipeline,
+        "_make",
+        lambda stage, source, models, seen, tokens, chat, target, *_: (made.append(target.name), target.mkdir(parents=True)),
     )
     pipeline._stages(loaded_recipe, source, tmp_path / "artifacts", device, tmp_path / "log", methods.quiet)
     shutil.rmtree(tmp_path / "artifacts")
@@ -82,8 +84,9 @@ def test_what_a_killed_stage_left_is_swept(loaded, toys, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "Child", Interrupted)
     found = loaded()
     with pytest.raises(KeyboardInterrupt):
-        source = Source(str(toys["llama"]), "causal-lm")
-        pipeline._make(found.stages[0], source, [], 32, False, target, "cpu", tmp_path / "log", methods.quiet)
+        pipeline._make(
+            found.stages[0], Source(str(toys["llama"]), "causal-lm"), {}, [], 512, False, target, "cpu", tmp_path / "log", methods.quiet
+        )
     assert list(target.parent.iterdir()) == []
 
 

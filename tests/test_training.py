@@ -114,7 +114,9 @@ def test_a_loss_that_is_no_number_is_named_with_its_step(toys):
     made = bundle(toys["llama"], "llama")
     with torch.no_grad():
         made.model.model.embed_tokens.weight.fill_(float("nan"))
-    with pytest.raises(RunError, match=r"training: the loss became nan by step 1 of 7; learning_rate 0.01 may be too high"):
+    with pytest.raises(
+        RunError, match=r"training: the loss became nan in step 1 of 7, on the examples \d, \d; learning_rate 0.01 may be too high"
+    ):
         trained(made, "full", None)
 
 

@@ -78,11 +78,11 @@ def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cont
         if context.chat:
             turn = [{"role": "user", "content": prompt}]
             prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-        ids, longer = _ids(tokenizer, prompt, limit, special=not context.chat)
+        ids, longer = _ids(tokenizer, limit, not context.chat, text=prompt)
         answer: list[int] = []
         if model.can_generate() and (both or target):
             room = limit - 1  # for a decoder's end token; for others since `padded` may need one more
-            answer, too_long = _ids(tokenizer, target, room, special=both)
+            answer, too_long = _ids(tokenizer, room, both, text_target=target)
             longer |= too_long
             if not both and not too_long and tokenizer.eos_token_id is not None:
                 answer.append(tokenizer.eos_token_id)
@@ -102,12 +102,12 @@ def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cont
     return found
 
 
-def _ids(tokenizer: "PreTrainedTokenizerBase", text: str, limit: int, special: bool) -> tuple[list[int], bool]:
-    """A text's tokens, at most so many, and whether it had more."""
-    whole = tokenizer(text, add_special_tokens=special)["input_ids"]
+def _ids(tokenizer: "PreTrainedTokenizerBase", limit: int, special: bool, **text: str) -> tuple[list[int], bool]:
+    """The tokens of a `text` or `text_target`, at most so many, and whether it has more."""
+    whole = tokenizer(**text, add_special_tokens=special, verbose=False)["input_ids"]
     if len(whole) <= limit:
         return whole, False
-    return tokenizer(text, add_special_tokens=special, truncation=True, max_length=limit)["input_ids"], True
+    return tokenizer(**text, add_special_tokens=special, truncation=True, max_length=limit)["input_ids"], True
 
 
 def batches(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: Context) -> list[Inputs]:

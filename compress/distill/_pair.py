@@ -1,0 +1,108 @@
+"""Teacher and student: loaded, held against each other before anything is trained, and the one trained by the other."""
+
+import difflib
+from contextlib import nullcontext
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from compress import model
+from compress.architecture import context_length
+from compress.calibration.stream import encoded
+from compress.distill._settings import DistillSettings
+from compress.errors import InputError, ModelError
+from compress.methods import Context
+from compress.model import Bundle
+from compress.training import Loss, Rewrite, Row, in_float32, pruned, train, zeros_kept
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def pair(bundle: Bundle, settings: DistillSettings, context: Context) -> tuple[Bundle, Bundle]:
+    """Teacher and student, which give distributions over the same things: the same tokens by the same ids, or the same labels.
+
+    Only how many rows an embedding is padded to may differ. Raises ModelError, and what `teacher_of` and `student_of` raise.
+    """
+    teacher, student = teacher_of(settings, context), student_of(bundle, settings, context)
+    known, mine = teacher.tokenizer.get_vocab(), student.tokenizer.get_vocab()
+    if mine != known:
+        same = len(mine.items() & known.items())
+        raise ModelError(
+            f"the teacher {teacher.source.id} has {len(known):,} tokens, the student {student.source.id} has {len(mine):,}, and {same:,}"
+            " have the same id in both, so their distributions can't be compared; `distill: sequence` passes text and works with any two"
+        )
+    if not student.model.can_generate() and (labels := student.model.config.label2id) != teacher.model.config.label2id:
+        raise ModelError(
+            f"the teacher {teacher.source.id} has the labels {', '.join(teacher.model.config.label2id or {})},"
+            f" the student {student.source.id} has {', '.join(labels or {})}; a teacher with the student's labels is wanted"
+        )
+    return teacher, student
+
+
+def teacher_of(settings: DistillSettings, context: Context) -> Bundle:
+    """The teacher, frozen and without dropout. Raises ModelError."""
+    teacher = _other("teacher", context) if settings.teacher else Bundle(context.models["original"], context.device)
+    teacher.model.eval().requires_grad_(False)
+    return teacher
+
+
+def student_of(bundle: Bundle, settings: DistillSettings, context: Context) -> Bundle:
+    """The student: the model as the stage finds it, another, or a fresh one.
+
+    Raises ModelError where its weights are packed, InputError for keys that its config doesn't have or that make no model.
+    """
+    wanted, student = settings.student, bundle
+    if wanted is not None:
+        student = _other("student", context) if wanted.config is None else _fresh(bundle, wanted.config, settings.seed)
+    if getattr(student.model.config, "quantization_config", None) is not None:
+        raise ModelError(f"{student.source.id}: packed weights can't be trained; distil first and quantise then, or use quantize: qat")
+    return student
+
+
+def read(student: Bundle, teacher: Bundle, context: Context) -> list[Row]:
+    """The examples by the student's tokenizer, as long as both models have room for. Raises DataError."""
+    room = context_length(teacher.model.config, teacher.tokenizer) or context.max_tokens
+    return encoded(student.model, student.tokenizer, replace(context, max_tokens=min(context.max_tokens, room)))
+
+
+def trained(
+    student: Bundle, rows: list[Row], settings: DistillSettings, context: Context, loss: Loss, known: bool,
+    rewrite: Rewrite = lambda rows, done: rows,
+) -> Bundle:  # fmt: skip
+    """The student, its weights trained by `training.train`, which says what the arguments are and what is raised."""
+    made = student.model.requires_grad_(True)
+    with in_float32(made), zeros_kept(pruned(made).values()) if settings.keep_zeros else nullcontext():
+        train(made, rows, settings, settings.seed, context, loss, known, rewrite=rewrite)
+    return student.holding(made)
+
+
+def _other(role: str, context: Context) -> Bundle:
+    """A model that the settings name. Raises ModelError where it serves another task."""
+    source = context.models[role]
+    if (task := model.task_of(source)) != source.task:
+        raise ModelError(f"{role}: {source.id} serves {task}, and the recipe's task is {source.task}; teacher and student need the same")
+    return Bundle(source, context.device)
+
+
+def _fresh(bundle: Bundle, changes: dict[str, Any], seed: int) -> Bundle:
+    """The bundle with a model of the same kind in it that has a changed config and fresh weights."""
+    bare: PreTrainedModel = model.skeleton(bundle.source)
+    old = bare.config.to_dict()
+    for key in changes:
+        if key not in old:
+            near = difflib.get_close_matches(key, old, n=3) or sorted(old)
+            raise InputError(f"student.config: a {bare.config.model_type} has no {key!r}; near it are {', '.join(near)}")
+    old.pop("layer_types", None)  # says a kind for each block; worked out again for another number of blocks
+    torch.manual_seed(seed)
+    try:
+        config = type(bare.config).from_dict({**old, **changes})
+        if hasattr(config, "num_decoder_layers"):  # as in `prune: depth`: T5's cache has as many blocks as this says
+            config.decoder_layers = config.num_decoder_layers
+        made: PreTrainedModel = type(bare)(config)
+    except Exception as error:  # configs and models check themselves, each in its own way
+        raise InputError(f"student.config: {changes} makes no {bare.config.model_type}: {error}") from None
+    if made.can_generate():
+        made.generation_config = bundle.model.generation_config
+    return bundle.holding(made.to(device=bundle.device, dtype=bare.dtype).eval())

@@ -1,0 +1,57 @@
+"""What the methods of distillation share in a recipe: who teaches, who learns, how far apart they may say to be."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from compress import methods
+from compress.methods import About, OtherModel
+
+Divergence = Literal["forward", "reverse", "jensen-shannon"]
+DISTILLED = About(at_run_time="the model runs as the student does", calibrated=True, smaller=False)
+
+
+class Student(methods.Settings):
+    """What is trained in place of the model as the stage finds it."""
+
+    id: str | None = Field(None, min_length=1, description="another model: hub id, folder (relative to the recipe), or builtin")
+    revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    config: dict[str, Any] | None = Field(
+        None, min_length=1, description="fresh weights for the config of the model as the stage finds it with these keys changed"
+    )
+
+    @model_validator(mode="after")
+    def _one(self) -> "Student":
+        if (self.id is None) == (self.config is None):
+            raise ValueError("either id or config is wanted, one of the two")
+        return self
+
+
+class DistillSettings(methods.TrainSettings, methods.Optimisation):
+    """What every method of distillation can be told."""
+
+    teacher: OtherModel | None = Field(None, description="null takes the recipe's own model as it came")
+    student: Student | None = Field(None, description="null takes the model as the stage finds it")
+    keep_zeros: bool = Field(True, description="weights of linear layers that are zero stay zero, as after pruning")
+
+    def models(self) -> dict[str, OtherModel]:
+        named = {} if self.teacher is None else {"teacher": self.teacher}
+        if self.student is not None and self.student.id is not None:
+            named["student"] = OtherModel(id=self.student.id, revision=self.student.revision)
+        return named
+
+
+class DivergenceSettings(DistillSettings):
+    """How distributions are compared."""
+
+    divergence: Divergence = Field(
+        "forward", description="KL(teacher, student), which covers all the teacher may say; KL(student, teacher), which keeps to its peaks"
+    )
+    temperature: float = Field(2.0, gt=0, description="logits are divided by this before they become distributions")
+
+
+class LogitsSettings(DivergenceSettings):
+    """The teacher's distributions, the targets beside them."""
+
+    logits_weight: float = Field(1.0, ge=0, description="of the divergence")
+    label_weight: float = Field(0.5, ge=0, description="of the cross-entropy with the targets; 0 needs no targets")

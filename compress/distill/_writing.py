@@ -1,0 +1,67 @@
+"""What a model goes on with: by beam search, or by sampling from its own distributions."""
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from compress.errors import ModelError
+from compress.model import Bundle
+from compress.training import Row
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+def writer(bundle: Bundle) -> "PreTrainedModel":
+    """The bundle's model, which writes. Raises ModelError for a classifier."""
+    if not bundle.model.can_generate():
+        raise ModelError(f"{bundle.source.id}: a classifier writes no text to learn from; `distill: logits` is for classifiers")
+    return bundle.model
+
+
+def prompt_of(model: "PreTrainedModel", row: Row) -> list[int]:
+    """What a model is given to go on from: the encoder's input, or a decoder's without the target and without an end token."""
+    _, ids, answer = row
+    if model.config.is_encoder_decoder:
+        return ids
+    ids = ids[: len(ids) - len(answer)]
+    return ids[:-1] if ids and ids[-1] in ends_of(model) else ids
+
+
+def write(
+    model: "PreTrainedModel", prompts: list[list[int]], max_new_tokens: int, num_beams: int, temperature: float | None
+) -> list[list[int]]:
+    """The tokens that a model adds to each prompt, an end token with them where it comes to one.
+
+    temperature   samples at it from the whole vocabulary; None takes the likeliest, and the rest from the model's generation config
+    """
+    both, training = bool(model.config.is_encoder_decoder), model.training
+    filler, width = model.config.get_text_config().pad_token_id or 0, max(map(len, prompts))
+
+    def side(rows: list[list[int]], value: int) -> Tensor:  # a decoder goes on at the right end
+        gaps = [[value] * (width - len(row)) for row in rows]
+        return torch.tensor([row + gap if both else gap + row for row, gap in zip(rows, gaps, strict=True)], device=model.device)
+
+    how = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    model.eval()
+    try:
+        tokens = model.generate(
+            input_ids=side(prompts, filler), attention_mask=side([[1] * len(row) for row in prompts], 0), max_new_tokens=max_new_tokens,
+            num_beams=num_beams, pad_token_id=filler, use_cache=True, **how,
+        )  # fmt: skip
+    finally:
+        model.train(training)
+    ends = ends_of(model)
+    return [_to_end(row, ends) for row in tokens[:, 1 if both else width :].tolist()]
+
+
+def ends_of(model: "PreTrainedModel") -> set[int]:
+    """The tokens at which a model stops."""
+    ends = model.generation_config.eos_token_id
+    return set(ends) if isinstance(ends, list) else set() if ends is None else {ends}
+
+
+def _to_end(tokens: list[int], ends: set[int]) -> list[int]:
+    last = next((number for number, token in enumerate(tokens) if token in ends), len(tokens))
+    return tokens[: last + 1]

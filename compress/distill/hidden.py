@@ -1,0 +1,206 @@
+"""The student learns the teacher's hidden states layer by layer, and if wanted its attention maps, besides its distributions.
+
+Sanh et al. 2019, "DistilBERT"; Jiao et al. 2020, "TinyBERT" (mean squared error of the hidden states, through a learned projection where
+the widths differ); Wang et al. 2020, "MiniLM" (divergence of the attention maps). The loss is a weighted sum; a weight of 0 leaves a part
+out. The projection is dropped at the end. Attention maps want as many heads in both, and are learned without dropout, which would show
+in them.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field, model_validator
+
+from compress import methods
+from compress.distill._settings import DISTILLED, LogitsSettings
+from compress.errors import InputError, ModelError
+from compress.methods import Context
+from compress.model import Bundle
+
+if TYPE_CHECKING:
+    from torch import Tensor
+    from transformers import PreTrainedModel
+
+ABOUT = DISTILLED
+Number = Annotated[int, Field(ge=0)]
+Layers = dict[Number, Number]
+PREFIXES = {"encoder": "encoder_", "decoder": "decoder_", "blocks": ""}  # of what a model's output calls the states of a stack
+
+
+class Stacks(methods.Settings):
+    encoder: Layers = Field({}, description="layers of the student's encoder: of the teacher's")
+    decoder: Layers = Field({}, description="layers of the student's decoder: of the teacher's")
+
+    @model_validator(mode="after")
+    def _some(self) -> "Stacks":
+        if not self.encoder and not self.decoder:
+            raise ValueError("names no layer: give encoder, decoder or both a map such as {1: 2}")
+        return self
+
+
+class Settings(LogitsSettings):
+    hidden_weight: float = Field(1.0, ge=0, description="of the hidden states' mean squared error, the mean over the layers")
+    attention_weight: float = Field(0.0, ge=0, description="of the attention maps' divergence, the mean over the layers")
+    layers: Annotated[Layers, Field(min_length=1)] | Stacks | None = Field(
+        None,
+        description="a layer of the student: the teacher's that it learns from, counted from 1, 0 being the embedding; of an"
+        " encoder-decoder as {encoder: {1: 2}, decoder: {1: 3}}; null spreads the student's evenly over the teacher's",
+    )
+
+    @model_validator(mode="after")
+    def _some(self) -> "Settings":
+        if not self.hidden_weight and not self.attention_weight:
+            raise ValueError("hidden_weight and attention_weight are both 0, which is `distill: logits`; give one of them more")
+        return self
+
+
+def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
+    """The student, trained.
+
+    Raises ModelError where teacher and student can't be compared, InputError where there can't be such a student or are no such layers,
+    DataError where there is too little to learn from, RunError where the loss is no longer a number.
+    """
+    import torch
+    from torch import nn
+
+    from compress.calibration.stream import padded, without_cache
+    from compress.distill._divergence import counted, with_targets
+    from compress.distill._pair import pair, read, trained
+    from compress.training import IGNORED
+
+    teacher, student = pair(bundle, settings, context)
+    made, maps = student.model, settings.attention_weight > 0
+    asked = {"output_hidden_states": True, "output_attentions": maps}
+
+    def loss(model: Any, inputs: dict[str, Any], wanted: "Tensor") -> "Tensor":
+        if maps:
+            model.eval()
+        with torch.no_grad():
+            out = teacher.model(**inputs, **asked)
+            known, theirs = counted(out.logits, wanted), _seen(out, {role: list(pairs.values()) for role, pairs in links.items()})
+            del out  # and with it the layers that nobody learns from
+        out = model(**inputs, **asked)
+        mine = _seen(out, {role: list(pairs) for role, pairs in links.items()})
+        total = with_targets(counted(out.logits, wanted), known, wanted, settings)
+        count, layers = (wanted != IGNORED).reshape(len(wanted), -1).sum(dim=-1), sum(map(len, links.values()))
+        for role in links:
+            real = inputs["decoder_attention_mask" if role == "decoder" else "attention_mask"].bool()
+            project = made.projections[role] if role in made.projections else nn.Identity()
+            for told, shown in zip(mine[role], theirs[role], strict=True):
+                if settings.hidden_weight:
+                    apart = states_apart(project(told[0].float()), shown[0].float())
+                    total = total + settings.hidden_weight / layers * over(apart, real, count)
+                if told[1] is not None and shown[1] is not None:
+                    total = total + settings.attention_weight / layers * over(maps_apart(told[1], shown[1]), real, count)
+        return total
+
+    with without_cache(teacher.model), _with_maps(teacher.model, maps), _with_maps(made, maps):
+        rows = read(student, teacher, context)
+        probe = padded(made, [rows[0][1:]])
+        with torch.no_grad():
+            told, shown = made(**probe, **asked), teacher.model(**probe, **asked)
+        links = linked(_stacks(told), _stacks(shown), settings)
+        torch.manual_seed(settings.seed)
+        made.projections = nn.ModuleDict()  # a part of the student while it is trained, so that checkpoints have it
+        for role in links:
+            width, other = (_states(out, role)[0].shape[-1] for out in (told, shown))
+            if width != other:
+                made.projections[role] = nn.Linear(width, other, bias=False, device=made.device)
+        try:
+            needed = settings.label_weight > 0 or bool(made.config.is_encoder_decoder)
+            return trained(student, rows, settings, context, loss, needed)
+        finally:
+            del made.projections
+
+
+def states_apart(told: "Tensor", known: "Tensor") -> "Tensor":
+    """The mean squared error of hidden states, (examples, tokens, width), at each token: (examples, tokens)."""
+    return (told - known).pow(2).mean(dim=-1)
+
+
+def maps_apart(told: "Tensor", known: "Tensor") -> "Tensor":
+    """KL(teacher, student) in nats of attention maps, (examples, heads, tokens, tokens), the mean over heads: (examples, tokens)."""
+    import torch
+    from torch.nn.functional import kl_div
+
+    told = told.float().clamp(min=torch.finfo(torch.float32).tiny).log()  # what a mask hides is 0 in both
+    return kl_div(told, known.float(), reduction="none").sum(dim=-1).mean(dim=1)
+
+
+def over(apart: "Tensor", real: "Tensor", count: "Tensor") -> "Tensor":
+    """Each example's mean over its real tokens, times its positions that count in the logits, summed.
+
+    So the trainer's division by all positions that count leaves a mean in which an example weighs as it does in the logits' part, however
+    examples are put into batches.
+
+    apart, real   (examples, tokens)
+    count         (examples)
+    """
+    means = apart.masked_fill(~real, 0).sum(dim=-1) / real.sum(dim=-1)
+    return (means * count).sum()
+
+
+def linked(mine: dict[str, tuple[int, int | None]], known: dict[str, tuple[int, int | None]], settings: Settings) -> dict[str, Layers]:
+    """Which layer of the teacher each layer of the student learns from, by stack.
+
+    mine, known   blocks and heads of the stacks of student and teacher; None where heads don't matter
+
+    Raises InputError for layers that there aren't, ModelError where attention maps differ in their heads.
+    """
+    found: dict[str, Layers] = {}
+    for role, (blocks, heads) in mine.items():
+        most, others = known[role]
+        if heads != others:
+            raise ModelError(f"attention_weight: maps of {heads} heads can't be held against the teacher's {others}; leave it at 0")
+        pairs = {number: max(1, round(number * most / blocks)) for number in range(1, blocks + 1)}
+        if isinstance(settings.layers, Stacks) and role != "blocks":
+            pairs = settings.layers.encoder if role == "encoder" else settings.layers.decoder
+        elif settings.layers is not None:
+            if isinstance(settings.layers, Stacks) or role != "blocks":
+                form = "{1: 2}" if role == "blocks" else "{encoder: {1: 2}, decoder: {1: 2}}"
+                raise InputError(f"layers: this model has {' and '.join(mine)}; what is wanted looks like {form}")
+            pairs = settings.layers
+        for side, numbers, last in (("student", pairs, blocks), ("teacher", pairs.values(), most)):
+            if beyond := [number for number in numbers if number > last]:
+                raise InputError(f"layers: the {side} has no layer {beyond[0]}; the last of its {role} is {last}, and 0 is the embedding")
+        if pairs:
+            found[role] = pairs
+    return found
+
+
+def _stacks(out: Any) -> dict[str, tuple[int, int | None]]:
+    """Blocks, and heads where there are maps, of each stack that a model's output shows."""
+    roles = ("encoder", "decoder") if "encoder_hidden_states" in out else ("blocks",)
+    return {role: (len(_states(out, role)) - 1, maps[0].shape[1] if (maps := _maps(out, role)) else None) for role in roles}
+
+
+def _seen(out: Any, wanted: dict[str, list[int]]) -> "dict[str, list[tuple[Tensor, Tensor | None]]]":
+    """Hidden states and attention map, None where there is none, of the layers that are wanted of each stack."""
+    return {
+        role: [(_states(out, role)[n], maps[n - 1] if n and (maps := _maps(out, role)) else None) for n in numbers]
+        for role, numbers in wanted.items()
+    }
+
+
+def _states(out: Any, role: str) -> "tuple[Tensor, ...]":
+    states: tuple[Tensor, ...] = out[f"{PREFIXES[role]}hidden_states"]
+    return states
+
+
+def _maps(out: Any, role: str) -> "tuple[Tensor, ...] | None":
+    maps: tuple[Tensor, ...] | None = out.get(f"{PREFIXES[role]}attentions")
+    return maps
+
+
+@contextmanager
+def _with_maps(model: "PreTrainedModel", wanted: bool) -> Iterator[None]:
+    """The model with attention that shows its maps, which faster kinds never have in memory."""
+    before = model.config._attn_implementation
+    if wanted:
+        model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        if wanted:
+            model.set_attn_implementation(before)

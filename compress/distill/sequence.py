@@ -1,0 +1,109 @@
+"""The teacher writes the targets, by beam search or by sampling, and the student learns them as it would learn any.
+
+Kim and Rush 2016, "Sequence-Level Knowledge Distillation". The teacher goes on from each prompt of the train split once, before the
+training; what is written outlives a kill. It passes as text, so teacher and student may have different vocabularies. Then cross-entropy,
+as in `finetune: full`, the teacher being out of memory.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from compress.distill._settings import DISTILLED, DistillSettings
+from compress.errors import DataError
+from compress.methods import Context, Example
+from compress.model import Bundle
+
+if TYPE_CHECKING:
+    from compress.training import Row
+
+ABOUT = DISTILLED
+WRITTEN = "written.jsonl"  # [number, text] of each example, a line each
+
+
+class Settings(DistillSettings):
+    num_beams: int = Field(4, ge=1, description="of the search that writes the targets; 1 takes the likeliest token each time")
+    sampling_temperature: float | None = Field(None, gt=0, description="samples at it instead of searching")
+    max_new_tokens: int = Field(128, ge=1, description="the longest target that the teacher writes")
+
+
+def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
+    """The student, trained on what the teacher wrote.
+
+    Raises ModelError where the teacher writes nothing, InputError where there can't be such a student, DataError where there is too little
+    to learn from, RunError where the loss is no longer a number.
+    """
+    from compress.calibration.stream import encoded
+    from compress.distill._pair import student_of, teacher_of, trained
+    from compress.training import entropy
+
+    student = student_of(bundle, settings, context)
+    found = written(teacher_of(settings, context), settings, context)
+    shown = [example for example in found if example.references]
+    if not shown:
+        raise DataError(f"the teacher wrote nothing on any of the {len(found)} examples; look at its generation config and data.prompt")
+    if len(shown) < len(found):
+        context.say(f"the teacher wrote nothing on {len(found) - len(shown):,} of {len(found):,} examples, which were left out")
+    rows = encoded(student.model, student.tokenizer, replace(context, examples=shown))
+    return trained(student, rows, settings, context, entropy, known=True)
+
+
+def written(teacher: Bundle, settings: Settings, context: Context) -> list[Example]:
+    """The examples with what the teacher writes in the place of their references; goes on from what `context.scratch` has of it.
+
+    Raises ModelError for a model that writes nothing, DataError where max_new_tokens leaves no room for a prompt.
+    """
+    import torch
+
+    from compress.architecture import context_length
+    from compress.calibration.stream import encoded
+    from compress.distill._writing import prompt_of, write, writer
+
+    model = writer(teacher)
+    room, most = context_length(model.config, teacher.tokenizer), settings.max_new_tokens
+    limit = context.max_tokens
+    if room is not None:
+        limit = min(limit, room if model.config.is_encoder_decoder else room - most)
+        if limit < 1 or most >= room:
+            raise DataError(f"max_new_tokens: {most} does not fit the teacher's context of {room} tokens")
+    bare = [Example(example.id, example.prompt, []) for example in context.examples]
+    rows = encoded(model, teacher.tokenizer, replace(context, examples=bare, max_tokens=limit))
+    texts, beams = _kept(context), 1 if settings.sampling_temperature else settings.num_beams
+    for seed, numbers in enumerate(_batches(rows, settings.batch_size), settings.seed):
+        context.progress("the teacher writes", len(texts), len(rows))
+        if all(number in texts for number in numbers):
+            continue
+        torch.manual_seed(seed)
+        found = write(model, [prompt_of(model, rows[n]) for n in numbers], most, beams, settings.sampling_temperature)
+        new = {n: teacher.tokenizer.decode(ids, skip_special_tokens=True) for n, ids in zip(numbers, found, strict=True)}
+        _keep(new, context)
+        texts |= new
+    context.progress("the teacher writes", len(rows), len(rows))
+    return [replace(example, references=[texts[number]] if texts[number].strip() else []) for number, (example, _, _) in enumerate(rows)]
+
+
+def _batches(rows: "list[Row]", size: int) -> Iterator[list[int]]:
+    """The numbers of the rows, longest prompts first, so that memory runs out at once or not at all."""
+    order = sorted(range(len(rows)), key=lambda number: -len(rows[number][1]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
+
+
+def _kept(context: Context) -> dict[int, str]:
+    """What was written before a kill; a line that was cut off goes."""
+    file = None if context.scratch is None else context.scratch / WRITTEN
+    if file is None or not file.exists():
+        return {}
+    lines = [line for line in file.read_text(encoding="ascii").splitlines(keepends=True) if line.endswith("\n")]
+    file.write_text("".join(lines), encoding="ascii")
+    return dict(map(json.loads, lines))
+
+
+def _keep(texts: dict[int, str], context: Context) -> None:
+    if context.scratch is not None:
+        context.scratch.mkdir(parents=True, exist_ok=True)
+        with (context.scratch / WRITTEN).open("a", encoding="ascii") as file:
+            file.writelines(f"{json.dumps(pair)}\n" for pair in texts.items())

@@ -1,0 +1,85 @@
+"""Toy teachers and students, and distillation written out in float64 one example at a time, without padding or batches."""
+
+import torch
+
+from compress.methods import find
+from compress.model import Source
+from tests.blocks import bundle, context, examples, saved
+from tests.conftest import TASKS
+from tests.finetune.loops import calm
+
+
+def source(folder, kind, dtype="float32"):
+    return Source(str(folder), TASKS[kind], dtype)
+
+
+def distil(method, made, original, told=None, **settings):
+    """The bundle after `distill: method`, and what was told meanwhile.
+
+    original   a folder; what the recipe's own model is
+    """
+    found, task = find("distill", method), made.source.task
+    chosen = found.Settings(**settings)
+    told = told or context(examples=examples(label=task == "sequence-classification"))
+    told.models["original"] = Source(str(original), task, "float32")
+    told.models.update({role: Source(other.id, task, other.dtype) for role, other in chosen.models().items()})
+    return found.apply(made, chosen, told), told
+
+
+def two(kind, folder, **changes):
+    """Folders of a lively teacher and of another student without dropout; `changes` are of the student's config."""
+    teacher = calm(kind, folder / "teacher")
+    student = calm(kind, folder / "student", **changes)
+    made = bundle(student, kind).model
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    made.tie_weights()
+    return teacher, saved(made, folder / "student" / kind)
+
+
+def speaker(kind, folder):
+    """A folder with a model that says words of the tokenizer, and not the same to everybody."""
+    made = bundle(calm(kind, folder, vocab_size=23), kind).model
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if kind == "t5" and len(parameter) == 23:
+                parameter.mul_(0.1)  # else it has two favourites
+            elif kind != "t5" and parameter.ndim > 1:
+                parameter.mul_(4 if kind == "llama" else 8)
+    return saved(made, folder / kind)
+
+
+def inputs_of(model, tokenizer, example):
+    """One example as the model is called with it, which of its positions count, and their targets."""
+    end, answer = tokenizer.eos_token_id, example.references[0]
+    ids = tokenizer(example.prompt, add_special_tokens=False).input_ids
+    if model.config.model_type == "bert":
+        return {"input_ids": torch.tensor([[*ids, end]])}, None, torch.tensor([int(answer)])
+    target = tokenizer(answer, add_special_tokens=False).input_ids
+    if model.config.is_encoder_decoder:
+        said = torch.tensor([[model.config.decoder_start_token_id, *target]])
+        return {"input_ids": torch.tensor([[*ids, end]]), "decoder_input_ids": said}, slice(None), torch.tensor([*target, end])
+    return {"input_ids": torch.tensor([[*ids, *target]])}, slice(len(ids) - 1, -1), torch.tensor(target)
+
+
+def counted(logits, where):
+    """The logits that count, (positions, vocabulary)."""
+    return logits if where is None else logits[0, where]
+
+
+def softened(logits, temperature):
+    weights = ((logits - logits.max(-1, keepdim=True).values) / temperature).exp()
+    return weights / weights.sum(-1, keepdim=True)
+
+
+def kl(p, q):
+    return float((p * (p / q).log()).sum())
+
+
+def divergence(told, known, kind, temperature):
+    """The textbook's sums over the vocabulary, in float64, of all positions."""
+    q, p = softened(told.double(), temperature), softened(known.double(), temperature)
+    apart = {"forward": kl(p, q), "reverse": kl(q, p), "jensen-shannon": (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2}
+    return temperature**2 * apart[kind]
