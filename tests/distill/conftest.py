@@ -3,7 +3,7 @@
 import pytest
 
 from compress import training
-from tests.finetune.test_training import often  # noqa: F401 - a fixture
+from tests.test_training import often  # noqa: F401 - a fixture
 
 
 @pytest.fixture

@@ -57,10 +57,10 @@ def inputs_of(model, tokenizer, example):
     ids = tokenizer(example.prompt, add_special_tokens=False).input_ids
     if model.config.model_type == "bert":
         return {"input_ids": torch.tensor([[*ids, end]])}, None, torch.tensor([int(answer)])
-    target = tokenizer(answer, add_special_tokens=False).input_ids
+    target = [*tokenizer(answer, add_special_tokens=False).input_ids, end]
     if model.config.is_encoder_decoder:
-        said = torch.tensor([[model.config.decoder_start_token_id, *target]])
-        return {"input_ids": torch.tensor([[*ids, end]]), "decoder_input_ids": said}, slice(None), torch.tensor([*target, end])
+        said = torch.tensor([[model.config.decoder_start_token_id, *target[:-1]]])
+        return {"input_ids": torch.tensor([[*ids, end]]), "decoder_input_ids": said}, slice(None), torch.tensor(target)
     return {"input_ids": torch.tensor([[*ids, *target]])}, slice(len(ids) - 1, -1), torch.tensor(target)
 
 

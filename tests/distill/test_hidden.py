@@ -16,7 +16,7 @@ from tests.blocks import bundle, examples
 from tests.conftest import TASKS, make_tokenizer
 from tests.distill import pairs
 from tests.distill.pairs import counted, distil, inputs_of, source, two
-from tests.finetune.test_training import Killed, until
+from tests.test_training import Killed, until
 
 
 def settings(**given):

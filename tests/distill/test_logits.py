@@ -17,7 +17,7 @@ from tests.blocks import bundle, context, examples, saved
 from tests.conftest import TASKS, make_model, make_tokenizer
 from tests.distill import pairs
 from tests.distill.pairs import counted, distil, inputs_of, source, two
-from tests.finetune.test_training import STEPS, Killed, checkpoints, until
+from tests.test_training import STEPS, Killed, checkpoints, until
 
 KINDS = ("forward", "reverse", "jensen-shannon")
 

@@ -11,7 +11,7 @@ from tests.blocks import bundle, context, examples, saved
 from tests.conftest import make_model
 from tests.distill import pairs
 from tests.distill.pairs import distil, source, two
-from tests.finetune.test_training import STEPS, Killed, until
+from tests.test_training import STEPS, Killed, until
 
 GENERATIVE = ("t5", "bart", "llama", "gpt2")
 

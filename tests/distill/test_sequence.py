@@ -12,7 +12,7 @@ from tests.blocks import bundle, context, examples
 from tests.conftest import make_model, make_tokenizer
 from tests.distill.pairs import distil, speaker, two
 from tests.finetune.loops import tune
-from tests.finetune.test_training import Killed
+from tests.test_training import Killed
 
 GENERATIVE = ("t5", "bart", "llama", "gpt2")
 

@@ -10,8 +10,8 @@ from compress.distill import _pair
 from compress.errors import ModelError, RecipeError
 from compress.model import Source, load_model, load_tokenizer
 from tests.conftest import recipe_for
-from tests.finetune.test_training import Here
 from tests.test_pipeline import name_of
+from tests.test_training import Here
 
 QUICK = {"steps": 1, "batch_size": 4}
 
