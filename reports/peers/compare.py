@@ -174,15 +174,20 @@ def _table(runs: pd.DataFrame, tools: list[str]) -> list[dict[str, str]]:
                 row
                 | {
                     "perplexity": f"{same.perplexity.mean():.4f}",
-                    f"x {tools[0]}": "1" if tool == tools[0] else f"{ratios.mean():.4f} ({ratios.min():.4f} to {ratios.max():.4f})",
-                    "divergence": f"{same.divergence.mean():.5f} ({same.divergence.min():.5f} to {same.divergence.max():.5f})",
-                    "seconds": f"{same.seconds.median():.1f} ({same.seconds.min():.1f} to {same.seconds.max():.1f})",
+                    f"x {tools[0]}": "1" if tool == tools[0] else _spread(ratios, ratios.mean(), ".4f"),
+                    "divergence": _spread(same.divergence, same.divergence.mean(), ".5f"),
+                    "seconds": _spread(same.seconds, same.seconds.median(), ".1f"),
                     "peak MiB": f"{same.peak_mib.median():.0f}",
                     "of it grown": f"{same.grown_mib.median():.0f}",
                     "version": str(same.version.iloc[0]),
                 }
             )
     return sorted(found, key=lambda row: (-int(row["bits"]), row["grid"] != "symmetric", tools.index(row["tool"])))
+
+
+def _spread(values: pd.Series, middle: float, form: str) -> str:
+    """What stands for several rounds, with the least and the most of them."""
+    return f"{middle:{form}}" + (f" ({values.min():{form}} to {values.max():{form}})" if len(values) > 1 else "")
 
 
 def _header(given: argparse.Namespace, original: Losses) -> list[str]:
