@@ -265,7 +265,7 @@ def test_magnitude_is_the_norm_of_all_that_belongs_to_a_head(tmp_path):
         attention.o_proj.weight[:, 16:32],
     ]
     assert float(scores["heads", "model.layers.1"][1]) == pytest.approx(
-        float(torch.cat([part.flatten() for part in second]).norm()), rel=1e-5
+        float(torch.cat([part.detach().flatten() for part in second]).norm()), rel=1e-5
     )
 
 
