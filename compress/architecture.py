@@ -142,6 +142,12 @@ def context_length(config: Any, tokenizer: Any = None) -> int | None:
     return min((int(length) for length in lengths if length), default=None)
 
 
+def size_cache_by_decoder(config: Any) -> None:
+    """Have a T5's config say `decoder_layers` too, by which transformers makes the cache; without, it takes the encoder's number."""
+    if hasattr(config, "num_decoder_layers"):
+        config.decoder_layers = config.num_decoder_layers
+
+
 def label_number(config: Any, text: str) -> int:
     """The number of a classifier's label written as a number or by name. Raises DataError."""
     names = config.label2id or {}

@@ -94,6 +94,12 @@ class Optimisation(Settings):
         return self
 
 
+class TuneSettings(TrainSettings, Optimisation):
+    """What every method can be told that trains the weights as they are."""
+
+    keep_zeros: bool = Field(True, description="weights of linear layers that are zero stay zero, as after pruning")
+
+
 @dataclass(frozen=True)
 class About:
     """What a method needs and promises.

@@ -19,7 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from compress.architecture import label_number
 from compress.calibration.stream import Inputs, padded, without_cache
 from compress.errors import DataError, RunError
-from compress.methods import Context, Example, Optimisation
+from compress.methods import Context, Example, Optimisation, TuneSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -101,6 +101,16 @@ def train(
     )
     if len(rows) < given:
         context.say(f"{given - len(rows):,} of {given:,} examples have no target and were left out")
+
+
+def train_all(
+    model: "PreTrainedModel", rows: list[Row], settings: TuneSettings, context: Context, loss: Loss = entropy, known: bool = True,
+    rewrite: Rewrite = lambda rows, done: rows,
+) -> None:  # fmt: skip
+    """Train all weights in float32, in place, zeros kept where the settings say so; the rest is `train`'s."""
+    model.requires_grad_(True)
+    with in_float32(model), zeros_kept(pruned(model).values() if settings.keep_zeros else []):
+        train(model, rows, settings, settings.seed, context, loss, known, rewrite=rewrite)
 
 
 def labels(model: "PreTrainedModel", inputs: Inputs, rows: list[Row], known: bool = True) -> Tensor:

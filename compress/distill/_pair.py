@@ -1,20 +1,19 @@
 """Teacher and student: loaded, held against each other before anything is trained, and the one trained by the other."""
 
 import difflib
-from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from compress import model
-from compress.architecture import context_length
+from compress.architecture import context_length, size_cache_by_decoder
 from compress.calibration.stream import encoded
 from compress.distill._settings import DistillSettings
 from compress.errors import InputError, ModelError
 from compress.methods import Context
 from compress.model import Bundle
-from compress.training import Loss, Rewrite, Row, in_float32, pruned, train, zeros_kept
+from compress.training import Loss, Rewrite, Row, train_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -71,11 +70,9 @@ def trained(
     student: Bundle, rows: list[Row], settings: DistillSettings, context: Context, loss: Loss, known: bool,
     rewrite: Rewrite = lambda rows, done: rows,
 ) -> Bundle:  # fmt: skip
-    """The student, its weights trained by `training.train`, which says what the arguments are and what is raised."""
-    made = student.model.requires_grad_(True)
-    with in_float32(made), zeros_kept(pruned(made).values()) if settings.keep_zeros else nullcontext():
-        train(made, rows, settings, settings.seed, context, loss, known, rewrite=rewrite)
-    return student.holding(made)
+    """The student, its weights trained by `training.train_all`, which says what the arguments are and what is raised."""
+    train_all(student.model, rows, settings, context, loss, known, rewrite)
+    return student.holding(student.model)
 
 
 def _other(role: str, context: Context) -> Bundle:
@@ -98,8 +95,7 @@ def _fresh(bundle: Bundle, changes: dict[str, Any], seed: int) -> Bundle:
     torch.manual_seed(seed)
     try:
         config = type(bare.config).from_dict({**old, **changes})
-        if hasattr(config, "num_decoder_layers"):  # as in `prune: depth`: T5's cache has as many blocks as this says
-            config.decoder_layers = config.num_decoder_layers
+        size_cache_by_decoder(config)
         made: PreTrainedModel = type(bare)(config)
     except Exception as error:  # configs and models check themselves, each in its own way
         raise InputError(f"student.config: {changes} makes no {bare.config.model_type}: {error}") from None

@@ -27,12 +27,11 @@ class Student(methods.Settings):
         return self
 
 
-class DistillSettings(methods.TrainSettings, methods.Optimisation):
+class DistillSettings(methods.TuneSettings):
     """What every method of distillation can be told."""
 
     teacher: OtherModel | None = Field(None, description="null takes the recipe's own model as it came")
     student: Student | None = Field(None, description="null takes the model as the stage finds it")
-    keep_zeros: bool = Field(True, description="weights of linear layers that are zero stay zero, as after pruning")
 
     def models(self) -> dict[str, OtherModel]:
         named = {} if self.teacher is None else {"teacher": self.teacher}

@@ -4,8 +4,8 @@ AdamW in float32, on GPUs with products in bfloat16; stored in the dtypes it cam
 weights, gradients and two states of the optimiser. Weights that pruning set to zero stay zero.
 """
 
-from compress.finetune._settings import TUNED, TuneSettings
-from compress.methods import Context
+from compress.finetune._settings import TUNED
+from compress.methods import Context, TuneSettings
 from compress.model import Bundle
 
 ABOUT = TUNED
@@ -21,10 +21,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     Raises DataError where there is too little to learn from, RunError where the loss is no longer a number.
     """
     from compress.calibration.stream import encoded
-    from compress.training import in_float32, pruned, train, zeros_kept
+    from compress.training import train_all
 
-    model = bundle.model.requires_grad_(True)
-    rows = encoded(model, bundle.tokenizer, context)
-    with in_float32(model), zeros_kept(pruned(model).values() if settings.keep_zeros else []):
-        train(model, rows, settings, settings.seed, context)
+    train_all(bundle.model, encoded(bundle.model, bundle.tokenizer, context), settings, context)
     return bundle

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from compress.finetune._settings import TUNED, TuneSettings
-from compress.methods import Context
+from compress.finetune._settings import TUNED
+from compress.methods import Context, TuneSettings
 from compress.model import Bundle
 
 if TYPE_CHECKING:

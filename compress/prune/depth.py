@@ -142,6 +142,8 @@ def _influences(bundle: Bundle, stacks: "dict[str, nn.ModuleList]", context: Con
 
 def _shorten(config: Any, role: str, blocks: int, kept: list[int]) -> None:
     """Have a config say how many blocks are left, and keep their part of what it says block by block (`layer_types`)."""
+    from compress.architecture import size_cache_by_decoder
+
     keys = {
         "encoder": ("encoder_layers", "num_layers"),
         "decoder": ("num_decoder_layers", "decoder_layers"),
@@ -154,9 +156,7 @@ def _shorten(config: Any, role: str, blocks: int, kept: list[int]) -> None:
         if "layer" in name and isinstance(value, list) and len(value) == blocks and role == "blocks":
             setattr(config, name, [value[index] for index in kept])
     setattr(config, key, len(kept))
-    if hasattr(config, "num_decoder_layers"):
-        # transformers makes a cache for as many blocks as `decoder_layers` says; T5's config has none, and then the encoder's number counts
-        config.decoder_layers = config.num_decoder_layers
+    size_cache_by_decoder(config)
 
 
 def _renumbered(state: "dict[str, Tensor]", stack: str, kept: list[int]) -> "dict[str, Tensor]":
