@@ -8,7 +8,7 @@ import math
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from compress.distill._settings import DivergenceSettings, LogitsSettings
 from compress.training import IGNORED
@@ -51,4 +51,4 @@ def counted(logits: Tensor, wanted: Tensor) -> Tensor:
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:
     """KL(p, q) of log-probabilities, summed."""
-    return (p.exp() * (p - q)).sum()
+    return kl_div(q, p, log_target=True, reduction="sum")
