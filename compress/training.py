@@ -1,11 +1,14 @@
 """Training for every family: Hugging Face's Trainer over the calibration's batches, checkpoints that outlive a kill, zeros that stay."""
 
+import inspect
 import math
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,15 +35,54 @@ WHOLE = "whole"  # the file that says that a checkpoint was written to its end
 WEIGHTS = "trained.safetensors"
 
 Row = tuple[Example, list[int], list[int]]  # as `calibration.stream.encoded` gives them
-Loss = Callable[[Any, Inputs, Tensor], Tensor]  # model, inputs, labels -> the loss summed over the positions that count
 Step = Callable[[int, int], None]  # steps done, all steps
 Rewrite = Callable[[list[Row], int], list[Row]]  # the rows of a batch, steps done -> what is learned from in their place
 
 
-def entropy(model: Any, inputs: Inputs, wanted: Tensor) -> Tensor:
+@dataclass(frozen=True)
+class Batch:
+    """What a loss is worked out on.
+
+    inputs   what the model is called with
+    wanted   what each position of the logits should give, `IGNORED` where it counts for nothing; of a classifier one label an example
+    numbers  the examples' places among the rows that `train` was given
+    """
+
+    inputs: Inputs
+    wanted: Tensor
+    numbers: list[int]
+
+    @property
+    def targets(self) -> Tensor:
+        """What the positions that count should give."""
+        return self.wanted[self.wanted != IGNORED]
+
+    def counted(self, logits: Tensor) -> Tensor:
+        """Logits in float32 of the positions that count, (positions, vocabulary); a classifier's all, (examples, labels)."""
+        return logits[self.wanted != IGNORED].float()
+
+    def logits_of(self, model: Any) -> Tensor:
+        """A model's logits as `counted` gives them. The head is spared what it can be: prompts may be many times the targets."""
+        if self.wanted.ndim == 1 or not _can_leave_out(type(getattr(model, "module", model)).forward):
+            return self.counted(model(**self.inputs).logits)
+        real = self.wanted != IGNORED
+        places = real.any(dim=0).nonzero()[:, 0]
+        logits: Tensor = model(**self.inputs, logits_to_keep=places).logits
+        return logits[real[:, places]].float()
+
+
+Loss = Callable[[Any, Batch], Tensor]  # model, batch -> the loss summed over the positions that count
+
+
+@cache
+def _can_leave_out(forward: Callable[..., Any]) -> bool:
+    """Whether a model can be told which positions want logits."""
+    return "logits_to_keep" in inspect.signature(forward).parameters
+
+
+def entropy(model: Any, batch: Batch) -> Tensor:
     """Cross-entropy with the targets, summed over the positions that count."""
-    logits, real = model(**inputs).logits, wanted != IGNORED
-    return cross_entropy(logits[real].float(), wanted[real], reduction="sum")
+    return cross_entropy(batch.logits_of(model), batch.targets, reduction="sum")
 
 
 def train(
@@ -56,22 +98,21 @@ def train(
 
     Raises DataError where there is too little to learn from, RunError where the loss is no longer a number.
     """
-    given = len(rows)
-    rows = _learnable(model, rows) if known else rows
+    learnable = _learnable(model, rows) if known else list(range(len(rows)))
     size = how.batch_size * how.accumulate
-    if len(rows) < size:
+    if len(learnable) < size:
         raise DataError(
-            f"training: the train split gives {len(rows)} examples to learn from, fewer than the {size} of one step"
+            f"training: the train split gives {len(learnable)} examples to learn from, fewer than the {size} of one step"
             f" (batch_size {how.batch_size} x accumulate {how.accumulate}); lower these or give more rows"
         )
-    steps = how.steps or math.ceil((how.epochs or 1) * math.ceil(math.ceil(len(rows) / how.batch_size) / how.accumulate))
+    steps = how.steps or math.ceil((how.epochs or 1) * math.ceil(math.ceil(len(learnable) / how.batch_size) / how.accumulate))
 
     def batch(numbers: list[int]) -> Inputs:
         part = rewrite([rows[number] for number in numbers], learner.state.global_step)
         inputs = padded(model, [(ids, answer) for _, ids, answer in part])
         wanted = labels(model, inputs, part, known)
-        ids = [example.id for example, _, _ in part]
-        return {**inputs, "labels": wanted, "shift_labels": wanted, "ids": ids}  # the Trainer counts the latter labels where it knows them
+        # the Trainer counts shift_labels where it knows them
+        return {**inputs, "labels": wanted, "shift_labels": wanted, "numbers": numbers}
 
     on_gpu = model.device.type == "cuda"
     with _folder(context) as folder, without_cache(model):
@@ -86,7 +127,7 @@ def train(
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # the model is on one of them; the Trainer would put copies on all
         watch = _Watch(context, folder if context.scratch else None, each_step)
-        learner = _Learner(loss, batch, model, arguments, list, train_dataset=range(len(rows)), callbacks=[watch])
+        learner = _Learner(loss, batch, rows, model, arguments, list, train_dataset=learnable, callbacks=[watch])
         learner.remove_callback(PrinterCallback)
         learner.train(resume_from_checkpoint=_last_checkpoint(folder))
         learner.accelerator.unwrap_model(learner.model_wrapped, keep_fp32_wrapper=False)  # 16 bits were for training
@@ -96,11 +137,11 @@ def train(
     some = max(1, len(curve) // 10)
     first, last = (sum(part) / some for part in (curve[:some], curve[-some:]))
     context.say(
-        f"trained {steps:,} steps of {size} on {len(rows):,} examples, {learner.state.num_input_tokens_seen:,} tokens read;"
+        f"trained {steps:,} steps of {size} on {len(learnable):,} examples, {learner.state.num_input_tokens_seen:,} tokens read;"
         f" loss {first:.3g} to {last:.3g}"
     )
-    if len(rows) < given:
-        context.say(f"{given - len(rows):,} of {given:,} examples have no target and were left out")
+    if lacking := len(rows) - len(learnable):
+        context.say(f"{lacking:,} of {len(rows):,} examples have no target and were left out")
 
 
 def train_all(
@@ -179,20 +220,21 @@ class _Learner(Trainer):  # type: ignore[misc]
             writes for a step is to be written by the weights of that step.
     """
 
-    def __init__(self, loss: Loss, batch: Callable[[list[int]], Inputs], *given: Any, **named: Any):
+    def __init__(self, loss: Loss, batch: Callable[[list[int]], Inputs], rows: list[Row], *given: Any, **named: Any):
         super().__init__(*given, **named)
-        self._loss, self._batch = loss, batch
+        self._loss, self._batch, self._rows = loss, batch, rows
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by all positions of a step; the Trainer must not divide again
 
     def get_batch_samples(self, epoch_iterator: Iterator[list[int]], num_batches: int, device: Any) -> Any:
         return super().get_batch_samples(map(self._batch, epoch_iterator), num_batches, device)
 
     def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        wanted, ids = inputs.pop("labels"), inputs.pop("ids")
+        wanted, numbers = inputs.pop("labels"), inputs.pop("numbers")
         del inputs["shift_labels"]
         # gradients are averaged over processes, while the positions were counted over all
-        loss = self._loss(model, inputs, wanted) / num_items_in_batch * self.args.world_size
+        loss = self._loss(model, Batch(inputs, wanted, numbers)) / num_items_in_batch * self.args.world_size
         if not loss.isfinite():
+            ids = (self._rows[number][0].id for number in numbers)
             raise RunError(
                 f"training: the loss became {loss.item()} in step {self.state.global_step + 1} of {self.state.max_steps}, on the examples"
                 f" {', '.join(ids)}; learning_rate {self.args.learning_rate:g} may be too high for this model, lower it"
@@ -242,11 +284,11 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self._pause = max(CHECKPOINT_SECONDS, (self._last - self._begun) / CHECKPOINT_SHARE)
 
 
-def _learnable(model: "PreTrainedModel", rows: list[Row]) -> list[Row]:
-    """The examples that say what to learn: for a decoder all, its texts are targets themselves; else those with a target."""
+def _learnable(model: "PreTrainedModel", rows: list[Row]) -> list[int]:
+    """The numbers of the examples that say what to learn: for a decoder all, its texts are targets themselves; else those with a target."""
     if model.can_generate() and not model.config.is_encoder_decoder:
-        return rows
-    found = [row for row in rows if any(row[0].references[:1])]
+        return list(range(len(rows)))
+    found = [number for number, (example, _, _) in enumerate(rows) if any(example.references[:1])]
     if not found:
         raise DataError(f"training: none of the {len(rows)} examples of the train split has a target; look at data.target")
     return found

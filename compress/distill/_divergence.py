@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from compress.distill._settings import DivergenceSettings, LogitsSettings
-from compress.training import IGNORED
+from compress.training import Batch
 
 
 def divergence(told: Tensor, known: Tensor, settings: DivergenceSettings) -> Tensor:
@@ -32,21 +32,15 @@ def divergence(told: Tensor, known: Tensor, settings: DivergenceSettings) -> Ten
     return apart * temperature**2  # gradients shrink with the temperature squared; so the learning rate suits any
 
 
-def with_targets(told: Tensor, known: Tensor, wanted: Tensor, settings: LogitsSettings) -> Tensor:
+def with_targets(told: Tensor, known: Tensor, batch: Batch, settings: LogitsSettings) -> Tensor:
     """The divergence and the cross-entropy with the targets by their weights, summed over positions.
 
-    told, known   as for `divergence`, of the positions that count
-    wanted        the targets, `IGNORED` where a position counts for nothing
+    told, known   as for `divergence`, of the positions of the batch that count
     """
     total = settings.logits_weight * divergence(told, known, settings)
     if not settings.label_weight:  # there may be no targets
         return total
-    return total + settings.label_weight * cross_entropy(told, wanted[wanted != IGNORED], reduction="sum")
-
-
-def counted(logits: Tensor, wanted: Tensor) -> Tensor:
-    """The logits in float32 where a position counts, (positions, vocabulary); a classifier's all, (examples, labels)."""
-    return logits[wanted != IGNORED].float()
+    return total + settings.label_weight * cross_entropy(told, batch.targets, reduction="sum")
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

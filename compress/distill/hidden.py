@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
+    from compress.training import Batch
+
 ABOUT = DISTILLED
 Number = Annotated[int, Field(ge=0)]
 Layers = dict[Number, Number]
@@ -65,7 +67,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from torch import nn
 
     from compress.calibration.stream import padded, without_cache
-    from compress.distill._divergence import counted, with_targets
+    from compress.distill._divergence import with_targets
     from compress.distill._pair import pair, read, trained
     from compress.training import IGNORED
 
@@ -73,19 +75,19 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     made, maps = student.model, settings.attention_weight > 0
     asked = {"output_hidden_states": True, "output_attentions": maps}
 
-    def loss(model: Any, inputs: dict[str, Any], wanted: "Tensor") -> "Tensor":
+    def loss(model: Any, batch: "Batch") -> "Tensor":
         if maps:
             model.eval()
         with torch.no_grad():
-            out = teacher.model(**inputs, **asked)
-            known, theirs = counted(out.logits, wanted), _seen(out, {role: list(pairs.values()) for role, pairs in links.items()})
+            out = teacher.model(**batch.inputs, **asked)
+            known, theirs = batch.counted(out.logits), _seen(out, {role: list(pairs.values()) for role, pairs in links.items()})
             del out  # and with it the layers that nobody learns from
-        out = model(**inputs, **asked)
+        out = model(**batch.inputs, **asked)
         mine = _seen(out, {role: list(pairs) for role, pairs in links.items()})
-        total = with_targets(counted(out.logits, wanted), known, wanted, settings)
-        count, layers = (wanted != IGNORED).reshape(len(wanted), -1).sum(dim=-1), sum(map(len, links.values()))
+        total = with_targets(batch.counted(out.logits), known, batch, settings)
+        count, layers = (batch.wanted != IGNORED).reshape(len(batch.wanted), -1).sum(dim=-1), sum(map(len, links.values()))
         for role in links:
-            real = inputs["decoder_attention_mask" if role == "decoder" else "attention_mask"].bool()
+            real = batch.inputs["decoder_attention_mask" if role == "decoder" else "attention_mask"].bool()
             project = made.projections[role] if role in made.projections else nn.Identity()
             for told, shown in zip(mine[role], theirs[role], strict=True):
                 if settings.hidden_weight:

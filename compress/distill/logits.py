@@ -16,6 +16,8 @@ from compress.model import Bundle
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from compress.training import Batch
+
 ABOUT = DISTILLED
 
 
@@ -36,16 +38,15 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     import torch
 
     from compress.calibration.stream import without_cache
-    from compress.distill._divergence import counted, with_targets
+    from compress.distill._divergence import with_targets
     from compress.distill._pair import pair, read, trained
 
     teacher, student = pair(bundle, settings, context)
 
-    def loss(model: Any, inputs: dict[str, Any], wanted: "Tensor") -> "Tensor":
+    def loss(model: Any, batch: "Batch") -> "Tensor":
         with torch.no_grad():
-            known = counted(teacher.model(**inputs).logits, wanted)
-        told = counted(model(**inputs).logits, wanted)
-        return with_targets(told, known, wanted, settings)
+            known = batch.logits_of(teacher.model)
+        return with_targets(batch.logits_of(model), known, batch, settings)
 
     with without_cache(teacher.model):
         rows = read(student, teacher, context)

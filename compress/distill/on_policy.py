@@ -17,7 +17,7 @@ from compress.model import Bundle
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.training import Row
+    from compress.training import Batch, Row
 
 ABOUT = DISTILLED
 
@@ -39,7 +39,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     from compress.architecture import context_length
     from compress.calibration.stream import without_cache
-    from compress.distill._divergence import counted, divergence
+    from compress.distill._divergence import divergence
     from compress.distill._pair import pair, read, trained
     from compress.distill._writing import prompt_of, write, writer
 
@@ -68,10 +68,10 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
             new[number] = (rows[number][0], prompt if both else [*prompt, *text], text)
         return new
 
-    def loss(model: Any, inputs: dict[str, Any], wanted: "Tensor") -> "Tensor":
+    def loss(model: Any, batch: "Batch") -> "Tensor":
         with torch.no_grad():
-            known = counted(teacher.model(**inputs).logits, wanted)
-        return divergence(counted(model(**inputs).logits, wanted), known, settings)
+            known = batch.logits_of(teacher.model)
+        return divergence(batch.logits_of(model), known, settings)
 
     with without_cache(teacher.model):
         return trained(student, read(student, teacher, context), settings, context, loss, settings.student_share < 1, rewrite)

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from compress.training import Batch
+
 ABOUT = PACKED
 
 
@@ -114,17 +116,16 @@ def _train(
     from torch.nn.functional import kl_div, log_softmax
 
     from compress.calibration.stream import encoded, without_cache
-    from compress.training import IGNORED, entropy, train
+    from compress.training import entropy, train
 
-    def divergence(model: Any, inputs: dict[str, Any], wanted: "Tensor") -> "Tensor":
-        real = wanted != IGNORED
+    def divergence(model: Any, batch: "Batch") -> "Tensor":
         with torch.no_grad():
-            known = original(**inputs).logits[real].float()
-        return kl_div(log_softmax(model(**inputs).logits[real].float(), -1), log_softmax(known, -1), log_target=True, reduction="sum")
+            known = batch.logits_of(original)
+        return kl_div(log_softmax(batch.logits_of(model), -1), log_softmax(known, -1), log_target=True, reduction="sum")
 
-    def loss(model: Any, inputs: dict[str, Any], wanted: "Tensor") -> "Tensor":
+    def loss(model: Any, batch: "Batch") -> "Tensor":
         model.eval()  # without dropout: rounding is noise enough
-        return (entropy if settings.loss == "targets" else divergence)(model, inputs, wanted)
+        return (entropy if settings.loss == "targets" else divergence)(model, batch)
 
     how = Optimisation(steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.learning_rate)
     with without_cache(original):
