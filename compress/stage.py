@@ -18,7 +18,7 @@ def run(
 ) -> None:  # fmt: skip
     """Make the artifact of one stage in the folder `target`, which appears whole or not at all.
 
-    shown     what the method may see: examples, max_tokens, chat
+    shown     what the method may see: examples, validation, max_tokens, chat
     scratch   where it may leave checkpoints; not made before it does
     models    what it may load besides the source: `original`, the recipe's model as it came, and those that its settings name
     """
@@ -29,15 +29,17 @@ def run(
     if device not in method.ABOUT.devices:
         raise DeviceError(f"{family}: {name} runs on {', '.join(method.ABOUT.devices)}, not on {device}")
     before = model.Source(**source)
-    seen = [Example(**row) for row in shown["examples"]]
+    seen, watched = ([Example(**row) for row in shown.get(kind, [])] for kind in ("examples", "validation"))
     others = {role: model.Source(**other) for role, other in (models or {}).items()}
     place = Path(scratch) if scratch else None
-    context = methods.Context(device, progress, seen, shown["max_tokens"], shown["chat"], others, place)
+    context = methods.Context(device, progress, seen, shown["max_tokens"], shown["chat"], others, place, watched)
     progress(f"{family}: {name}", 0, 1)
     bundle = method.apply(model.Bundle(before, device), settings, context)
     with whole_folder(Path(target)) as folder:
         bundle.save(folder)
-        (folder / NOTES).write_text(json.dumps({"layers": context.layers, "said": context.said}, indent=1), encoding="utf-8")
+        (folder / NOTES).write_text(
+            json.dumps({"layers": context.layers, "said": context.said, "curve": context.curve}, indent=1), encoding="utf-8"
+        )
         del bundle
         gc.collect()
         if method.ABOUT.smaller:

@@ -6,14 +6,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress import model
+from compress import model, training
 from compress.architecture import context_length, size_cache_by_decoder
-from compress.calibration.stream import encoded
 from compress.distill._settings import DistillSettings
 from compress.errors import InputError, ModelError
 from compress.methods import Context
 from compress.model import Bundle
-from compress.training import Loss, Rewrite, Row, train_all
+from compress.training import Loss, Material, Rewrite, train_all
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -60,18 +59,18 @@ def student_of(bundle: Bundle, settings: DistillSettings, context: Context) -> B
     return student
 
 
-def read(student: Bundle, teacher: Bundle, context: Context) -> list[Row]:
+def read(student: Bundle, teacher: Bundle, context: Context) -> Material:
     """The examples by the student's tokenizer, as long as both models have room for. Raises DataError."""
     room = context_length(teacher.model.config, teacher.tokenizer) or context.max_tokens
-    return encoded(student.model, student.tokenizer, replace(context, max_tokens=min(context.max_tokens, room)))
+    return training.read(student.model, student.tokenizer, replace(context, max_tokens=min(context.max_tokens, room)))
 
 
 def trained(
-    student: Bundle, rows: list[Row], settings: DistillSettings, context: Context, loss: Loss, known: bool,
+    student: Bundle, material: Material, settings: DistillSettings, context: Context, loss: Loss, known: bool,
     rewrite: Rewrite = lambda rows, done: rows,
 ) -> Bundle:  # fmt: skip
     """The student, its weights trained by `training.train_all`, which says what the arguments are and what is raised."""
-    train_all(student.model, rows, settings, context, loss, known, rewrite)
+    train_all(student.model, material, settings, context, loss, known, rewrite)
     return student.holding(student.model)
 
 

@@ -98,8 +98,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         return total
 
     with without_cache(teacher.model), _with_maps(teacher.model, maps), _with_maps(made, maps):
-        rows = read(student, teacher, context)
-        probe = padded(made, [rows[0][1:]])
+        material = read(student, teacher, context)
+        probe = padded(made, [material.train[0][1:]])
         with torch.no_grad():
             told, shown = made(**probe, **asked), teacher.model(**probe, **asked)
         links = linked(_stacks(told), _stacks(shown), settings)
@@ -111,7 +111,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
                 made.projections[role] = nn.Linear(width, other, bias=False, device=made.device)
         try:
             needed = settings.label_weight > 0 or bool(made.config.is_encoder_decoder)
-            return trained(student, rows, settings, context, loss, needed)
+            return trained(student, material, settings, context, loss, needed)
         finally:
             del made.projections
 

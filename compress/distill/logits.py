@@ -49,5 +49,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         return with_targets(batch.logits_of(model), known, batch, settings)
 
     with without_cache(teacher.model):
-        rows = read(student, teacher, context)
-        return trained(student, rows, settings, context, loss, known=settings.label_weight > 0 or student.model.config.is_encoder_decoder)
+        material = read(student, teacher, context)
+        return trained(
+            student, material, settings, context, loss, known=settings.label_weight > 0 or student.model.config.is_encoder_decoder
+        )

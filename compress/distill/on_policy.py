@@ -17,7 +17,8 @@ from compress.model import Bundle
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.training import Batch, Row
+    from compress.calibration.stream import Row
+    from compress.training import Batch
 
 ABOUT = DISTILLED
 
@@ -41,7 +42,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from compress.calibration.stream import without_cache
     from compress.distill._divergence import divergence
     from compress.distill._pair import pair, read, trained
-    from compress.distill._writing import prompt_of, write, writer
+    from compress.writing import prompt_of, write, writer
 
     teacher, student = pair(bundle, settings, context)
     made = writer(student)
