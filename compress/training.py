@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from transformers import EarlyStoppingCallback, PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
 from compress.architecture import context_length, label_number
@@ -164,15 +164,15 @@ def train(
             logging_steps=max(1, steps // CURVE), logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
             eval_strategy="steps" if stopping else "no", eval_steps=stopping.every or max(1, steps // LOOKS) if stopping else None,
             metric_for_best_model="eval_validation", greater_is_better=stopping is not None and stopping.metric == "rougeL",
-            restore_callback_states_from_checkpoint=True,
         )  # fmt: skip
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # the model is on one of them; the Trainer would put copies on all
         watch = _Watch(context, folder if context.scratch else None, each_step)
-        callbacks = [watch, EarlyStoppingCallback(stopping.patience)] if stopping else [watch]
+        patience = stopping.patience if stopping else 0
         learner = _Learner(
-            loss, batch, rows, look, model, arguments, list, train_dataset=learnable, eval_dataset=watched or None, callbacks=callbacks
-        )
+            loss, batch, rows, look, patience, model, arguments, list, train_dataset=learnable, eval_dataset=watched or None,
+            callbacks=[watch],
+        )  # fmt: skip
         learner.remove_callback(PrinterCallback)
         learner.train(resume_from_checkpoint=_last_checkpoint(folder))
         learner.accelerator.unwrap_model(learner.model_wrapped, keep_fp32_wrapper=False)  # 16 bits were for training
@@ -310,16 +310,18 @@ def _point(entry: dict[str, Any]) -> dict[str, float | int | None]:
 class _Learner(Trainer):  # type: ignore[misc]
     """The Trainer with a loss that is right when batches are accumulated, and checkpoints of what is trained alone.
 
-    look    says how the model does on the validation split
-    batch   makes the inputs from the numbers of the rows. The loader gives numbers alone, because it runs one batch ahead: what a model
-            writes for a step is to be written by the weights of that step.
+    look      says how the model does on the validation split
+    patience  looks without a better value after which training ends
+    batch     makes the inputs from the numbers of the rows. The loader gives numbers alone, because it runs one batch ahead: what a model
+              writes for a step is to be written by the weights of that step.
     """
 
     def __init__(
-        self, loss: Loss, batch: Callable[[list[int]], Inputs], rows: list[Row], look: Callable[[], float], *given: Any, **named: Any
-    ):
+        self, loss: Loss, batch: Callable[[list[int]], Inputs], rows: list[Row], look: Callable[[], float], patience: int,
+        *given: Any, **named: Any,
+    ):  # fmt: skip
         super().__init__(*given, **named)
-        self._loss, self._batch, self._rows, self._look = loss, batch, rows, look
+        self._loss, self._batch, self._rows, self._look, self._patience = loss, batch, rows, look, patience
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by all positions of a step; the Trainer must not divide again
 
     def get_batch_samples(self, epoch_iterator: Iterator[list[int]], num_batches: int, device: Any) -> Any:
@@ -342,7 +344,7 @@ class _Learner(Trainer):  # type: ignore[misc]
         self.model.eval()
         found = {"eval_validation": self._look()}
         self.log(found)
-        self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
+        self.control.should_evaluate = False
         return found
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
@@ -350,6 +352,8 @@ class _Learner(Trainer):  # type: ignore[misc]
         if better:
             self.state.best_global_step = self.state.global_step
             self._save(str(self._best()))
+        elif self.state.global_step - (self.state.best_global_step or 0) >= self._patience * self.args.eval_steps:
+            self.control.should_training_stop = True
         return better
 
     def _best(self) -> Path:
