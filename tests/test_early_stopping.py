@@ -68,21 +68,21 @@ def test_rouge_is_of_what_the_model_writes_greedily(tmp_path, kind):
 
 
 @pytest.mark.parametrize("kill", [5, 9, 12])
-def test_a_killed_training_remembers_what_it_saw(toys, tmp_path, often, kill):  # noqa: F811
-    told = seen()
-    whole = watched(bundle(toys["llama"], "llama"), told, every=3, patience=2)
+def test_a_killed_training_remembers_what_it_saw(tmp_path, often, kill):  # noqa: F811
+    told, folder, scratch = seen(), calm("llama", tmp_path), tmp_path / "scratch"
+    whole = watched(bundle(folder, "llama"), told, every=3, patience=2)
     ended = max(looks(told))
     assert kill <= ended < 24, "or there is nothing to remember"
     with pytest.raises(Killed):
-        watched(bundle(toys["llama"], "llama"), seen(tmp_path, kill), every=3, patience=2)
+        watched(bundle(folder, "llama"), seen(scratch, kill), every=3, patience=2)
     steps: list = []
-    again = seen(tmp_path, None, steps)
-    found = watched(bundle(toys["llama"], "llama"), again, every=3, patience=2)
+    again = seen(scratch, None, steps)
+    found = watched(bundle(folder, "llama"), again, every=3, patience=2)
     assert steps == list(range(kill, ended + 1))
     assert again.said == told.said
     assert again.curve == told.curve
     assert all(torch.equal(one, two) for one, two in zip(found.state_dict().values(), whole.state_dict().values(), strict=True))
-    assert len(list(tmp_path.glob("best-*"))) == 1, "what is no longer needed goes"
+    assert len(list(scratch.glob("best-*"))) == 1, "what is no longer needed goes"
 
 
 def test_looks_are_twenty_where_nothing_is_said(toys):
