@@ -157,6 +157,7 @@ class Context:
     models: "dict[str, Source]" = field(default_factory=dict)  # `original`, as the first stage found it, and those that the settings name
     scratch: Path | None = None  # a folder that outlives a kill, for checkpoints; the same one when the same stage is run again
     validation: list[Example] = field(default_factory=list)  # what early stopping looks at
+    cache: Path | None = None  # a folder that runs share, for what is dear to work out
     said: list[str] = field(default_factory=list)  # for the report, by `say`
     layers: list[dict[str, Any]] = field(default_factory=list)  # for the report, by `note` and `leave_out`
     curve: list[dict[str, float | int | None]] = field(default_factory=list)  # for the report: training, step by step

@@ -199,7 +199,7 @@ def _make(
         with Child("compress.stage", log, progress) as child:
             child.ask(
                 "run", source=asdict(source), stage=written, shown=shown, target=str(target), scratch=str(scratch), device=device,
-                models={role: asdict(other) for role, other in models.items()},
+                cache=str(target.parent / "teachers"), models={role: asdict(other) for role, other in models.items()},
             )  # fmt: skip
         shutil.rmtree(scratch, ignore_errors=True)
     finally:

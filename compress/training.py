@@ -137,7 +137,7 @@ def train(
     steps = how.steps or math.ceil((how.epochs or 1) * math.ceil(math.ceil(len(learnable) / how.batch_size) / how.accumulate))
 
     def batch(numbers: list[int]) -> Inputs:
-        made = _batch(model, rewrite([rows[number] for number in numbers], learner.state.global_step), numbers, known)
+        made = batch_of(model, rewrite([rows[number] for number in numbers], learner.state.global_step), numbers, known)
         # the Trainer counts shift_labels where it knows them
         return {**made.inputs, "labels": made.wanted, "shift_labels": made.wanted, "numbers": numbers}
 
@@ -268,7 +268,7 @@ def _without_zeros(weight: Tensor) -> Callable[[Tensor], Tensor]:
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
-def _batch(model: "PreTrainedModel", part: list[Row], numbers: list[int], known: bool) -> Batch:
+def batch_of(model: "PreTrainedModel", part: list[Row], numbers: list[int], known: bool) -> Batch:
     """Rows as a batch on the model's device."""
     inputs = padded(model, [(ids, answer) for _, ids, answer in part])
     return Batch(inputs, labels(model, inputs, part, known), numbers)
@@ -280,7 +280,7 @@ def _lost(model: "PreTrainedModel", rows: list[Row], numbers: list[int], size: i
     total, count = 0.0, 0
     for start in range(0, len(numbers), size):
         part = numbers[start : start + size]
-        batch = _batch(model, [rows[number] for number in part], part, known)
+        batch = batch_of(model, [rows[number] for number in part], part, known)
         total, count = total + loss(model, batch).item(), count + int((batch.wanted != IGNORED).sum())
     return total / count
 
