@@ -2,9 +2,9 @@
 
     python reports/measure.py RECIPE.yaml... --models FOLDER --data FOLDER [--stages 'prune: wanda; quantize: gptq, bits: 4' ...]
 
-The recipes of `quantisation/`, `pruning/` and `distillation/` have no stages of their own; without --stages each runs those of its folder. A run leaves its
-report in a folder beside the recipe (texts and predictions left out: the data are not ours to publish). Printed is one table over all of
-a folder's reports; without a recipe, over every folder's.
+The recipes of `quantisation/`, `pruning/` and `distillation/` have no stages of their own; without --stages each runs those of its folder.
+A run leaves its report in a folder beside the recipe (texts and predictions left out: the data are not ours to publish). Printed is one
+table over all of a folder's reports; without a recipe, over every folder's.
 """
 
 import argparse
