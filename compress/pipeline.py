@@ -146,7 +146,7 @@ def _stages(recipe: Recipe, source: Source, artifacts: Path, device: str, log: P
             seen = data.examples(recipe.data, recipe.folder, "train", wanted.samples, wanted.seed)
             history.append([data.examples_digest(seen), wanted.max_tokens, recipe.data.chat])
         others = {
-            role: model.pinned(Source(model.locate(other.id, recipe.folder), source.task, other.dtype, other.revision))
+            role: model.pinned(Source(model.locate(other.id, recipe.folder), source.task, other.dtype, other.revision, other.bits))
             for role, other in stage.settings.models().items()
         }
         history.extend([role, model.fingerprint(other)] for role, other in others.items())
