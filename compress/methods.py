@@ -97,9 +97,19 @@ class Optimisation(Settings):
         return self
 
 
-class TuneSettings(TrainSettings, Optimisation):
-    """What every method can be told that trains the weights as they are."""
+class EarlyStopping(Settings):
+    """Training ends when the validation split has told nothing better for a while, and the best weights are kept."""
 
+    metric: Literal["loss", "rougeL"] = Field("loss", description="the method's own loss, or ROUGE-L of what the model writes, greedy")
+    every: int | None = Field(None, ge=1, description="steps from one look to the next; null looks 20 times in all")
+    patience: int = Field(3, ge=1, description="looks in a row without a better value after which training ends")
+    samples: int | None = Field(200, ge=1, description="examples of the validation split, drawn with the seed; null takes all")
+
+
+class TuneSettings(TrainSettings, Optimisation):
+    """What every method can be told that trains the model to its purpose."""
+
+    early_stopping: EarlyStopping | None = Field(None, description="null trains all steps; else data.splits.validation is wanted")
     keep_zeros: bool = Field(True, description="weights of linear layers that are zero stay zero, as after pruning")
 
 
@@ -149,8 +159,11 @@ class Context:
     chat: bool = False  # prompts are a user's turns
     models: "dict[str, Source]" = field(default_factory=dict)  # `original`, as the first stage found it, and those that the settings name
     scratch: Path | None = None  # a folder that outlives a kill, for checkpoints; the same one when the same stage is run again
+    validation: list[Example] = field(default_factory=list)  # what early stopping looks at
+    cache: Path | None = None  # a folder that runs share, for what is dear to work out
     said: list[str] = field(default_factory=list)  # for the report, by `say`
     layers: list[dict[str, Any]] = field(default_factory=list)  # for the report, by `note` and `leave_out`
+    curve: list[dict[str, float | int | None]] = field(default_factory=list)  # for the report: training, step by step
     remarks: dict[str, str] = field(default_factory=dict)  # for the report: what is odd about a layer
 
     def note(self, name: str, bits: int, error: float | None = None, sparsity: float | None = None) -> None:

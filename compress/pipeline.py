@@ -16,7 +16,7 @@ from compress.benchmark import isolate
 from compress.benchmark.statistics import corpus_value
 from compress.errors import DeviceError, InputError, ModelError, RunError
 from compress.inspection.findings import Inspection
-from compress.methods import Example, TrainSettings, quiet
+from compress.methods import Example, TrainSettings, TuneSettings, quiet
 from compress.model import Source
 from compress.process import Child, Progress
 from compress.recipe import Gate, Recipe, Stage, digest, load
@@ -145,6 +145,9 @@ def _stages(recipe: Recipe, source: Source, artifacts: Path, device: str, log: P
         if method.ABOUT.calibrated:
             seen = data.examples(recipe.data, recipe.folder, "train", wanted.samples, wanted.seed)
             history.append([data.examples_digest(seen), wanted.max_tokens, recipe.data.chat])
+        watched = _watched(stage, recipe)
+        if watched:
+            history.append(data.examples_digest(watched))
         others = {
             role: model.pinned(Source(model.locate(other.id, recipe.folder), source.task, other.dtype, other.revision, other.bits))
             for role, other in stage.settings.models().items()
@@ -155,12 +158,24 @@ def _stages(recipe: Recipe, source: Source, artifacts: Path, device: str, log: P
         start, reused = time.monotonic(), _is_whole(target)
         if not reused:
             models = {"original": original, **others}
-            _make(stage, source, models, seen, wanted.max_tokens, recipe.data.chat, target, device, log, progress)
+            shown = {
+                "examples": [asdict(e) for e in seen], "validation": [asdict(e) for e in watched], "max_tokens": wanted.max_tokens,
+                "chat": recipe.data.chat,
+            }  # fmt: skip
+            _make(stage, source, models, shown, target, device, log, progress)
         seconds = time.monotonic() - start
         noted = write.read_notes(target)
         records.append(StageRecord(stage=stage.as_written(), artifact=str(target), seconds=seconds, reused=reused, **noted))
         source = Source(str(target.resolve()), source.task)
     return records
+
+
+def _watched(stage: Stage, recipe: Recipe) -> list[Example]:
+    """The examples of the validation split that early stopping looks at."""
+    settings = stage.settings
+    if not isinstance(settings, TuneSettings) or settings.early_stopping is None:
+        return []
+    return data.examples(recipe.data, recipe.folder, "validation", settings.early_stopping.samples, settings.seed)
 
 
 def _is_whole(artifact: Path) -> bool:
@@ -176,17 +191,15 @@ def _is_whole(artifact: Path) -> bool:
 
 
 def _make(
-    stage: Stage, source: Source, models: dict[str, Source], seen: list[Example], max_tokens: int, chat: bool, target: Path, device: str,
-    log: Path, progress: Progress,
+    stage: Stage, source: Source, models: dict[str, Source], shown: dict[str, Any], target: Path, device: str, log: Path, progress: Progress
 ) -> None:  # fmt: skip
     written = {"family": stage.family, "method": stage.method, "settings": stage.settings.model_dump(mode="json")}
-    shown = {"examples": [asdict(e) for e in seen], "max_tokens": max_tokens, "chat": chat}
     scratch = target.with_name(f".{target.name}.scratch")  # a stage that was killed finds its checkpoints there
     try:
         with Child("compress.stage", log, progress) as child:
             child.ask(
                 "run", source=asdict(source), stage=written, shown=shown, target=str(target), scratch=str(scratch), device=device,
-                models={role: asdict(other) for role, other in models.items()},
+                cache=str(target.parent / "teachers"), models={role: asdict(other) for role, other in models.items()},
             )  # fmt: skip
         shutil.rmtree(scratch, ignore_errors=True)
     finally:

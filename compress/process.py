@@ -24,7 +24,7 @@ from typing import Any
 from compress import errors
 from compress.errors import ChildDied, CompressError, RunError
 
-Progress = Callable[[str, int, int], None]  # what, done, total
+Progress = Callable[[str, int, int], None]  # what, and behind a semicolon how it goes; done, total
 ENVIRONMENT = {
     "OMP_WAIT_POLICY": "passive",  # a spinning thread on a shared core makes the other side's turn many times slower
     "TOKENIZERS_PARALLELISM": "false",

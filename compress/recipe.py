@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_validator
 
 from compress import methods, yamlfile
-from compress.methods import Dtype, Settings
+from compress.methods import Dtype, Settings, TuneSettings
 from compress.metrics import CLASSIFIED, GENERATED, GROUPS, METRICS
 from compress.mistakes import Problems, suggest
 
@@ -307,10 +307,17 @@ def _agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> N
                 document, ("stages", index + 1), f"`{follower}` can't follow `{stage}`, whose output is packed: make that the last stage"
             )
     task, text = recipe.model.task, recipe.data.text is not None
+    for index, stage in enumerate(recipe.stages):
+        if isinstance(stage.settings, TuneSettings) and (stopping := stage.settings.early_stopping):
+            place: yamlfile.Place = ("stages", index, "early_stopping")
+            if "validation" not in recipe.data.splits:
+                problems.add(document, place, "data.splits names no split for validation, which is what it looks at")
+            if stopping.metric == "rougeL" and (recipe.data.target is None or task == "sequence-classification"):
+                problems.add(document, (*place, "metric"), "rougeL is for tasks that generate and data with a target; loss suits any")
     if text and task != "causal-lm":
         problems.add(document, ("data", "text"), f"text is for task causal-lm; {task} wants prompt and target")
     for index, group in enumerate(recipe.metrics or []):
-        place: yamlfile.Place = ("metrics", index)
+        place = ("metrics", index)
         if group in (recipe.metrics or [])[:index]:
             problems.add(document, place, f"{group} stands twice")
         if group not in GROUPS:

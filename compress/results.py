@@ -130,6 +130,23 @@ class Layer(Record):
     remark: str | None = None
 
 
+class Point(Record):
+    """Training after so many steps; a figure is None where it was not taken there.
+
+    tokens         read by then, padding left out
+    loss           the method's own, nats a position for cross-entropy; the mean since the point before
+    learning_rate, grad_norm
+    validation     what early stopping looks at: loss, or ROUGE-L in points
+    """
+
+    step: int
+    tokens: int | None = None
+    loss: float | None = None
+    learning_rate: float | None = None
+    grad_norm: float | None = None
+    validation: float | None = None
+
+
 class StageRecord(Record):
     """What one stage did: the claims in it are read from the saved artifact."""
 
@@ -139,6 +156,7 @@ class StageRecord(Record):
     reused: bool
     layers: list[Layer] = []
     said: list[str] = []
+    curve: list[Point] = []
 
     @property
     def name(self) -> str:

@@ -14,12 +14,13 @@ from compress.results import NOTES, whole_folder
 
 def run(
     progress: Progress, source: dict[str, Any], stage: dict[str, Any], shown: dict[str, Any], target: str, device: str,
-    scratch: str | None = None, models: dict[str, dict[str, Any]] | None = None,
+    scratch: str | None = None, cache: str | None = None, models: dict[str, dict[str, Any]] | None = None,
 ) -> None:  # fmt: skip
     """Make the artifact of one stage in the folder `target`, which appears whole or not at all.
 
-    shown     what the method may see: examples, max_tokens, chat
+    shown     what the method may see: examples, validation, max_tokens, chat
     scratch   where it may leave checkpoints; not made before it does
+    cache     where it may leave what other stages can use; not made before it does
     models    what it may load besides the source: `original`, the recipe's model as it came, and those that its settings name
     """
     family, name = stage["family"], stage["method"]
@@ -29,15 +30,17 @@ def run(
     if device not in method.ABOUT.devices:
         raise DeviceError(f"{family}: {name} runs on {', '.join(method.ABOUT.devices)}, not on {device}")
     before = model.Source(**source)
-    seen = [Example(**row) for row in shown["examples"]]
+    seen, watched = ([Example(**row) for row in shown.get(kind, [])] for kind in ("examples", "validation"))
     others = {role: model.Source(**other) for role, other in (models or {}).items()}
-    place = Path(scratch) if scratch else None
-    context = methods.Context(device, progress, seen, shown["max_tokens"], shown["chat"], others, place)
+    place, shared = (Path(folder) if folder else None for folder in (scratch, cache))
+    context = methods.Context(device, progress, seen, shown["max_tokens"], shown["chat"], others, place, watched, shared)
     progress(f"{family}: {name}", 0, 1)
     bundle = method.apply(model.Bundle(before, device), settings, context)
     with whole_folder(Path(target)) as folder:
         bundle.save(folder)
-        (folder / NOTES).write_text(json.dumps({"layers": context.layers, "said": context.said}, indent=1), encoding="utf-8")
+        (folder / NOTES).write_text(
+            json.dumps({"layers": context.layers, "said": context.said, "curve": context.curve}, indent=1), encoding="utf-8"
+        )
         del bundle
         gc.collect()
         if method.ABOUT.smaller:

@@ -36,11 +36,12 @@ def bars() -> Iterator[process.Progress]:
         tasks: dict[str, TaskID] = {}
 
         def progress(what: str, done: int, total: int) -> None:
-            if what not in tasks:
-                tasks[what] = display.add_task(what, total=total)
+            step = what.partition(";")[0]
+            if step not in tasks:
+                tasks[step] = display.add_task(what, total=total)
             elif done == 0:  # the same step in a new round
-                display.reset(tasks[what], total=total)
-            display.update(tasks[what], completed=done, total=total)
+                display.reset(tasks[step], total=total)
+            display.update(tasks[step], description=what, completed=done, total=total)
 
         yield progress
 
@@ -50,9 +51,10 @@ def _lines() -> process.Progress:
     begun: set[str] = set()
 
     def progress(what: str, done: int, total: int) -> None:
-        if what not in begun:
-            begun.add(what)
-            print(what, file=sys.stderr, flush=True)
+        step = what.partition(";")[0]
+        if step not in begun:
+            begun.add(step)
+            print(step, file=sys.stderr, flush=True)
 
     return progress
 

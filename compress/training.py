@@ -7,7 +7,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,24 +19,48 @@ from torch.nn.functional import cross_entropy
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
-from compress.architecture import label_number
-from compress.calibration.stream import Inputs, padded, without_cache
+from compress.architecture import context_length, label_number
+from compress.calibration.stream import Inputs, Row, encoded, padded, without_cache
 from compress.errors import DataError, RunError
-from compress.methods import Context, Example, Optimisation, TuneSettings
+from compress.methods import Context, EarlyStopping, Optimisation, TuneSettings
+from compress.scores import rouge
+from compress.writing import prompt_of, write
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CHECKPOINT_SECONDS = 60.0  # what a kill costs at most, where a checkpoint is quickly written
 CHECKPOINT_SHARE = 0.05  # the share of the time that checkpoints may take where it isn't
 CURVE = 200  # points of the loss that are kept
+LOOKS = 20  # at the validation split, where the recipe doesn't say how often
 IGNORED = -100  # the label of a position that counts for nothing
 WHOLE = "whole"  # the file that says that a checkpoint was written to its end
 WEIGHTS = "trained.safetensors"
+BEST = "best-"  # and the steps it took
 
-Row = tuple[Example, list[int], list[int]]  # as `calibration.stream.encoded` gives them
 Step = Callable[[int, int], None]  # steps done, all steps
 Rewrite = Callable[[list[Row], int], list[Row]]  # the rows of a batch, steps done -> what is learned from in their place
+
+
+@dataclass(frozen=True)
+class Material:
+    """The examples to learn from, and those of the validation split, that early stopping looks at."""
+
+    train: list[Row]
+    validation: list[Row]
+    tokenizer: "PreTrainedTokenizerBase"
+
+    @property
+    def rows(self) -> list[Row]:
+        return [*self.train, *self.validation]
+
+
+def read(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: Context) -> Material:
+    """The examples that a context has. Raises what `calibration.stream.encoded` raises."""
+    train = encoded(model, tokenizer, context)
+    return Material(
+        train, encoded(model, tokenizer, replace(context, examples=context.validation)) if context.validation else [], tokenizer
+    )
 
 
 @dataclass(frozen=True)
@@ -45,7 +69,7 @@ class Batch:
 
     inputs   what the model is called with
     wanted   what each position of the logits should give, `IGNORED` where it counts for nothing; of a classifier one label an example
-    numbers  the examples' places among the rows that `train` was given
+    numbers  the examples' places among the rows of the `Material`
     """
 
     inputs: Inputs
@@ -86,19 +110,24 @@ def entropy(model: Any, batch: Batch) -> Tensor:
 
 
 def train(
-    model: "PreTrainedModel", rows: list[Row], how: Optimisation, seed: int, context: Context, loss: Loss = entropy, known: bool = True,
-    each_step: Step = lambda done, steps: None, rewrite: Rewrite = lambda rows, done: rows,
+    model: "PreTrainedModel", material: Material, how: Optimisation, seed: int, context: Context, loss: Loss = entropy, known: bool = True,
+    each_step: Step = lambda done, steps: None, rewrite: Rewrite = lambda rows, done: rows, stopping: EarlyStopping | None = None,
 ) -> None:  # fmt: skip
     """Train what wants a gradient, in place; goes on from the last checkpoint in `context.scratch`, and ends as if it had never stopped.
 
     loss       is divided by the number of positions that count in all batches of a step, so accumulated batches are one larger batch
     known      whether the targets are needed; without, examples that have none are learned from too
     each_step  called before the first step, which after a kill is the one behind the checkpoint, and after each, before its checkpoint
-    rewrite    called for each batch before its step; draws no numbers from the global generators, whose state a kill loses there
+    rewrite    called for each batch of the train split before its step; draws no numbers from the global generators, whose state a kill
+               loses there
+    stopping   looks at the validation split now and then, ends early and keeps the best weights
 
     Raises DataError where there is too little to learn from, RunError where the loss is no longer a number.
     """
-    learnable = _learnable(model, rows) if known else list(range(len(rows)))
+    rows, given = material.rows, range(len(material.train))
+    learnable = _learnable(model, rows, given) if known else list(given)
+    if not learnable:
+        raise DataError(f"training: none of the {len(given)} examples of the train split has a target; look at data.target")
     size = how.batch_size * how.accumulate
     if len(learnable) < size:
         raise DataError(
@@ -108,11 +137,21 @@ def train(
     steps = how.steps or math.ceil((how.epochs or 1) * math.ceil(math.ceil(len(learnable) / how.batch_size) / how.accumulate))
 
     def batch(numbers: list[int]) -> Inputs:
-        part = rewrite([rows[number] for number in numbers], learner.state.global_step)
-        inputs = padded(model, [(ids, answer) for _, ids, answer in part])
-        wanted = labels(model, inputs, part, known)
+        made = batch_of(model, rewrite([rows[number] for number in numbers], learner.state.global_step), numbers, known)
         # the Trainer counts shift_labels where it knows them
-        return {**inputs, "labels": wanted, "shift_labels": wanted, "numbers": numbers}
+        return {**made.inputs, "labels": made.wanted, "shift_labels": made.wanted, "numbers": numbers}
+
+    behind = range(len(given), len(rows))
+    watched = (_learnable(model, rows, behind) if known else list(behind)) if stopping else []
+    if stopping and not watched:
+        raise DataError(
+            f"early_stopping: the validation split gives nothing to learn from (of {len(behind)} examples); look at data.target"
+        )
+
+    def look() -> float:
+        if stopping and stopping.metric == "rougeL":
+            return _rouge(model, material, watched, how.batch_size)
+        return _lost(model, rows, watched, how.batch_size, loss, known)
 
     on_gpu = model.device.type == "cuda"
     with _folder(context) as folder, without_cache(model):
@@ -123,35 +162,51 @@ def train(
             bf16=on_gpu and torch.cuda.is_bf16_supported(including_emulation=False), use_cpu=not on_gpu,
             remove_unused_columns=False, dataloader_pin_memory=False, include_num_input_tokens_seen="non_padding", save_strategy="no",
             logging_steps=max(1, steps // CURVE), logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
+            eval_strategy="steps" if stopping else "no", eval_steps=stopping.every or max(1, steps // LOOKS) if stopping else None,
+            metric_for_best_model="eval_validation", greater_is_better=stopping is not None and stopping.metric == "rougeL",
         )  # fmt: skip
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # the model is on one of them; the Trainer would put copies on all
         watch = _Watch(context, folder if context.scratch else None, each_step)
-        learner = _Learner(loss, batch, rows, model, arguments, list, train_dataset=learnable, callbacks=[watch])
+        patience = stopping.patience if stopping else 0
+        learner = _Learner(
+            loss, batch, rows, look, patience, model, arguments, list, train_dataset=learnable, eval_dataset=watched or None,
+            callbacks=[watch],
+        )  # fmt: skip
         learner.remove_callback(PrinterCallback)
         learner.train(resume_from_checkpoint=_last_checkpoint(folder))
         learner.accelerator.unwrap_model(learner.model_wrapped, keep_fp32_wrapper=False)  # 16 bits were for training
+        if stopping:
+            learner.take_best()
     model.zero_grad(set_to_none=True)
     model.eval()
-    curve = [entry["loss"] for entry in learner.state.log_history if "loss" in entry]
+    state = learner.state
+    context.curve.extend(_point(entry) for entry in state.log_history if "loss" in entry or "eval_validation" in entry)
+    curve = [entry["loss"] for entry in state.log_history if "loss" in entry]
     some = max(1, len(curve) // 10)
     first, last = (sum(part) / some for part in (curve[:some], curve[-some:]))
     context.say(
-        f"trained {steps:,} steps of {size} on {len(learnable):,} examples, {learner.state.num_input_tokens_seen:,} tokens read;"
+        f"trained {state.global_step:,} steps of {size} on {len(learnable):,} examples, {state.num_input_tokens_seen:,} tokens read;"
         f" loss {first:.3g} to {last:.3g}"
     )
-    if lacking := len(rows) - len(learnable):
-        context.say(f"{lacking:,} of {len(rows):,} examples have no target and were left out")
+    if stopping:
+        ended = f"; ended {steps - state.global_step:,} steps early" if state.global_step < steps else ""
+        context.say(
+            f"{stopping.metric} on {len(watched):,} examples of the validation split was best after {state.best_global_step:,} steps,"
+            f" {state.best_metric:.4g}, and those weights were kept{ended}"
+        )
+    if lacking := len(given) - len(learnable):
+        context.say(f"{lacking:,} of {len(given):,} examples have no target and were left out")
 
 
 def train_all(
-    model: "PreTrainedModel", rows: list[Row], settings: TuneSettings, context: Context, loss: Loss = entropy, known: bool = True,
+    model: "PreTrainedModel", material: Material, settings: TuneSettings, context: Context, loss: Loss = entropy, known: bool = True,
     rewrite: Rewrite = lambda rows, done: rows,
 ) -> None:  # fmt: skip
     """Train all weights in float32, in place, zeros kept where the settings say so; the rest is `train`'s."""
     model.requires_grad_(True)
     with in_float32(model), zeros_kept(pruned(model).values() if settings.keep_zeros else []):
-        train(model, rows, settings, settings.seed, context, loss, known, rewrite=rewrite)
+        train(model, material, settings, settings.seed, context, loss, known, rewrite=rewrite, stopping=settings.early_stopping)
 
 
 def labels(model: "PreTrainedModel", inputs: Inputs, rows: list[Row], known: bool = True) -> Tensor:
@@ -213,16 +268,60 @@ def _without_zeros(weight: Tensor) -> Callable[[Tensor], Tensor]:
 _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with_warmup"}
 
 
+def batch_of(model: "PreTrainedModel", part: list[Row], numbers: list[int], known: bool) -> Batch:
+    """Rows as a batch on the model's device."""
+    inputs = padded(model, [(ids, answer) for _, ids, answer in part])
+    return Batch(inputs, labels(model, inputs, part, known), numbers)
+
+
+@torch.no_grad()
+def _lost(model: "PreTrainedModel", rows: list[Row], numbers: list[int], size: int, loss: Loss, known: bool) -> float:
+    """The loss a position over some of the rows."""
+    total, count = 0.0, 0
+    for start in range(0, len(numbers), size):
+        part = numbers[start : start + size]
+        batch = batch_of(model, [rows[number] for number in part], part, known)
+        total, count = total + loss(model, batch).item(), count + int((batch.wanted != IGNORED).sum())
+    return total / count
+
+
+def _rouge(model: "PreTrainedModel", material: Material, numbers: list[int], size: int) -> float:
+    """ROUGE-L in points of what a model writes greedily, as many tokens as the longest target has, over some of the rows."""
+    rows = [material.rows[number] for number in sorted(numbers, key=lambda number: len(material.rows[number][1]))]
+    longest, said = max(len(answer) for _, _, answer in rows), list[str]()
+    room = context_length(model.config, material.tokenizer) or math.inf
+    for start in range(0, len(rows), size):
+        prompts = [prompt_of(model, row) for row in rows[start : start + size]]
+        taken = 1 if model.config.is_encoder_decoder else max(map(len, prompts))
+        found = write(model, prompts, max(1, int(min(longest, room - taken))), num_beams=1, temperature=None)
+        said += [material.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found]
+    scores = rouge(said, [example.references for example, _, _ in rows])["rougeL"]
+    return sum(score for (score,) in scores) / len(scores)
+
+
+def _point(entry: dict[str, Any]) -> dict[str, float | int | None]:
+    """A point of the training's curve as the report keeps it; a figure that is no number is missing."""
+    names = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm", "validation": "eval_validation"}
+    figures = {name: entry.get(key) for name, key in names.items()}
+    tokens = int(entry["num_input_tokens_seen"]) if "num_input_tokens_seen" in entry else None
+    return {"step": entry["step"], "tokens": tokens, **{n: v if v is not None and math.isfinite(v) else None for n, v in figures.items()}}
+
+
 class _Learner(Trainer):  # type: ignore[misc]
     """The Trainer with a loss that is right when batches are accumulated, and checkpoints of what is trained alone.
 
-    batch   makes the inputs from the numbers of the rows. The loader gives numbers alone, because it runs one batch ahead: what a model
-            writes for a step is to be written by the weights of that step.
+    look      says how the model does on the validation split
+    patience  looks without a better value after which training ends
+    batch     makes the inputs from the numbers of the rows. The loader gives numbers alone, because it runs one batch ahead: what a model
+              writes for a step is to be written by the weights of that step.
     """
 
-    def __init__(self, loss: Loss, batch: Callable[[list[int]], Inputs], rows: list[Row], *given: Any, **named: Any):
+    def __init__(
+        self, loss: Loss, batch: Callable[[list[int]], Inputs], rows: list[Row], look: Callable[[], float], patience: int,
+        *given: Any, **named: Any,
+    ):  # fmt: skip
         super().__init__(*given, **named)
-        self._loss, self._batch, self._rows = loss, batch, rows
+        self._loss, self._batch, self._rows, self._look, self._patience = loss, batch, rows, look, patience
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by all positions of a step; the Trainer must not divide again
 
     def get_batch_samples(self, epoch_iterator: Iterator[list[int]], num_batches: int, device: Any) -> Any:
@@ -240,6 +339,29 @@ class _Learner(Trainer):  # type: ignore[misc]
                 f" {', '.join(ids)}; learning_rate {self.args.learning_rate:g} may be too high for this model, lower it"
             )
         return loss
+
+    def evaluate(self, *given: Any, **named: Any) -> dict[str, float]:
+        self.model.eval()
+        found = {"eval_validation": self._look()}
+        self.log(found)
+        self.control.should_evaluate = False
+        return found
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
+        better = bool(super()._determine_best_metric(metrics, trial))
+        if better:
+            self.state.best_global_step = self.state.global_step
+            self._save(str(self._best()))
+        elif self.state.global_step - (self.state.best_global_step or 0) >= self._patience * self.args.eval_steps:
+            self.control.should_training_stop = True
+        return better
+
+    def _best(self) -> Path:
+        """Where the weights are that the validation split liked best."""
+        return Path(self.args.output_dir) / f"{BEST}{self.state.best_global_step}"
+
+    def take_best(self) -> None:
+        self._load_from_checkpoint(str(self._best()))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
@@ -263,35 +385,41 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def __init__(self, context: Context, folder: Path | None, each_step: Step):
         self._context, self._folder, self._each_step = context, folder, each_step
         self._pause, self._last, self._begun = CHECKPOINT_SECONDS, time.monotonic(), 0.0
+        self._since, self._loss = (0.0, 0), ""
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        self._since = time.monotonic(), state.num_input_tokens_seen
         self._each_step(state.global_step, state.max_steps)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         self._each_step(state.global_step, state.max_steps)
-        self._context.progress("training", state.global_step, state.max_steps)
+        seconds, tokens = time.monotonic() - self._since[0], state.num_input_tokens_seen - self._since[1]
+        told = f"training; {self._loss}{tokens / seconds:,.0f} tokens/s"
+        self._context.progress(told, state.global_step, state.max_steps)
         if self._folder and state.global_step < state.max_steps and time.monotonic() - self._last >= self._pause:
             control.should_save, self._begun = True, time.monotonic()
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
+        if "loss" in state.log_history[-1]:
+            self._loss = f"loss {state.log_history[-1]['loss']:.3g}, "
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         assert self._folder
         made = self._folder / f"checkpoint-{state.global_step}"
         (made / WHOLE).touch()
-        for other in self._folder.glob("checkpoint-*"):
-            if other != made:
+        needed = {made, self._folder / f"{BEST}{state.best_global_step}"}
+        for other in [*self._folder.glob("checkpoint-*"), *self._folder.glob(f"{BEST}*")]:
+            if other not in needed:
                 shutil.rmtree(other)
         self._last = time.monotonic()
         self._pause = max(CHECKPOINT_SECONDS, (self._last - self._begun) / CHECKPOINT_SHARE)
 
 
-def _learnable(model: "PreTrainedModel", rows: list[Row]) -> list[int]:
-    """The numbers of the examples that say what to learn: for a decoder all, its texts are targets themselves; else those with a target."""
+def _learnable(model: "PreTrainedModel", rows: list[Row], numbers: Iterable[int]) -> list[int]:
+    """Of these examples those that say what to learn: for a decoder all, its texts are targets themselves; else those with a target."""
     if model.can_generate() and not model.config.is_encoder_decoder:
-        return list(range(len(rows)))
-    found = [number for number, (example, _, _) in enumerate(rows) if any(example.references[:1])]
-    if not found:
-        raise DataError(f"training: none of the {len(rows)} examples of the train split has a target; look at data.target")
-    return found
+        return list(numbers)
+    return [number for number in numbers if any(rows[number][0].references[:1])]
 
 
 @contextmanager

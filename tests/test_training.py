@@ -32,7 +32,7 @@ def until(step, seen):
     """A progress callback that notes the steps, and ends the process when a step is done but not yet in a checkpoint."""
 
     def progress(what, done, total):
-        if what == "training":
+        if what.startswith("training"):
             seen.append(done)
             if done == step:
                 raise Killed

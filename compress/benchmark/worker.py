@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from compress import model as models
+from compress import scores
 from compress.architecture import context_length, label_number
-from compress.benchmark import latency, memory, quality, scores
+from compress.benchmark import latency, memory, quality
 from compress.errors import ModelError
 from compress.metrics import CLASSIFIED, GENERATED
 from compress.process import Progress, is_out_of_memory, serve

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 BATCH_TOKENS = 2048  # enough for a GPU to have work, and few enough for the activations of one batch to be small beside a block
+Row = tuple[Example, list[int], list[int]]  # an example, its token ids, those of its target
 Inputs = dict[str, Any]  # what the model is called with for one batch
 Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with besides the hidden states
 
@@ -54,7 +55,7 @@ class Stream:
         return flat[real] if len(flat) == len(real) and not real.all() else flat
 
 
-def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: Context) -> list[tuple[Example, list[int], list[int]]]:
+def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: Context) -> list[Row]:
     """Each example with its token ids and those of its first reference with its end, which for a decoder stand behind the example's, too.
 
     What was too long or too short is said in the report.

@@ -20,8 +20,25 @@ def divergence(told: Tensor, known: Tensor, settings: DivergenceSettings) -> Ten
     told, known   logits of the student and of the teacher, (positions, vocabulary); of the longer ones the first are taken, since an
                   embedding may be padded to a round size
     """
-    size, temperature = min(told.shape[-1], known.shape[-1]), settings.temperature
-    student, teacher = (log_softmax(logits[..., :size] / temperature, -1) for logits in (told, known))
+    size = min(told.shape[-1], known.shape[-1])
+    student, teacher = (log_softmax(logits[..., :size] / settings.temperature, -1) for logits in (told, known))
+    return _apart(student, teacher, settings)
+
+
+def divergence_over(told: Tensor, tokens: Tensor, known: Tensor, size: int, settings: DivergenceSettings) -> Tensor:
+    """As `divergence`, over some tokens and "any other": what is lost of it lies among the others.
+
+    told     logits of the student, (positions, vocabulary), of which the first `size` count
+    tokens   (positions, k)
+    known    log-probabilities of the teacher at the temperature, (positions, k + 1), the last of any other token
+    """
+    student = log_softmax(told[..., :size] / settings.temperature, -1)
+    other = student.scatter(-1, tokens, -math.inf).logsumexp(dim=-1, keepdim=True)
+    return _apart(torch.cat([student.gather(-1, tokens), other], dim=-1), known, settings)
+
+
+def _apart(student: Tensor, teacher: Tensor, settings: DivergenceSettings) -> Tensor:
+    """The divergence of log-probabilities, (positions, events), summed, times the temperature squared."""
     if settings.divergence == "forward":
         apart = _kl(teacher, student)
     elif settings.divergence == "reverse":
@@ -29,15 +46,15 @@ def divergence(told: Tensor, known: Tensor, settings: DivergenceSettings) -> Ten
     else:
         middle = torch.logaddexp(student, teacher) - math.log(2)
         apart = (_kl(teacher, middle) + _kl(student, middle)) / 2
-    return apart * temperature**2  # gradients shrink with the temperature squared; so the learning rate suits any
+    return apart * settings.temperature**2  # gradients shrink with the temperature squared; so the learning rate suits any
 
 
-def with_targets(told: Tensor, known: Tensor, batch: Batch, settings: LogitsSettings) -> Tensor:
-    """The divergence and the cross-entropy with the targets by their weights, summed over positions.
+def with_targets(apart: Tensor, told: Tensor, batch: Batch, settings: LogitsSettings) -> Tensor:
+    """A divergence and the cross-entropy with the targets by their weights, summed over positions.
 
-    told, known   as for `divergence`, of the positions of the batch that count
+    told   logits of the student at the positions of the batch that count, (positions, vocabulary)
     """
-    total = settings.logits_weight * divergence(told, known, settings)
+    total = settings.logits_weight * apart
     if not settings.label_weight:  # there may be no targets
         return total
     return total + settings.label_weight * cross_entropy(told, batch.targets, reduction="sum")

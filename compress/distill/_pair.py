@@ -6,23 +6,23 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress import model
+from compress import model, training
 from compress.architecture import context_length, size_cache_by_decoder
-from compress.calibration.stream import encoded
 from compress.distill._settings import DistillSettings
 from compress.errors import InputError, ModelError
 from compress.methods import Context
 from compress.model import Bundle
-from compress.training import Loss, Rewrite, Row, train_all
+from compress.training import Loss, Material, Rewrite, train_all
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 def pair(bundle: Bundle, settings: DistillSettings, context: Context) -> tuple[Bundle, Bundle]:
-    """Teacher and student, which give distributions over the same things: the same tokens by the same ids, or the same labels.
+    """Teacher, not yet loaded, and student.
 
-    Only how many rows an embedding is padded to may differ. Raises ModelError, and what `teacher_of` and `student_of` raise.
+    They give distributions over the same things: the same tokens by the same ids, or the same labels. Only how many rows an embedding is
+    padded to may differ. Raises ModelError, and what `teacher_of` and `student_of` raise.
     """
     teacher, student = teacher_of(settings, context), student_of(bundle, settings, context)
     known, mine = teacher.tokenizer.get_vocab(), student.tokenizer.get_vocab()
@@ -33,19 +33,28 @@ def pair(bundle: Bundle, settings: DistillSettings, context: Context) -> tuple[B
             " have the same id in both, so their distributions can't be compared token by token; with any two,"
             " `distill: sequence` passes text and `distill: universal` compares sorted probabilities"
         )
-    if not student.model.can_generate() and (labels := student.model.config.label2id) != teacher.model.config.label2id:
+    if not student.model.can_generate() and (labels := student.model.config.label2id) != config_of(teacher).label2id:
         raise ModelError(
-            f"the teacher {teacher.source.id} has the labels {', '.join(teacher.model.config.label2id or {})},"
+            f"the teacher {teacher.source.id} has the labels {', '.join(config_of(teacher).label2id or {})},"
             f" the student {student.source.id} has {', '.join(labels or {})}; a teacher with the student's labels is wanted"
         )
     return teacher, student
 
 
 def teacher_of(settings: DistillSettings, context: Context) -> Bundle:
-    """The teacher, frozen and without dropout. Raises ModelError."""
-    teacher = _other("teacher", context) if settings.teacher else Bundle(context.models["original"], context.device)
-    teacher.model.eval().requires_grad_(False)
-    return teacher
+    """The teacher, not yet loaded. Raises ModelError."""
+    return _other("teacher", context) if settings.teacher else Bundle(context.models["original"], context.device)
+
+
+def frozen(teacher: Bundle) -> "PreTrainedModel":
+    """The teacher's model, without gradients and dropout."""
+    return teacher.model.eval().requires_grad_(False)
+
+
+def config_of(teacher: Bundle) -> "PreTrainedConfig":
+    """The teacher's config, for which it needn't be loaded."""
+    config: PreTrainedConfig = model.skeleton(teacher.source).config
+    return config
 
 
 def student_of(bundle: Bundle, settings: DistillSettings, context: Context) -> Bundle:
@@ -61,18 +70,18 @@ def student_of(bundle: Bundle, settings: DistillSettings, context: Context) -> B
     return student
 
 
-def read(student: Bundle, teacher: Bundle, context: Context) -> list[Row]:
+def read(student: Bundle, teacher: Bundle, context: Context) -> Material:
     """The examples by the student's tokenizer, as long as both models have room for. Raises DataError."""
-    room = context_length(teacher.model.config, teacher.tokenizer) or context.max_tokens
-    return encoded(student.model, student.tokenizer, replace(context, max_tokens=min(context.max_tokens, room)))
+    room = context_length(config_of(teacher), teacher.tokenizer) or context.max_tokens
+    return training.read(student.model, student.tokenizer, replace(context, max_tokens=min(context.max_tokens, room)))
 
 
 def trained(
-    student: Bundle, rows: list[Row], settings: DistillSettings, context: Context, loss: Loss, known: bool,
+    student: Bundle, material: Material, settings: DistillSettings, context: Context, loss: Loss, known: bool,
     rewrite: Rewrite = lambda rows, done: rows,
 ) -> Bundle:  # fmt: skip
     """The student, its weights trained by `training.train_all`, which says what the arguments are and what is raised."""
-    train_all(student.model, rows, settings, context, loss, known, rewrite)
+    train_all(student.model, material, settings, context, loss, known, rewrite)
     return student.holding(student.model)
 
 

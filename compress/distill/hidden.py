@@ -67,41 +67,42 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from torch import nn
 
     from compress.calibration.stream import padded, without_cache
-    from compress.distill._divergence import with_targets
-    from compress.distill._pair import pair, read, trained
+    from compress.distill._divergence import divergence, with_targets
+    from compress.distill._pair import frozen, pair, read, trained
     from compress.training import IGNORED
 
     teacher, student = pair(bundle, settings, context)
-    made, maps = student.model, settings.attention_weight > 0
+    made, taught, maps = student.model, frozen(teacher), settings.attention_weight > 0
     asked = {"output_hidden_states": True, "output_attentions": maps}
 
     def loss(model: Any, batch: "Batch") -> "Tensor":
         if maps:
             model.eval()
         with torch.no_grad():
-            out = teacher.model(**batch.inputs, **asked)
+            out = taught(**batch.inputs, **asked)
             known, theirs = batch.counted(out.logits), _seen(out, {role: list(pairs.values()) for role, pairs in links.items()})
             del out  # and with it the layers that nobody learns from
         out = model(**batch.inputs, **asked)
         mine = _seen(out, {role: list(pairs) for role, pairs in links.items()})
-        total = with_targets(batch.counted(out.logits), known, batch, settings)
+        told = batch.counted(out.logits)
+        total = with_targets(divergence(told, known, settings), told, batch, settings)
         count, layers = (batch.wanted != IGNORED).reshape(len(batch.wanted), -1).sum(dim=-1), sum(map(len, links.values()))
         for role in links:
             real = batch.inputs["decoder_attention_mask" if role == "decoder" else "attention_mask"].bool()
             project = made.projections[role] if role in made.projections else nn.Identity()
-            for told, shown in zip(mine[role], theirs[role], strict=True):
+            for seen, shown in zip(mine[role], theirs[role], strict=True):
                 if settings.hidden_weight:
-                    apart = states_apart(project(told[0].float()), shown[0].float())
+                    apart = states_apart(project(seen[0].float()), shown[0].float())
                     total = total + settings.hidden_weight / layers * over(apart, real, count)
-                if told[1] is not None and shown[1] is not None:
-                    total = total + settings.attention_weight / layers * over(maps_apart(told[1], shown[1]), real, count)
+                if seen[1] is not None and shown[1] is not None:
+                    total = total + settings.attention_weight / layers * over(maps_apart(seen[1], shown[1]), real, count)
         return total
 
-    with without_cache(teacher.model), _with_maps(teacher.model, maps), _with_maps(made, maps):
-        rows = read(student, teacher, context)
-        probe = padded(made, [rows[0][1:]])
+    with without_cache(taught), _with_maps(taught, maps), _with_maps(made, maps):
+        material = read(student, teacher, context)
+        probe = padded(made, [material.train[0][1:]])
         with torch.no_grad():
-            told, shown = made(**probe, **asked), teacher.model(**probe, **asked)
+            told, shown = made(**probe, **asked), taught(**probe, **asked)
         links = linked(_stacks(told), _stacks(shown), settings)
         torch.manual_seed(settings.seed)
         made.projections = nn.ModuleDict()  # a part of the student while it is trained, so that checkpoints have it
@@ -111,7 +112,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
                 made.projections[role] = nn.Linear(width, other, bias=False, device=made.device)
         try:
             needed = settings.label_weight > 0 or bool(made.config.is_encoder_decoder)
-            return trained(student, rows, settings, context, loss, needed)
+            return trained(student, material, settings, context, loss, needed)
         finally:
             del made.projections
 

@@ -2,12 +2,13 @@
 
 Hinton et al. 2015, "Distilling the Knowledge in a Neural Network". At each position of the targets, the divergence of the two distributions
 times the temperature squared, plus `label_weight` times the cross-entropy. Recovers what pruning lost, or makes a smaller model of a
-larger one. Teacher and student have one vocabulary. In memory: the student as in `finetune: full`, and the teacher's weights.
+larger one. Teacher and student have one vocabulary. In memory: the student as in `finetune: full`, and the teacher's weights; with `top_k`
+one after the other, and then a step takes as long as one of `finetune: full`.
 """
 
 from typing import TYPE_CHECKING, Any
 
-from pydantic import model_validator
+from pydantic import Field, model_validator
 
 from compress.distill._settings import DISTILLED, LogitsSettings
 from compress.methods import Context
@@ -22,6 +23,13 @@ ABOUT = DISTILLED
 
 
 class Settings(LogitsSettings):
+    top_k: int | None = Field(
+        None,
+        ge=1,
+        description="the teacher's likeliest tokens at each position and the mass of all others are worked out once, kept on"
+        " disk and shared by recipes; null runs the teacher at every step",
+    )
+
     @model_validator(mode="after")
     def _some(self) -> "Settings":
         if not self.logits_weight:
@@ -38,16 +46,29 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     import torch
 
     from compress.calibration.stream import without_cache
-    from compress.distill._divergence import with_targets
-    from compress.distill._pair import pair, read, trained
+    from compress.distill._divergence import divergence, divergence_over, with_targets
+    from compress.distill._pair import frozen, pair, read, trained
+    from compress.distill._remembered import remembered
 
     teacher, student = pair(bundle, settings, context)
+    material, needed = read(student, teacher, context), settings.label_weight > 0 or bool(student.model.config.is_encoder_decoder)
+    if settings.top_k is not None:
+        kept = remembered(teacher, student.model, material, settings.top_k, settings.temperature, context)
+
+        def loss_from_disk(model: Any, batch: "Batch") -> "Tensor":
+            told = batch.logits_of(model)
+            tokens, known = kept.of(batch.numbers, settings.temperature, told.device)
+            return with_targets(divergence_over(told, tokens, known, kept.asked.size, settings), told, batch, settings)
+
+        return trained(student, material, settings, context, loss_from_disk, needed)
+
+    taught = frozen(teacher)
 
     def loss(model: Any, batch: "Batch") -> "Tensor":
         with torch.no_grad():
-            known = batch.logits_of(teacher.model)
-        return with_targets(batch.logits_of(model), known, batch, settings)
+            known = batch.logits_of(taught)
+        told = batch.logits_of(model)
+        return with_targets(divergence(told, known, settings), told, batch, settings)
 
-    with without_cache(teacher.model):
-        rows = read(student, teacher, context)
-        return trained(student, rows, settings, context, loss, known=settings.label_weight > 0 or student.model.config.is_encoder_decoder)
+    with without_cache(taught):
+        return trained(student, material, settings, context, loss, needed)

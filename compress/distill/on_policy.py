@@ -17,7 +17,8 @@ from compress.model import Bundle
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.training import Batch, Row
+    from compress.calibration.stream import Row
+    from compress.training import Batch
 
 ABOUT = DISTILLED
 
@@ -40,13 +41,13 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from compress.architecture import context_length
     from compress.calibration.stream import without_cache
     from compress.distill._divergence import divergence
-    from compress.distill._pair import pair, read, trained
-    from compress.distill._writing import prompt_of, write, writer
+    from compress.distill._pair import frozen, pair, read, trained
+    from compress.writing import prompt_of, write, writer
 
     teacher, student = pair(bundle, settings, context)
-    made = writer(student)
+    made, taught = writer(student), frozen(teacher)
     both, on_gpu = bool(made.config.is_encoder_decoder), [made.device] if made.device.type == "cuda" else []
-    rooms = [context_length(side.model.config, side.tokenizer) for side in (teacher, student)]
+    rooms = [context_length(side.config, teacher.tokenizer) for side in (taught, made)]
     room = min((room for room in rooms if room is not None), default=None)
 
     def left(prompt: list[int]) -> int:
@@ -70,8 +71,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     def loss(model: Any, batch: "Batch") -> "Tensor":
         with torch.no_grad():
-            known = batch.logits_of(teacher.model)
+            known = batch.logits_of(taught)
         return divergence(batch.logits_of(model), known, settings)
 
-    with without_cache(teacher.model):
+    with without_cache(taught):
         return trained(student, read(student, teacher, context), settings, context, loss, settings.student_share < 1, rewrite)

@@ -18,7 +18,7 @@ from compress.methods import Context, Example
 from compress.model import Bundle
 
 if TYPE_CHECKING:
-    from compress.training import Row
+    from compress.calibration.stream import Row
 
 ABOUT = DISTILLED
 WRITTEN = "written.jsonl"  # [number, text] of each example, a line each
@@ -36,9 +36,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     Raises ModelError where the teacher writes nothing, InputError where there can't be such a student, DataError where there is too little
     to learn from, RunError where the loss is no longer a number.
     """
-    from compress.calibration.stream import encoded
     from compress.distill._pair import student_of, teacher_of, trained
-    from compress.training import entropy
+    from compress.training import entropy, read
 
     student = student_of(bundle, settings, context)
     found = written(teacher_of(settings, context), settings, context)
@@ -47,8 +46,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         raise DataError(f"the teacher wrote nothing on any of the {len(found)} examples; look at its generation config and data.prompt")
     if len(shown) < len(found):
         context.say(f"the teacher wrote nothing on {len(found) - len(shown):,} of {len(found):,} examples, which were left out")
-    rows = encoded(student.model, student.tokenizer, replace(context, examples=shown))
-    return trained(student, rows, settings, context, entropy, known=True)
+    material = read(student.model, student.tokenizer, replace(context, examples=shown))
+    return trained(student, material, settings, context, entropy, known=True)
 
 
 def written(teacher: Bundle, settings: Settings, context: Context) -> list[Example]:
@@ -60,7 +59,7 @@ def written(teacher: Bundle, settings: Settings, context: Context) -> list[Examp
 
     from compress.architecture import context_length
     from compress.calibration.stream import encoded
-    from compress.distill._writing import prompt_of, write, writer
+    from compress.writing import prompt_of, write, writer
 
     model = writer(teacher)
     room, most = context_length(model.config, teacher.tokenizer), settings.max_new_tokens

@@ -20,8 +20,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     Raises DataError where there is too little to learn from, RunError where the loss is no longer a number.
     """
-    from compress.calibration.stream import encoded
-    from compress.training import train_all
+    from compress.training import read, train_all
 
-    train_all(bundle.model, encoded(bundle.model, bundle.tokenizer, context), settings, context)
+    train_all(bundle.model, read(bundle.model, bundle.tokenizer, context), settings, context)
     return bundle

@@ -41,12 +41,11 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from peft import LoraConfig, get_peft_model
 
     from compress.architecture import has_transposed_layers
-    from compress.calibration.stream import encoded
-    from compress.training import in_float32, pruned, train
+    from compress.training import in_float32, pruned, read, train
 
     model = bundle.model
     names = _targets(model, settings)
-    rows = encoded(model, bundle.tokenizer, context)
+    material = read(model, bundle.tokenizer, context)
     zeros = {name: weight == 0 for name, weight in pruned(model).items() if name in names} if settings.keep_zeros else {}
     with in_float32(model) if model.dtype == torch.float16 else nullcontext():  # gradients of float16 vanish
         torch.manual_seed(settings.seed)  # A starts at random, B at zero
@@ -58,7 +57,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         for name, zero in zeros.items():
             _keep(model.get_submodule(name), zero)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        train(model, rows, settings, settings.seed, context)
+        train(model, material, settings, settings.seed, context, stopping=settings.early_stopping)
         merged = wrapped.merge_and_unload()
     context.say(f"factors of rank {settings.rank} on {len(names)} layers: {count:,} weights were trained")
     return bundle.holding(merged.requires_grad_(True))

@@ -33,8 +33,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     Raises InputError where a layer would be emptied, BrokenPromise where there are no linear layers, DataError where there is too little to
     learn from, RunError where the loss is no longer a number.
     """
-    from compress.calibration.stream import encoded
-    from compress.training import in_float32, pruned, train, zeros_kept
+    from compress.training import in_float32, pruned, read, train, zeros_kept
 
     model = bundle.model.requires_grad_(True)
     layers = layers_to_prune(model, settings, context)
@@ -51,9 +50,9 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         if due or not zero:  # after a kill the weights alone know
             zero.update({name: weight.data == 0 for name, weight in weights.items()})
 
-    rows = encoded(model, bundle.tokenizer, context)
+    material = read(model, bundle.tokenizer, context)
     with in_float32(model), zeros_kept({**pruned(model), **weights}.values()):
-        train(model, rows, settings, settings.seed, context, each_step=prune)
+        train(model, material, settings, settings.seed, context, each_step=prune)
     note(layers, context)
     return bundle
 

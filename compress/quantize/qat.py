@@ -115,8 +115,8 @@ def _train(
     import torch
     from torch.nn.functional import kl_div, log_softmax
 
-    from compress.calibration.stream import encoded, without_cache
-    from compress.training import entropy, train
+    from compress.calibration.stream import without_cache
+    from compress.training import entropy, read, train
 
     def divergence(model: Any, batch: "Batch") -> "Tensor":
         with torch.no_grad():
@@ -129,7 +129,7 @@ def _train(
 
     how = Optimisation(steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.learning_rate)
     with without_cache(original):
-        train(model, encoded(model, tokenizer, context), how, settings.seed, context, loss, settings.loss == "targets")
+        train(model, read(model, tokenizer, context), how, settings.seed, context, loss, settings.loss == "targets")
 
 
 def _errors(

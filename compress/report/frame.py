@@ -16,6 +16,10 @@ COLUMNS = {
     "stages": "string", "metric": "string", "batch_size": "Int64", "prompt_tokens": "Int64", "value": "Float64", "unit": "string",
     "better": "string", "samples": "Int64", "reason": "string", "device": "string", "report": "string",
 }  # fmt: skip
+CURVE_COLUMNS = {
+    "stage": "string", "step": "Int64", "tokens": "Int64", "loss": "Float64", "learning_rate": "Float64", "grad_norm": "Float64",
+    "validation": "Float64",
+}  # fmt: skip
 LAYER_COLUMNS = {"stage": "string", "name": "string", "bits": "Int64", "error": "Float64", "sparsity": "Float64", "remark": "string"}
 
 
@@ -81,6 +85,14 @@ def layers(report: Report) -> "pandas.DataFrame":
 
     rows = [{"stage": record.name, **layer.model_dump()} for record in report.stages for layer in record.layers]
     return pandas.DataFrame(rows, columns=list(LAYER_COLUMNS)).astype(LAYER_COLUMNS)
+
+
+def curves(report: Report) -> "pandas.DataFrame":
+    """A row a point of every stage's training: stage, step, tokens, loss, learning_rate, grad_norm, validation (NA where not taken)."""
+    import pandas
+
+    rows = [{"stage": record.name, **point.model_dump()} for record in report.stages for point in record.curve]
+    return pandas.DataFrame(rows, columns=list(CURVE_COLUMNS)).astype(CURVE_COLUMNS)
 
 
 def predictions(report: Report) -> "pandas.DataFrame":

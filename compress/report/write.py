@@ -1,4 +1,4 @@
-"""A report on disk, all files or none: report.json, report.md, and as parquet the measurements, the predictions and any layers."""
+"""A report on disk, all files or none: report.json, report.md, and as parquet measurements, predictions, layers, curves of training."""
 
 import html
 import json
@@ -10,13 +10,14 @@ import yaml
 
 from compress.errors import printable
 from compress.metrics import METRICS
-from compress.report.frame import frame, layers, predictions
+from compress.report.frame import curves, frame, layers, predictions
 from compress.report.layers import lost_most, remarkable, summary
 from compress.report.numbers import change, figure, share, verdict_words
 from compress.report.why import at_run_time
-from compress.results import NOTES, Comparison, Layer, Measurement, Prediction, Report, StageRecord, whole_folder
+from compress.results import NOTES, Comparison, Layer, Measurement, Point, Prediction, Report, StageRecord, whole_folder
 
 WORST = 10
+POINTS = 10  # of a training's curve
 SHOWN = (
     "rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "perplexity", "accuracy", "f1", "generated_tokens",
     "weight_bytes", "file_bytes", "parameters", "bits_per_weight", "peak_load_bytes", "peak_run_bytes", "process_gpu_bytes",
@@ -33,6 +34,8 @@ def write(report: Report, folder: Path) -> Report:
         predictions(report).to_parquet(partial / "predictions.parquet", index=False)
         if any(record.layers for record in report.stages):
             layers(report).to_parquet(partial / "layers.parquet", index=False)
+        if any(record.curve for record in report.stages):
+            curves(report).to_parquet(partial / "curves.parquet", index=False)
         (partial / "report.md").write_text(markdown(report), encoding="utf-8")
     return placed
 
@@ -47,6 +50,7 @@ def markdown(report: Report) -> str:
         _notes(report),
         _stages(report),
         *(_layers(record) for record in report.stages),
+        *(_curve(record) for record in report.stages),
         _worst(report),
         _environment(report),
         f"## Recipe\n\nAs it was run, defaults filled in; digest {report.digest}, examples {report.examples_digest}.\n\n{_recipe(report)}",
@@ -75,10 +79,11 @@ def _cell(text: str) -> str:
 
 
 def read_notes(artifact: Path) -> dict[str, Any]:
-    """What a stage noted in its artifact: `layers`, and what it `said`."""
+    """What a stage noted in its artifact: `layers`, what it `said`, and the `curve` of its training."""
     file = artifact / NOTES
     noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"layers": [], "said": []}
-    return {"layers": [Layer.model_validate(one) for one in noted["layers"]], "said": noted["said"]}
+    layers, curve = ([kind.model_validate(one) for one in noted.get(key, [])] for key, kind in (("layers", Layer), ("curve", Point)))
+    return {"layers": layers, "said": noted["said"], "curve": curve}
 
 
 def _recipe(report: Report) -> str:
@@ -140,6 +145,22 @@ def _layers(record: StageRecord) -> str:
     elif any(layer.bits is not None for layer in record.layers):
         parts.append("What each layer lost was not measured.")
     return "\n\n".join(parts)
+
+
+def _curve(record: StageRecord) -> str:
+    """How one stage's training went, at a few of its points: every look at the validation split, or points evenly spaced."""
+    points = [point for point in record.curve if point.validation is not None] or record.curve
+    if not points:
+        return ""
+    every = max(1, -(-len(points) // POINTS))
+    few = [*points[:-1][::every], points[-1]]
+    losses = {point.step: point.loss for point in record.curve if point.loss is not None}
+    rows = []
+    for point in few:
+        loss = next((losses[step] for step in sorted(losses, reverse=True) if step <= point.step), None)
+        rows.append([f"{point.step:,}", "-" if loss is None else f"{loss:.4g}", *([f"{point.validation:.4g}"] if point.validation else [])])
+    header = ["step", "loss", *(["validation"] if points[0].validation is not None else [])]
+    return f"## Training: {_cell(record.name)}\n\n{table(header, rows)}\n\nEvery point is in report.json and curves.parquet."
 
 
 def _worst(report: Report) -> str:

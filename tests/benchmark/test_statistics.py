@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from compress.benchmark import statistics
-from compress.benchmark.scores import bleu
+from compress.scores import bleu
 
 
 def test_the_mean_difference_has_the_interval_of_the_normal_theory():

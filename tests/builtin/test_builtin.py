@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from compress import data, model
-from compress.benchmark import quality, scores
+from compress import data, model, scores
+from compress.benchmark import quality
 from compress.benchmark.statistics import corpus_value
 from compress.builtin import corpus
 from compress.model import Bundle, Source

@@ -102,15 +102,15 @@ def test_a_step_is_the_mean_over_the_positions_that_count(tmp_path, losses, kind
 @pytest.mark.parametrize("kind", TASKS)
 def test_the_student_comes_nearer_and_the_teacher_stays(tmp_path, monkeypatch, losses, kind):
     teacher, student = two(kind, tmp_path)
-    seen, plain = [], _pair.teacher_of
-    monkeypatch.setattr(_pair, "teacher_of", lambda *given: seen.append(plain(*given)) or seen[-1])
+    seen, plain = [], _pair.frozen
+    monkeypatch.setattr(_pair, "frozen", lambda *given: seen.append(plain(*given)) or seen[-1])
     made, _ = distil("logits", bundle(student, kind), teacher, steps=30, batch_size=6, learning_rate=1e-2, label_weight=0)
     assert losses[-1] < 0.5 * losses[0]
     (found,) = seen
     whole = load_model(source(teacher, kind), "cpu").state_dict()
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in found.model.state_dict().items())
-    assert not found.model.training
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in found.model.parameters())
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in found.state_dict().items())
+    assert not found.training
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in found.parameters())
     assert not made.model.training
 
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.distill import _writing
+from compress import writing
 from compress.errors import DataError, ModelError
 from compress.methods import Context, Example
 from compress.model import load_model
@@ -19,14 +19,14 @@ GENERATIVE = ("t5", "bart", "llama", "gpt2")
 @pytest.fixture
 def wrote(monkeypatch):
     """Prompts, texts and the student's weights of every time that it wrote."""
-    seen, plain = [], _writing.write
+    seen, plain = [], writing.write
 
     def write(model, prompts, *how, **named):
         texts = plain(model, prompts, *how, **named)
         seen.append((prompts, texts, {name: tensor.clone() for name, tensor in model.state_dict().items()}))
         return texts
 
-    monkeypatch.setattr(_writing, "write", write)
+    monkeypatch.setattr(writing, "write", write)
     return seen
 
 

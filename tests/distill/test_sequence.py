@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from compress.distill import _writing, sequence
+from compress import writing
+from compress.distill import sequence
 from compress.errors import DataError, ModelError
 from compress.methods import Context, Example, find, quiet
 from tests.blocks import bundle, context, examples
@@ -81,8 +82,8 @@ class Stops:
 @pytest.mark.parametrize("half", [False, True])
 def test_what_was_written_before_a_kill_is_not_written_again(tmp_path, monkeypatch, temperature, half):
     teacher = speaker("llama", tmp_path)
-    settings, scratch, calls, plain = chosen(sampling_temperature=temperature), tmp_path / "scratch", [], _writing.write
-    monkeypatch.setattr(_writing, "write", lambda *given: calls.append(given[1]) or plain(*given))
+    settings, scratch, calls, plain = chosen(sampling_temperature=temperature), tmp_path / "scratch", [], writing.write
+    monkeypatch.setattr(writing, "write", lambda *given: calls.append(given[1]) or plain(*given))
     whole = sequence.written(bundle(teacher, "llama"), settings, Context("cpu", quiet, examples(), 32))
     assert len(calls) == 3
     with pytest.raises(Killed):
@@ -102,12 +103,12 @@ def test_what_was_written_before_a_kill_is_not_written_again(tmp_path, monkeypat
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_where_the_teacher_writes_nothing_nothing_is_learned(toys, tmp_path, monkeypatch, kind):
     teacher = speaker(kind, tmp_path)
-    monkeypatch.setattr(_writing, "write", lambda model, prompts, *how: [[1], *[[5, 1]] * (len(prompts) - 1)])
+    monkeypatch.setattr(writing, "write", lambda model, prompts, *how: [[1], *[[5, 1]] * (len(prompts) - 1)])
     told = context()
     distil("sequence", bundle(toys[kind], kind), teacher, told, num_beams=1, max_new_tokens=5, batch_size=3, steps=1)
     assert "the teacher wrote nothing on 2 of 6 examples, which were left out" in told.said
     assert any("steps of 3 on 4 examples" in said for said in told.said)
-    monkeypatch.setattr(_writing, "write", lambda model, prompts, *how: [[1]] * len(prompts))
+    monkeypatch.setattr(writing, "write", lambda model, prompts, *how: [[1]] * len(prompts))
     with pytest.raises(DataError, match="the teacher wrote nothing on any of the 6 examples"):
         distil("sequence", bundle(toys[kind], kind), teacher, num_beams=1, max_new_tokens=5)
 

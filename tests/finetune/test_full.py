@@ -1,5 +1,7 @@
 """Training of all weights against a loop written out in float64; zeros, dtypes, and what it refuses."""
 
+import re
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -100,7 +102,9 @@ def test_so_many_steps_are_trained(toys, settings, steps):
     told = context()
     told = type(told)("cpu", lambda *line: said.append(line), told.examples, 32)
     tune(bundle(toys["llama"], "llama"), "full", told, batch_size=2, **settings)
-    assert [line for line in said if line[0] == "training"] == [("training", n + 1, steps) for n in range(steps)]
+    lines = [line for line in said if line[0].startswith("training")]
+    assert [line[1:] for line in lines] == [(n + 1, steps) for n in range(steps)]
+    assert re.fullmatch(r"training; loss [\d.]+, [\d,]+ tokens/s", lines[-1][0])
     assert told.said[0].startswith(f"trained {steps} steps of {2 * settings.get('accumulate', 1)} on 6 examples, ")
 
 

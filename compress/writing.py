@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from compress.calibration.stream import Row
 from compress.errors import ModelError
 from compress.model import Bundle
-from compress.training import Row
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -2,7 +2,7 @@
 
 import pytest
 
-from compress.benchmark import scores
+from compress import scores
 from compress.benchmark.statistics import corpus_value
 
 CANDIDATE, REFERENCE = "the cat sat on the big red mat", "the cat sat on the mat"

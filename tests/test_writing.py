@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.distill import _writing
+from compress import writing
 from compress.errors import ModelError
 from tests.blocks import bundle, examples
 from tests.distill.pairs import speaker
@@ -35,7 +35,7 @@ def test_what_is_written_is_what_one_token_at_a_time_gives(tmp_path, kind):
     for part in model.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.9
-    found = _writing.write(model, prompts, 6, 1, None)
+    found = writing.write(model, prompts, 6, 1, None)
     assert model.training, "as it was"
     model.eval()
     assert found == [step_by_step(model, prompt, 6) for prompt in prompts]
@@ -48,7 +48,7 @@ def test_it_ends_with_the_end_token(tmp_path, kind):
     with torch.no_grad():
         made.model.get_output_embeddings().weight[1] = 0.5  # the end token is likely, but not the likeliest everywhere
     torch.manual_seed(0)
-    found = _writing.write(made.model, [[5, 6], [7, 8, 9]] * 20, 12, 1, 1.5)
+    found = writing.write(made.model, [[5, 6], [7, 8, 9]] * 20, 12, 1, 1.5)
     ended = [row for row in found if row[-1] == 1]
     assert len(ended) > 0
     assert all(1 not in row[:-1] for row in found)
@@ -61,7 +61,7 @@ def test_samples_follow_the_models_own_distribution(tmp_path, kind):
     made.model.generation_config.top_k = 2  # a model's own narrowing doesn't count
     torch.manual_seed(0)
     prompt = [5, 6, 7]
-    found = torch.tensor([row[0] for row in _writing.write(made.model, [prompt] * 4000, 1, 1, 0.5)])
+    found = torch.tensor([row[0] for row in writing.write(made.model, [prompt] * 4000, 1, 1, 0.5)])
     start = {"decoder_input_ids": torch.tensor([[made.model.config.decoder_start_token_id]])} if kind == "t5" else {}
     with torch.no_grad():
         expected = (made.model(input_ids=torch.tensor([prompt]), **start).logits[0, -1].double() / 0.5).softmax(-1)
@@ -74,9 +74,9 @@ def test_samples_follow_the_models_own_distribution(tmp_path, kind):
     ("llama", [5, 6, 7, 8], [7, 8], [5, 6]), ("llama", [5, 6, 1], [], [5, 6]), ("t5", [5, 6, 1], [7, 1], [5, 6, 1]),
 ])  # fmt: skip
 def test_the_prompt_of_an_example(toys, kind, ids, answer, expected):
-    assert _writing.prompt_of(bundle(toys[kind], kind).model, (examples(1)[0], ids, answer)) == expected
+    assert writing.prompt_of(bundle(toys[kind], kind).model, (examples(1)[0], ids, answer)) == expected
 
 
 def test_a_classifier_does_not_write(toys):
     with pytest.raises(ModelError, match="a classifier writes no text to learn from; `distill: logits` is for classifiers"):
-        _writing.writer(bundle(toys["bert"], "bert"))
+        writing.writer(bundle(toys["bert"], "bert"))

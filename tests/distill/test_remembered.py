@@ -1,0 +1,175 @@
+"""The teacher's likeliest tokens on disk: what a student learns from them is what it would from the teacher itself, but for the others."""
+
+import errno
+import math
+import shutil
+
+import pytest
+import torch
+
+from compress.distill import _pair, _remembered
+from compress.errors import ModelError, NoSpace
+from compress.methods import Context, Example
+from compress.model import load_model
+from tests.blocks import bundle, examples
+from tests.distill.pairs import counted, distil, divergence, inputs_of, softened, source, two
+from tests.test_early_stopping import looks
+from tests.test_training import until
+
+ONE = {"steps": 1, "batch_size": 6, "label_weight": 0}
+
+
+def seen(place, **changes):
+    return Context("cpu", until(None, []), **{"examples": examples(), "max_tokens": 32, "cache": place, **changes})
+
+
+def told(folder, kind, tokenizer, example):
+    """The logits of one example at the positions that count, in float64."""
+    model = load_model(source(folder, kind, "float64"), "cpu")
+    inputs, where, _ = inputs_of(model, tokenizer, example)
+    with torch.no_grad():
+        return counted(model(**inputs).logits, where)
+
+
+def together(known, mine, k):
+    """Probabilities of the teacher's k likeliest tokens and of all others together, as each of the two has them."""
+    top = known.topk(k).indices
+    return [torch.cat([p.gather(-1, top), 1 - p.gather(-1, top).sum(-1, keepdim=True)], -1) for p in (known, mine)]
+
+
+@pytest.mark.parametrize(("kind", "how", "temperature"), [
+    ("t5", "forward", 1), ("t5", "reverse", 2), ("t5", "jensen-shannon", 4), ("llama", "forward", 2.5), ("llama", "jensen-shannon", 2),
+])  # fmt: skip
+def test_the_loss_is_over_the_likeliest_tokens_and_any_other(tmp_path, losses, kind, how, temperature):
+    teacher, student = two(kind, tmp_path)
+    distil("logits", bundle(student, kind), teacher, seen(tmp_path / "c"), top_k=5, divergence=how, temperature=temperature, **ONE)
+    tokenizer, total, count = bundle(student, kind).tokenizer, 0.0, 0
+    for example in examples():
+        known, mine = (softened(told(folder, kind, tokenizer, example), temperature) for folder in (teacher, student))
+        known, mine = together(known, mine, 5)
+        total += divergence(mine.log(), known.log(), how, 1) * temperature**2
+        count += len(known)
+    assert losses == [pytest.approx(total / count, rel=2e-3)], "logits are kept in float16"
+
+
+@pytest.mark.parametrize("temperature", [1, 3])
+def test_the_mass_of_all_others_is_exact(tmp_path, temperature):
+    teacher, student = two("bart", tmp_path)
+    place = seen(tmp_path / "c")
+    made, tokenizer = bundle(student, "bart"), bundle(student, "bart").tokenizer
+    material = _pair.training.read(made.model, tokenizer, place)
+    kept = _remembered.remembered(bundle(teacher, "bart"), made.model, material, 4, temperature, place)
+    tokens, known = kept.of([2, 0], temperature, torch.device("cpu"))
+    logits = torch.cat([told(teacher, "bart", tokenizer, examples()[number]) for number in (2, 0)])
+    assert torch.equal(tokens, logits.topk(4).indices)
+    expected = softened(logits, temperature)
+    assert known.exp().sum(-1).tolist() == pytest.approx([1.0] * len(known), abs=1e-6)
+    assert torch.allclose(known[:, -1].double().exp(), 1 - expected.gather(-1, tokens).sum(-1), rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_all_tokens_but_one_are_as_good_as_the_teacher(tmp_path, kind, losses):
+    teacher, student = two(kind, tmp_path)
+    size = bundle(student, kind).model.config.vocab_size
+    how = {"steps": 8, "batch_size": 3, "learning_rate": 1e-4, "early_stopping": {"every": 4, "patience": 9}}
+    live = seen(tmp_path / "c", validation=examples(10)[6:])
+    distil("logits", bundle(student, kind), teacher, live, **how)
+    expected, losses[:] = list(losses), []
+    cached = seen(tmp_path / "c", validation=examples(10)[6:])
+    distil("logits", bundle(student, kind), teacher, cached, top_k=size - 1, **how)
+    assert losses == pytest.approx(expected, rel=2e-3)
+    assert looks(cached) == pytest.approx(looks(live), rel=2e-3)
+
+
+def test_what_is_there_is_used_again_without_the_teacher(tmp_path, monkeypatch, losses):
+    teacher, student = two("llama", tmp_path)
+    first = seen(tmp_path / "c")
+    distil("logits", bundle(student, "llama"), teacher, first, top_k=5, temperature=2, **ONE)
+    (said,) = (sentence for sentence in first.said if "likeliest" in sentence)
+    assert "the teacher's 5 likeliest tokens at" in said
+    assert said.endswith("bytes a token")
+    loaded, plain = [], _pair.frozen
+    monkeypatch.setattr(_pair, "frozen", lambda given: loaded.append(given) or plain(given))
+    distil("logits", bundle(student, "llama"), teacher, seen(tmp_path / "c"), top_k=5, temperature=4, **ONE)
+    assert loaded == [], "the usual temperatures are all there"
+    for change in ({"top_k": 6}, {"top_k": 5, "temperature": 2.5}):
+        distil("logits", bundle(student, "llama"), teacher, seen(tmp_path / "c"), **change, **ONE)
+    distil("logits", bundle(student, "llama"), student, seen(tmp_path / "c"), top_k=5, **ONE)
+    assert len(loaded) == 3, "other tokens, temperature, teacher"
+    assert len(list((tmp_path / "c").iterdir())) == 4
+    other = [*examples()[:5], Example("5", "the cat sat", ["a dog"])]
+    distil("logits", bundle(student, "llama"), teacher, seen(tmp_path / "c", examples=other), top_k=5, **ONE)
+    assert len(loaded) == 4, "other examples"
+
+
+@pytest.fixture
+def small_files(monkeypatch):
+    """Two examples a file."""
+    monkeypatch.setattr(_remembered, "FILE_ROWS", 2)
+
+
+def test_a_damaged_file_is_made_again(tmp_path, small_files, losses):
+    teacher, student = two("t5", tmp_path)
+    distil("logits", bundle(student, "t5"), teacher, seen(tmp_path / "c"), top_k=5, **ONE)
+    one, *others = sorted((tmp_path / "c").rglob("*.safetensors"))
+    assert len(others) == 2
+    whole = one.read_bytes()
+    one.write_bytes(whole[:-7])
+    distil("logits", bundle(student, "t5"), teacher, seen(tmp_path / "c"), top_k=5, **ONE)
+    assert one.read_bytes() == whole
+    assert losses[0] == losses[1]
+
+
+def test_two_runs_that_begin_together_share_the_work(tmp_path, small_files, monkeypatch, losses):
+    teacher, student = two("t5", tmp_path)
+    made, plain = [], _remembered._told
+
+    def and_another_run(*given):
+        made.append(len(made))
+        if len(made) == 1:  # the other run does all while this one is at its first file
+            distil("logits", bundle(student, "t5"), teacher, seen(tmp_path / "c"), top_k=5, **ONE)
+        return plain(*given)
+
+    monkeypatch.setattr(_remembered, "_told", and_another_run)
+    distil("logits", bundle(student, "t5"), teacher, seen(tmp_path / "c"), top_k=5, **ONE)
+    assert len(made) == 1 + 3
+    assert losses[0] == losses[1]
+    assert all(file.suffix == ".safetensors" for file in (tmp_path / "c").rglob("*.*"))
+
+
+def test_a_full_disk_leaves_what_is_whole(tmp_path, small_files, monkeypatch):
+    teacher, student = two("t5", tmp_path)
+    plain, written = _remembered.save_file, []
+
+    def full(tensors, file):
+        plain(tensors, file)
+        written.append(file)
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(_remembered, "save_file", full)
+    with pytest.raises(
+        NoSpace, match=r"the disk filled while the teacher's logits .* 1 of 3 files were made and stay; .* lower top_k, which is 5"
+    ):
+        distil("logits", bundle(student, "t5"), teacher, seen(tmp_path / "c"), top_k=5, **ONE)
+    assert len(list((tmp_path / "c").rglob("*.*"))) == 1
+    distil("logits", bundle(student, "t5"), teacher, seen(tmp_path / "c"), top_k=5, **ONE)
+    assert len(written) == 4, "what was whole is not made again"
+
+
+def test_a_disk_that_is_too_small_is_seen_at_the_first_file(tmp_path, small_files, monkeypatch):
+    teacher, student = two("t5", tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**9, 10**9, 1000))
+    with pytest.raises(NoSpace, match=r"the teacher's logits will take about 0 MiB more, and .* has 0 MiB free"):
+        distil("logits", bundle(student, "t5"), teacher, seen(tmp_path / "c"), top_k=5, **ONE)
+    assert list((tmp_path / "c").rglob("*.*")) == []
+
+
+@pytest.mark.parametrize(("kind", "k", "expected"), [
+    ("t5", math.inf, "top_k: .* of a vocabulary of .* leaves no other"), ("bert", 5, "top_k: is for models that write"),
+])  # fmt: skip
+def test_what_cannot_be_kept_is_refused(tmp_path, kind, k, expected):
+    teacher, student = two(kind, tmp_path)
+    k = bundle(student, kind).model.config.vocab_size if k == math.inf else k
+    with pytest.raises(ModelError, match=expected):
+        distil("logits", bundle(student, kind), teacher, seen(tmp_path / "c", examples=examples(label=kind == "bert")), top_k=k, **ONE)
