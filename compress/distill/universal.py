@@ -21,7 +21,8 @@ from compress.model import Bundle
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.training import Batch, Row
+    from compress.calibration.stream import Row
+    from compress.training import Batch
 
 ABOUT = DISTILLED
 
@@ -41,29 +42,31 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     import torch
     from torch.nn.functional import cross_entropy
 
-    from compress.calibration.stream import padded, without_cache
-    from compress.distill._pair import student_of, teacher_of, trained
-    from compress.training import IGNORED, Batch, labels
+    from compress.calibration.stream import without_cache
+    from compress.distill._pair import frozen, student_of, teacher_of, trained
+    from compress.training import IGNORED, Material, batch_of
 
     teacher, student = teacher_of(settings, context), student_of(bundle, settings, context)
     if not student.model.can_generate():
         raise ModelError(f"{student.source.id}: a classifier has no vocabulary; `distill: logits` is for classifiers")
+    taught = frozen(teacher)
     mine, theirs = matched(student, teacher, context)
+    validation = replace(context, examples=context.validation)
+    watched, their_watched = matched(student, teacher, validation) if context.validation else ([], [])
+    material, theirs = Material(mine, watched, student.tokenizer), [*theirs, *their_watched]
 
     def loss(model: Any, batch: "Batch") -> "Tensor":
         """Summed over positions; divided by the trainer, a mean over the student's, those beyond the teacher's target with them."""
-        rows = [theirs[number] for number in batch.numbers]
-        inputs = padded(teacher.model, [(ids, answer) for _, ids, answer in rows])
-        shown = Batch(inputs, labels(teacher.model, inputs, rows), batch.numbers)
+        shown = batch_of(taught, [theirs[number] for number in batch.numbers], batch.numbers, known=True)
         with torch.no_grad():
-            known = shown.logits_of(teacher.model)
+            known = shown.logits_of(taught)
         told = batch.logits_of(model)
         ours, others = (torch.split(part, (side.wanted != IGNORED).sum(dim=1).tolist()) for part, side in ((told, batch), (known, shown)))
         apart = [distance(one[: len(other)], other[: len(one)], settings.temperature) for one, other in zip(ours, others, strict=True)]
         return settings.universal_weight * sum(apart) + settings.label_weight * cross_entropy(told, batch.targets, reduction="sum")
 
-    with without_cache(teacher.model):
-        return trained(student, mine, settings, context, loss, known=True)
+    with without_cache(taught):
+        return trained(student, material, settings, context, loss, known=True)
 
 
 def distance(told: "Tensor", known: "Tensor", temperature: float) -> "Tensor":
@@ -90,7 +93,7 @@ def matched(student: Bundle, teacher: Bundle, context: Context) -> "tuple[list[R
     count = len(context.examples)
     shown = [example for example in context.examples if any(example.references[:1])]
     if not shown:
-        raise DataError(f"training: none of the {count} examples of the train split has a target; look at data.target")
+        raise DataError(f"training: none of the {count} examples has a target; look at data.target")
     if lacking := count - len(shown):
         context.say(f"{lacking:,} of {count:,} examples have no target and were left out")
     heard = replace(context, examples=shown, said=[])

@@ -1,5 +1,7 @@
 """Sorted probabilities against sums written out in float64; two tokenizers over the same examples; what is left out and refused."""
 
+import copy
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -52,6 +54,24 @@ def by_hand(told, known, temperature):
     return total, shared
 
 
+def summed(student, teacher, seen, temperature):
+    """Over examples one by one in float64: the distance, the cross-entropy, the student's positions, and those that both have."""
+    told, known = (copy.deepcopy(side.model).double() for side in (student, teacher))
+    apart, hard, count, shared = 0.0, 0.0, 0, 0
+    with torch.no_grad():
+        for example in seen:
+            inputs, where, target = inputs_of(told, student.tokenizer, example)
+            mine = counted(told(**inputs).logits, where)
+            inputs, where, _ = inputs_of(known, teacher.tokenizer, example)
+            theirs = counted(known(**inputs).logits, where)
+            here, both = by_hand(mine, theirs, temperature)
+            assert len(mine) != len(theirs) and mine.shape[1] != theirs.shape[1]
+            apart, shared = apart + here, shared + both
+            hard += float(cross_entropy(mine, target, reduction="sum"))
+            count += len(target)
+    return apart, hard, count, shared
+
+
 @pytest.mark.parametrize("temperature", [1, 2, 4])
 @pytest.mark.parametrize(("mine", "theirs"), [(50, 50), (50, 64), (64, 50)])
 def test_the_distance_is_the_papers_written_out(mine, theirs, temperature):
@@ -79,20 +99,7 @@ def test_which_token_is_probable_does_not_matter():
 def test_a_step_is_the_mean_over_the_positions_of_the_student(tmp_path, losses, kind, temperature, longer):
     """The reference reads one example at a time, so it has no padding; batches of two and steps of six are the method's own."""
     teacher, student = unlike(kind, tmp_path)[:: -1 if longer == "teacher" else 1]
-    told, known = (load_model(source(folder, kind), "cpu").double() for folder in (student, teacher))
-    readers = [bundle(folder, kind).tokenizer for folder in (student, teacher)]
-    apart, hard, count, shared = 0.0, 0.0, 0, 0
-    with torch.no_grad():
-        for example in examples():
-            inputs, where, target = inputs_of(told, readers[0], example)
-            mine = counted(told(**inputs).logits, where)
-            inputs, where, _ = inputs_of(known, readers[1], example)
-            theirs = counted(known(**inputs).logits, where)
-            here, both = by_hand(mine, theirs, temperature)
-            assert len(mine) != len(theirs) and mine.shape[1] != theirs.shape[1]
-            apart, shared = apart + here, shared + both
-            hard += float(cross_entropy(mine, target, reduction="sum"))
-            count += len(target)
+    apart, hard, count, shared = summed(bundle(student, kind), bundle(teacher, kind), examples(), temperature)
     how = {"universal_weight": 0.7, "label_weight": 0.3, "temperature": temperature, "batch_size": 2, "accumulate": 3}
     distil("universal", bundle(student, kind), teacher, context(**LONG), steps=1, **how)
     assert len(losses) == 3
@@ -142,6 +149,17 @@ def test_a_killed_distillation_ends_as_if_it_had_not_been(tmp_path, often, kind)
     assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
+def test_early_stopping_looks_at_the_validation_split_by_both_tokenizers(tmp_path):
+    student, teacher = unlike("llama", tmp_path)
+    others = [*examples(10)[6:8], Example("odd", "the red cat", []), *examples(10)[8:]]
+    told = context(examples=examples(), max_tokens=64, validation=others)
+    how = {"early_stopping": {"every": 2, "patience": 9}, "learning_rate": 1e-2, "batch_size": 2, "universal_weight": 0.7}
+    made, _ = distil("universal", bundle(student, "llama"), teacher, told, steps=6, **how)
+    best = min(point["validation"] for point in told.curve if point["validation"] is not None)
+    apart, hard, count, _ = summed(made, bundle(teacher, "llama"), [example for example in others if example.references], 1)
+    assert best == pytest.approx((0.7 * apart + hard) / count, rel=1e-5)
+
+
 def test_rows_are_matched_by_their_example(tmp_path, losses):
     """To a teacher whose tokenizer adds no end, a prompt of one token is too short; the examples behind it keep their places."""
     student, teacher = unlike("t5", tmp_path, end=False)
@@ -168,7 +186,7 @@ def test_plain_texts_and_targets_behind_no_prompt_are_left_out(tmp_path):
     assert "1 of 8 examples have no target and were left out" in told.said
     assert "1 of the 7 targets are none, or have no prompt, to one of the two tokenizers and were left out" in told.said
     assert any("steps of 6 on 6 examples" in said for said in told.said)
-    for few, said in ((odd[:1], "none of the 1 examples of the train split has a target"), (odd[1:2], "none of the 1 targets is one")):
+    for few, said in ((odd[:1], "none of the 1 examples has a target"), (odd[1:2], "none of the 1 targets is one")):
         with pytest.raises(DataError, match=said):
             distil("universal", bundle(student, "llama"), teacher, context(examples=few))
 
