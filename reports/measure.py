@@ -2,9 +2,9 @@
 
     python reports/measure.py RECIPE.yaml... --models FOLDER --data FOLDER [--stages 'prune: wanda; quantize: gptq, bits: 4' ...]
 
-The recipes of `quantisation/` and `pruning/` have no stages of their own; without --stages each runs those of its folder. A run leaves its
-report in a folder beside the recipe (texts and predictions left out: the data are not ours to publish). Printed is one table over all of
-a folder's reports; without a recipe, over both folders'.
+The recipes of `quantisation/`, `pruning/` and `distillation/` have no stages of their own; without --stages each runs those of its folder.
+A run leaves its report in a folder beside the recipe (texts and predictions left out: the data are not ours to publish). Printed is one
+table over all of a folder's reports; without a recipe, over every folder's.
 """
 
 import argparse
@@ -27,11 +27,23 @@ FOLDERS = {
         "prune: wanda; quantize: gptq, group_size: 32",
     ],
 }  # fmt: skip
+HALF_BART = "prune: depth, by: spacing, drop: {decoder: 2}; distill: logits, epochs: 2, batch_size: 32, learning_rate: 5e-4"
+HALF_BERT = "prune: depth, by: spacing, drop: 3"
+DISTILLED = {
+    "t5": [
+        f"prune: structured, keep: 0.5, importance: taylor; {how}, epochs: 8, batch_size: 16, learning_rate: 2e-3, seed: {seed}"
+        for seed in (0, 1, 2) for how in ("distill: hidden, hidden_weight: 0.5", "finetune: full")
+    ],
+    "bart": [HALF_BART, HALF_BART.replace("decoder: 2", "decoder: 1")],
+    "sst2": [f"{HALF_BERT}; distill: hidden, epochs: 1, batch_size: 32, learning_rate: 2e-4, max_tokens: 128, attention_weight: 1"],
+}  # fmt: skip
 INT8 = ["quantize: smoothquant", "quantize: int8_dynamic", "quantize: bnb_int8", "quantize: bnb_nf4"]
 
 
 def chains(recipe: Path) -> list[str]:
     """What is run on a model where nothing is said: rows as groups on the real Llama, groups of 32 elsewhere."""
+    if recipe.parent.name == "distillation":
+        return DISTILLED[recipe.stem]
     found = FOLDERS[recipe.parent.name]
     if recipe.parent.name == "pruning":
         return found
@@ -53,7 +65,8 @@ def measure(recipe: Path, chain: str, models: Path, data: Path) -> Report:
     sides = [side.model_copy(update={"model": side.role}) for side in report.sides]
     records = [record.model_copy(update={"artifact": Path(record.artifact).name}) for record in report.stages]
     report = report.model_copy(update={"predictions": [], "settings": settings, "sides": sides, "stages": records})
-    name = re.sub(r"(quantize|prune|finetune): |, (keep|importance|samples|epochs|learning_rate|batch_size): [^,;]+", "", chain).lower()
+    settings_left_out = r", (keep|importance|samples|epochs|learning_rate|batch_size|max_tokens|\w+_weight|by): [^,;]+"
+    name = re.sub(rf"(quantize|prune|finetune|distill): |{settings_left_out}", "", chain).lower()
     place = recipe.parent / recipe.stem / re.sub(r"[^a-z0-9_]+", "-", name).strip("-")
     if place.exists():
         for file in place.iterdir():
@@ -64,7 +77,7 @@ def measure(recipe: Path, chain: str, models: Path, data: Path) -> Report:
 
 def table(folder: Path) -> str:
     """All reports of a folder as one Markdown table."""
-    heads = ["model", "stages", "perplexity", "ratio (95 %)", "ROUGE-L", "BLEU", "parameters", "files", "latency", "took"]
+    heads = ["model", "stages", "perplexity", "ratio (95 %)", "ROUGE-L", "BLEU", "accuracy", "F1", "parameters", "files", "latency", "took"]
     rows = []
     for recipe in sorted(folder.glob("*.yaml")):
         for file in sorted((folder / recipe.stem).glob("*/report.json")):
@@ -75,7 +88,7 @@ def table(folder: Path) -> str:
                 row["perplexity"] = f"{one.baseline:.4f} to {one.candidate:.4f}"
                 ratios = (1 + change / one.baseline for change in (one.estimate, one.low, one.high))
                 row["ratio (95 %)"] = "x{:.4f} ({:.4f} to {:.4f})".format(*ratios)
-            for head, metric in (("ROUGE-L", "rougeL"), ("BLEU", "bleu")):
+            for head, metric in (("ROUGE-L", "rougeL"), ("BLEU", "bleu"), ("accuracy", "accuracy"), ("F1", "f1")):
                 if one := compared.get(metric):
                     row[head] = f"{one.baseline:.2f} to {one.candidate:.2f}"
             for head, metric in (("parameters", "parameters"), ("files", "file_bytes"), ("latency", "latency_p50")):
@@ -91,7 +104,7 @@ def table(folder: Path) -> str:
 
 def said(stage: dict[str, object]) -> str:
     """A stage by its method and what matters most of its settings."""
-    keys = ["bits", "group_size", "average_bits", "pattern", "keep", "importance", "drop", "epochs", "rank"]
+    keys = ["bits", "group_size", "average_bits", "pattern", "keep", "importance", "drop", "epochs", "rank", "top_k", "seed"]
     keys += [] if stage.get("pattern") else ["sparsity"]
     return ", ".join([str(next(iter(stage.values()))), *(f"{key} {stage[key]}" for key in keys if stage.get(key))])
 
@@ -110,11 +123,11 @@ def main() -> None:
             except compress.CompressError as error:
                 print(f"{recipe.stem}: {chain}: {error}", flush=True)
                 continue
-            shown = [c for c in report.comparisons if c.metric in ("perplexity", "rougeL", "bleu")]
+            shown = [c for c in report.comparisons if c.metric in ("perplexity", "rougeL", "bleu", "accuracy")]
             quality = ", ".join(f"{c.metric} {c.baseline:.4f} to {c.candidate:.4f}" for c in shown)
             took = sum(record.seconds for record in report.stages)
             print(f"{recipe.stem}: {chain}: {report.verdict}: {quality}, {took:.0f} s", flush=True)
-    for folder in sorted({recipe.parent.name for recipe in given.recipes} or FOLDERS):
+    for folder in sorted({recipe.parent.name for recipe in given.recipes} or {*FOLDERS, "distillation"}):
         print(table(HERE / folder))
 
 

@@ -148,19 +148,22 @@ def _layers(record: StageRecord) -> str:
 
 
 def _curve(record: StageRecord) -> str:
-    """How one stage's training went, at a few of its points: every look at the validation split, or points evenly spaced."""
-    points = [point for point in record.curve if point.validation is not None] or record.curve
+    """How one stage's training went, at a few points: of the looks at the validation split where there were any."""
+    looks = [point for point in record.curve if point.validation is not None]
+    points = looks or record.curve
     if not points:
         return ""
-    every = max(1, -(-len(points) // POINTS))
-    few = [*points[:-1][::every], points[-1]]
-    losses = {point.step: point.loss for point in record.curve if point.loss is not None}
-    rows = []
-    for point in few:
-        loss = next((losses[step] for step in sorted(losses, reverse=True) if step <= point.step), None)
-        rows.append([f"{point.step:,}", "-" if loss is None else f"{loss:.4g}", *([f"{point.validation:.4g}"] if point.validation else [])])
-    header = ["step", "loss", *(["validation"] if points[0].validation is not None else [])]
-    return f"## Training: {_cell(record.name)}\n\n{table(header, rows)}\n\nEvery point is in report.json and curves.parquet."
+    few = [*points[:-1][:: -(-len(points) // POINTS)], points[-1]]
+    rows = [[f"{point.step:,}", "-" if (loss := _loss_at(record, point.step)) is None else f"{loss:.4g}"] for point in few]
+    if looks:
+        rows = [[*row, f"{point.validation:.4g}"] for row, point in zip(rows, few, strict=True)]
+    shown = table(["step", "loss", *(["validation"] if looks else [])], rows)
+    return f"## Training: {_cell(record.name)}\n\n{shown}\n\nEvery point is in report.json and curves.parquet."
+
+
+def _loss_at(record: StageRecord, step: int) -> float | None:
+    """The loss that was noted last by a step."""
+    return next((point.loss for point in reversed(record.curve) if point.loss is not None and point.step <= step), None)
 
 
 def _worst(report: Report) -> str:

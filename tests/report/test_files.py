@@ -8,7 +8,7 @@ import pytest
 import compress
 from compress.errors import NoSpace, ReportError
 from compress.report import compare, write
-from compress.results import Measurement, Prediction, Report, Side, StageRecord, read_report, whole_folder
+from compress.results import Measurement, Point, Prediction, Report, Side, StageRecord, read_report, whole_folder
 
 
 def made(name="toy", run="r1", verdict="pass", **changes):
@@ -43,6 +43,37 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path):
     ]
     assert read_report(tmp_path / "r1") == written
     assert read_report(tmp_path / "r1" / "report.json").predictions == written.predictions
+
+
+def test_the_curve_of_a_training_is_shown_and_kept(tmp_path):
+    losses = [Point(step=step, tokens=10 * step, loss=5 - step / 10, learning_rate=1e-3, grad_norm=None) for step in range(1, 31)]
+    looks = [Point(step=10, validation=0.0), Point(step=20, validation=31.25), Point(step=30)]
+    record = StageRecord(stage={"distill": "logits"}, artifact="a", seconds=1, reused=False, curve=[*losses, *looks])
+    report = made(stages=[record])
+    write.write(report, tmp_path / "r1")
+    text = (tmp_path / "r1" / "report.md").read_text()
+    assert "## Training: distill: logits\n\n| step | loss | validation |\n| --- | --- | --- |\n| 10 | 4 | 0 |\n| 20 | 3 | 31.25 |\n" in text
+    kept = pandas.read_parquet(tmp_path / "r1" / "curves.parquet")
+    assert kept.stage.unique().tolist() == ["distill: logits"]
+    assert kept.loss[:30].tolist() == [5 - step / 10 for step in range(1, 31)]
+    assert kept.validation[30:32].tolist() == [0.0, 31.25]
+    assert kept.grad_norm.isna().all()
+    plain = write.markdown(made(stages=[record.model_copy(update={"curve": losses})]))
+    lines = plain.split("## Training: distill: logits")[1].splitlines()[2:16]
+    assert lines[0] == "| step | loss |"
+    assert [line.split(" | ")[0] for line in lines[2:13]] == [
+        "| 1",
+        "| 4",
+        "| 7",
+        "| 10",
+        "| 13",
+        "| 16",
+        "| 19",
+        "| 22",
+        "| 25",
+        "| 28",
+        "| 30",
+    ]
 
 
 def test_the_frame_is_tidy_and_missing_is_missing(tmp_path):
