@@ -38,9 +38,9 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
 
-    def needs(self) -> tuple[str, ...]:
-        """Packages that these settings need besides the method's own; an extra of this package goes by the name of each."""
-        return ()
+    def needs(self) -> dict[str, str]:
+        """Packages that these settings need besides the method's own, and the extra of this package that installs each."""
+        return {}
 
     def models(self) -> "dict[str, OtherModel]":
         """Models that these settings name besides the one that is worked on, by what the method calls each (`Context.models`)."""
@@ -53,6 +53,9 @@ class OtherModel(Settings):
     id: str = Field(min_length=1, description="hub id, folder (relative to the recipe), or builtin")
     dtype: Dtype = Field("auto", description="the dtype that it is loaded in; auto is the stored one")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
+    bits: Literal[4, 8] | None = Field(
+        None, description="its weights are held in so many by bitsandbytes while it is used, for less memory; heads stay; null leaves all"
+    )
 
 
 class LayerSettings(Settings):
@@ -224,7 +227,7 @@ def require(family: str, name: str, settings: Settings) -> Method:
     if missing := method.ABOUT.missing():
         line = f"pip install 'compress[{method.ABOUT.extra}]'" if method.ABOUT.extra else f"pip install {' '.join(missing)}"
     elif missing := [package for package in settings.needs() if _version(package) is None]:
-        line = f"pip install 'compress[{','.join(missing)}]'"
+        line = f"pip install 'compress[{','.join(settings.needs()[package] for package in missing)}]'"
     if missing:
         raise MissingPackage(f"{family}: {name} needs {', '.join(missing)}, not installed here. Install with: {line}")
     return method

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 import math
 import struct
 from collections.abc import Iterable, Iterator
@@ -27,12 +28,16 @@ AUTO = {
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies: a folder, or a hub id with its revision; and how it is loaded."""
+    """Where a model lies: a folder, or a hub id with its revision; and how it is loaded.
+
+    bits   what weights are held in, 4 or 8, by bitsandbytes; None leaves them as they are stored
+    """
 
     id: str
     task: str
     dtype: str = "auto"
     revision: str | None = None
+    bits: int | None = None
 
     @property
     def is_folder(self) -> bool:
@@ -165,7 +170,7 @@ def fingerprint(source: Source) -> dict[str, Any]:
     for file in sorted(f for f in Path(source.id).iterdir() if f.is_file()):
         with file.open("rb") as stream:
             content[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
-    return {"files": content, "task": source.task, "dtype": source.dtype}
+    return {"files": content, "task": source.task, "dtype": source.dtype, "bits": source.bits}
 
 
 def pick_device(wanted: str) -> str:
@@ -231,12 +236,15 @@ def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
 
 
 def load_model(source: Source, device: str, quantization_config: Any = None) -> "PreTrainedModel":
-    """The model, in evaluation mode, on the device; quantised on the way where a config says so.
+    """The model, in evaluation mode, on the device; quantised on the way where a config or the source's bits say so.
 
-    Raises ModelError when its weights are missing, pickled or don't fit its config, or the task doesn't fit its architecture.
+    Raises ModelError when its weights are missing, pickled or don't fit its config, when bits are asked of packed ones, or the task doesn't
+    fit its architecture.
     """
     import transformers
 
+    if quantization_config is None and source.bits is not None:
+        quantization_config = _packing(source, source.bits)
     auto = getattr(transformers, AUTO[source.task])
     extra = {} if quantization_config is None else {"quantization_config": quantization_config}
     try:
@@ -258,6 +266,22 @@ def load_model(source: Source, device: str, quantization_config: Any = None) -> 
     if lacking := sorted(info["missing_keys"]):
         raise ModelError(f"{source.id}: {len(lacking)} weights are missing, such as {', '.join(lacking[:3])}; it can't serve {source.task}")
     return model.eval()
+
+
+def _packing(source: Source, bits: int) -> Any:
+    """The config by which bitsandbytes holds weights in 8 bits (LLM.int8) or 4 (NF4, its scales quantised again), heads left out."""
+    from transformers import BitsAndBytesConfig
+
+    bare = skeleton(source)
+    if getattr(bare.config, "quantization_config", None) is not None:
+        raise ModelError(f"{source.id}: bits: {bits} is for a model with full weights, and these are packed already; leave bits away")
+    # transformers finds the heads of models that write by itself; of others it takes the last layer's bias for one
+    heads = None if bare.can_generate() else [name for name, _ in bare.named_children() if name != bare.base_model_prefix]
+    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # it would tell of every call of every layer that it rounds
+    return BitsAndBytesConfig(
+        load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=bare.dtype, llm_int8_skip_modules=heads,
+    )  # fmt: skip
 
 
 def task_of(source: Source) -> str:

@@ -149,7 +149,7 @@ def _stages(recipe: Recipe, source: Source, artifacts: Path, device: str, log: P
         if watched:
             history.append(data.examples_digest(watched))
         others = {
-            role: model.pinned(Source(model.locate(other.id, recipe.folder), source.task, other.dtype, other.revision))
+            role: model.pinned(Source(model.locate(other.id, recipe.folder), source.task, other.dtype, other.revision, other.bits))
             for role, other in stage.settings.models().items()
         }
         history.extend([role, model.fingerprint(other)] for role, other in others.items())

@@ -30,7 +30,8 @@ def pair(bundle: Bundle, settings: DistillSettings, context: Context) -> tuple[B
         same = len(mine.items() & known.items())
         raise ModelError(
             f"the teacher {teacher.source.id} has {len(known):,} tokens, the student {student.source.id} has {len(mine):,}, and {same:,}"
-            " have the same id in both, so their distributions can't be compared; `distill: sequence` passes text and works with any two"
+            " have the same id in both, so their distributions can't be compared token by token; with any two,"
+            " `distill: sequence` passes text and `distill: universal` compares sorted probabilities"
         )
     if not student.model.can_generate() and (labels := student.model.config.label2id) != config_of(teacher).label2id:
         raise ModelError(

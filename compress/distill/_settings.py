@@ -33,6 +33,9 @@ class DistillSettings(methods.TuneSettings):
     teacher: OtherModel | None = Field(None, description="null takes the recipe's own model as it came")
     student: Student | None = Field(None, description="null takes the model as the stage finds it")
 
+    def needs(self) -> dict[str, str]:
+        return {"bitsandbytes": "bnb"} if self.teacher is not None and self.teacher.bits else {}
+
     def models(self) -> dict[str, OtherModel]:
         named = {} if self.teacher is None else {"teacher": self.teacher}
         if self.student is not None and self.student.id is not None:

@@ -1,14 +1,16 @@
-"""Depth: whole blocks go, those that change their input least, so that every step runs through fewer.
+"""Depth: whole blocks go, those that change their input least or evenly between the others, so that every step runs through fewer.
 
-Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect": a block's influence is 1 minus the mean
-cosine similarity of the hidden states before and behind it, here over the real tokens of the calibration examples, all measured on the
-whole model. On any model made of blocks; each stack of an encoder-decoder by itself. Best followed by some training.
+`by: influence`: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect". A block's influence is 1
+minus the mean cosine similarity of the hidden states before and behind it, here over the real tokens of the calibration examples, all
+measured on the whole model. `by: spacing`: Sanh et al. 2019, "DistilBERT"; Shleifer and Rush 2020, "Pre-trained Summarization
+Distillation". Looks at no example; the first and the last block stay. On any model made of blocks; each stack of an encoder-decoder by
+itself. Best followed by some training.
 """
 
 import copy
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -39,31 +41,47 @@ class Settings(methods.Settings):
     drop: Annotated[int, Field(ge=1)] | Stacks = Field(
         description="how many blocks go: of every stack, or as {encoder: 2, decoder: 4} of each"
     )
+    by: Literal["influence", "spacing"] = Field(
+        "influence",
+        description="which go: those that change their input least on the train split, or those between blocks evenly spaced",
+    )
 
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with fewer blocks, renumbered, and a config that says so.
 
     Raises InputError where a stack would be emptied or isn't there, ModelError where blocks or their config can't be found, DataError
-    when there is nothing to calibrate on.
+    when there is nothing to measure influence on.
     """
     from compress.prune._rebuilt import rebuilt
 
     model = bundle.model
     stacks = _stacks(model)
     going = {role: _going(role, name, len(blocks), settings, model) for role, (name, blocks) in stacks.items()}
-    influences = _influences(bundle, {role: blocks for role, (_, blocks) in stacks.items()}, context)
+    influences = _influences(bundle, {role: blocks for role, (_, blocks) in stacks.items()}, context) if settings.by == "influence" else {}
     config, state = copy.deepcopy(model.config), dict(model.state_dict())
     for role, (name, blocks) in stacks.items():
-        scores = influences[role]
-        dropped = set(sorted(range(len(blocks)), key=lambda index: scores[index])[: going[role]])
-        kept = [index for index in range(len(blocks)) if index not in dropped]
-        told = ", ".join(f"{n} {score:.3g}{' (dropped)' if n in dropped else ''}" for n, score in enumerate(scores))
-        context.say(f"block influence in {name}, {len(blocks)} -> {len(kept)} blocks: {told}")
-        if dropped:
+        left = len(blocks) - going[role]
+        if settings.by == "spacing":
+            kept = spaced(len(blocks), left)
+            context.say(f"blocks evenly spaced in {name}, {len(blocks)} -> {left} blocks: {', '.join(map(str, kept))} are kept")
+        else:
+            scores = influences[role]
+            kept = sorted(sorted(range(len(blocks)), key=lambda index: scores[index])[going[role] :])
+            told = ", ".join(f"{n} {score:.3g}{'' if n in kept else ' (dropped)'}" for n, score in enumerate(scores))
+            context.say(f"block influence in {name}, {len(blocks)} -> {left} blocks: {told}")
+        if going[role]:
             _shorten(config, role, len(blocks), kept)
             state = _renumbered(state, name, kept)
     return bundle.holding(rebuilt(model, config, state))
+
+
+def spaced(blocks: int, left: int) -> list[int]:
+    """The numbers of the blocks that are left, evenly spaced from the first to the last; of one alone, the first.
+
+    A half is rounded to the even number. So 1, 3 and 6 of 12 are those of Shleifer and Rush's table, which spaces some others less evenly.
+    """
+    return [round(place * (blocks - 1) / max(left - 1, 1)) for place in range(left)]
 
 
 def _stacks(model: "PreTrainedModel") -> "dict[str, tuple[str, nn.ModuleList]]":

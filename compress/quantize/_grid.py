@@ -55,8 +55,8 @@ class GridSettings(methods.LayerSettings):
             raise ValueError("format: gptq holds one width, so bits: auto has no place in it")
         return self
 
-    def needs(self) -> tuple[str, ...]:
-        return ("gptqmodel",) if self.format == "gptq" else ()
+    def needs(self) -> dict[str, str]:
+        return {"gptqmodel": "gptqmodel"} if self.format == "gptq" else {}
 
 
 @dataclass(frozen=True, order=True)

@@ -22,7 +22,7 @@ def distil(method, made, original, told=None, **settings):
     chosen = found.Settings(**settings)
     told = told or context(examples=examples(label=task == "sequence-classification"))
     told.models["original"] = Source(str(original), task, "float32")
-    told.models.update({role: Source(other.id, task, other.dtype) for role, other in chosen.models().items()})
+    told.models.update({role: Source(other.id, task, other.dtype, bits=other.bits) for role, other in chosen.models().items()})
     return found.apply(made, chosen, told), told
 
 

@@ -197,10 +197,11 @@ def other_words(folder, kind, count):
     return folder
 
 
-def test_another_vocabulary_is_refused_with_both_sizes_and_a_way_out(toys, tmp_path):
+def test_another_vocabulary_is_refused_with_both_sizes_and_two_ways_out(toys, tmp_path):
     other = other_words(tmp_path, "llama", 5)
     with pytest.raises(
-        ModelError, match=r"teacher .* has 28 tokens, the student .* has 23, and 23 have the same id .* `distill: sequence`"
+        ModelError,
+        match=r"teacher .* has 28 tokens, the student .* has 23, and 23 have the same id .* `distill: sequence` .* `distill: universal`",
     ):
         distil("logits", bundle(toys["llama"], "llama"), other)
 

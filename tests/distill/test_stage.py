@@ -41,10 +41,11 @@ def test_what_pruning_left_learns_from_the_recipes_own_model(made, toys):
 def test_teacher_and_student_lie_beside_the_recipe(made, toys, tmp_path):
     for name in ("big", "little"):
         shutil.copytree(toys["llama"], tmp_path / name)
-    stage = {"distill": "logits", "teacher": {"id": "./big", "dtype": "bfloat16"}, "student": {"id": "little"}, **QUICK}
+    stage = {"distill": "logits", "teacher": {"id": "./big", "dtype": "bfloat16", "bits": 8}, "student": {"id": "little"}, **QUICK}
     _, ((teacher, student),) = made(stage)
     assert (teacher.source.id, student.source.id) == (str(tmp_path / "big"), str(tmp_path / "little"))
     assert str(teacher.model.dtype) == "torch.bfloat16"
+    assert str(teacher.model.model.layers[0].mlp.up_proj.weight.dtype) == "torch.int8"
 
 
 def test_a_student_with_fresh_weights_is_an_ordinary_model(made):
@@ -67,10 +68,11 @@ def test_the_other_models_name_the_artifact(toys, rows, write_recipe, tmp_path, 
     before = name(teacher={"id": str(teacher)})
     assert name(teacher={"id": str(teacher)}) == before
     names = {before, name(), name(student={"id": str(teacher)}), name(teacher={"id": str(teacher), "dtype": "bfloat16"})}
+    names.add(name(teacher={"id": str(teacher), "bits": 8}))
     config = json.loads((teacher / "config.json").read_text())
     (teacher / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
     names.add(name(teacher={"id": str(teacher)}))
-    assert len(names) == 5
+    assert len(names) == 6
 
 
 def test_a_teacher_that_is_not_there_is_refused_before_anything_is_done(toys, rows, write_recipe, tmp_path):

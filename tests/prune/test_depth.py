@@ -15,7 +15,7 @@ from compress.methods import Context, Example, quiet
 from compress.prune import depth
 from compress.results import NOTES
 from tests.conftest import TASKS
-from tests.wide import SEEN, alike, bundle, elsewhere, greedy, logits, run, stored, wide
+from tests.wide import SEEN, SHAPES, alike, bundle, elsewhere, greedy, logits, run, stored, wide
 
 KINDS = list(TASKS)
 # What writes into the residual stream; without it a block hands its input on. Behind BART's and BERT's blocks stands a norm, which would not.
@@ -117,6 +117,46 @@ def test_they_load_without_this_package_and_say_the_same(tmp_path):
     for kind, (found, tokens) in elsewhere(targets, tmp_path).items():
         assert alike(found, logits(made[kind])), kind
         assert tokens == greedy(made[kind]), kind
+
+
+@pytest.mark.parametrize(
+    ("blocks", "kept"),
+    [
+        (12, [0]), (12, [0, 6, 11]), (12, [0, 2, 4, 7, 9, 11]), (12, list(range(12))), (16, [0]), (16, [0, 15]), (16, [0, 8, 15]),
+        (16, [0, 5, 10, 15]), (16, [0, 3, 6, 9, 12, 15]), (6, [0]), (6, [0, 5]), (6, [0, 2, 5]),
+    ],
+)  # fmt: skip
+def test_spacing_is_the_published_one(blocks, kept):
+    """DistilBERT's six of twelve, and shrink-and-fine-tune's of BART (12), Pegasus (16) and Marian (6)."""
+    assert depth.spaced(blocks, len(kept)) == kept
+
+
+def test_spacing_is_even():
+    for blocks in range(2, 40):
+        for left in range(2, blocks + 1):
+            kept = depth.spaced(blocks, left)
+            steps = {after - before for before, after in pairwise(kept)}
+            assert (kept[0], kept[-1], len(kept)) == (0, blocks - 1, left)
+            assert min(steps) >= 1 and max(steps) - min(steps) <= 1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_spaced_blocks_stay_and_no_example_is_looked_at(tmp_path, kind):
+    """What goes are blocks that do nothing, so the logits stay."""
+    made = wide(kind, **{key: 5 for key in SHAPES[kind] if "layer" in key})
+    if kind in ("bart", "bert"):
+        still_norms(made)
+    for blocks in block_stacks(made).values():
+        for place in (1, 3):
+            plant(blocks[place])
+    folder = stored(made, tmp_path / "whole")
+    target = run("depth", kind, folder, tmp_path / "made", seen=[], drop=2, by="spacing")
+    new = bundle(target, kind).model
+    if kind in ("bart", "bert"):
+        still_norms(new)
+    assert alike(logits(new), logits(made))
+    said = json.loads((target / NOTES).read_text())["said"]
+    assert said == [f"blocks evenly spaced in {name}, 5 -> 3 blocks: 0, 2, 4 are kept" for name in block_stacks(made)]
 
 
 def test_generation_with_a_cache_says_what_it_says_without(tmp_path):
