@@ -29,7 +29,7 @@ def name_of(monkeypatch, loaded_recipe, source, tmp_path, device="cpu"):
     monkeypatch.setattr(
         pipeline,
         "_make",
-        lambda stage, source, models, seen, tokens, chat, target, *_: (made.append(target.name), target.mkdir(parents=True)),
+        lambda stage, source, models, shown, target, *_: (made.append(target.name), target.mkdir(parents=True)),
     )
     pipeline._stages(loaded_recipe, source, tmp_path / "artifacts", device, tmp_path / "log", methods.quiet)
     shutil.rmtree(tmp_path / "artifacts")
