@@ -84,9 +84,7 @@ def test_what_a_killed_stage_left_is_swept(loaded, toys, tmp_path, monkeypatch):
     monkeypatch.setattr(pipeline, "Child", Interrupted)
     found = loaded()
     with pytest.raises(KeyboardInterrupt):
-        pipeline._make(
-            found.stages[0], Source(str(toys["llama"]), "causal-lm"), {}, [], 512, False, target, "cpu", tmp_path / "log", methods.quiet
-        )
+        pipeline._make(found.stages[0], Source(str(toys["llama"]), "causal-lm"), {}, {}, target, "cpu", tmp_path / "log", methods.quiet)
     assert list(target.parent.iterdir()) == []
 
 
