@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import barrier, broadcast
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
@@ -96,21 +99,30 @@ def train(
     each_step  called before the first step, which after a kill is the one behind the checkpoint, and after each, before its checkpoint
     rewrite    called for each batch before its step; draws no numbers from the global generators, whose state a kill loses there
 
-    Raises DataError where there is too little to learn from, RunError where the loss is no longer a number.
+    The processes of `context` train together: what one alone would take as a batch of `batch_size` x processes they share.
+
+    Raises DataError where there is too little to learn from, RunError where the loss is no longer a number and where not all processes are
+    there.
     """
     learnable = _learnable(model, rows) if known else list(range(len(rows)))
-    size = how.batch_size * how.accumulate
+    processes, together = context.processes, how.batch_size * context.processes
+    size = together * how.accumulate
     if len(learnable) < size:
+        among = f" x {processes} processes" if processes > 1 else ""
         raise DataError(
             f"training: the train split gives {len(learnable)} examples to learn from, fewer than the {size} of one step"
-            f" (batch_size {how.batch_size} x accumulate {how.accumulate}); lower these or give more rows"
+            f" (batch_size {how.batch_size} x accumulate {how.accumulate}{among}); lower these or give more rows"
         )
-    steps = how.steps or math.ceil((how.epochs or 1) * math.ceil(math.ceil(len(learnable) / how.batch_size) / how.accumulate))
+    steps = how.steps or math.ceil((how.epochs or 1) * math.ceil(math.ceil(len(learnable) / together) / how.accumulate))
 
-    def batch(numbers: list[int]) -> Inputs:
+    def batch(shared: list[int]) -> Inputs:
+        mine = shared[context.rank :: processes]
+        numbers = mine or shared[:1]
         part = rewrite([rows[number] for number in numbers], learner.state.global_step)
         inputs = padded(model, [(ids, answer) for _, ids, answer in part])
         wanted = labels(model, inputs, part, known)
+        if not mine:  # of an epoch's last rows none may be left, and all have to take part
+            wanted.fill_(IGNORED)
         # the Trainer counts shift_labels where it knows them
         return {**inputs, "labels": wanted, "shift_labels": wanted, "numbers": numbers}
 
@@ -123,21 +135,27 @@ def train(
             bf16=on_gpu and torch.cuda.is_bf16_supported(including_emulation=False), use_cpu=not on_gpu,
             remove_unused_columns=False, dataloader_pin_memory=False, include_num_input_tokens_seen="non_padding", save_strategy="no",
             logging_steps=max(1, steps // CURVE), logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
+            ddp_find_unused_parameters=False,  # what a loss uses beside the model's own forward pass would pass for unused
         )  # fmt: skip
+        if arguments.world_size != processes:
+            raise RunError(f"training: {processes} processes were asked for, and {arguments.world_size} would train")
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # the model is on one of them; the Trainer would put copies on all
         watch = _Watch(context, folder if context.scratch else None, each_step)
         learner = _Learner(loss, batch, rows, model, arguments, list, train_dataset=learnable, callbacks=[watch])
         learner.remove_callback(PrinterCallback)
-        learner.train(resume_from_checkpoint=_last_checkpoint(folder))
+        with arguments.main_process_first(local=False):  # which removes what is half-written
+            begun = _last_checkpoint(folder)
+        learner.train(resume_from_checkpoint=begun)
         learner.accelerator.unwrap_model(learner.model_wrapped, keep_fp32_wrapper=False)  # 16 bits were for training
     model.zero_grad(set_to_none=True)
     model.eval()
     curve = [entry["loss"] for entry in learner.state.log_history if "loss" in entry]
     some = max(1, len(curve) // 10)
     first, last = (sum(part) / some for part in (curve[:some], curve[-some:]))
+    among = f" in {processes} processes" if processes > 1 else ""
     context.say(
-        f"trained {steps:,} steps of {size} on {len(learnable):,} examples, {learner.state.num_input_tokens_seen:,} tokens read;"
+        f"trained {steps:,} steps of {size} on {len(learnable):,} examples{among}, {learner.state.num_input_tokens_seen:,} tokens read;"
         f" loss {first:.3g} to {last:.3g}"
     )
     if lacking := len(rows) - len(learnable):
@@ -216,14 +234,20 @@ _SCHEDULES = {"cosine": "cosine", "linear": "linear", "constant": "constant_with
 class _Learner(Trainer):  # type: ignore[misc]
     """The Trainer with a loss that is right when batches are accumulated, and checkpoints of what is trained alone.
 
-    batch   makes the inputs from the numbers of the rows. The loader gives numbers alone, because it runs one batch ahead: what a model
-            writes for a step is to be written by the weights of that step.
+    batch   makes the inputs from the numbers of the rows, this process's share of them. The loader gives numbers alone, because it runs
+            one batch ahead: what a model writes for a step is to be written by the weights of that step.
     """
 
     def __init__(self, loss: Loss, batch: Callable[[list[int]], Inputs], rows: list[Row], *given: Any, **named: Any):
         super().__init__(*given, **named)
         self._loss, self._batch, self._rows = loss, batch, rows
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by all positions of a step; the Trainer must not divide again
+
+    def get_train_dataloader(self) -> Any:
+        """Batches of what all processes take together. Those that the Trainer deals out to them are filled up with repeated rows."""
+        size = self.args.train_batch_size * self.args.world_size
+        loader = DataLoader(self.train_dataset, size, sampler=self._get_train_sampler(), collate_fn=self.data_collator)
+        return prepare_data_loader(loader, num_processes=1, process_index=0, use_seedable_sampler=True)
 
     def get_batch_samples(self, epoch_iterator: Iterator[list[int]], num_batches: int, device: Any) -> Any:
         return super().get_batch_samples(map(self._batch, epoch_iterator), num_batches, device)
@@ -263,6 +287,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def __init__(self, context: Context, folder: Path | None, each_step: Step):
         self._context, self._folder, self._each_step = context, folder, each_step
         self._pause, self._last, self._begun = CHECKPOINT_SECONDS, time.monotonic(), 0.0
+        self._shared, self._first = context.processes > 1, context.rank == 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         self._each_step(state.global_step, state.max_steps)
@@ -270,16 +295,26 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         self._each_step(state.global_step, state.max_steps)
         self._context.progress("training", state.global_step, state.max_steps)
-        if self._folder and state.global_step < state.max_steps and time.monotonic() - self._last >= self._pause:
+        if self._folder and state.global_step < state.max_steps and self._is_due(args.device):
             control.should_save, self._begun = True, time.monotonic()
+
+    def _is_due(self, device: torch.device) -> bool:
+        """Whether to write a checkpoint now. The first process's clock decides for all: each writes the state of its random numbers."""
+        due = torch.tensor(time.monotonic() - self._last >= self._pause, device=device)
+        if self._shared:
+            broadcast(due, 0)
+        return bool(due)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         assert self._folder
         made = self._folder / f"checkpoint-{state.global_step}"
-        (made / WHOLE).touch()
-        for other in self._folder.glob("checkpoint-*"):
-            if other != made:
-                shutil.rmtree(other)
+        if self._shared:
+            barrier()  # then all have written
+        if self._first:
+            (made / WHOLE).touch()
+            for other in self._folder.glob("checkpoint-*"):
+                if other != made:
+                    shutil.rmtree(other)
         self._last = time.monotonic()
         self._pause = max(CHECKPOINT_SECONDS, (self._last - self._begun) / CHECKPOINT_SHARE)
 
