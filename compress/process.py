@@ -184,24 +184,24 @@ class Team:
             raise
 
     def ask(self, request: str, **arguments: Any) -> Any:
-        """The first process's answer to a request.
+        """The first process's answer to a request, when all have answered.
 
-        Raises what went wrong first in any of them.
+        Raises what went wrong first in any of them; the others may wait for it forever, so nothing more can be asked.
         """
         for child in self._children:
             child.tell(request, arguments)
-        first, working = self._children[0], list(self._children)
-        while True:
+        first, working, answer = self._children[0], list(self._children), None
+        while working:
             for child in [child for child in working if child.has_spoken] or select.select(working, [], [])[0]:
                 message = child.hear(request)
                 if "error" in message:
                     raise self._cause(_error(message))
-                if "answer" in message and child is first:
-                    return message["answer"]
                 if "answer" in message:
                     working.remove(child)
+                    answer = message["answer"] if child is first else answer
                 elif child is first:
                     self._progress(*message["progress"])
+        return answer
 
     def close(self) -> None:
         """End all of them and all that they started."""
@@ -235,7 +235,7 @@ def launched() -> tuple[int, int] | None:
         if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
             raise InputError(
                 "accelerate launch was asked for several processes and started one, as it does on a CPU and where it finds a single GPU;"
-                " run without it and give --processes"
+                " run it without accelerate and give --processes, or under torchrun"
             )
         return None
     rank, processes, here = (_number_in(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))

@@ -23,7 +23,7 @@ def run(
     shown     what the method may see: examples, max_tokens, chat
     scratch   where it may leave checkpoints; not made before it does
     models    what it may load besides the source: `original`, the recipe's model as it came, and those that its settings name
-    processes how many are asked for the same stage, this one among them, to do it together; the first makes the artifact
+    processes so many are asked for this same stage, to do it together; the first makes the artifact
     """
     family, name = stage["family"], stage["method"]
     settings = methods.find(family, name).Settings.model_validate(stage["settings"])
