@@ -135,6 +135,17 @@ def test_the_teacher_writes_every_text_once(pair, tmp_path, monkeypatch):
     assert parts[0] | parts[1] == set(range(6))
 
 
+@pytest.mark.slow
+def test_each_process_writes_on_its_own_rows(pair, tmp_path):
+    """Of unlike lengths, so that the processes write and learn from unlike numbers of tokens; the last step's second has no rows."""
+    original, folder = two("llama", tmp_path)
+    settings = {**HOW, "batch_size": 2, "student_share": 1.0, "max_new_tokens": 6, "learning_rate": 1e-3, "steps": 6}
+    given = {"family": "distill", "method": "on_policy", "kind": "llama", "folder": str(folder), "original": str(original), "count": 5}
+    found = pair.ask("train", out=str(tmp_path / "made"), settings=settings, **given)
+    assert found["said"][0].startswith("trained 6 steps of 4 on 5 examples in 2 processes, ")
+    assert found["losses"][-2] < found["losses"][0]  # both steps of four rows
+
+
 def test_fewer_examples_than_all_processes_take_are_refused(toys):
     with pytest.raises(DataError, match=r"fewer than the 8 of one step \(batch_size 4 x accumulate 1 x 2 processes\); lower these"):
         tune(bundle(toys["llama"], "llama"), "full", context(processes=2), batch_size=4)
