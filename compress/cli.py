@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
 
-from compress.errors import CompressError, printable
+from compress.errors import CompressError, InputError, printable
 
 EXIT = {"pass": 0, "fail": 1, "cannot_tell": 4}
 
@@ -26,16 +26,25 @@ Arguments = argparse.Namespace
 def run(given: Arguments) -> int:
     """Run a recipe: stages, benchmark of both sides, report and verdict.
 
+    Stages that train do so in --processes of them, each on a GPU of its own where there are GPUs. Under torchrun or accelerate launch there
+    are as many as were launched; the first copy runs the recipe, the others end at once.
+
     Exit status: 0 pass, 1 a gate failed, 2 bad input, 3 the run failed, 4 the data cannot tell yet.
 
     Example:  compress run recipes/quickstart.yaml --set data.samples=100
     """
     from compress import pipeline, terminal
+    from compress.process import launched
     from compress.recipe import load
 
+    copy, processes = launched() or (0, 1 if given.processes is None else given.processes)
+    if copy > 0:
+        return 0
+    if given.processes not in (None, processes):
+        raise InputError(f"--processes {given.processes}: {processes} were launched; leave one of the two out")
     loaded = load(given.recipe, given.set)
     with terminal.bars() as progress:
-        report = pipeline.run(loaded, given.out, given.device, progress)
+        report = pipeline.run(loaded, given.out, given.device, progress, processes)
     return _finish(report, given.json)
 
 
@@ -206,6 +215,7 @@ def parser() -> argparse.ArgumentParser:
     verb = add(run)
     verb.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
     measuring(verb)
+    verb.add_argument("--processes", type=int, metavar="N", help="train in so many processes, whose batches make one step (1)")
     verb = add(bench)
     verb.add_argument("model", metavar="MODEL", help="a model folder, a hub id, or builtin")
     verb.add_argument("--recipe", required=True, metavar="RECIPE", help="data, metrics and benchmark are taken from this recipe")

@@ -81,7 +81,7 @@ class Optimisation(Settings):
     """How weights are trained: AdamW (Loshchilov and Hutter 2019) over the examples in random order."""
 
     learning_rate: float = Field(1e-4, gt=0, description="the highest, which the warmup ends at")
-    batch_size: int = Field(8, ge=1, description="examples a step and device")
+    batch_size: int = Field(8, ge=1, description="examples a step and process; a step takes batch_size x accumulate x processes")
     accumulate: int = Field(1, ge=1, description="batches whose gradients make one step; needs less memory than a larger batch")
     epochs: float | None = Field(None, gt=0, description="passes over the examples; 1 where steps isn't given either")
     steps: int | None = Field(None, ge=1, description="instead of epochs")
@@ -124,6 +124,7 @@ class About:
     calibrated  it is shown examples of the train split
     packs     its output is packed, so no stage may follow
     smaller   it promises that the weights take fewer bytes than before
+    trains    it trains weights, and where more than one process is wanted they do so together
     """
 
     at_run_time: str
@@ -133,6 +134,7 @@ class About:
     calibrated: bool = False
     packs: bool = False
     smaller: bool = True
+    trains: bool = False
 
     def missing(self) -> list[str]:
         """The packages that aren't installed here. Looks at metadata only; nothing is imported."""
@@ -161,6 +163,8 @@ class Context:
     scratch: Path | None = None  # a folder that outlives a kill, for checkpoints; the same one when the same stage is run again
     validation: list[Example] = field(default_factory=list)  # what early stopping looks at
     cache: Path | None = None  # a folder that runs share, for what is dear to work out
+    processes: int = 1  # so many do the stage together, each with a context of its own
+    rank: int = 0  # which of them this one is; what the first says and makes counts
     said: list[str] = field(default_factory=list)  # for the report, by `say`
     layers: list[dict[str, Any]] = field(default_factory=list)  # for the report, by `note` and `leave_out`
     curve: list[dict[str, float | int | None]] = field(default_factory=list)  # for the report: training, step by step

@@ -18,7 +18,7 @@ from compress.errors import DeviceError, InputError, ModelError, RunError
 from compress.inspection.findings import Inspection
 from compress.methods import Example, TrainSettings, TuneSettings, quiet
 from compress.model import Source
-from compress.process import Child, Progress
+from compress.process import Child, Progress, Team
 from compress.recipe import Gate, Recipe, Stage, digest, load
 from compress.report import verdict, why, write
 from compress.results import Prediction, Report, Role, Side, StageRecord
@@ -26,19 +26,23 @@ from compress.results import Prediction, Report, Role, Side, StageRecord
 HEADLINE = ("rougeL", "perplexity", "accuracy")  # the metric by which single examples are ranked
 
 
-def run(recipe: Recipe | str | Path, out: str | Path = "reports", device: str = "auto", progress: Progress = quiet) -> Report:
+def run(
+    recipe: Recipe | str | Path, out: str | Path = "reports", device: str = "auto", progress: Progress = quiet, processes: int = 1
+) -> Report:
     """Compress the recipe's model, measure both and write the report to `out`/<recipe>/<run>.
+
+    processes   how many train together in stages that train; each step takes a batch from each. Everything else is done by one
 
     Raises CompressError: InputError before anything is loaded where that can be seen, RunError where the work fails. A side that can't be
     measured to the end doesn't raise; the report has the reason and the verdict `cannot_tell`.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
-    _refuse(recipe, device)
+    _refuse(recipe, device, processes)
     wanted = recipe.model
     baseline = model.pinned(Source(model.locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
     with _place(recipe, Path(out)) as (place, log):
-        stages = _stages(recipe, baseline, Path(out) / "artifacts", device, log, progress)
+        stages = _stages(recipe, baseline, Path(out) / "artifacts", device, log, progress, processes)
         candidate = Source(str(Path(stages[-1].artifact).resolve()), wanted.task) if stages else baseline
         names: dict[Role, str] = {"baseline": wanted.id, "candidate": stages[-1].artifact if stages else wanted.id}
         report = _measured({"baseline": baseline, "candidate": candidate}, names, recipe, examples, stages, device, log, progress)
@@ -93,8 +97,10 @@ def inspect(
     return Inspection.model_validate({"model": model_id, **found})
 
 
-def _refuse(recipe: Recipe, device: str) -> None:
+def _refuse(recipe: Recipe, device: str, processes: int) -> None:
     """What can be seen to go wrong before anything is loaded."""
+    if processes < 1:
+        raise InputError(f"--processes {processes}: a number from 1 on is wanted")
     for stage in recipe.stages:
         method = methods.require(stage.family, stage.method, stage.settings)
         if device != "auto" and device not in method.ABOUT.devices:
@@ -128,11 +134,14 @@ def _place(recipe: Recipe, out: Path) -> Iterator[tuple[Path, Path]]:
             place.parent.rmdir()
 
 
-def _stages(recipe: Recipe, source: Source, artifacts: Path, device: str, log: Path, progress: Progress) -> list[StageRecord]:
+def _stages(
+    recipe: Recipe, source: Source, artifacts: Path, device: str, log: Path, progress: Progress, processes: int = 1
+) -> list[StageRecord]:
     """Make the artifact of every stage, or find it made.
 
     An artifact's name holds the digest of all that went into it: the model's content, every stage so far with its code, the calibration
-    examples, the versions of what it was made with. So recipes that share a beginning share its artifacts.
+    examples, the versions of what it was made with, how many processes trained where they were several. So recipes that share a beginning
+    share its artifacts.
     """
     original = source
     records: list[StageRecord] = []
@@ -154,6 +163,9 @@ def _stages(recipe: Recipe, source: Source, artifacts: Path, device: str, log: P
         }
         history.extend([role, model.fingerprint(other)] for role, other in others.items())
         history.append([stage.as_written(), methods.made_with(method)])
+        together = processes if method.ABOUT.trains else 1
+        if together > 1:  # a step takes so many times the examples
+            history.append({"processes": together})
         target = artifacts / f"{name}-{stage.method}-{digest(history)}"
         start, reused = time.monotonic(), _is_whole(target)
         if not reused:
@@ -162,7 +174,7 @@ def _stages(recipe: Recipe, source: Source, artifacts: Path, device: str, log: P
                 "examples": [asdict(e) for e in seen], "validation": [asdict(e) for e in watched], "max_tokens": wanted.max_tokens,
                 "chat": recipe.data.chat,
             }  # fmt: skip
-            _make(stage, source, models, shown, target, device, log, progress)
+            _make(stage, source, models, shown, target, device, log, progress, together)
         seconds = time.monotonic() - start
         noted = write.read_notes(target)
         records.append(StageRecord(stage=stage.as_written(), artifact=str(target), seconds=seconds, reused=reused, **noted))
@@ -191,15 +203,17 @@ def _is_whole(artifact: Path) -> bool:
 
 
 def _make(
-    stage: Stage, source: Source, models: dict[str, Source], shown: dict[str, Any], target: Path, device: str, log: Path, progress: Progress
+    stage: Stage, source: Source, models: dict[str, Source], shown: dict[str, Any], target: Path, device: str, log: Path,
+    progress: Progress, processes: int = 1,
 ) -> None:  # fmt: skip
     written = {"family": stage.family, "method": stage.method, "settings": stage.settings.model_dump(mode="json")}
     scratch = target.with_name(f".{target.name}.scratch")  # a stage that was killed finds its checkpoints there
     try:
-        with Child("compress.stage", log, progress) as child:
-            child.ask(
+        alone = processes == 1
+        with Child("compress.stage", log, progress) if alone else Team("compress.stage", log, progress, processes) as worker:
+            worker.ask(
                 "run", source=asdict(source), stage=written, shown=shown, target=str(target), scratch=str(scratch), device=device,
-                cache=str(target.parent / "teachers"), models={role: asdict(other) for role, other in models.items()},
+                cache=str(target.parent / "teachers"), models={role: asdict(other) for role, other in models.items()}, processes=processes,
             )  # fmt: skip
         shutil.rmtree(scratch, ignore_errors=True)
     finally:

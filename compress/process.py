@@ -2,7 +2,8 @@
 
 The parent starts `python -m MODULE REQUEST_FD REPLY_FD` and asks it one thing at a time, a JSON line each way over two
 pipes of their own, so that nothing a library prints can be mistaken for an answer. While it works, the child sends progress.
-A child whose parent dies is killed by the kernel; a child that dies leaves the parent a `ChildDied` with the reason.
+A child whose parent dies is killed by the kernel; a child that dies leaves the parent a `ChildDied` with the reason. A `Team` is
+several that work on one request together, as torch.distributed has it.
 """
 
 import contextlib
@@ -12,6 +13,7 @@ import json
 import os
 import select
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -22,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from compress import errors
-from compress.errors import ChildDied, CompressError, RunError
+from compress.errors import ChildDied, CompressError, InputError, RunError
 
 Progress = Callable[[str, int, int], None]  # what, and behind a semicolon how it goes; done, total
 ENVIRONMENT = {
@@ -34,21 +36,30 @@ ENVIRONMENT = {
     "DISABLE_SAFETENSORS_CONVERSION": "1",  # else a repository of pickles makes transformers ask a service to convert it
     "BITSANDBYTES_NOWELCOME": "1",
 }
+LAUNCHER = (  # what torchrun and accelerate launch tell their copies; our processes are told their own
+    "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME",
+    "MASTER_ADDR", "MASTER_PORT",
+)  # fmt: skip
+LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_")
+SETTLE_S = 0.5  # by then a process that ended is seen to have ended
 
 
 class Child:
     """A working process. Use it as a context; leaving it ends the process and its children.
 
-    module    a module that calls `serve`
-    log       a file for whatever the child prints
-    threads   CPU threads for torch, None for all that the process may use
+    module       a module that calls `serve`
+    log          a file for whatever the child prints
+    threads      CPU threads for torch, None for all that the process may use
+    environment  more variables for it
     """
 
-    def __init__(self, module: str, log: Path, progress: Progress, threads: int | None = None):
+    def __init__(
+        self, module: str, log: Path, progress: Progress, threads: int | None = None, environment: Mapping[str, str] | None = None
+    ):
         self._log, self._progress = log, progress
         request_read, self._request = os.pipe()
         self._reply, reply_write = os.pipe()
-        environment = {**os.environ, **ENVIRONMENT}
+        environment = {**_inherited(), **ENVIRONMENT, **(environment or {})}
         if threads is not None:
             environment["OMP_NUM_THREADS"] = str(threads)
         with log.open("ab") as output:
@@ -70,21 +81,52 @@ class Child:
 
         Raises what the child raised, or ChildDied when it ended or took longer than `limit_s` seconds.
         """
-        line = json.dumps({"request": request, "arguments": arguments}).encode() + b"\n"
-        try:
-            while line:
-                line = line[os.write(self._request, line) :]
-        except BrokenPipeError:
-            raise self._died() from None
+        self.tell(request, arguments)
         deadline = None if limit_s is None else time.monotonic() + limit_s
         while True:
-            message = self._read(deadline, request)
+            message = self.hear(request, deadline)
             if "progress" in message:
                 self._progress(*message["progress"])
             elif "error" in message:
                 raise _error(message)
             else:
                 return message["answer"]
+
+    def tell(self, request: str, arguments: dict[str, Any]) -> None:
+        """Ask without waiting for the answer. Raises ChildDied."""
+        line = json.dumps({"request": request, "arguments": arguments}).encode() + b"\n"
+        try:
+            while line:
+                line = line[os.write(self._request, line) :]
+        except BrokenPipeError:
+            raise self.died() from None
+
+    def hear(self, request: str, deadline: float | None = None) -> dict[str, Any]:
+        """The child's next message on a request. Raises ChildDied."""
+        while not self.has_spoken:
+            wait = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([self._reply], [], [], wait)[0]:
+                self.close()
+                raise ChildDied(f"{request} took longer than the limit and was stopped")
+            chunk = os.read(self._reply, 1 << 20)
+            if not chunk:
+                raise self.died()
+            self._buffer += chunk
+        line, self._buffer = self._buffer.split(b"\n", 1)
+        return dict(json.loads(line))
+
+    @property
+    def has_spoken(self) -> bool:
+        """Whether a message is here that `hear` gives at once."""
+        return b"\n" in self._buffer
+
+    @property
+    def has_ended(self) -> bool:
+        return self._process.poll() is not None
+
+    def fileno(self) -> int:
+        """What `select` waits on for messages."""
+        return self._reply
 
     def close(self) -> None:
         """End the child and all that it started."""
@@ -102,20 +144,8 @@ class Child:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
         self.close()
 
-    def _read(self, deadline: float | None, request: str) -> dict[str, Any]:
-        while b"\n" not in self._buffer:
-            wait = None if deadline is None else max(0.0, deadline - time.monotonic())
-            if not select.select([self._reply], [], [], wait)[0]:
-                self.close()
-                raise ChildDied(f"{request} took longer than the limit and was stopped")
-            chunk = os.read(self._reply, 1 << 20)
-            if not chunk:
-                raise self._died()
-            self._buffer += chunk
-        line, self._buffer = self._buffer.split(b"\n", 1)
-        return dict(json.loads(line))
-
-    def _died(self) -> ChildDied:
+    def died(self) -> ChildDied:
+        """Why the child ended, which it has."""
         code = self._process.wait()
         if code == -signal.SIGKILL:
             reason = "was killed (signal 9), most often because the machine ran out of memory"
@@ -128,6 +158,114 @@ class Child:
     def _last_words(self) -> str:
         lines = [line for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         return f"; its last line: {lines[-1].strip()[:300]}" if lines else ""
+
+
+class Team:
+    """Working processes that are asked the same thing at once and work on it together; a context, and asked, like a `Child`.
+
+    Each finds in its environment what torch.distributed wants to know. The first one's progress and answer count.
+
+    log   the first one's; what the others printed is put behind it when they end
+    """
+
+    def __init__(self, module: str, log: Path, progress: Progress, processes: int):
+        self._progress = progress
+        self._logs = [log, *(log.with_name(f"{log.name}.{rank}") for rank in range(1, processes))]
+        self._children: list[Child] = []
+        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+        shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
+        threads = None if "OMP_NUM_THREADS" in _inherited() else max(1, len(os.sched_getaffinity(0)) // processes)
+        try:
+            for rank, file in enumerate(self._logs):
+                own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
+                self._children.append(Child(module, file, progress, threads, own))
+        except BaseException:
+            self.close()
+            raise
+
+    def ask(self, request: str, **arguments: Any) -> Any:
+        """The first process's answer to a request, when all have answered.
+
+        Raises what went wrong first in any of them; the others may wait for it forever, so nothing more can be asked.
+        """
+        for child in self._children:
+            child.tell(request, arguments)
+        first, working, answer = self._children[0], list(self._children), None
+        while working:
+            for child in [child for child in working if child.has_spoken] or select.select(working, [], [])[0]:
+                message = child.hear(request)
+                if "error" in message:
+                    raise self._cause(_error(message))
+                if "answer" in message:
+                    working.remove(child)
+                    answer = message["answer"] if child is first else answer
+                elif child is first:
+                    self._progress(*message["progress"])
+        return answer
+
+    def close(self) -> None:
+        """End all of them and all that they started."""
+        for child in self._children:
+            child.close()
+        with self._logs[0].open("ab") as whole:
+            for log in self._logs[1:]:
+                if log.exists():
+                    whole.write(log.read_bytes())
+                    log.unlink()
+
+    def __enter__(self) -> "Team":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def _cause(self, error: CompressError) -> CompressError:
+        """An error that was heard of, or why a process ended: one that ends makes the others fail, which may be heard of before."""
+        time.sleep(SETTLE_S)
+        return next((child.died() for child in self._children if child.has_ended), error)
+
+
+def launched() -> tuple[int, int] | None:
+    """Which of the copies that torchrun or accelerate launch started this process is, from 0 on, and how many they are; None without.
+
+    Raises InputError, the first copy for all, where they are on several machines, and where accelerate launch was asked for what it or this
+    package doesn't do.
+    """
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
+            raise InputError(
+                "accelerate launch was asked for several processes and started one, as it does on a CPU and where it finds a single GPU;"
+                " run it without accelerate and give --processes, or under torchrun"
+            )
+        return None
+    rank, processes, here = (_number_in(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
+    if rank == 0 and here != processes:
+        raise InputError(f"{processes} processes were launched, {here} of them on this machine; all have to be on one")
+    for wanted in ("FSDP", "DEEPSPEED"):
+        if rank == 0 and os.environ.get(f"ACCELERATE_USE_{wanted}", "").lower() == "true":
+            raise InputError(f"accelerate launch is configured for {wanted}, which isn't used here; launch without it")
+    return rank, processes
+
+
+def _number_in(name: str) -> int:
+    value = os.environ.get(name, "1")  # a launcher sets all; where others set some, it is one process on each machine
+    if not value.isdecimal():
+        raise InputError(f"{name}={value} in the environment: a number is wanted, as torchrun sets it; unset it to run without a launcher")
+    return int(value)
+
+
+def _inherited() -> dict[str, str]:
+    """This process's environment without what a launcher says in it."""
+    found = {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith(LAUNCHER_PREFIXES)}
+    if "RANK" in os.environ and found.get("OMP_NUM_THREADS") == "1":
+        del found["OMP_NUM_THREADS"]  # launchers set it for their copies, of which one alone works here
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
 
 
 def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:

@@ -2,6 +2,8 @@
 
 import gc
 import json
+import os
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from compress.results import NOTES, whole_folder
 
 def run(
     progress: Progress, source: dict[str, Any], stage: dict[str, Any], shown: dict[str, Any], target: str, device: str,
-    scratch: str | None = None, cache: str | None = None, models: dict[str, dict[str, Any]] | None = None,
+    scratch: str | None = None, cache: str | None = None, models: dict[str, dict[str, Any]] | None = None, processes: int = 1,
 ) -> None:  # fmt: skip
     """Make the artifact of one stage in the folder `target`, which appears whole or not at all.
 
@@ -22,6 +24,7 @@ def run(
     scratch   where it may leave checkpoints; not made before it does
     cache     where it may leave what other stages can use; not made before it does
     models    what it may load besides the source: `original`, the recipe's model as it came, and those that its settings name
+    processes so many are asked for this same stage, to do it together; the first makes the artifact
     """
     family, name = stage["family"], stage["method"]
     settings = methods.find(family, name).Settings.model_validate(stage["settings"])
@@ -29,13 +32,18 @@ def run(
     device = model.pick_device(device)
     if device not in method.ABOUT.devices:
         raise DeviceError(f"{family}: {name} runs on {', '.join(method.ABOUT.devices)}, not on {device}")
+    rank = 0 if processes == 1 else _join(device, processes)
     before = model.Source(**source)
     seen, watched = ([Example(**row) for row in shown.get(kind, [])] for kind in ("examples", "validation"))
     others = {role: model.Source(**other) for role, other in (models or {}).items()}
     place, shared = (Path(folder) if folder else None for folder in (scratch, cache))
-    context = methods.Context(device, progress, seen, shown["max_tokens"], shown["chat"], others, place, watched, shared)
+    context = methods.Context(
+        device, progress, seen, shown["max_tokens"], shown["chat"], others, place, watched, shared, processes=processes, rank=rank
+    )
     progress(f"{family}: {name}", 0, 1)
     bundle = method.apply(model.Bundle(before, device), settings, context)
+    if rank > 0:
+        return
     with whole_folder(Path(target)) as folder:
         bundle.save(folder)
         (folder / NOTES).write_text(
@@ -47,6 +55,24 @@ def run(
             _check_smaller(model.skeleton_bytes(before), model.file_bytes(folder), f"{family}: {name}")
         _check_logits(model.Source(str(folder), before.task), device, f"{family}: {name}")
     progress(f"{family}: {name}", 1, 1)
+
+
+def _join(device: str, processes: int) -> int:
+    """Find the other processes; gives which of them this one is. On GPUs it takes one of its own, which is `cuda` from now on.
+
+    Raises DeviceError where there are fewer GPUs than processes.
+    """
+    import torch
+
+    rank, backend, own = int(os.environ["RANK"]), "gloo", None
+    if device == "cuda":
+        if (there := torch.cuda.device_count()) < processes:
+            raise DeviceError(f"--processes {processes}: each takes a GPU of its own, and here are {there}; use fewer, or --device cpu")
+        backend, own = "nccl", torch.device("cuda", rank)
+        torch.cuda.set_device(own)
+    # the parent ends all when one ends, so that nobody waits for nothing; and some waits are long, as for a teacher that writes
+    torch.distributed.init_process_group(backend, timeout=timedelta(days=30), device_id=own)
+    return rank
 
 
 def _check_smaller(before: int, after: int, who: str) -> None:

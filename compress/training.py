@@ -13,9 +13,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.data_loader import prepare_data_loader
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed import barrier, broadcast
 from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.pytorch_utils import Conv1D
 
@@ -122,22 +125,31 @@ def train(
                loses there
     stopping   looks at the validation split now and then, ends early and keeps the best weights
 
-    Raises DataError where there is too little to learn from, RunError where the loss is no longer a number.
+    The processes of `context` train together: what one alone would take as a batch of `batch_size` x processes they share.
+
+    Raises DataError where there is too little to learn from, RunError where the loss is no longer a number and where not all processes are
+    there.
     """
     rows, given = material.rows, range(len(material.train))
     learnable = _learnable(model, rows, given) if known else list(given)
     if not learnable:
         raise DataError(f"training: none of the {len(given)} examples of the train split has a target; look at data.target")
-    size = how.batch_size * how.accumulate
+    processes, together = context.processes, how.batch_size * context.processes
+    size = together * how.accumulate
     if len(learnable) < size:
+        among = f" x {processes} processes" if processes > 1 else ""
         raise DataError(
             f"training: the train split gives {len(learnable)} examples to learn from, fewer than the {size} of one step"
-            f" (batch_size {how.batch_size} x accumulate {how.accumulate}); lower these or give more rows"
+            f" (batch_size {how.batch_size} x accumulate {how.accumulate}{among}); lower these or give more rows"
         )
-    steps = how.steps or math.ceil((how.epochs or 1) * math.ceil(math.ceil(len(learnable) / how.batch_size) / how.accumulate))
+    steps = how.steps or math.ceil((how.epochs or 1) * math.ceil(math.ceil(len(learnable) / together) / how.accumulate))
 
-    def batch(numbers: list[int]) -> Inputs:
+    def batch(shared: list[int]) -> Inputs:
+        mine = shared[context.rank :: processes]
+        numbers = mine or shared[:1]
         made = batch_of(model, rewrite([rows[number] for number in numbers], learner.state.global_step), numbers, known)
+        if not mine:  # of an epoch's last rows none may be left, and all have to take part
+            made.wanted.fill_(IGNORED)
         # the Trainer counts shift_labels where it knows them
         return {**made.inputs, "labels": made.wanted, "shift_labels": made.wanted, "numbers": numbers}
 
@@ -164,7 +176,10 @@ def train(
             logging_steps=max(1, steps // CURVE), logging_nan_inf_filter=False, report_to="none", disable_tqdm=True,
             eval_strategy="steps" if stopping else "no", eval_steps=stopping.every or max(1, steps // LOOKS) if stopping else None,
             metric_for_best_model="eval_validation", greater_is_better=stopping is not None and stopping.metric == "rougeL",
+            ddp_find_unused_parameters=False,  # what a loss uses beside the model's own forward pass would pass for unused
         )  # fmt: skip
+        if arguments.world_size != processes:
+            raise RunError(f"training: {processes} processes were asked for, and {arguments.world_size} would train")
         if arguments.n_gpu > 1:
             arguments._n_gpu = 1  # the model is on one of them; the Trainer would put copies on all
         watch = _Watch(context, folder if context.scratch else None, each_step)
@@ -174,7 +189,9 @@ def train(
             callbacks=[watch],
         )  # fmt: skip
         learner.remove_callback(PrinterCallback)
-        learner.train(resume_from_checkpoint=_last_checkpoint(folder))
+        with arguments.main_process_first(local=False):  # which removes what is half-written
+            begun = _last_checkpoint(folder)
+        learner.train(resume_from_checkpoint=begun)
         learner.accelerator.unwrap_model(learner.model_wrapped, keep_fp32_wrapper=False)  # 16 bits were for training
         if stopping:
             learner.take_best()
@@ -185,8 +202,9 @@ def train(
     curve = [entry["loss"] for entry in state.log_history if "loss" in entry]
     some = max(1, len(curve) // 10)
     first, last = (sum(part) / some for part in (curve[:some], curve[-some:]))
+    among = f" in {processes} processes" if processes > 1 else ""
     context.say(
-        f"trained {state.global_step:,} steps of {size} on {len(learnable):,} examples, {state.num_input_tokens_seen:,} tokens read;"
+        f"trained {state.global_step:,} steps of {size} on {len(learnable):,} examples{among}, {state.num_input_tokens_seen:,} tokens read;"
         f" loss {first:.3g} to {last:.3g}"
     )
     if stopping:
@@ -312,8 +330,8 @@ class _Learner(Trainer):  # type: ignore[misc]
 
     look      says how the model does on the validation split
     patience  looks without a better value after which training ends
-    batch     makes the inputs from the numbers of the rows. The loader gives numbers alone, because it runs one batch ahead: what a model
-              writes for a step is to be written by the weights of that step.
+    batch     makes the inputs from the numbers of the rows, this process's share of them. The loader gives numbers alone, because it runs
+              one batch ahead: what a model writes for a step is to be written by the weights of that step.
     """
 
     def __init__(
@@ -323,6 +341,12 @@ class _Learner(Trainer):  # type: ignore[misc]
         super().__init__(*given, **named)
         self._loss, self._batch, self._rows, self._look, self._patience = loss, batch, rows, look, patience
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by all positions of a step; the Trainer must not divide again
+
+    def get_train_dataloader(self) -> Any:
+        """Batches of what all processes take together. Those that the Trainer deals out to them are filled up with repeated rows."""
+        size = self.args.train_batch_size * self.args.world_size
+        loader = DataLoader(self.train_dataset, size, sampler=self._get_train_sampler(), collate_fn=self.data_collator)
+        return prepare_data_loader(loader, num_processes=1, process_index=0, use_seedable_sampler=True)
 
     def get_batch_samples(self, epoch_iterator: Iterator[list[int]], num_batches: int, device: Any) -> Any:
         return super().get_batch_samples(map(self._batch, epoch_iterator), num_batches, device)
@@ -342,7 +366,10 @@ class _Learner(Trainer):  # type: ignore[misc]
 
     def evaluate(self, *given: Any, **named: Any) -> dict[str, float]:
         self.model.eval()
-        found = {"eval_validation": self._look()}
+        value = torch.tensor(self._look() if self.is_world_process_zero() else 0.0, dtype=torch.float64, device=self.args.device)
+        if self.args.world_size > 1:
+            broadcast(value, 0)
+        found = {"eval_validation": value.item()}
         self.log(found)
         self.control.should_evaluate = False
         return found
@@ -351,7 +378,8 @@ class _Learner(Trainer):  # type: ignore[misc]
         better = bool(super()._determine_best_metric(metrics, trial))
         if better:
             self.state.best_global_step = self.state.global_step
-            self._save(str(self._best()))
+            if self.is_world_process_zero():
+                self._save(str(self._best()))
         elif self.state.global_step - (self.state.best_global_step or 0) >= self._patience * self.args.eval_steps:
             self.control.should_training_stop = True
         return better
@@ -361,6 +389,8 @@ class _Learner(Trainer):  # type: ignore[misc]
         return Path(self.args.output_dir) / f"{BEST}{self.state.best_global_step}"
 
     def take_best(self) -> None:
+        if self.args.world_size > 1:
+            barrier()  # then the first has written them
         self._load_from_checkpoint(str(self._best()))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
@@ -386,6 +416,7 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         self._context, self._folder, self._each_step = context, folder, each_step
         self._pause, self._last, self._begun = CHECKPOINT_SECONDS, time.monotonic(), 0.0
         self._since, self._loss = (0.0, 0), ""
+        self._shared, self._first = context.processes > 1, context.rank == 0
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         self._since = time.monotonic(), state.num_input_tokens_seen
@@ -396,21 +427,31 @@ class _Watch(TrainerCallback):  # type: ignore[misc]
         seconds, tokens = time.monotonic() - self._since[0], state.num_input_tokens_seen - self._since[1]
         told = f"training; {self._loss}{tokens / seconds:,.0f} tokens/s"
         self._context.progress(told, state.global_step, state.max_steps)
-        if self._folder and state.global_step < state.max_steps and time.monotonic() - self._last >= self._pause:
+        if self._folder and state.global_step < state.max_steps and self._is_due(args.device):
             control.should_save, self._begun = True, time.monotonic()
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         if "loss" in state.log_history[-1]:
             self._loss = f"loss {state.log_history[-1]['loss']:.3g}, "
 
+    def _is_due(self, device: torch.device) -> bool:
+        """Whether to write a checkpoint now. The first process's clock decides for all: each writes the state of its random numbers."""
+        due = torch.tensor(time.monotonic() - self._last >= self._pause, device=device)
+        if self._shared:
+            broadcast(due, 0)
+        return bool(due)
+
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         assert self._folder
         made = self._folder / f"checkpoint-{state.global_step}"
-        (made / WHOLE).touch()
-        needed = {made, self._folder / f"{BEST}{state.best_global_step}"}
-        for other in [*self._folder.glob("checkpoint-*"), *self._folder.glob(f"{BEST}*")]:
-            if other not in needed:
-                shutil.rmtree(other)
+        if self._shared:
+            barrier()  # then all have written
+        if self._first:
+            (made / WHOLE).touch()
+            needed = {made, self._folder / f"{BEST}{state.best_global_step}"}
+            for other in [*self._folder.glob("checkpoint-*"), *self._folder.glob(f"{BEST}*")]:
+                if other not in needed:
+                    shutil.rmtree(other)
         self._last = time.monotonic()
         self._pause = max(CHECKPOINT_SECONDS, (self._last - self._begun) / CHECKPOINT_SHARE)
 

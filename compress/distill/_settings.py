@@ -8,7 +8,7 @@ from compress import methods
 from compress.methods import About, OtherModel
 
 Divergence = Literal["forward", "reverse", "jensen-shannon"]
-DISTILLED = About(at_run_time="the model runs as the student does", calibrated=True, smaller=False)
+DISTILLED = About(at_run_time="the model runs as the student does", calibrated=True, smaller=False, trains=True)
 
 
 class Student(methods.Settings):

@@ -8,6 +8,7 @@ as in `finetune: full`, the teacher being out of memory.
 import json
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import Field
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from compress.calibration.stream import Row
 
 ABOUT = DISTILLED
-WRITTEN = "written.jsonl"  # [number, text] of each example, a line each
+WRITTEN = "written.jsonl"  # [number, text] of each example, a line each; every process has its own
 
 
 class Settings(DistillSettings):
@@ -71,8 +72,10 @@ def written(teacher: Bundle, settings: Settings, context: Context) -> list[Examp
     bare = [Example(example.id, example.prompt, []) for example in context.examples]
     rows = encoded(model, teacher.tokenizer, replace(context, examples=bare, max_tokens=limit))
     texts, beams = _kept(context), 1 if settings.sampling_temperature else settings.num_beams
-    for seed, numbers in enumerate(_batches(rows, settings.batch_size), settings.seed):
-        context.progress("the teacher writes", len(texts), len(rows))
+    mine = list(enumerate(_batches(rows, settings.batch_size), settings.seed))[context.rank :: context.processes]
+    count = sum(len(numbers) for _, numbers in mine)
+    for seed, numbers in mine:
+        context.progress("the teacher writes", len(texts), count)
         if all(number in texts for number in numbers):
             continue
         torch.manual_seed(seed)
@@ -80,7 +83,8 @@ def written(teacher: Bundle, settings: Settings, context: Context) -> list[Examp
         new = {n: teacher.tokenizer.decode(ids, skip_special_tokens=True) for n, ids in zip(numbers, found, strict=True)}
         _keep(new, context)
         texts |= new
-    context.progress("the teacher writes", len(rows), len(rows))
+    context.progress("the teacher writes", count, count)
+    texts = _of_all(texts, context)
     return [replace(example, references=[texts[number]] if texts[number].strip() else []) for number, (example, _, _) in enumerate(rows)]
 
 
@@ -91,9 +95,25 @@ def _batches(rows: "list[Row]", size: int) -> Iterator[list[int]]:
         yield order[start : start + size]
 
 
+def _of_all(texts: dict[int, str], context: Context) -> dict[int, str]:
+    """What all processes wrote."""
+    from torch.distributed import all_gather_object
+
+    if context.processes == 1:
+        return texts
+    parts: list[dict[int, str]] = [{} for _ in range(context.processes)]
+    all_gather_object(parts, texts)
+    return {number: text for part in parts for number, text in part.items()}
+
+
+def _file(context: Context) -> Path | None:
+    """Where this process keeps what was written."""
+    return context.scratch / f"{context.rank or ''}{WRITTEN}" if context.scratch else None
+
+
 def _kept(context: Context) -> dict[int, str]:
     """What was written before a kill; a line that was cut off goes."""
-    file = None if context.scratch is None else context.scratch / WRITTEN
+    file = _file(context)
     if file is None or not file.exists():
         return {}
     lines = [line for line in file.read_text(encoding="ascii").splitlines(keepends=True) if line.endswith("\n")]
@@ -102,7 +122,7 @@ def _kept(context: Context) -> dict[int, str]:
 
 
 def _keep(texts: dict[int, str], context: Context) -> None:
-    if context.scratch is not None:
-        context.scratch.mkdir(parents=True, exist_ok=True)
-        with (context.scratch / WRITTEN).open("a", encoding="ascii") as file:
+    if (place := _file(context)) is not None:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with place.open("a", encoding="ascii") as file:
             file.writelines(f"{json.dumps(pair)}\n" for pair in texts.items())

@@ -2,4 +2,4 @@
 
 from compress.methods import About
 
-TUNED = About(at_run_time="the model runs as before", calibrated=True, smaller=False)
+TUNED = About(at_run_time="the model runs as before", calibrated=True, smaller=False, trains=True)

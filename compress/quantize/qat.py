@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from compress.training import Batch
 
-ABOUT = PACKED
+ABOUT = replace(PACKED, trains=True)
 
 
 class Settings(GridSettings):

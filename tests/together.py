@@ -1,0 +1,77 @@
+"""The working process of tests in which several train together: stages on toy models, and ways to fail."""
+
+import os
+import signal
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from compress import stage, training
+from compress.distill import sequence
+from compress.methods import Context, find
+from compress.model import Source
+from compress.process import serve
+from tests.blocks import bundle, examples
+from tests.conftest import TASKS
+
+LOSSES: list[float] = []
+
+
+def train(progress, family, method, kind, folder, out, settings, original=None, count=6, scratch=None, processes=2, device="cpu", often=False, kill=None, nan=None):  # fmt: skip
+    """A stage's method; what it said and the loss of every step as the Trainer logs it. The first process leaves the weights in `out`.
+
+    often   a checkpoint after every step
+    kill    (rank, step): that process is killed when that step is done, before a checkpoint of it
+    nan     a rank in which the model gives no numbers; weights are the first one's in all
+    """
+    if processes > 1 and not torch.distributed.is_initialized():
+        stage._join(device, int(os.environ["WORLD_SIZE"]))
+    rank = int(os.environ.get("RANK", "0"))
+    training.CHECKPOINT_SECONDS, training.CHECKPOINT_SHARE = (0.0, float("inf")) if often else (60.0, 0.05)
+
+    def told(what, done, total):
+        if what == "training" and kill == [rank, done]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        progress(what, done, total)
+
+    LOSSES.clear()
+    made, chosen = bundle(folder, kind), find(family, method)
+    context = Context(
+        device, told, examples(count, label=kind == "bert"), 32, scratch=Path(scratch) if scratch else None, processes=processes, rank=rank
+    )
+    if original:
+        context.models["original"] = Source(original, TASKS[kind], "float32")
+    if nan == rank:
+        made.model.register_forward_hook(lambda model, given, out: type(out)(logits=out.logits * float("nan")))
+    model = chosen.apply(made, chosen.Settings(**settings), context).model
+    if rank == 0:
+        save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, out)
+    return {"said": context.said, "losses": LOSSES}
+
+
+def written(progress, folder, scratch):
+    """What `distill: sequence` has the teacher write; as every process has it."""
+    if not torch.distributed.is_initialized():
+        stage._join("cpu", 2)
+    rank = int(os.environ["RANK"])
+    context = Context("cpu", progress, examples(), 32, scratch=Path(scratch), processes=2, rank=rank)
+    found = sequence.written(bundle(folder, "llama"), sequence.Settings(batch_size=2, max_new_tokens=8), context)
+    texts = [example.references for example in found]
+    every: list = [None, None]
+    torch.distributed.all_gather_object(every, texts)
+    assert every[0] == every[1]
+    return texts
+
+
+class Noted(training._Learner):
+    def log(self, logs, *given, **named):
+        if "loss" in logs:
+            LOSSES.append(logs["loss"])
+        super().log(logs, *given, **named)
+
+
+training._Learner = Noted
+
+if __name__ == "__main__":
+    serve({"train": train, "written": written})
