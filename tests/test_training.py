@@ -6,10 +6,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress import methods, pipeline, recipe, stage, training
+from compress import methods, pipeline, recipe, stage
 from compress.errors import RunError
 from compress.methods import Context
 from compress.model import Source
+from compress.training import learner
+from compress.training.weights import zeros_kept
 from tests.blocks import bundle, examples
 from tests.conftest import recipe_for
 from tests.finetune.loops import halved, tune
@@ -24,8 +26,8 @@ class Killed(Exception):
 @pytest.fixture
 def often(monkeypatch):
     """A checkpoint after every step."""
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(training, "CHECKPOINT_SHARE", float("inf"))
+    monkeypatch.setattr(learner, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(learner, "CHECKPOINT_SHARE", float("inf"))
 
 
 def until(step, seen):
@@ -91,8 +93,8 @@ def test_a_half_written_checkpoint_is_passed_over_and_removed(toys, tmp_path, of
     trained(bundle(toys["llama"], "llama"), "full", tmp_path, 4)
     half = tmp_path / "checkpoint-5"
     shutil.copytree(tmp_path / "checkpoint-3", half)
-    (half / training.WHOLE).unlink()
-    (half / training.WEIGHTS).write_bytes(b"cut off")
+    (half / learner.WHOLE).unlink()
+    (half / learner.WEIGHTS).write_bytes(b"cut off")
     found, steps, _ = trained(bundle(toys["llama"], "llama"), "full", tmp_path)
     assert steps[0] == 4
     assert not half.exists()
@@ -122,7 +124,7 @@ def test_a_loss_that_is_no_number_is_named_with_its_step(toys):
 
 def test_elements_have_no_gradient_while_they_are_zero():
     weight = torch.nn.Parameter(torch.tensor([0.0, 1.0, 2.0]))
-    with training.zeros_kept([weight]):
+    with zeros_kept([weight]):
         (3 * weight).sum().backward()
         assert weight.grad.tolist() == [0, 3, 3]
         weight.data[2] = 0

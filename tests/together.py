@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from compress import stage, training
+from compress import stage
 from compress.distill import sequence
 from compress.methods import Context, find
 from compress.model import Source
 from compress.process import serve
+from compress.training import learner, loop
 from tests.blocks import bundle, examples
 from tests.conftest import TASKS
 
@@ -28,10 +29,10 @@ def train(progress, family, method, kind, folder, out, settings, original=None, 
     if processes > 1 and not torch.distributed.is_initialized():
         stage._join(device, int(os.environ["WORLD_SIZE"]))
     rank = int(os.environ.get("RANK", "0"))
-    training.CHECKPOINT_SECONDS, training.CHECKPOINT_SHARE = (0.0, float("inf")) if often else (60.0, 0.05)
+    learner.CHECKPOINT_SECONDS, learner.CHECKPOINT_SHARE = (0.0, float("inf")) if often else (60.0, 0.05)
 
     def told(what, done, total):
-        if what == "training" and kill == [rank, done]:
+        if what.startswith("training") and kill == [rank, done]:
             os.kill(os.getpid(), signal.SIGKILL)
         progress(what, done, total)
 
@@ -64,14 +65,14 @@ def written(progress, folder, scratch):
     return texts
 
 
-class Noted(training._Learner):
+class Noted(loop.Learner):
     def log(self, logs, *given, **named):
         if "loss" in logs:
             LOSSES.append(logs["loss"])
         super().log(logs, *given, **named)
 
 
-training._Learner = Noted
+loop.Learner = Noted
 
 if __name__ == "__main__":
     serve({"train": train, "written": written})

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from compress.distill._settings import DivergenceSettings, LogitsSettings
-from compress.training import Batch
+from compress.training.material import Batch
 
 
 def divergence(told: Tensor, known: Tensor, settings: DivergenceSettings) -> Tensor:

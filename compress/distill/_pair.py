@@ -6,13 +6,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from compress import model, training
+from compress import model
 from compress.architecture import context_length, size_cache_by_decoder
 from compress.distill._settings import DistillSettings
 from compress.errors import InputError, ModelError
 from compress.methods import Context
 from compress.model import Bundle
-from compress.training import Loss, Material, Rewrite, train_all
+from compress.training.loop import Rewrite, train_all
+from compress.training.material import Loss, Material, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -70,17 +71,17 @@ def student_of(bundle: Bundle, settings: DistillSettings, context: Context) -> B
     return student
 
 
-def read(student: Bundle, teacher: Bundle, context: Context) -> Material:
+def read_by_both(student: Bundle, teacher: Bundle, context: Context) -> Material:
     """The examples by the student's tokenizer, as long as both models have room for. Raises DataError."""
     room = context_length(config_of(teacher), teacher.tokenizer) or context.max_tokens
-    return training.read(student.model, student.tokenizer, replace(context, max_tokens=min(context.max_tokens, room)))
+    return read(student.model, student.tokenizer, replace(context, max_tokens=min(context.max_tokens, room)))
 
 
 def trained(
     student: Bundle, material: Material, settings: DistillSettings, context: Context, loss: Loss, known: bool,
     rewrite: Rewrite = lambda rows, done: rows,
 ) -> Bundle:  # fmt: skip
-    """The student, its weights trained by `training.train_all`, which says what the arguments are and what is raised."""
+    """The student, its weights trained by `training.loop.train_all`, which says what the arguments are and what is raised."""
     train_all(student.model, material, settings, context, loss, known, rewrite)
     return student.holding(student.model)
 

@@ -25,7 +25,7 @@ from compress.errors import ModelError, NoSpace
 from compress.model import fingerprint, tensor_headers
 from compress.process import is_disk_full
 from compress.recipe import digest
-from compress.training import IGNORED, Material, batch_of
+from compress.training.material import IGNORED, Material, batch_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel
 
-    from compress.training import Batch
+    from compress.training.material import Batch
 
 ABOUT = DISTILLED
 Number = Annotated[int, Field(ge=0)]
@@ -68,8 +68,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     from compress.calibration.stream import padded, without_cache
     from compress.distill._divergence import divergence, with_targets
-    from compress.distill._pair import frozen, pair, read, trained
-    from compress.training import IGNORED
+    from compress.distill._pair import frozen, pair, read_by_both, trained
+    from compress.training.material import IGNORED
 
     teacher, student = pair(bundle, settings, context)
     made, taught, maps = student.model, frozen(teacher), settings.attention_weight > 0
@@ -99,7 +99,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         return total
 
     with without_cache(taught), _with_maps(taught, maps), _with_maps(made, maps):
-        material = read(student, teacher, context)
+        material = read_by_both(student, teacher, context)
         probe = padded(made, [material.train[0][1:]])
         with torch.no_grad():
             told, shown = made(**probe, **asked), taught(**probe, **asked)

@@ -17,7 +17,7 @@ from compress.model import Bundle
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from compress.training import Batch
+    from compress.training.material import Batch
 
 ABOUT = DISTILLED
 
@@ -47,11 +47,11 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     from compress.calibration.stream import without_cache
     from compress.distill._divergence import divergence, divergence_over, with_targets
-    from compress.distill._pair import frozen, pair, read, trained
+    from compress.distill._pair import frozen, pair, read_by_both, trained
     from compress.distill._remembered import remembered
 
     teacher, student = pair(bundle, settings, context)
-    material, needed = read(student, teacher, context), settings.label_weight > 0 or bool(student.model.config.is_encoder_decoder)
+    material, needed = read_by_both(student, teacher, context), settings.label_weight > 0 or bool(student.model.config.is_encoder_decoder)
     if settings.top_k is not None:
         kept = remembered(teacher, student.model, material, settings.top_k, settings.temperature, context)
 

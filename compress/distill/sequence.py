@@ -38,7 +38,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     to learn from, RunError where the loss is no longer a number.
     """
     from compress.distill._pair import student_of, teacher_of, trained
-    from compress.training import entropy, read
+    from compress.training.material import entropy, read
 
     student = student_of(bundle, settings, context)
     found = written(teacher_of(settings, context), settings, context)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from compress.calibration.stream import Row
-    from compress.training import Batch
+    from compress.training.material import Batch
 
 ABOUT = DISTILLED
 
@@ -44,7 +44,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     from compress.calibration.stream import without_cache
     from compress.distill._pair import frozen, student_of, teacher_of, trained
-    from compress.training import IGNORED, Material, batch_of
+    from compress.training.material import IGNORED, Material, batch_of
 
     teacher, student = teacher_of(settings, context), student_of(bundle, settings, context)
     if not student.model.can_generate():

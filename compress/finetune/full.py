@@ -20,7 +20,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     Raises DataError where there is too little to learn from, RunError where the loss is no longer a number.
     """
-    from compress.training import read, train_all
+    from compress.training.loop import train_all
+    from compress.training.material import read
 
     train_all(bundle.model, read(bundle.model, bundle.tokenizer, context), settings, context)
     return bundle

@@ -41,7 +41,9 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from peft import LoraConfig, get_peft_model
 
     from compress.architecture import has_transposed_layers
-    from compress.training import in_float32, pruned, read, train
+    from compress.training.loop import train
+    from compress.training.material import read
+    from compress.training.weights import in_float32, pruned
 
     model = bundle.model
     names = _targets(model, settings)

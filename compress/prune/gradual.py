@@ -33,7 +33,9 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     Raises InputError where a layer would be emptied, BrokenPromise where there are no linear layers, DataError where there is too little to
     learn from, RunError where the loss is no longer a number.
     """
-    from compress.training import in_float32, pruned, read, train, zeros_kept
+    from compress.training.loop import train
+    from compress.training.material import read
+    from compress.training.weights import in_float32, pruned, zeros_kept
 
     model = bundle.model.requires_grad_(True)
     layers = layers_to_prune(model, settings, context)

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from compress.training import Batch
+    from compress.training.material import Batch
 
 ABOUT = replace(PACKED, trains=True)
 
@@ -116,7 +116,8 @@ def _train(
     from torch.nn.functional import kl_div, log_softmax
 
     from compress.calibration.stream import without_cache
-    from compress.training import entropy, read, train
+    from compress.training.loop import train
+    from compress.training.material import entropy, read
 
     def divergence(model: Any, batch: "Batch") -> "Tensor":
         with torch.no_grad():

@@ -11,6 +11,7 @@ from compress.distill import _pair, _remembered
 from compress.errors import ModelError, NoSpace
 from compress.methods import Context, Example
 from compress.model import load_model
+from compress.training.material import read
 from tests.blocks import bundle, examples
 from tests.distill.pairs import counted, distil, divergence, inputs_of, softened, source, two
 from tests.test_early_stopping import looks
@@ -57,7 +58,7 @@ def test_the_mass_of_all_others_is_exact(tmp_path, temperature):
     teacher, student = two("bart", tmp_path)
     place = seen(tmp_path / "c")
     made, tokenizer = bundle(student, "bart"), bundle(student, "bart").tokenizer
-    material = _pair.training.read(made.model, tokenizer, place)
+    material = read(made.model, tokenizer, place)
     kept = _remembered.remembered(bundle(teacher, "bart"), made.model, material, 4, temperature, place)
     tokens, known = kept.of([2, 0], temperature, torch.device("cpu"))
     logits = torch.cat([told(teacher, "bart", tokenizer, examples()[number]) for number in (2, 0)])

@@ -9,7 +9,7 @@ from pydantic import ValidationError
 from compress.errors import DataError, RunError
 from compress.methods import Example, Optimisation, find
 from compress.model import Source, load_model
-from compress.training import pruned
+from compress.training.weights import pruned
 from tests.blocks import bundle, context, examples
 from tests.conftest import TASKS
 from tests.finetune.loops import adamw, calm, doubled, halved, tune

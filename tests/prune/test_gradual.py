@@ -5,11 +5,11 @@ import torch
 from pydantic import ValidationError
 from transformers.pytorch_utils import Conv1D
 
-from compress import training
 from compress.errors import DataError, InputError
 from compress.methods import Context, Example, Optimisation, find
 from compress.model import Source, load_model
 from compress.prune import gradual
+from compress.training import learner
 from tests.blocks import bundle, context, examples, run
 from tests.conftest import TASKS
 from tests.finetune.loops import adamw, calm, doubled, lost
@@ -147,8 +147,8 @@ def test_zeros_of_an_earlier_stage_stay(toys):
 
 
 def test_a_killed_training_ends_as_if_it_had_not_been(toys, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "CHECKPOINT_SECONDS", 0.0)
-    monkeypatch.setattr(training, "CHECKPOINT_SHARE", float("inf"))
+    monkeypatch.setattr(learner, "CHECKPOINT_SECONDS", 0.0)
+    monkeypatch.setattr(learner, "CHECKPOINT_SHARE", float("inf"))
     whole = pruned(toys["t5"], "t5", every=3).state_dict()
     for kill in (4, 9):  # its last checkpoint lies at a pruning, or between two
         seen = []

@@ -9,7 +9,7 @@ from compress.calibration.stream import encoded, padded
 from compress.methods import Context, Example, quiet
 from compress.model import Source, load_model
 from compress.quantize import _grid, qat
-from compress.training import labels
+from compress.training.material import labels
 from tests.blocks import bundle, context, examples, lively, saved
 from tests.conftest import TASKS
 

@@ -1,0 +1,111 @@
+"""What is learned from: the examples as rows, some of them as a batch, what each position should give."""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from compress.architecture import label_number
+from compress.calibration.stream import Inputs, Row, encoded, padded
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from compress.methods import Context
+
+IGNORED = -100  # the label of a position that counts for nothing
+
+
+@dataclass(frozen=True)
+class Material:
+    """The examples to learn from, and those of the validation split, that early stopping looks at."""
+
+    train: list[Row]
+    validation: list[Row]
+    tokenizer: "PreTrainedTokenizerBase"
+
+    @property
+    def rows(self) -> list[Row]:
+        return [*self.train, *self.validation]
+
+
+def read(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: Context) -> Material:
+    """The examples that a context has. Raises what `calibration.stream.encoded` raises."""
+    train = encoded(model, tokenizer, context)
+    return Material(
+        train, encoded(model, tokenizer, replace(context, examples=context.validation)) if context.validation else [], tokenizer
+    )
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loss is worked out on.
+
+    inputs   what the model is called with
+    wanted   what each position of the logits should give, `IGNORED` where it counts for nothing; of a classifier one label an example
+    numbers  the examples' places among the rows of the `Material`
+    """
+
+    inputs: Inputs
+    wanted: Tensor
+    numbers: list[int]
+
+    @property
+    def targets(self) -> Tensor:
+        """What the positions that count should give."""
+        return self.wanted[self.wanted != IGNORED]
+
+    def counted(self, logits: Tensor) -> Tensor:
+        """Logits in float32 of the positions that count, (positions, vocabulary); a classifier's all, (examples, labels)."""
+        return logits[self.wanted != IGNORED].float()
+
+    def logits_of(self, model: Any) -> Tensor:
+        """A model's logits as `counted` gives them. The head is spared what it can be: prompts may be many times the targets."""
+        if self.wanted.ndim == 1 or not _can_leave_out(type(getattr(model, "module", model)).forward):
+            return self.counted(model(**self.inputs).logits)
+        real = self.wanted != IGNORED
+        places = real.any(dim=0).nonzero()[:, 0]
+        logits: Tensor = model(**self.inputs, logits_to_keep=places).logits
+        return logits[real[:, places]].float()
+
+
+Loss = Callable[[Any, Batch], Tensor]  # model, batch -> the loss summed over the positions that count
+
+
+def batch_of(model: "PreTrainedModel", part: list[Row], numbers: list[int], known: bool) -> Batch:
+    """Rows as a batch on the model's device."""
+    inputs = padded(model, [(ids, answer) for _, ids, answer in part])
+    return Batch(inputs, labels(model, inputs, part, known), numbers)
+
+
+def labels(model: "PreTrainedModel", inputs: Inputs, rows: list[Row], known: bool = True) -> Tensor:
+    """What each position of the logits should give, `IGNORED` where it counts for nothing; for classifiers one label an example."""
+    if not model.can_generate() and not known:  # any label will do to say that the position counts
+        return torch.zeros(len(rows), dtype=torch.long, device=model.device)
+    if not model.can_generate():
+        return torch.tensor([label_number(model.config, (example.references or [""])[0]) for example, _, _ in rows], device=model.device)
+    both = model.config.is_encoder_decoder
+    wanted = torch.full_like(inputs["decoder_input_ids" if both else "input_ids"], IGNORED)
+    for row, (_, ids, answer) in zip(wanted, rows, strict=True):
+        if both:
+            row[: len(answer)] = torch.tensor(answer)
+        else:  # position n gives token n + 1; plain texts are learned whole
+            start = max(len(ids) - len(answer), 1) if answer else 1
+            row[start - 1 : len(ids) - 1] = torch.tensor(ids[start:])
+    return wanted
+
+
+def entropy(model: Any, batch: Batch) -> Tensor:
+    """Cross-entropy with the targets, summed over the positions that count."""
+    return cross_entropy(batch.logits_of(model), batch.targets, reduction="sum")
+
+
+@cache
+def _can_leave_out(forward: Callable[..., Any]) -> bool:
+    """Whether a model can be told which positions want logits."""
+    return "logits_to_keep" in inspect.signature(forward).parameters

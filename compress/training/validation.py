@@ -1,0 +1,40 @@
+"""How a model does on the validation split: the loss, or ROUGE-L of what it writes."""
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+
+from compress.architecture import context_length
+from compress.calibration.stream import Row
+from compress.scores import rouge
+from compress.training.material import IGNORED, Loss, Material, batch_of
+from compress.writing import prompt_of, write
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@torch.no_grad()
+def lost(model: "PreTrainedModel", rows: list[Row], numbers: list[int], size: int, loss: Loss, known: bool) -> float:
+    """The loss a position over some of the rows."""
+    total, count = 0.0, 0
+    for start in range(0, len(numbers), size):
+        part = numbers[start : start + size]
+        batch = batch_of(model, [rows[number] for number in part], part, known)
+        total, count = total + loss(model, batch).item(), count + int((batch.wanted != IGNORED).sum())
+    return total / count
+
+
+def rouge_of(model: "PreTrainedModel", material: Material, numbers: list[int], size: int) -> float:
+    """ROUGE-L in points of what a model writes greedily, as many tokens as the longest target has, over some of the rows."""
+    rows = [material.rows[number] for number in sorted(numbers, key=lambda number: len(material.rows[number][1]))]
+    longest, said = max(len(answer) for _, _, answer in rows), list[str]()
+    room = context_length(model.config, material.tokenizer) or math.inf
+    for start in range(0, len(rows), size):
+        prompts = [prompt_of(model, row) for row in rows[start : start + size]]
+        taken = 1 if model.config.is_encoder_decoder else max(map(len, prompts))
+        found = write(model, prompts, max(1, int(min(longest, room - taken))), num_beams=1, temperature=None)
+        said += [material.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found]
+    scores = rouge(said, [example.references for example, _, _ in rows])["rougeL"]
+    return sum(score for (score,) in scores) / len(scores)

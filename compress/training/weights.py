@@ -1,0 +1,50 @@
+"""Weights while they are trained: in float32, and where pruning made them zero they stay so."""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@contextmanager
+def in_float32(model: "PreTrainedModel") -> Iterator[None]:
+    """The model's weights in float32, where steps of a small learning rate aren't rounded away; afterwards each as it was stored."""
+    stored = {parameter: parameter.dtype for parameter in model.parameters()}
+    for parameter in stored:
+        parameter.data = parameter.data.float()
+    try:
+        yield
+    finally:
+        for parameter, dtype in stored.items():
+            parameter.data = parameter.data.to(dtype)
+
+
+@contextmanager
+def zeros_kept(weights: Iterable[Tensor]) -> Iterator[None]:
+    """Elements that are zero get no gradient, so that AdamW leaves them there: zero times any weight decay is zero."""
+    hooks = [weight.register_hook(_without_zeros(weight)) for weight in weights]  # type: ignore[no-untyped-call]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def pruned(model: "PreTrainedModel") -> dict[str, Tensor]:
+    """The weights of the linear layers with at least one zero, by the layer's name.
+
+    A head that is the embedding's own tensor is no layer that was pruned.
+    """
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items() if f"{name}.weight" not in tied}
+    return {name: weight for name, weight in weights.items() if (weight == 0).any()}
+
+
+def _without_zeros(weight: Tensor) -> Callable[[Tensor], Tensor]:
+    return lambda gradient: gradient.masked_fill(weight == 0, 0)
