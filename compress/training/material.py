@@ -12,11 +12,10 @@ from torch.nn.functional import cross_entropy
 
 from compress.architecture import label_number
 from compress.calibration.stream import Inputs, Row, encoded, padded
+from compress.methods import Context
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-    from compress.methods import Context
 
 IGNORED = -100  # the label of a position that counts for nothing
 
