@@ -1,6 +1,6 @@
 """Run one chain of stages after another on the models of a folder's recipes, and print what each of them lost.
 
-    python reports/measure.py RECIPE.yaml... --models FOLDER --data FOLDER [--stages 'prune: wanda; quantize: gptq, bits: 4' ...]
+    python reports/measure.py RECIPE.yaml... --models FOLDER --data FOLDER [--out FOLDER] [--stages 'prune: wanda; quantize: gptq, bits: 4' ...]
 
 The recipes of `quantisation/`, `pruning/` and `distillation/` have no stages of their own; without --stages each runs those of its folder.
 A run leaves its report in a folder beside the recipe (texts and predictions left out: the data are not ours to publish). Printed is one
@@ -31,7 +31,7 @@ HALF_BART = "prune: depth, by: spacing, drop: {decoder: 2}; distill: logits, epo
 HALF_BERT = "prune: depth, by: spacing, drop: 3"
 DISTILLED = {
     "t5": [
-        f"prune: structured, keep: 0.5, importance: taylor; {how}, epochs: 8, batch_size: 16, learning_rate: 2e-3, seed: {seed}"
+        f"prune: structured, keep: 0.5, importance: taylor; {how}, steps: 1200, batch_size: 16, learning_rate: 7e-4, seed: {seed}"
         for seed in (0, 1, 2) for how in ("distill: hidden, hidden_weight: 0.5", "finetune: full")
     ],
     "bart": [HALF_BART, HALF_BART.replace("decoder: 2", "decoder: 1")],
@@ -52,14 +52,14 @@ def chains(recipe: Path) -> list[str]:
     return [f"quantize: {stage}, group_size: {size}" for stage in found] + INT8 + static
 
 
-def measure(recipe: Path, chain: str, models: Path, data: Path) -> Report:
+def measure(recipe: Path, chain: str, models: Path, data: Path, out: Path | None) -> Report:
     """One chain of stages on one model; its report is kept without texts."""
     loaded = compress.load_recipe(recipe)
     stages = ", ".join(f"{{{stage}}}" for stage in chain.split("; "))
     places = [] if loaded.model.id == "builtin" else [f"model.id={models / loaded.model.id}", f"data.source={data / loaded.data.source}"]
     loaded = compress.load_recipe(recipe, [*places, f"stages=[{stages}]"])
-    with tempfile.TemporaryDirectory() as out:
-        report = compress.run(loaded, out=out)
+    with tempfile.TemporaryDirectory() as folder:
+        report = compress.run(loaded, out=out or folder)
     settings = report.settings | {"model": report.settings["model"] | {"id": compress.load_recipe(recipe).model.id}}
     settings |= {"data": settings["data"] | {"source": compress.load_recipe(recipe).data.source}}
     sides = [side.model_copy(update={"model": side.role}) for side in report.sides]
@@ -114,12 +114,13 @@ def main() -> None:
     parser.add_argument("recipes", type=Path, nargs="*")
     parser.add_argument("--models", type=Path, default=Path())
     parser.add_argument("--data", type=Path, default=Path())
+    parser.add_argument("--out", type=Path, help="where artifacts stay, to be used again")
     parser.add_argument("--stages", nargs="*")
     given = parser.parse_args()
     for recipe in (path.resolve() for path in given.recipes):
         for chain in given.stages or chains(recipe):
             try:
-                report = measure(recipe, chain, given.models.resolve(), given.data.resolve())
+                report = measure(recipe, chain, given.models.resolve(), given.data.resolve(), given.out)
             except compress.CompressError as error:
                 print(f"{recipe.stem}: {chain}: {error}", flush=True)
                 continue
