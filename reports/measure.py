@@ -1,6 +1,6 @@
 """Run one chain of stages after another on the models of a folder's recipes, and print what each of them lost.
 
-    python reports/measure.py RECIPE.yaml... --models FOLDER --data FOLDER [--out FOLDER] [--stages 'prune: wanda; quantize: gptq, bits: 4' ...]
+    python reports/measure.py RECIPE.yaml... --models FOLDER --data FOLDER [--out FOLDER] [--stages 'prune: wanda; quantize: rtn' ...]
 
 The recipes of `quantisation/`, `pruning/` and `distillation/` have no stages of their own; without --stages each runs those of its folder.
 A run leaves its report in a folder beside the recipe (texts and predictions left out: the data are not ours to publish). Printed is one

@@ -2,9 +2,9 @@
 
     python reports/distillation/step.py [RECIPE] [--steps 60] [--set stages.1.top_k=64]
 
-Runs the recipe's stages before its distillation, then a few steps of that with the forward passes and the backward pass timed, and prints the
-share of each in the whole time of a step. The rest is the batch's making, the loss, clipping, the optimiser and the trainer. Memory: the
-largest amount that the process has held, and what of the teacher wants or has a gradient.
+Runs the recipe's stages before its distillation, then a few steps of that with the forward passes and the backward pass timed, and
+prints the share of each in the whole time of a step. The rest is the batch's making, the loss, clipping, the optimiser and the trainer.
+Memory: the largest amount that the process has held, and what of the teacher wants or has a gradient.
 """
 
 import argparse
