@@ -27,7 +27,7 @@ FOLDERS = {
         "prune: wanda; quantize: gptq, group_size: 32",
     ],
 }  # fmt: skip
-HALF_BART = "prune: depth, by: spacing, drop: {decoder: 2}; distill: logits, epochs: 2, batch_size: 32, learning_rate: 5e-4"
+HALF_BART = "prune: depth, by: spacing, drop: {decoder: 2}; distill: logits, epochs: 1, batch_size: 32, learning_rate: 7e-4"
 HALF_BERT = "prune: depth, by: spacing, drop: 3"
 DISTILLED = {
     "t5": [
