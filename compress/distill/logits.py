@@ -34,6 +34,10 @@ class Settings(LogitsSettings):
     def _some(self) -> "Settings":
         if not self.logits_weight:
             raise ValueError("logits_weight is 0, so the teacher says nothing; `finetune: full` learns the targets alone")
+        if self.shard and self.top_k is not None:
+            raise ValueError(
+                f"shard: true, and top_k is {self.top_k}, for which each process asks a whole teacher by itself; leave one of the two out"
+            )
         return self
 
 
@@ -47,7 +51,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     from compress.calibration.stream import without_cache
     from compress.distill._divergence import divergence, divergence_over, with_targets
-    from compress.distill._pair import frozen, pair, read_by_both, trained
+    from compress.distill._pair import pair, read_by_both, split_or_whole, trained
     from compress.distill._remembered import remembered
 
     teacher, student = pair(bundle, settings, context)
@@ -62,7 +66,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
         return trained(student, material, settings, context, loss_from_disk, needed)
 
-    taught = frozen(teacher)
+    taught = split_or_whole(teacher, settings, context)
 
     def loss(model: Any, batch: "Batch") -> "Tensor":
         with torch.no_grad():
