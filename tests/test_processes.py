@@ -69,6 +69,10 @@ CASES = [
     ("distill", "logits", "llama", {"batch_size": 2}, 9),
     ("distill", "hidden", "t5", {"batch_size": 1, "accumulate": 2, "attention_weight": 0.5, "learning_rate": 1e-3}, 5),
     ("prune", "gradual", "llama", {"batch_size": 2, "sparsity": 0.5, "every": 1}, 7),
+    ("finetune", "full", "llama", {"batch_size": 1, "accumulate": 2, "shard": True}, 8),
+    ("finetune", "full", "bert", {"batch_size": 2, "shard": True}, 5),
+    ("distill", "logits", "t5", {"batch_size": 2, "learning_rate": 1e-3, "shard": True}, 9),
+    ("distill", "hidden", "llama", {"batch_size": 2, "attention_weight": 0.5, "shard": True, "student": {"config": {"hidden_size": 32}}}, 9),
 ]
 
 
@@ -85,14 +89,19 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(pair, tmp_path
         "count": count,
     }
     shared = pair.ask("train", out=str(tmp_path / "two"), settings={**HOW, **settings}, **given)
-    twice = {**HOW, **settings, "batch_size": 2 * settings["batch_size"]}
+    split = settings.get("shard", False)
+    twice = {name: value for name, value in {**HOW, **settings, "batch_size": 2 * settings["batch_size"]}.items() if name != "shard"}
     alone = together.train(quiet, out=tmp_path / "one", settings=twice, processes=1, **given)
     assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert shared["norms"] == pytest.approx(alone["norms"], rel=1e-3)
     assert len(shared["losses"]) == (STEPS if twice["steps"] else 6)
     size = twice["batch_size"] * settings.get("accumulate", 1)
     start = f"trained {len(shared['losses'])} steps of {size} on {count} examples"
     assert alone["said"][0].startswith(f"{start}, ")
-    assert shared["said"][0].startswith(f"{start} in 2 processes, ")
+    assert any(said.startswith(f"{start} in 2 processes, ") for said in shared["said"])
+    assert ("weights, gradients and optimiser states were split over 2 processes" in shared["said"]) == split
+    for kind, count in alone["held"].items():
+        assert shared["held"][kind] == pytest.approx(count / 2 if split else count, rel=0.02), kind
     close(load_file(tmp_path / "two"), load_file(tmp_path / "one"))
 
 
