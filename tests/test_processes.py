@@ -18,10 +18,10 @@ from compress.model import Source
 from compress.process import Team
 from compress.results import read_report
 from tests import together
-from tests.blocks import bundle, context
+from tests.blocks import bundle, context, saved
 from tests.conftest import recipe_for
 from tests.distill.pairs import two
-from tests.finetune.loops import calm, tune
+from tests.finetune.loops import calm, halved, tune
 
 STEPS = 5
 HOW = {"steps": STEPS, "learning_rate": 1e-2}
@@ -106,10 +106,12 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(pair, tmp_path
 
 
 @pytest.mark.slow
-def test_a_killed_training_goes_on_in_two_processes_as_if_it_had_not_been(pair, another, toys, tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_killed_training_goes_on_in_two_processes_as_if_it_had_not_been(pair, another, toys, tmp_path, shard):
     """With dropout, so that each process's random numbers have to go on where they were; in the middle of an epoch."""
     scratch = tmp_path / "scratch"
-    given = {"family": "finetune", "method": "full", "kind": "t5", "folder": str(toys["t5"]), "settings": {**HOW, "batch_size": 1}}
+    settings = {**HOW, "batch_size": 1, "shard": shard}
+    given = {"family": "finetune", "method": "full", "kind": "t5", "folder": str(toys["t5"]), "settings": settings}
     whole = pair.ask("train", out=str(tmp_path / "whole"), **given)
     with pytest.raises(ChildDied, match=r"the working process was killed \(signal 9\)"):
         another.ask("train", out=str(tmp_path / "none"), scratch=str(scratch), often=True, kill=[1, 3], **given)
@@ -123,6 +125,26 @@ def test_a_killed_training_goes_on_in_two_processes_as_if_it_had_not_been(pair, 
     assert not half.exists()
     weights, expected = load_file(tmp_path / "found"), load_file(tmp_path / "whole")
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_a_split_model_keeps_its_zeros_and_its_best_weights(pair, tmp_path):
+    """The best are not the last ones, and are what one process finds."""
+    folder = saved(halved(calm("llama", tmp_path / "calm"), "llama", sparsity=0.5).model, tmp_path / "halved")
+    given = {"family": "finetune", "method": "full", "kind": "llama", "folder": str(folder), "count": 8, "watched": 3}
+    settings = {**HOW, "learning_rate": 0.1, "schedule": "constant", "early_stopping": {"every": 1, "patience": 1}}
+    shared = pair.ask("train", out=str(tmp_path / "two"), settings={**settings, "batch_size": 2, "shard": True}, **given)
+    alone = together.train(quiet, out=tmp_path / "one", settings={**settings, "batch_size": 4}, processes=1, **given)
+    assert shared["said"][1] == alone["said"][1]
+    assert "was best after 1 steps" in alone["said"][1]
+    assert alone["said"][1].endswith("ended 3 steps early")
+    found, expected, before = (load_file(file) for file in (tmp_path / "two", tmp_path / "one", folder / "model.safetensors"))
+    close(found, expected)
+    for name, weight in before.items():
+        if name.endswith("proj.weight"):
+            zero = weight == 0
+            assert zero.double().mean() == pytest.approx(0.5, abs=0.01)
+            assert torch.equal(found[name] == 0, zero), name
 
 
 @pytest.mark.slow

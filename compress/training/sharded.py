@@ -116,7 +116,7 @@ class ShardedLearner(Learner):
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if checkpoint is None:
             return
-        written = torch.load(self.own(Path(checkpoint) / OPTIMIZER), map_location=self.args.device, weights_only=True)
+        written = torch.load(self.own(Path(checkpoint) / OPTIMIZER), map_location="cpu", weights_only=True)
         self.optimizer.load_state_dict(written["optimizer"])
         self.lr_scheduler.load_state_dict(written["schedule"])
         for weight, state in self.optimizer.state.items():
