@@ -61,5 +61,7 @@ class LogitsSettings(DivergenceSettings, methods.ShardSettings):
     @model_validator(mode="after")
     def _full_weights(self) -> "LogitsSettings":
         if self.shard and self.teacher is not None and self.teacher.bits:
-            raise ValueError(f"shard: true, and teacher.bits is {self.teacher.bits}; packed weights can't be split, leave one of the two out")
+            raise ValueError(
+                f"shard: true, and teacher.bits is {self.teacher.bits}; packed weights can't be split, leave one of the two out"
+            )
         return self

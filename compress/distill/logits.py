@@ -3,7 +3,7 @@
 Hinton et al. 2015, "Distilling the Knowledge in a Neural Network". At each position of the targets, the divergence of the two distributions
 times the temperature squared, plus `label_weight` times the cross-entropy. Recovers what pruning lost, or makes a smaller model of a
 larger one. Teacher and student have one vocabulary. In memory: the student as in `finetune: full`, and the teacher's weights; with `top_k`
-one after the other, and then a step takes as long as one of `finetune: full`.
+one after the other, and then a step takes as long as one of `finetune: full`; with `shard: true` each process has its part of both.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -52,7 +52,9 @@ def _check(parameters: list[nn.Parameter], context: Context) -> None:
     """Raises RunError where this process has more of the weights than its part, which ends at a row of each."""
     whole, here = sum(p.numel() for p in parameters), sum(_part(p).numel() for p in parameters)
     if here > whole / context.processes + sum(p.numel() / len(p) for p in parameters):
-        raise RunError(f"shard: process {context.rank} of {context.processes} has {here:,} of {whole:,} weights, which is more than its part")
+        raise RunError(
+            f"shard: process {context.rank} of {context.processes} has {here:,} of {whole:,} weights, which is more than its part"
+        )
 
 
 @contextmanager
