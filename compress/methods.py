@@ -46,6 +46,10 @@ class Settings(BaseModel):
         """Models that these settings name besides the one that is worked on, by what the method calls each (`Context.models`)."""
         return {}
 
+    def sharded(self) -> bool:
+        """Whether the models are split over the stage's processes, for which they are loaded into main memory."""
+        return False
+
 
 class OtherModel(Settings):
     """A model besides the one that is worked on; it serves the recipe's task."""
@@ -111,6 +115,28 @@ class TuneSettings(TrainSettings, Optimisation):
 
     early_stopping: EarlyStopping | None = Field(None, description="null trains all steps; else data.splits.validation is wanted")
     keep_zeros: bool = Field(True, description="weights of linear layers that are zero stay zero, as after pruning")
+
+
+class ShardSettings(TuneSettings):
+    """What every method can be told that can train a model too large for one GPU."""
+
+    shard: bool = Field(
+        False,
+        description="weights, gradients and optimiser states of what is trained, and weights of the teacher, are split over the"
+        " processes (FSDP); needs --processes",
+    )
+
+    def sharded(self) -> bool:
+        return self.shard
+
+    @model_validator(mode="after")
+    def _by_loss(self) -> "ShardSettings":
+        if self.shard and self.early_stopping is not None and self.early_stopping.metric != "loss":
+            raise ValueError(
+                f"shard: true, and early_stopping looks at {self.early_stopping.metric}, for which the model would have to write;"
+                " one that is split can't, use metric: loss"
+            )
+        return self
 
 
 @dataclass(frozen=True)

@@ -105,6 +105,8 @@ def _refuse(recipe: Recipe, device: str, processes: int) -> None:
         method = methods.require(stage.family, stage.method, stage.settings)
         if device != "auto" and device not in method.ABOUT.devices:
             raise DeviceError(f"{stage} runs on {', '.join(method.ABOUT.devices)}, not on {device}")
+        if stage.settings.sharded() and processes == 1:
+            raise InputError(f"{stage}: shard: true splits models over processes, and there is one; give --processes 2, or leave shard out")
         for other in stage.settings.models().values():
             model.locate(other.id, recipe.folder)
 

@@ -41,7 +41,7 @@ def run(
         device, progress, seen, shown["max_tokens"], shown["chat"], others, place, watched, shared, processes=processes, rank=rank
     )
     progress(f"{family}: {name}", 0, 1)
-    bundle = method.apply(model.Bundle(before, device), settings, context)
+    bundle = method.apply(model.Bundle(before, "cpu" if settings.sharded() else device), settings, context)
     if rank > 0:
         return
     with whole_folder(Path(target)) as folder:

@@ -12,16 +12,17 @@ import yaml
 from safetensors.torch import load_file
 
 from compress import pipeline, recipe
-from compress.errors import ChildDied, DataError, DeviceError, RunError
+from compress.errors import ChildDied, DataError, DeviceError, InputError, ModelError, RecipeError, RunError
 from compress.methods import Optimisation, everyone, quiet
 from compress.model import Source
 from compress.process import Team
 from compress.results import read_report
+from compress.training import sharded
 from tests import together
-from tests.blocks import bundle, context
+from tests.blocks import bundle, context, saved
 from tests.conftest import recipe_for
 from tests.distill.pairs import two
-from tests.finetune.loops import calm, tune
+from tests.finetune.loops import calm, halved, tune
 
 STEPS = 5
 HOW = {"steps": STEPS, "learning_rate": 1e-2}
@@ -69,6 +70,16 @@ CASES = [
     ("distill", "logits", "llama", {"batch_size": 2}, 9),
     ("distill", "hidden", "t5", {"batch_size": 1, "accumulate": 2, "attention_weight": 0.5, "learning_rate": 1e-3}, 5),
     ("prune", "gradual", "llama", {"batch_size": 2, "sparsity": 0.5, "every": 1}, 7),
+    ("finetune", "full", "llama", {"batch_size": 1, "accumulate": 2, "shard": True}, 8),
+    ("finetune", "full", "bert", {"batch_size": 2, "shard": True}, 5),
+    ("distill", "logits", "t5", {"batch_size": 2, "learning_rate": 1e-3, "shard": True}, 9),
+    (
+        "distill",
+        "hidden",
+        "llama",
+        {"batch_size": 2, "attention_weight": 0.5, "shard": True, "student": {"config": {"hidden_size": 32}}},
+        9,
+    ),
 ]
 
 
@@ -85,22 +96,29 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(pair, tmp_path
         "count": count,
     }
     shared = pair.ask("train", out=str(tmp_path / "two"), settings={**HOW, **settings}, **given)
-    twice = {**HOW, **settings, "batch_size": 2 * settings["batch_size"]}
+    split = settings.get("shard", False)
+    twice = {name: value for name, value in {**HOW, **settings, "batch_size": 2 * settings["batch_size"]}.items() if name != "shard"}
     alone = together.train(quiet, out=tmp_path / "one", settings=twice, processes=1, **given)
     assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-4)
+    assert shared["norms"] == pytest.approx(alone["norms"], rel=1e-3)
     assert len(shared["losses"]) == (STEPS if twice["steps"] else 6)
     size = twice["batch_size"] * settings.get("accumulate", 1)
     start = f"trained {len(shared['losses'])} steps of {size} on {count} examples"
     assert alone["said"][0].startswith(f"{start}, ")
-    assert shared["said"][0].startswith(f"{start} in 2 processes, ")
+    assert any(said.startswith(f"{start} in 2 processes, ") for said in shared["said"])
+    assert ("weights, gradients and optimiser states were split over 2 processes" in shared["said"]) == split
+    for kind, count in alone["held"].items():
+        assert shared["held"][kind] == pytest.approx(count / 2 if split else count, rel=0.02), kind
     close(load_file(tmp_path / "two"), load_file(tmp_path / "one"))
 
 
 @pytest.mark.slow
-def test_a_killed_training_goes_on_in_two_processes_as_if_it_had_not_been(pair, another, toys, tmp_path):
+@pytest.mark.parametrize("shard", [False, True])
+def test_a_killed_training_goes_on_in_two_processes_as_if_it_had_not_been(pair, another, toys, tmp_path, shard):
     """With dropout, so that each process's random numbers have to go on where they were; in the middle of an epoch."""
     scratch = tmp_path / "scratch"
-    given = {"family": "finetune", "method": "full", "kind": "t5", "folder": str(toys["t5"]), "settings": {**HOW, "batch_size": 1}}
+    settings = {**HOW, "batch_size": 1, "shard": shard}
+    given = {"family": "finetune", "method": "full", "kind": "t5", "folder": str(toys["t5"]), "settings": settings}
     whole = pair.ask("train", out=str(tmp_path / "whole"), **given)
     with pytest.raises(ChildDied, match=r"the working process was killed \(signal 9\)"):
         another.ask("train", out=str(tmp_path / "none"), scratch=str(scratch), often=True, kill=[1, 3], **given)
@@ -114,6 +132,26 @@ def test_a_killed_training_goes_on_in_two_processes_as_if_it_had_not_been(pair, 
     assert not half.exists()
     weights, expected = load_file(tmp_path / "found"), load_file(tmp_path / "whole")
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
+
+
+@pytest.mark.slow
+def test_a_split_model_keeps_its_zeros_and_its_best_weights(pair, tmp_path):
+    """The best are not the last ones, and are what one process finds."""
+    folder = saved(halved(calm("llama", tmp_path / "calm"), "llama", sparsity=0.5).model, tmp_path / "halved")
+    given = {"family": "finetune", "method": "full", "kind": "llama", "folder": str(folder), "count": 8, "watched": 3}
+    settings = {**HOW, "learning_rate": 0.1, "schedule": "constant", "early_stopping": {"every": 1, "patience": 1}}
+    shared = pair.ask("train", out=str(tmp_path / "two"), settings={**settings, "batch_size": 2, "shard": True}, **given)
+    alone = together.train(quiet, out=tmp_path / "one", settings={**settings, "batch_size": 4}, processes=1, **given)
+    assert shared["said"][1] == alone["said"][1]
+    assert "was best after 1 steps" in alone["said"][1]
+    assert alone["said"][1].endswith("ended 3 steps early")
+    found, expected, before = (load_file(file) for file in (tmp_path / "two", tmp_path / "one", folder / "model.safetensors"))
+    close(found, expected)
+    for name, weight in before.items():
+        if name.endswith("proj.weight"):
+            zero = weight == 0
+            assert zero.double().mean() == pytest.approx(0.5, abs=0.01)
+            assert torch.equal(found[name] == 0, zero), name
 
 
 @pytest.mark.slow
@@ -154,6 +192,56 @@ def test_fewer_examples_than_all_processes_take_are_refused(toys):
 def test_fewer_processes_than_were_asked_for_are_an_error(toys):
     with pytest.raises(RunError, match="training: 2 processes were asked for, and 1 would train"):
         tune(bundle(toys["llama"], "llama"), "full", context(processes=2), batch_size=2)
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "message"),
+    [
+        (
+            {"finetune": "full"},
+            InputError,
+            "finetune: full: shard: true splits models over processes, and there is one; give --processes 2,",
+        ),
+        ({"finetune": "full", "early_stopping": {"metric": "rougeL"}}, RecipeError, "shard: true, and early_stopping looks at rougeL"),
+        ({"finetune": "lora"}, RecipeError, "unknown key 'shard'"),
+        ({"distill": "on_policy"}, RecipeError, "unknown key 'shard'"),
+        ({"distill": "logits", "top_k": 4}, RecipeError, "shard: true, and top_k is 4"),
+        ({"distill": "hidden", "teacher": {"id": "builtin", "bits": 4}}, RecipeError, "shard: true, and teacher.bits is 4"),
+    ],
+)
+def test_what_can_not_be_split_is_refused_before_anything_is_loaded(toys, rows, write_recipe, tmp_path, stage, kind, message):
+    data = {**recipe_for("llama", toys["llama"], rows)["data"], "splits": {"train": "train", "validation": "test", "evaluation": "test"}}
+    with pytest.raises(kind, match=message):
+        pipeline.run(write_recipe(recipe_for("llama", toys["llama"], rows, data=data, stages=[{**stage, "shard": True}])), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_packed_weights_are_not_split_and_whole_ones_do_not_pass_for_split(toys):
+    model = bundle(toys["t5"], "t5").model
+    count = f"{sum(p.numel() for p in model.parameters()):,}"
+    with pytest.raises(RunError, match=f"shard: process 0 of 2 has {count} of {count} weights, which is more than its part"):
+        sharded._check(list(model.parameters()), context(processes=2))
+    model.config.quantization_config = {}
+    with pytest.raises(ModelError, match="shard: T5ForConditionalGeneration has packed weights, which can't be split"):
+        sharded.split(model, context(processes=2))
+
+
+def test_a_split_model_s_weights_come_back_in_the_dtypes_they_had(toys):
+    model = bundle(toys["t5"], "t5", "bfloat16").model
+    model.decoder.block[0].layer[2].DenseReluDense.wo.float()
+    expected = {name: (weight.float() + 1).to(weight.dtype) for name, weight in model.state_dict().items()}
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        with sharded.split_in_float32(model, context()) as parts, torch.no_grad():
+            for weight in parts.parameters():
+                assert weight.dtype == torch.float32
+                weight.add_(1)
+    finally:
+        torch.distributed.destroy_process_group()
+    found = model.state_dict()
+    assert {weight.dtype for weight in found.values()} == {torch.bfloat16, torch.float32}
+    assert all(torch.equal(weight, expected[name]) and weight.dtype == expected[name].dtype for name, weight in found.items())
+    assert model.shared.weight is model.encoder.embed_tokens.weight
 
 
 def test_what_trains_says_so():
@@ -303,7 +391,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 def test_a_launcher_s_run_trains_in_as_many_processes(toys, rows, tmp_path):
     """torchrun's two copies make one report; its variables don't reach the processes that train, which are others."""
     stages = [
-        {"finetune": "full", "batch_size": 2, "steps": 2, "samples": 8},
+        {"finetune": "full", "batch_size": 2, "steps": 2, "samples": 8, "shard": True},
         {"quantize": "qat", "steps": 2, "batch_size": 2, "group_size": -1},
     ]
     changes = {"stages": stages, "calibration": {"samples": 8}, "metrics": ["generated_tokens"]}
@@ -316,5 +404,6 @@ def test_a_launcher_s_run_trains_in_as_many_processes(toys, rows, tmp_path):
     (report,) = (tmp_path / "out" / "toy").glob("*/report.json")
     found = read_report(report)
     assert json.loads(done.stdout)["verdict"] == found.verdict == "cannot_tell", done.stderr
+    assert "weights, gradients and optimiser states were split over 2 processes" in found.stages[0].said
     for record in found.stages:
         assert any(line.startswith("trained 2 steps of 4 on 8 examples in 2 processes") for line in record.said)

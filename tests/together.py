@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from compress import stage
 from compress.distill import sequence
@@ -17,14 +18,17 @@ from tests.blocks import bundle, examples
 from tests.conftest import TASKS
 
 LOSSES: list[float] = []
+HELD: dict[str, int] = {}
 
 
-def train(progress, family, method, kind, folder, out, settings, original=None, count=6, scratch=None, processes=2, device="cpu", often=False, kill=None, nan=None):  # fmt: skip
-    """A stage's method; what it said and the loss of every step as the Trainer logs it. The first process leaves the weights in `out`.
+def train(progress, family, method, kind, folder, out, settings, original=None, count=6, scratch=None, processes=2, device="cpu", often=False, kill=None, nan=None, watched=0):  # fmt: skip
+    """A stage's method; what it said, loss and gradient's length of every step as the Trainer logs them, and how many elements of weights and
+    optimiser states this process held. The first process leaves the weights in `out`.
 
     often   a checkpoint after every step
     kill    (rank, step): that process is killed when that step is done, before a checkpoint of it
     nan     a rank in which the model gives no numbers; weights are the first one's in all
+    watched so many examples of the validation split
     """
     if processes > 1 and not torch.distributed.is_initialized():
         stage._join(device, int(os.environ["WORLD_SIZE"]))
@@ -39,8 +43,9 @@ def train(progress, family, method, kind, folder, out, settings, original=None, 
     LOSSES.clear()
     made, chosen = bundle(folder, kind), find(family, method)
     context = Context(
-        device, told, examples(count, label=kind == "bert"), 32, scratch=Path(scratch) if scratch else None, processes=processes, rank=rank
-    )
+        device, told, examples(count, label=kind == "bert"), 32, scratch=Path(scratch) if scratch else None, processes=processes, rank=rank,
+        validation=examples(watched),
+    )  # fmt: skip
     if original:
         context.models["original"] = Source(original, TASKS[kind], "float32")
     if nan == rank:
@@ -48,7 +53,8 @@ def train(progress, family, method, kind, folder, out, settings, original=None, 
     model = chosen.apply(made, chosen.Settings(**settings), context).model
     if rank == 0:
         save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, out)
-    return {"said": context.said, "losses": LOSSES}
+    norms = [point["grad_norm"] for point in context.curve if point["grad_norm"] is not None]
+    return {"said": context.said, "losses": LOSSES, "norms": norms, "held": HELD}
 
 
 def written(progress, folder, scratch):
@@ -65,14 +71,21 @@ def written(progress, folder, scratch):
     return texts
 
 
-class Noted(loop.Learner):
+def held(tensor):
+    return tensor.to_local().numel() if isinstance(tensor, DTensor) else tensor.numel()
+
+
+class Noted:
     def log(self, logs, *given, **named):
         if "loss" in logs:
             LOSSES.append(logs["loss"])
+            states = [value for state in self.optimizer.state.values() for value in state.values()]
+            HELD["weights"], HELD["states"] = (sum(map(held, found)) for found in (self.model.parameters(), states))
         super().log(logs, *given, **named)
 
 
-loop.Learner = Noted
+loop.Learner = type("NotedLearner", (Noted, loop.Learner), {})
+loop.ShardedLearner = type("NotedShardedLearner", (Noted, loop.ShardedLearner), {})
 
 if __name__ == "__main__":
     serve({"train": train, "written": written})

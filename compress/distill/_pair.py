@@ -14,6 +14,7 @@ from compress.methods import Context
 from compress.model import Bundle
 from compress.training.loop import Rewrite, train_all
 from compress.training.material import Loss, Material, read
+from compress.training.sharded import split
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -44,12 +45,21 @@ def pair(bundle: Bundle, settings: DistillSettings, context: Context) -> tuple[B
 
 def teacher_of(settings: DistillSettings, context: Context) -> Bundle:
     """The teacher, not yet loaded. Raises ModelError."""
-    return _other("teacher", context) if settings.teacher else Bundle(context.models["original"], context.device)
+    return _other("teacher", settings, context) if settings.teacher else Bundle(context.models["original"], _place(settings, context))
 
 
 def frozen(teacher: Bundle) -> "PreTrainedModel":
     """The teacher's model, without gradients and dropout."""
     return teacher.model.eval().requires_grad_(False)
+
+
+def split_or_whole(teacher: Bundle, settings: DistillSettings, context: Context) -> "PreTrainedModel":
+    """As `frozen`, split over the processes where the settings say so. Raises what `split` raises."""
+    taught = frozen(teacher)
+    if settings.sharded():
+        split(taught, context)
+        context.say(f"the teacher's weights were split over {context.processes} processes")
+    return taught
 
 
 def config_of(teacher: Bundle) -> "PreTrainedConfig":
@@ -65,7 +75,7 @@ def student_of(bundle: Bundle, settings: DistillSettings, context: Context) -> B
     """
     wanted, student = settings.student, bundle
     if wanted is not None:
-        student = _other("student", context) if wanted.config is None else _fresh(bundle, wanted.config, settings.seed)
+        student = _other("student", settings, context) if wanted.config is None else _fresh(bundle, wanted.config, settings.seed)
     if getattr(student.model.config, "quantization_config", None) is not None:
         raise ModelError(f"{student.source.id}: packed weights can't be trained; distil first and quantise then, or use quantize: qat")
     return student
@@ -86,12 +96,17 @@ def trained(
     return student.holding(student.model)
 
 
-def _other(role: str, context: Context) -> Bundle:
+def _place(settings: DistillSettings, context: Context) -> str:
+    """The device that models are loaded to."""
+    return "cpu" if settings.sharded() else context.device
+
+
+def _other(role: str, settings: DistillSettings, context: Context) -> Bundle:
     """A model that the settings name. Raises ModelError where it serves another task."""
     source = context.models[role]
     if (task := model.task_of(source)) != source.task:
         raise ModelError(f"{role}: {source.id} serves {task}, and the recipe's task is {source.task}; teacher and student need the same")
-    return Bundle(source, context.device)
+    return Bundle(source, _place(settings, context))
 
 
 def _fresh(bundle: Bundle, changes: dict[str, Any], seed: int) -> Bundle:

@@ -52,8 +52,16 @@ class DivergenceSettings(DistillSettings):
     temperature: float = Field(2.0, gt=0, description="logits are divided by this before they become distributions")
 
 
-class LogitsSettings(DivergenceSettings):
+class LogitsSettings(DivergenceSettings, methods.ShardSettings):
     """The teacher's distributions, the targets beside them."""
 
     logits_weight: float = Field(1.0, ge=0, description="of the divergence")
     label_weight: float = Field(0.5, ge=0, description="of the cross-entropy with the targets; 0 needs no targets")
+
+    @model_validator(mode="after")
+    def _full_weights(self) -> "LogitsSettings":
+        if self.shard and self.teacher is not None and self.teacher.bits:
+            raise ValueError(
+                f"shard: true, and teacher.bits is {self.teacher.bits}; packed weights can't be split, leave one of the two out"
+            )
+        return self

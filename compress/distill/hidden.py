@@ -68,11 +68,11 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     from compress.calibration.stream import padded, without_cache
     from compress.distill._divergence import divergence, with_targets
-    from compress.distill._pair import frozen, pair, read_by_both, trained
+    from compress.distill._pair import pair, read_by_both, split_or_whole, trained
     from compress.training.material import IGNORED
 
     teacher, student = pair(bundle, settings, context)
-    made, taught, maps = student.model, frozen(teacher), settings.attention_weight > 0
+    made, taught, maps = student.model, split_or_whole(teacher, settings, context), settings.attention_weight > 0
     asked = {"output_hidden_states": True, "output_attentions": maps}
 
     def loss(model: Any, batch: "Batch") -> "Tensor":
@@ -89,7 +89,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         count, layers = (batch.wanted != IGNORED).reshape(len(batch.wanted), -1).sum(dim=-1), sum(map(len, links.values()))
         for role in links:
             real = batch.inputs["decoder_attention_mask" if role == "decoder" else "attention_mask"].bool()
-            project = made.projections[role] if role in made.projections else nn.Identity()
+            learned = getattr(model, "module", model).projections
+            project = learned[role] if role in learned else nn.Identity()
             for seen, shown in zip(mine[role], theirs[role], strict=True):
                 if settings.hidden_weight:
                     apart = states_apart(project(seen[0].float()), shown[0].float())
@@ -102,7 +103,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         material = read_by_both(student, teacher, context)
         probe = padded(made, [material.train[0][1:]])
         with torch.no_grad():
-            told, shown = made(**probe, **asked), taught(**probe, **asked)
+            told, shown = made(**probe, **asked), taught(**{name: part.to(taught.device) for name, part in probe.items()}, **asked)
         links = linked(_stacks(told), _stacks(shown), settings)
         torch.manual_seed(settings.seed)
         made.projections = nn.ModuleDict()  # a part of the student while it is trained, so that checkpoints have it

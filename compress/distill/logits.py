@@ -3,7 +3,7 @@
 Hinton et al. 2015, "Distilling the Knowledge in a Neural Network". At each position of the targets, the divergence of the two distributions
 times the temperature squared, plus `label_weight` times the cross-entropy. Recovers what pruning lost, or makes a smaller model of a
 larger one. Teacher and student have one vocabulary. In memory: the student as in `finetune: full`, and the teacher's weights; with `top_k`
-one after the other, and then a step takes as long as one of `finetune: full`.
+one after the other, and then a step takes as long as one of `finetune: full`; with `shard: true` each process has its part of both.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -34,6 +34,10 @@ class Settings(LogitsSettings):
     def _some(self) -> "Settings":
         if not self.logits_weight:
             raise ValueError("logits_weight is 0, so the teacher says nothing; `finetune: full` learns the targets alone")
+        if self.shard and self.top_k is not None:
+            raise ValueError(
+                f"shard: true, and top_k is {self.top_k}, for which each process asks a whole teacher by itself; leave one of the two out"
+            )
         return self
 
 
@@ -47,7 +51,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     from compress.calibration.stream import without_cache
     from compress.distill._divergence import divergence, divergence_over, with_targets
-    from compress.distill._pair import frozen, pair, read_by_both, trained
+    from compress.distill._pair import pair, read_by_both, split_or_whole, trained
     from compress.distill._remembered import remembered
 
     teacher, student = pair(bundle, settings, context)
@@ -62,7 +66,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
         return trained(student, material, settings, context, loss_from_disk, needed)
 
-    taught = frozen(teacher)
+    taught = split_or_whole(teacher, settings, context)
 
     def loss(model: Any, batch: "Batch") -> "Tensor":
         with torch.no_grad():

@@ -1,17 +1,18 @@
 """All weights are trained on the targets of the train split, or on its plain texts: recovery after pruning, or learning the task.
 
 AdamW in float32, on GPUs with products in bfloat16; stored in the dtypes it came in. Takes four times the float32 model in memory:
-weights, gradients and two states of the optimiser. Weights that pruning set to zero stay zero.
+weights, gradients and two states of the optimiser; `shard: true` splits all four over the processes. Weights that pruning set to zero
+stay zero.
 """
 
 from compress.finetune._settings import TUNED
-from compress.methods import Context, TuneSettings
+from compress.methods import Context, ShardSettings
 from compress.model import Bundle
 
 ABOUT = TUNED
 
 
-class Settings(TuneSettings):
+class Settings(ShardSettings):
     pass
 
 

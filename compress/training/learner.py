@@ -66,9 +66,22 @@ class Learner(Trainer):  # type: ignore[misc]
             )
         return loss
 
+    @property
+    def takes_part(self) -> bool:
+        """Whether this process looks at the validation split, and writes what is trained."""
+        return bool(self.is_world_process_zero())
+
+    def own(self, file: Path) -> Path:
+        """Where this process writes and reads a file of what is trained."""
+        return file
+
+    def trained(self) -> dict[str, torch.Tensor]:
+        """What is trained, by name, as it is here."""
+        return {name: parameter.detach() for name, parameter in self.model.named_parameters() if parameter.requires_grad}
+
     def evaluate(self, *given: Any, **named: Any) -> dict[str, float]:
         self.model.eval()
-        value = torch.tensor(self._look() if self.is_world_process_zero() else 0.0, dtype=torch.float64, device=self.args.device)
+        value = torch.tensor(self._look() if self.takes_part else 0.0, dtype=torch.float64, device=self.args.device)
         if self.args.world_size > 1:
             broadcast(value, 0)
         found = {"eval_validation": value.item()}
@@ -80,7 +93,7 @@ class Learner(Trainer):  # type: ignore[misc]
         better = bool(super()._determine_best_metric(metrics, trial))
         if better:
             self.state.best_global_step = self.state.global_step
-            if self.is_world_process_zero():
+            if self.takes_part:
                 self._save(str(self._best()))
         elif self.state.global_step - (self.state.best_global_step or 0) >= self._patience * self.args.eval_steps:
             self.control.should_training_stop = True
@@ -92,20 +105,18 @@ class Learner(Trainer):  # type: ignore[misc]
 
     def take_best(self) -> None:
         if self.args.world_size > 1:
-            barrier()  # then the first has written them
+            barrier()  # then they are written
         self._load_from_checkpoint(str(self._best()))
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         folder = Path(output_dir or self.args.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: p.detach().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}, folder / WEIGHTS)
+        save_file({name: tensor.contiguous() for name, tensor in self.trained().items()}, self.own(folder / WEIGHTS))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
-        saved = load_file(Path(resume_from_checkpoint) / WEIGHTS)
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                if parameter.requires_grad:
-                    parameter.copy_(saved[name])
+        saved = load_file(self.own(Path(resume_from_checkpoint) / WEIGHTS))
+        for name, tensor in self.trained().items():
+            tensor.copy_(saved[name])
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]

@@ -15,6 +15,7 @@ from compress.errors import DataError, RunError
 from compress.methods import Context, EarlyStopping, Optimisation, TuneSettings
 from compress.training.learner import Learner, Step, Watch, last_checkpoint
 from compress.training.material import IGNORED, Loss, Material, batch_of, entropy
+from compress.training.sharded import ShardedLearner, is_split, split_in_float32, zeros_kept_in_parts
 from compress.training.validation import lost, rouge_of
 from compress.training.weights import in_float32, pruned, zeros_kept
 
@@ -89,7 +90,7 @@ def train(
             arguments._n_gpu = 1  # the model is on one of them; the Trainer would put copies on all
         watch = Watch(context, folder if context.scratch else None, each_step)
         patience = stopping.patience if stopping else 0
-        learner = Learner(
+        learner = (ShardedLearner if is_split(model) else Learner)(
             loss, batch, rows, look, patience, model, arguments, list, train_dataset=learnable, eval_dataset=watched or None,
             callbacks=[watch],
         )  # fmt: skip
@@ -144,9 +145,18 @@ def train_all(
     model: "PreTrainedModel", material: Material, settings: TuneSettings, context: Context, loss: Loss = entropy, known: bool = True,
     rewrite: Rewrite = lambda rows, done: rows,
 ) -> None:  # fmt: skip
-    """Train all weights in float32, in place, zeros kept where the settings say so; the rest is `train`'s."""
+    """Train all weights in float32, in place, zeros kept where the settings say so, split where they say that; the rest is `train`'s.
+
+    Raises what `split` raises besides.
+    """
     model.requires_grad_(True)
-    with in_float32(model), zeros_kept(pruned(model).values() if settings.keep_zeros else []):
+    kept = pruned(model) if settings.keep_zeros else {}
+    if settings.sharded():
+        with split_in_float32(model, context) as parts, zeros_kept_in_parts(parts.get_submodule(name).weight for name in kept):
+            train(parts, material, settings, settings.seed, context, loss, known, rewrite=rewrite, stopping=settings.early_stopping)
+            context.say(f"weights, gradients and optimiser states were split over {context.processes} processes")
+        return
+    with in_float32(model), zeros_kept(kept.values()):
         train(model, material, settings, settings.seed, context, loss, known, rewrite=rewrite, stopping=settings.early_stopping)
 
 
