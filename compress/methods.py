@@ -29,6 +29,7 @@ from compress.errors import MissingPackage
 if TYPE_CHECKING:
     from compress.model import Bundle, Source
 
+TASKS = ("seq2seq", "causal-lm", "sequence-classification")
 FAMILIES = ("quantize", "prune", "finetune", "distill")
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -37,6 +38,10 @@ class Settings(BaseModel):
     """A strict, frozen block of a recipe."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
+
+    def why_not_first(self) -> str | None:
+        """Why a stage so set can't be the first of a recipe; None where it can."""
+        return None
 
     def needs(self) -> dict[str, str]:
         """Packages that these settings need besides the method's own, and the extra of this package that installs each."""
@@ -104,7 +109,11 @@ class Optimisation(Settings):
 class EarlyStopping(Settings):
     """Training ends when the validation split has told nothing better for a while, and the best weights are kept."""
 
-    metric: Literal["loss", "rougeL"] = Field("loss", description="the method's own loss, or ROUGE-L of what the model writes, greedy")
+    metric: Literal["loss", "rougeL"] = Field(
+        "loss",
+        description="the method's own loss on the split's targets, or ROUGE-L of what the model writes, greedy; the latter suits"
+        " `distill: sequence` and `on_policy`, which learn from other texts than the targets",
+    )
     every: int | None = Field(None, ge=1, description="steps from one look to the next; null looks 20 times in all")
     patience: int = Field(3, ge=1, description="looks in a row without a better value after which training ends")
     samples: int | None = Field(200, ge=1, description="examples of the validation split, drawn with the seed; null takes all")
@@ -151,6 +160,7 @@ class About:
     packs     its output is packed, so no stage may follow
     smaller   it promises that the weights take fewer bytes than before
     trains    it trains weights, and where more than one process is wanted they do so together
+    tasks     what the models may do that it works on
     """
 
     at_run_time: str
@@ -161,6 +171,7 @@ class About:
     packs: bool = False
     smaller: bool = True
     trains: bool = False
+    tasks: tuple[str, ...] = TASKS
 
     def missing(self) -> list[str]:
         """The packages that aren't installed here. Looks at metadata only; nothing is imported."""
@@ -271,7 +282,7 @@ def made_with(method: Method) -> dict[str, str]:
     """What a method's output depends on besides model and settings: the code that makes it, and the versions of what that uses."""
     file, package = Path(cast(ModuleType, method).__file__ or ""), Path(__file__).parent
     shared = sorted([*file.parent.glob("_*.py"), *(path for part in ("calibration", "training") for path in (package / part).glob("*.py"))])
-    code = [file, *shared, *(package / f"{name}.py" for name in ("architecture", "model", "stage", "writing"))]
+    code = [file, *shared, *(package / f"{name}.py" for name in ("architecture", "model", "scores", "stage", "writing"))]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()
     return {"code": digest, **{name: _version(name) or "" for name in ("torch", "transformers", *method.ABOUT.packages)}}
 

@@ -1,5 +1,7 @@
 """The order of events: a recipe is refused or accepted, the smaller model made, both models measured, the verdict written."""
 
+import fcntl
+import os
 import secrets
 import shutil
 import tempfile
@@ -210,17 +212,39 @@ def _make(
 ) -> None:  # fmt: skip
     written = {"family": stage.family, "method": stage.method, "settings": stage.settings.model_dump(mode="json")}
     scratch = target.with_name(f".{target.name}.scratch")  # a stage that was killed finds its checkpoints there
-    try:
-        alone = processes == 1
+    alone = processes == 1
+    with _one_at_a_time(target, progress):
+        if _is_whole(target):  # another run made it meanwhile
+            return
         with Child("compress.stage", log, progress) if alone else Team("compress.stage", log, progress, processes) as worker:
             worker.ask(
                 "run", source=asdict(source), stage=written, shown=shown, target=str(target), scratch=str(scratch), device=device,
                 cache=str(target.parent / "teachers"), models={role: asdict(other) for role, other in models.items()}, processes=processes,
             )  # fmt: skip
         shutil.rmtree(scratch, ignore_errors=True)
-    finally:
-        for partial in target.parent.glob(f".{target.name}.*.partial"):  # a killed process could not tidy up after itself
-            shutil.rmtree(partial, ignore_errors=True)
+
+
+@contextmanager
+def _one_at_a_time(target: Path, progress: Progress) -> Iterator[None]:
+    """Runs that make the same artifact would write each other's checkpoints: the second waits. The kernel lets go where one is killed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = target.with_name(f".{target.name}.lock")
+    while True:
+        with lock.open("a") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                progress("waiting for another run that makes the same", 0, 1)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            if not lock.exists() or lock.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                continue  # it was another's, who removed it
+            try:
+                yield
+            finally:
+                for partial in target.parent.glob(f".{target.name}.*.partial"):  # a killed process could not tidy up after itself
+                    shutil.rmtree(partial, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+            return
 
 
 def _measured(

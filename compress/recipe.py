@@ -308,6 +308,10 @@ def _agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> N
             )
     task, text = recipe.model.task, recipe.data.text is not None
     for index, stage in enumerate(recipe.stages):
+        if task not in (fit := methods.find(stage.family, stage.method).ABOUT.tasks):
+            problems.add(document, ("stages", index, stage.family), f"{stage.method} is for task {' and '.join(fit)}, not for {task}")
+        if index == 0 and (why := stage.settings.why_not_first()):
+            problems.add(document, ("stages", index), f"`{stage}`: {why}")
         if isinstance(stage.settings, TuneSettings) and (stopping := stage.settings.early_stopping):
             place: yamlfile.Place = ("stages", index, "early_stopping")
             if "validation" not in recipe.data.splits:

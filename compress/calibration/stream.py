@@ -95,7 +95,10 @@ def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cont
         if len(ids) > 1:
             found.append((example, ids, answer))
     if not found:
-        raise DataError("calibration: no example has two tokens or more; look at data.splits.train and the prompt")
+        raise DataError(
+            f"none of {len(context.examples)} examples has two tokens or more;"
+            f" look at data.prompt, and at max_tokens, which is {context.max_tokens}"
+        )
     if cut:
         context.say(f"{cut:,} of the {len(context.examples):,} examples were longer than {limit:,} tokens and were cut at an end")
     if short := len(context.examples) - len(found):

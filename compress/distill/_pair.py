@@ -1,13 +1,16 @@
 """Teacher and student: loaded, held against each other before anything is trained, and the one trained by the other."""
 
 import difflib
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import GenerationConfig
 
 from compress import model
-from compress.architecture import context_length, size_cache_by_decoder
+from compress.architecture import block_stacks, context_length, size_cache_by_decoder
+from compress.calibration.stream import padded
 from compress.distill._settings import DistillSettings
 from compress.errors import InputError, ModelError
 from compress.methods import Context
@@ -15,6 +18,10 @@ from compress.model import Bundle
 from compress.training.loop import Rewrite, train_all
 from compress.training.material import Loss, Material, read
 from compress.training.sharded import split
+
+FIXED = {
+    "vocab_size", "model_type", "dtype", "is_encoder_decoder", "decoder_start_token_id", "pad_token_id", "eos_token_id", "id2label", "label2id",
+}  # fmt: skip
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -30,10 +37,12 @@ def pair(bundle: Bundle, settings: DistillSettings, context: Context) -> tuple[B
     known, mine = teacher.tokenizer.get_vocab(), student.tokenizer.get_vocab()
     if mine != known:
         same = len(mine.items() & known.items())
+        way_out = "with any two, `distill: sequence` passes text and `distill: universal` compares sorted probabilities"
+        if not student.model.can_generate():
+            way_out = "a student with the teacher's tokenizer is wanted"
         raise ModelError(
             f"the teacher {teacher.source.id} has {len(known):,} tokens, the student {student.source.id} has {len(mine):,}, and {same:,}"
-            " have the same id in both, so their distributions can't be compared token by token; with any two,"
-            " `distill: sequence` passes text and `distill: universal` compares sorted probabilities"
+            f" have the same id in both, so their distributions can't be compared token by token; {way_out}"
         )
     if not student.model.can_generate() and (labels := student.model.config.label2id) != config_of(teacher).label2id:
         raise ModelError(
@@ -112,19 +121,27 @@ def _other(role: str, settings: DistillSettings, context: Context) -> Bundle:
 def _fresh(bundle: Bundle, changes: dict[str, Any], seed: int) -> Bundle:
     """The bundle with a model of the same kind in it that has a changed config and fresh weights."""
     bare: PreTrainedModel = model.skeleton(bundle.source)
-    old = bare.config.to_dict()
+    other_names = getattr(bare.config, "attribute_map", {})
+    changes, old = {other_names.get(key, key): value for key, value in changes.items()}, bare.config.to_dict()
     for key in changes:
         if key not in old:
             near = difflib.get_close_matches(key, old, n=3) or sorted(old)
             raise InputError(f"student.config: a {bare.config.model_type} has no {key!r}; near it are {', '.join(near)}")
+        if key in FIXED:
+            raise InputError(f"student.config: {key} stays as it is, {old[key]!r}; change what says how large the model is")
     old.pop("layer_types", None)  # says a kind for each block; worked out again for another number of blocks
     torch.manual_seed(seed)
     try:
         config = type(bare.config).from_dict({**old, **changes})
         size_cache_by_decoder(config)
         made: PreTrainedModel = type(bare)(config)
+        if not all(map(len, block_stacks(made).values())) or not block_stacks(made):
+            raise ValueError("it would have no blocks")
+        with torch.no_grad():  # some mistakes show where it is run alone
+            made(**padded(made, [([1, 2, 3], [1, 2] if made.can_generate() else [])]))
     except Exception as error:  # configs and models check themselves, each in its own way
         raise InputError(f"student.config: {changes} makes no {bare.config.model_type}: {error}") from None
     if made.can_generate():
-        made.generation_config = bundle.model.generation_config
+        with suppress(OSError):  # a model may come without one
+            made.generation_config = GenerationConfig.from_pretrained(bundle.source.id, revision=bundle.source.revision)
     return bundle.holding(made.to(device=bundle.device, dtype=bare.dtype).eval())

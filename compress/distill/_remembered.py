@@ -11,7 +11,7 @@ import itertools
 import os
 import random
 import shutil
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 8.0, 10.0)  # one that a recipe asks for besides makes a folder of its own
+FORMAT = 1  # a file of another would be taken for one of this
 FILE_ROWS = 256  # examples of one file, which is what a kill costs at most
 BATCH_ROWS = 8
 LEAST = -6e4  # float16 ends at -65504; the mass of such a token is nothing at any temperature
@@ -105,13 +106,13 @@ def remembered(
         )
     asked = Asked(top_k, size, TEMPERATURES if temperature in TEMPERATURES else (*TEMPERATURES, temperature))
     assert context.cache, "a place to keep it is given by whoever runs a stage"
-    folder = context.cache / f"logits-{digest([fingerprint(teacher.source), asdict(asked)])}"
+    folder = context.cache / f"logits-{digest([FORMAT, fingerprint(teacher.source), asdict(asked)])}"
     folder.mkdir(parents=True, exist_ok=True)
     split = [part for rows in (material.train, material.validation) for part in _parts(rows, FILE_ROWS)]
     found = Remembered(folder, split, asked)
     lacking = {file: part for file, part in zip(found.files, split, strict=True) if not _is_whole(file)}
     if lacking:
-        _fill(lacking, asked, frozen(teacher), student, context)
+        _fill(lacking, asked, frozen(replace(teacher)), student, context)  # a bundle that nobody keeps: the teacher goes when it is done
     positions, nbytes = found.size()
     context.say(
         f"the teacher's {top_k} likeliest tokens at {positions:,} positions are kept in {folder.name}: {nbytes / 2**20:.1f} MiB,"

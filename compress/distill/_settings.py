@@ -1,6 +1,7 @@
 """What the methods of distillation share in a recipe: who teaches, who learns, how far apart they may say to be."""
 
-from typing import Any, Literal
+from dataclasses import replace
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -9,6 +10,8 @@ from compress.methods import About, OtherModel
 
 Divergence = Literal["forward", "reverse", "jensen-shannon"]
 DISTILLED = About(at_run_time="the model runs as the student does", calibrated=True, smaller=False, trains=True)
+WRITING = replace(DISTILLED, tasks=("seq2seq", "causal-lm"))
+Temperature = Annotated[float, Field(ge=0.01, le=100)]
 
 
 class Student(methods.Settings):
@@ -24,6 +27,8 @@ class Student(methods.Settings):
     def _one(self) -> "Student":
         if (self.id is None) == (self.config is None):
             raise ValueError("either id or config is wanted, one of the two")
+        if self.config is not None and self.revision is not None:
+            raise ValueError("revision is of an id; a config has none")
         return self
 
 
@@ -32,6 +37,11 @@ class DistillSettings(methods.TuneSettings):
 
     teacher: OtherModel | None = Field(None, description="null takes the recipe's own model as it came")
     student: Student | None = Field(None, description="null takes the model as the stage finds it")
+
+    def why_not_first(self) -> str | None:
+        if self.teacher is None and self.student is None:
+            return "teacher and student would be the same model, from which nothing is learned; prune before it, or give teacher or student"
+        return None
 
     def needs(self) -> dict[str, str]:
         return {"bitsandbytes": "bnb"} if self.teacher is not None and self.teacher.bits else {}
@@ -47,16 +57,18 @@ class DivergenceSettings(DistillSettings):
     """How distributions are compared."""
 
     divergence: Divergence = Field(
-        "forward", description="KL(teacher, student), which covers all the teacher may say; KL(student, teacher), which keeps to its peaks"
+        "forward",
+        description="KL(teacher, student), which covers all the teacher may say; reverse is KL(student, teacher), which keeps to"
+        " its peaks; jensen-shannon is the mean of both to the distribution between",
     )
-    temperature: float = Field(2.0, gt=0, description="logits are divided by this before they become distributions")
+    temperature: Temperature = Field(2.0, description="logits are divided by this before they become distributions")
 
 
 class LogitsSettings(DivergenceSettings, methods.ShardSettings):
     """The teacher's distributions, the targets beside them."""
 
     logits_weight: float = Field(1.0, ge=0, description="of the divergence")
-    label_weight: float = Field(0.5, ge=0, description="of the cross-entropy with the targets; 0 needs no targets")
+    label_weight: float = Field(0.5, ge=0, description="of the cross-entropy with the targets; 0 needs none but in an encoder-decoder")
 
     @model_validator(mode="after")
     def _full_weights(self) -> "LogitsSettings":

@@ -1,6 +1,6 @@
 """The student learns the teacher's hidden states layer by layer, and if wanted its attention maps, besides its distributions.
 
-Sanh et al. 2019, "DistilBERT"; Jiao et al. 2020, "TinyBERT" (mean squared error of the hidden states, through a learned projection where
+Jiao et al. 2020, "TinyBERT" (mean squared error of the hidden states, through a learned projection where
 the widths differ); Wang et al. 2020, "MiniLM" (divergence of the attention maps). The loss is a weighted sum; a weight of 0 leaves a part
 out. The projection is dropped at the end. Attention maps want as many heads in both, and are learned without dropout, which would show
 in them.
@@ -86,7 +86,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         mine = _seen(out, {role: list(pairs) for role, pairs in links.items()})
         told = batch.counted(out.logits)
         total = with_targets(divergence(told, known, settings), told, batch, settings)
-        count, layers = (batch.wanted != IGNORED).reshape(len(batch.wanted), -1).sum(dim=-1), sum(map(len, links.values()))
+        count = (batch.wanted != IGNORED).reshape(len(batch.wanted), -1).sum(dim=-1)
         for role in links:
             real = batch.inputs["decoder_attention_mask" if role == "decoder" else "attention_mask"].bool()
             learned = getattr(model, "module", model).projections
@@ -96,7 +96,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
                     apart = states_apart(project(seen[0].float()), shown[0].float())
                     total = total + settings.hidden_weight / layers * over(apart, real, count)
                 if seen[1] is not None and shown[1] is not None:
-                    total = total + settings.attention_weight / layers * over(maps_apart(seen[1], shown[1]), real, count)
+                    total = total + settings.attention_weight / mapped * over(maps_apart(seen[1], shown[1]), real, count)
         return total
 
     with without_cache(taught), _with_maps(taught, maps), _with_maps(made, maps):
@@ -105,6 +105,10 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         with torch.no_grad():
             told, shown = made(**probe, **asked), taught(**{name: part.to(taught.device) for name, part in probe.items()}, **asked)
         links = linked(_stacks(told), _stacks(shown), settings)
+        pairs_of_layers = [pair for pairs in links.values() for pair in pairs.items()]
+        layers, mapped = len(pairs_of_layers), sum(1 for one, other in pairs_of_layers if one and other)
+        if maps and not mapped:
+            raise InputError("attention_weight: layer 0 is the embedding, which has no attention map; name others under layers")
         torch.manual_seed(settings.seed)
         made.projections = nn.ModuleDict()  # a part of the student while it is trained, so that checkpoints have it
         for role in links:

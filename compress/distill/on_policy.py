@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from compress.distill._settings import DISTILLED, Divergence, DivergenceSettings
+from compress.distill._settings import WRITING, Divergence, DivergenceSettings, Temperature
 from compress.methods import Context
 from compress.model import Bundle
 
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
     from compress.calibration.stream import Row
     from compress.training.material import Batch
 
-ABOUT = DISTILLED
+ABOUT = WRITING
 
 
 class Settings(DivergenceSettings):
     divergence: Divergence = Field("jensen-shannon", description="as for `distill: logits`")
-    temperature: float = Field(1.0, gt=0, description="logits are divided by this before they become distributions")
+    temperature: Temperature = Field(1.0, description="logits are divided by this before they become distributions")
     student_share: float = Field(0.5, ge=0, le=1, description="of the sequences, those that the student writes; 1 needs no targets")
-    max_new_tokens: int = Field(64, ge=1, description="the longest that the student writes")
+    max_new_tokens: int = Field(64, ge=1, le=2**20, description="the longest that the student writes")
 
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:

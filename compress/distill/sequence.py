@@ -6,14 +6,15 @@ as in `finetune: full`, the teacher being out of memory.
 """
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from compress.distill._settings import DISTILLED, DistillSettings
+from compress.distill._settings import WRITING, DistillSettings, Temperature
 from compress.errors import DataError
 from compress.methods import Context, Example
 from compress.model import Bundle
@@ -21,14 +22,23 @@ from compress.model import Bundle
 if TYPE_CHECKING:
     from compress.calibration.stream import Row
 
-ABOUT = DISTILLED
+ABOUT = WRITING
 WRITTEN = "written.jsonl"  # [number, text] of each example, a line each; every process has its own
 
 
 class Settings(DistillSettings):
-    num_beams: int = Field(4, ge=1, description="of the search that writes the targets; 1 takes the likeliest token each time")
-    sampling_temperature: float | None = Field(None, gt=0, description="samples at it instead of searching")
-    max_new_tokens: int = Field(128, ge=1, description="the longest target that the teacher writes")
+    num_beams: int = Field(4, ge=1, le=1000, description="of the search that writes the targets; 1 takes the likeliest token each time")
+    sampling_temperature: Temperature | None = Field(None, description="samples at it instead of searching")
+    max_new_tokens: int = Field(128, ge=1, le=2**20, description="the longest target that the teacher writes")
+
+    @model_validator(mode="after")
+    def _one_way(self) -> "Settings":
+        if self.sampling_temperature is not None and "num_beams" in self.model_fields_set:
+            raise ValueError("num_beams is of a search, and sampling_temperature samples; one of the two is wanted")
+        return self
+
+    def why_not_first(self) -> None:
+        """A model can learn what it writes itself."""
 
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
@@ -116,8 +126,8 @@ def _kept(context: Context) -> dict[int, str]:
     file = _file(context)
     if file is None or not file.exists():
         return {}
-    lines = [line for line in file.read_text(encoding="ascii").splitlines(keepends=True) if line.endswith("\n")]
-    file.write_text("".join(lines), encoding="ascii")
+    lines = [line for line in file.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    os.truncate(file, sum(map(len, lines)))
     return dict(map(json.loads, lines))
 
 

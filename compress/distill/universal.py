@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
-from compress.distill._settings import DISTILLED, DistillSettings
+from compress.distill._settings import WRITING, DistillSettings, Temperature
 from compress.errors import DataError, ModelError
 from compress.methods import Context
 from compress.model import Bundle
@@ -24,13 +24,13 @@ if TYPE_CHECKING:
     from compress.calibration.stream import Row
     from compress.training.material import Batch
 
-ABOUT = DISTILLED
+ABOUT = WRITING
 
 
 class Settings(DistillSettings):
     universal_weight: float = Field(1.5, gt=0, description="of the sorted probabilities' differences; 1.5 is the paper's")
     label_weight: float = Field(1.0, ge=0, description="of the cross-entropy with the targets, which are needed in any case")
-    temperature: float = Field(1.0, gt=0, description="logits are divided by this before they become distributions")
+    temperature: Temperature = Field(1.0, description="logits are divided by this before they become distributions")
 
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:

@@ -1,10 +1,11 @@
 """Hugging Face's Trainer with a loss that is right when batches are accumulated or shared, and checkpoints that outlive a kill."""
 
+import math
 import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from accelerate.data_loader import prepare_data_loader
@@ -42,6 +43,7 @@ class Learner(Trainer):  # type: ignore[misc]
     ):  # fmt: skip
         super().__init__(*given, **named)
         self._loss, self._batch, self._rows, self._look, self._patience = loss, batch, rows, look, patience
+        self._seen: list[int] = []  # the examples of this step
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by all positions of a step; the Trainer must not divide again
 
     def get_train_dataloader(self) -> Any:
@@ -59,12 +61,24 @@ class Learner(Trainer):  # type: ignore[misc]
         # gradients are averaged over processes, while the positions were counted over all
         loss = self._loss(model, Batch(inputs, wanted, numbers)) / num_items_in_batch * self.args.world_size
         if not loss.isfinite():
-            ids = (self._rows[number][0].id for number in numbers)
-            raise RunError(
-                f"training: the loss became {loss.item()} in step {self.state.global_step + 1} of {self.state.max_steps}, on the examples"
-                f" {', '.join(ids)}; learning_rate {self.args.learning_rate:g} may be too high for this model, lower it"
-            )
+            self._stop(f"the loss became {loss.item()}", numbers)
+        self._seen.extend(numbers)
         return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        if not math.isfinite(norm):  # one more step, and no weight would be a number
+            self._stop(f"the gradient's norm became {float(norm)}", self._seen)
+        self._seen.clear()
+        return norm
+
+    def _stop(self, what: str, numbers: list[int]) -> NoReturn:
+        """Raises RunError that names step and examples."""
+        step, ids = self.state.global_step + 1, ", ".join(self._rows[number][0].id for number in numbers)
+        why = f"learning_rate {self.args.learning_rate:g} may be too high for this model, lower it"
+        if step == 1:
+            why = "nothing was learned yet, so model, teacher or examples give it; a wider dtype (bfloat16, float32) may help"
+        raise RunError(f"training: {what} in step {step} of {self.state.max_steps}, on the examples {ids}; {why}")
 
     @property
     def takes_part(self) -> bool:
@@ -149,10 +163,12 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
     def _is_due(self, device: torch.device) -> bool:
         """Whether to write a checkpoint now. The first process's clock decides for all: each writes the state of its random numbers."""
-        due = torch.tensor(time.monotonic() - self._last >= self._pause, device=device)
-        if self._shared:
-            broadcast(due, 0)
-        return bool(due)
+        due = time.monotonic() - self._last >= self._pause
+        if not self._shared:
+            return due
+        told = torch.tensor(due, device=device)
+        broadcast(told, 0)
+        return bool(told)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         assert self._folder

@@ -7,6 +7,7 @@ import torch
 
 from compress.architecture import context_length
 from compress.calibration.stream import Row
+from compress.errors import RunError
 from compress.scores import rouge
 from compress.training.material import IGNORED, Loss, Material, batch_of
 from compress.writing import prompt_of, write
@@ -17,12 +18,16 @@ if TYPE_CHECKING:
 
 @torch.no_grad()
 def lost(model: "PreTrainedModel", rows: list[Row], numbers: list[int], size: int, loss: Loss, known: bool) -> float:
-    """The loss a position over some of the rows."""
+    """The loss a position over some of the rows. Raises RunError where it is no number."""
     total, count = 0.0, 0
     for start in range(0, len(numbers), size):
         part = numbers[start : start + size]
         batch = batch_of(model, [rows[number] for number in part], part, known)
-        total, count = total + loss(model, batch).item(), count + int((batch.wanted != IGNORED).sum())
+        found = loss(model, batch).item()
+        if not math.isfinite(found):
+            ids = ", ".join(rows[number][0].id for number in part)
+            raise RunError(f"early_stopping: the loss became {found} on the examples {ids} of the validation split; look at these")
+        total, count = total + found, count + int((batch.wanted != IGNORED).sum())
     return total / count
 
 
