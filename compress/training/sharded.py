@@ -1,7 +1,7 @@
 """Models that are split over the processes: FSDP, by torch's `fully_shard`.
 
 Each process holds its part of every weight, and of its gradient and the optimiser's states. A block's weights are gathered when it is run,
-in the forward pass and in the backward one, and let go behind it.
+in the forward pass and in the backward one, and let go behind it; those outside of all blocks, embeddings and heads, for the whole pass.
 """
 
 from collections.abc import Iterable, Iterator
