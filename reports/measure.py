@@ -56,7 +56,8 @@ def measure(recipe: Path, chain: str, models: Path, data: Path, out: Path | None
     """One chain of stages on one model; its report is kept without texts."""
     loaded = compress.load_recipe(recipe)
     stages = ", ".join(f"{{{stage}}}" for stage in chain.split("; "))
-    places = [] if loaded.model.id == "builtin" else [f"model.id={models / loaded.model.id}", f"data.source={data / loaded.data.source}"]
+    named = {"model.id": (models, loaded.model.id), "data.source": (data, loaded.data.source)}
+    places = [f"{key}={folder / name}" for key, (folder, name) in named.items() if name != "builtin"]
     loaded = compress.load_recipe(recipe, [*places, f"stages=[{stages}]"])
     with tempfile.TemporaryDirectory() as folder:
         report = compress.run(loaded, out=out or folder)

@@ -7,9 +7,10 @@ import torch
 from rouge_score.rouge_scorer import RougeScorer
 
 from compress import pipeline, recipe, stage
-from compress.errors import DataError, RecipeError
+from compress.errors import DataError, RecipeError, RunError
 from compress.methods import Context
 from compress.model import Source
+from compress.training.material import Batch
 from tests.blocks import bundle, examples
 from tests.conftest import recipe_for
 from tests.finetune.loops import calm, lost, tune
@@ -95,6 +96,13 @@ def test_a_validation_split_without_targets_is_refused(toys):
     told = Context("cpu", until(None, []), examples(), 32)
     with pytest.raises(DataError, match="early_stopping: the validation split gives nothing to learn from"):
         watched(bundle(toys["llama"], "llama"), told)
+
+
+def test_a_validation_loss_that_is_no_number_names_the_examples(toys, monkeypatch):
+    plain = Batch.logits_of
+    monkeypatch.setattr(Batch, "logits_of", lambda self, model: plain(self, model) * (1 if torch.is_grad_enabled() else float("nan")))
+    with pytest.raises(RunError, match=r"early_stopping: the loss became nan on the examples 6, 7 of the validation split"):
+        watched(bundle(toys["llama"], "llama"), seen(), every=2)
 
 
 def test_the_pipeline_draws_the_validation_split_and_reports_the_curve(toys, rows, write_recipe, tmp_path, monkeypatch):

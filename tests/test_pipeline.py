@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import threading
 
 import pytest
 
@@ -86,6 +87,43 @@ def test_what_a_killed_stage_left_is_swept(loaded, toys, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         pipeline._make(found.stages[0], Source(str(toys["llama"]), "causal-lm"), {}, {}, target, "cpu", tmp_path / "log", methods.quiet)
     assert list(target.parent.iterdir()) == []
+
+
+def test_of_two_runs_that_make_the_same_the_second_waits(loaded, toys, tmp_path, monkeypatch):
+    target, asked, told, begun, go_on = tmp_path / "artifacts" / "a", [], [], threading.Event(), threading.Event()
+
+    class Slow:
+        def __init__(self, *_):
+            pass
+
+        def ask(self, *_, **named):
+            asked.append(named["target"])
+            begun.set()
+            go_on.wait(10)
+            shutil.copytree(toys["llama"], target)
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+    def make(progress):
+        source = Source(str(toys["llama"]), "causal-lm")
+        pipeline._make(found.stages[0], source, {}, {}, target, "cpu", tmp_path / "log", progress)
+
+    monkeypatch.setattr(pipeline, "Child", Slow)
+    found = loaded()
+    first = threading.Thread(target=make, args=[methods.quiet])
+    first.start()
+    begun.wait(10)
+    second = threading.Thread(target=make, args=[lambda *line: (told.append(line[0]), go_on.set())])
+    second.start()
+    first.join(10)
+    second.join(10)
+    assert asked == [str(target)], "one of them made it"
+    assert told == ["waiting for another run that makes the same"]
+    assert [path.name for path in target.parent.iterdir()] == ["a"]
 
 
 def test_two_runs_in_one_second_have_places_of_their_own(loaded, tmp_path):

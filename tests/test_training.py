@@ -117,9 +117,28 @@ def test_a_loss_that_is_no_number_is_named_with_its_step(toys):
     with torch.no_grad():
         made.model.model.embed_tokens.weight.fill_(float("nan"))
     with pytest.raises(
-        RunError, match=r"training: the loss became nan in step 1 of 7, on the examples \d, \d; learning_rate 0.01 may be too high"
+        RunError, match=r"training: the loss became nan in step 1 of 7, on the examples \d, \d; nothing was learned yet, so model"
     ):
         trained(made, "full", None)
+
+
+def test_a_gradient_that_is_no_number_is_named_before_it_is_a_weight(toys, monkeypatch):
+    """The loss is fine, its gradient isn't: the step that it arises in is named, not the next."""
+    made, plain, calls = bundle(toys["llama"], "llama"), learner.Learner.compute_loss, []
+
+    def compute_loss(self, model, inputs, **named):
+        calls.append([self._rows[number][0].id for number in inputs["numbers"]])
+        loss = plain(self, model, inputs, **named)
+        if len(calls) == 3:
+            loss.register_hook(lambda gradient: gradient * float("nan"))
+        return loss
+
+    monkeypatch.setattr(learner.Learner, "compute_loss", compute_loss)
+    with pytest.raises(RunError) as raised:
+        trained(made, "full", None)
+    assert "the gradient's norm became nan in step 3 of 7" in str(raised.value)
+    assert f"on the examples {', '.join(calls[2])}; learning_rate 0.01 may be too high" in str(raised.value)
+    assert all(parameter.isfinite().all() for parameter in made.model.parameters())
 
 
 def test_elements_have_no_gradient_while_they_are_zero():

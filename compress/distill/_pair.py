@@ -20,7 +20,8 @@ from compress.training.material import Loss, Material, read
 from compress.training.sharded import split
 
 FIXED = {
-    "vocab_size", "model_type", "dtype", "is_encoder_decoder", "decoder_start_token_id", "pad_token_id", "eos_token_id", "id2label", "label2id",
+    "vocab_size", "model_type", "dtype", "is_encoder_decoder", "decoder_start_token_id", "pad_token_id", "eos_token_id",
+    "id2label", "label2id",
 }  # fmt: skip
 
 if TYPE_CHECKING:

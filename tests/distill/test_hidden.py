@@ -49,9 +49,11 @@ def by_hand(student, teacher, seen, given, projections, links):
                 weight = projections.get(stack)
                 a = a if weight is None else a @ weight.double().T
                 states += float(((a - b) ** 2).mean()) / len(links) / len(stacks)
+                if not one or not other:  # the embedding has no map
+                    continue
                 p, q = theirs[f"{stack}attentions"][other - 1][0], mine[f"{stack}attentions"][one - 1][0]
                 rows = torch.where(p > 0, p * (p / q).log(), 0).sum(-1)  # (heads, tokens)
-                maps += float(rows.mean()) / len(links) / len(stacks)
+                maps += float(rows.mean()) / sum(1 for pair in links if all(pair)) / len(stacks)
         total += given.logits_weight * pairs.divergence(told, known, given.divergence, given.temperature)
         total += given.label_weight * float(cross_entropy(told, target, reduction="sum"))
         total += (given.hidden_weight * states + given.attention_weight * maps) * len(target)
@@ -65,6 +67,7 @@ def by_hand(student, teacher, seen, given, projections, links):
         *[(kind, DEPTH[kind], {}, [(1, 2)]) for kind in TASKS],
         *[(kind, {}, {"attention_weight": 2.0, "hidden_weight": 0.0}, [(1, 1), (2, 2)]) for kind in TASKS],
         *[(kind, {**WIDTH[kind], **DEPTH[kind]}, {"attention_weight": 0.5}, [(1, 2)]) for kind in TASKS],
+        ("llama", {}, {"layers": {0: 0, 1: 1, 2: 2}, "attention_weight": 1.0}, [(0, 0), (1, 1), (2, 2)]),
         ("llama", {}, {"layers": {2: 1}, "temperature": 4, "divergence": "reverse", "label_weight": 0}, [(2, 1)]),
         ("t5", {}, {"layers": {"encoder": {1: 2}, "decoder": {1: 2}}, "attention_weight": 1, "logits_weight": 0}, [(1, 2)]),
     ],

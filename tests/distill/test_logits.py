@@ -182,9 +182,22 @@ def test_a_student_with_fresh_weights(toys, tmp_path, kind, changes):
 
 
 def test_a_config_that_there_is_not_is_refused(toys):
-    for changes, said in (({"num_layer": 1}, "has no 'num_layer'; near it are num_layers"), ({"d_model": "wide"}, "makes no t5")):
+    for kind, changes, said in (
+        ("t5", {"num_layer": 1}, "has no 'num_layer'; near it are num_layers"),
+        ("t5", {"d_model": "wide"}, "makes no t5"),
+        ("llama", {"num_key_value_heads": 3}, "makes no llama"),
+        ("llama", {"num_hidden_layers": 0}, "it would have no blocks"),
+        ("llama", {"vocab_size": 10}, "vocab_size stays as it is"),
+        ("bert", {"id2label": {0: "a"}}, "id2label stays as it is"),
+    ):
         with pytest.raises(InputError, match=re.escape(said)):
-            distil("logits", bundle(toys["t5"], "t5"), toys["t5"], student={"config": changes})
+            distil("logits", bundle(toys[kind], kind), toys[kind], student={"config": changes})
+
+
+@pytest.mark.parametrize("kind", ["bart", "gpt2"])
+def test_keys_go_by_the_names_that_most_configs_give_them(toys, kind):
+    made, _ = distil("logits", bundle(toys[kind], kind), toys[kind], student={"config": {"num_hidden_layers": 1}}, steps=1, batch_size=2)
+    assert made.model.config.num_hidden_layers == 1
 
 
 def other_words(folder, kind, count):
@@ -256,7 +269,7 @@ def test_a_loss_that_is_no_number_stops_at_once_and_names_step_and_examples(tmp_
     folder, seen = saved(broken, tmp_path / "broken"), []
     told = Context("cpu", until(None, seen), examples(), 32)
     with pytest.raises(
-        RunError, match=r"the loss became nan in step 1 of 500, on the examples \d, \d; learning_rate 0.0001 may be too high"
+        RunError, match=r"the loss became nan in step 1 of 500, on the examples \d, \d; nothing was learned yet, so model, teacher"
     ):
         distil("logits", bundle(student, "llama"), folder, told, steps=500, batch_size=2)
     assert seen == []
@@ -268,7 +281,9 @@ def test_a_loss_that_is_no_number_stops_at_once_and_names_step_and_examples(tmp_
         ({"student": {}}, "either id or config is wanted"),
         ({"student": {"id": "x", "config": {"n": 1}}}, "either id or config is wanted"),
         ({"logits_weight": 0}, "`finetune: full` learns the targets alone"),
-        ({"temperature": 0}, "greater than 0"),
+        ({"temperature": 0}, r"greater than or equal to 0\.01"),
+        ({"temperature": 1e200}, "less than or equal to 100"),
+        ({"student": {"config": {"n": 1}, "revision": "x"}}, "revision is of an id"),
         ({"divergence": "backward"}, "'forward', 'reverse' or 'jensen-shannon'"),
     ],
 )

@@ -1,8 +1,11 @@
 """The teacher's likeliest tokens on disk: what a student learns from them is what it would from the teacher itself, but for the others."""
 
 import errno
+import gc
 import math
 import shutil
+import weakref
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,6 +104,16 @@ def test_what_is_there_is_used_again_without_the_teacher(tmp_path, monkeypatch, 
     other = [*examples()[:5], Example("5", "the cat sat", ["a dog"])]
     distil("logits", bundle(student, "llama"), teacher, seen(tmp_path / "c", examples=other), top_k=5, **ONE)
     assert len(loaded) == 4, "other examples"
+
+
+def test_the_teacher_is_gone_when_the_student_is_trained(tmp_path, monkeypatch, losses):
+    teacher, student = two("t5", tmp_path)
+    loaded, plain, alive = [], _pair.frozen, []
+    monkeypatch.setattr(_pair, "frozen", lambda given: loaded.append(weakref.ref(plain(given))) or loaded[-1]())
+    told = seen(tmp_path / "c")
+    there = replace(told, progress=lambda what, *_: alive.append(loaded[0]() is not None) if what.startswith("training") else gc.collect())
+    distil("logits", bundle(student, "t5"), teacher, there, top_k=5, **ONE)
+    assert alive == [False]
 
 
 @pytest.fixture
