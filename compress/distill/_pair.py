@@ -15,8 +15,7 @@ from compress.distill._settings import DistillSettings
 from compress.errors import InputError, ModelError
 from compress.methods import Context
 from compress.model import Bundle
-from compress.training.loop import Rewrite, train_all
-from compress.training.material import Loss, Material, read
+from compress.training.material import Material, read
 from compress.training.sharded import split
 
 FIXED = {
@@ -95,15 +94,6 @@ def read_by_both(student: Bundle, teacher: Bundle, context: Context) -> Material
     """The examples by the student's tokenizer, as long as both models have room for. Raises DataError."""
     room = context_length(config_of(teacher), teacher.tokenizer) or context.max_tokens
     return read(student.model, student.tokenizer, replace(context, max_tokens=min(context.max_tokens, room)))
-
-
-def trained(
-    student: Bundle, material: Material, settings: DistillSettings, context: Context, loss: Loss, known: bool,
-    rewrite: Rewrite = lambda rows, done: rows,
-) -> Bundle:  # fmt: skip
-    """The student, its weights trained by `training.loop.train_all`, which says what the arguments are and what is raised."""
-    train_all(student.model, material, settings, context, loss, known, rewrite)
-    return student.holding(student.model)
 
 
 def _place(settings: DistillSettings, context: Context) -> str:

@@ -70,6 +70,10 @@ class LogitsSettings(DivergenceSettings, methods.ShardSettings):
     logits_weight: float = Field(1.0, ge=0, description="of the divergence")
     label_weight: float = Field(0.5, ge=0, description="of the cross-entropy with the targets; 0 needs none but in an encoder-decoder")
 
+    def needs_targets(self, both: bool) -> bool:
+        """Whether examples need a target; an encoder-decoder's, `both`, is what says how many positions there are."""
+        return self.label_weight > 0 or both
+
     @model_validator(mode="after")
     def _full_weights(self) -> "LogitsSettings":
         if self.shard and self.teacher is not None and self.teacher.bits:

@@ -68,7 +68,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     from compress.calibration.stream import padded, without_cache
     from compress.distill._divergence import divergence, with_targets
-    from compress.distill._pair import pair, read_by_both, split_or_whole, trained
+    from compress.distill._pair import pair, read_by_both, split_or_whole
+    from compress.training.loop import train_all
     from compress.training.material import IGNORED
 
     teacher, student = pair(bundle, settings, context)
@@ -107,8 +108,6 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         links = linked(_stacks(told), _stacks(shown), settings)
         pairs_of_layers = [pair for pairs in links.values() for pair in pairs.items()]
         layers, mapped = len(pairs_of_layers), sum(1 for one, other in pairs_of_layers if one and other)
-        if maps and not mapped:
-            raise InputError("attention_weight: layer 0 is the embedding, which has no attention map; name others under layers")
         torch.manual_seed(settings.seed)
         made.projections = nn.ModuleDict()  # a part of the student while it is trained, so that checkpoints have it
         for role in links:
@@ -116,10 +115,10 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
             if width != other:
                 made.projections[role] = nn.Linear(width, other, bias=False, device=made.device)
         try:
-            needed = settings.label_weight > 0 or bool(made.config.is_encoder_decoder)
-            return trained(student, material, settings, context, loss, needed)
+            train_all(made, material, settings, context, loss, settings.needs_targets(made.config.is_encoder_decoder))
         finally:
             del made.projections
+    return student
 
 
 def states_apart(told: "Tensor", known: "Tensor") -> "Tensor":
@@ -174,6 +173,8 @@ def linked(mine: dict[str, tuple[int, int | None]], known: dict[str, tuple[int, 
                 raise InputError(f"layers: the {side} has no layer {beyond[0]}; the last of its {role} is {last}, and 0 is the embedding")
         if pairs:
             found[role] = pairs
+    if settings.attention_weight and not any(one and other for pairs in found.values() for one, other in pairs.items()):
+        raise InputError("attention_weight: layer 0 is the embedding, which has no attention map; name others under layers")
     return found
 
 

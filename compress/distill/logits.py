@@ -51,20 +51,22 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     from compress.calibration.stream import without_cache
     from compress.distill._divergence import divergence, divergence_over, with_targets
-    from compress.distill._pair import pair, read_by_both, split_or_whole, trained
-    from compress.distill._remembered import remembered
+    from compress.distill._pair import pair, read_by_both, split_or_whole
+    from compress.distill._teacher_cache import teacher_cache
+    from compress.training.loop import train_all
 
     teacher, student = pair(bundle, settings, context)
-    material, needed = read_by_both(student, teacher, context), settings.label_weight > 0 or bool(student.model.config.is_encoder_decoder)
+    material, needed = read_by_both(student, teacher, context), settings.needs_targets(student.model.config.is_encoder_decoder)
     if settings.top_k is not None:
-        kept = remembered(teacher, student.model, material, settings.top_k, settings.temperature, context)
+        kept = teacher_cache(teacher, student.model, material, settings.top_k, settings.temperature, context)
 
         def loss_from_disk(model: Any, batch: "Batch") -> "Tensor":
             told = batch.logits_of(model)
             tokens, known = kept.of(batch.numbers, settings.temperature, told.device)
             return with_targets(divergence_over(told, tokens, known, kept.asked.size, settings), told, batch, settings)
 
-        return trained(student, material, settings, context, loss_from_disk, needed)
+        train_all(student.model, material, settings, context, loss_from_disk, needed)
+        return student
 
     taught = split_or_whole(teacher, settings, context)
 
@@ -75,4 +77,5 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         return with_targets(divergence(told, known, settings), told, batch, settings)
 
     with without_cache(taught):
-        return trained(student, material, settings, context, loss, needed)
+        train_all(student.model, material, settings, context, loss, needed)
+        return student

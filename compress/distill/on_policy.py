@@ -41,7 +41,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from compress.architecture import context_length
     from compress.calibration.stream import without_cache
     from compress.distill._divergence import divergence
-    from compress.distill._pair import frozen, pair, read_by_both, trained
+    from compress.distill._pair import frozen, pair, read_by_both
+    from compress.training.loop import train_all
     from compress.writing import prompt_of, write, writer
 
     teacher, student = pair(bundle, settings, context)
@@ -75,4 +76,5 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         return divergence(batch.logits_of(model), known, settings)
 
     with without_cache(taught):
-        return trained(student, read_by_both(student, teacher, context), settings, context, loss, settings.student_share < 1, rewrite)
+        train_all(student.model, read_by_both(student, teacher, context), settings, context, loss, settings.student_share < 1, rewrite)
+        return student

@@ -47,8 +47,9 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     Raises ModelError where the teacher writes nothing, InputError where there can't be such a student, DataError where there is too little
     to learn from, RunError where the loss is no longer a number.
     """
-    from compress.distill._pair import student_of, teacher_of, trained
-    from compress.training.material import entropy, read
+    from compress.distill._pair import student_of, teacher_of
+    from compress.training.loop import train_all
+    from compress.training.material import read, targets_loss
 
     student = student_of(bundle, settings, context)
     found = written(teacher_of(settings, context), settings, context)
@@ -58,7 +59,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     if len(shown) < len(found):
         context.say(f"the teacher wrote nothing on {len(found) - len(shown):,} of {len(found):,} examples, which were left out")
     material = read(student.model, student.tokenizer, replace(context, examples=shown))
-    return trained(student, material, settings, context, entropy, known=True)
+    train_all(student.model, material, settings, context, targets_loss, known=True)
+    return student
 
 
 def written(teacher: Bundle, settings: Settings, context: Context) -> list[Example]:

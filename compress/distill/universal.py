@@ -43,7 +43,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from torch.nn.functional import cross_entropy
 
     from compress.calibration.stream import without_cache
-    from compress.distill._pair import frozen, student_of, teacher_of, trained
+    from compress.distill._pair import frozen, student_of, teacher_of
+    from compress.training.loop import train_all
     from compress.training.material import IGNORED, Material, batch_of
 
     teacher, student = teacher_of(settings, context), student_of(bundle, settings, context)
@@ -66,7 +67,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         return settings.universal_weight * sum(apart) + settings.label_weight * cross_entropy(told, batch.targets, reduction="sum")
 
     with without_cache(taught):
-        return trained(student, material, settings, context, loss, known=True)
+        train_all(student.model, material, settings, context, loss, known=True)
+        return student
 
 
 def distance(told: "Tensor", known: "Tensor", temperature: float) -> "Tensor":

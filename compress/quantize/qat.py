@@ -117,7 +117,7 @@ def _train(
 
     from compress.calibration.stream import without_cache
     from compress.training.loop import train
-    from compress.training.material import entropy, read
+    from compress.training.material import read, targets_loss
 
     def divergence(model: Any, batch: "Batch") -> "Tensor":
         with torch.no_grad():
@@ -126,7 +126,7 @@ def _train(
 
     def loss(model: Any, batch: "Batch") -> "Tensor":
         model.eval()  # without dropout: rounding is noise enough
-        return (entropy if settings.loss == "targets" else divergence)(model, batch)
+        return (targets_loss if settings.loss == "targets" else divergence)(model, batch)
 
     how = Optimisation(steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.learning_rate)
     with without_cache(original):

@@ -14,7 +14,7 @@ from compress.calibration.stream import Inputs, Row, without_cache
 from compress.errors import DataError, RunError
 from compress.methods import Context, EarlyStopping, Optimisation, TuneSettings
 from compress.training.learner import Learner, Step, Watch, last_checkpoint
-from compress.training.material import IGNORED, Loss, Material, batch_of, entropy
+from compress.training.material import IGNORED, Loss, Material, batch_of, targets_loss
 from compress.training.sharded import ShardedLearner, is_split, split_in_float32, zeros_kept_in_parts
 from compress.training.validation import lost, rouge_of
 from compress.training.weights import in_float32, pruned, zeros_kept
@@ -30,8 +30,9 @@ Rewrite = Callable[[list[Row], int], list[Row]]  # the rows of a batch, steps do
 
 
 def train(
-    model: "PreTrainedModel", material: Material, how: Optimisation, seed: int, context: Context, loss: Loss = entropy, known: bool = True,
-    each_step: Step = lambda done, steps: None, rewrite: Rewrite = lambda rows, done: rows, stopping: EarlyStopping | None = None,
+    model: "PreTrainedModel", material: Material, how: Optimisation, seed: int, context: Context, loss: Loss = targets_loss,
+    known: bool = True, each_step: Step = lambda done, steps: None, rewrite: Rewrite = lambda rows, done: rows,
+    stopping: EarlyStopping | None = None,
 ) -> None:  # fmt: skip
     """Train what wants a gradient, in place; goes on from the last checkpoint in `context.scratch`, and ends as if it had never stopped.
 
@@ -142,7 +143,7 @@ def _tell_best(context: Context, state: TrainerState, what: str) -> None:
 
 
 def train_all(
-    model: "PreTrainedModel", material: Material, settings: TuneSettings, context: Context, loss: Loss = entropy, known: bool = True,
+    model: "PreTrainedModel", material: Material, settings: TuneSettings, context: Context, loss: Loss = targets_loss, known: bool = True,
     rewrite: Rewrite = lambda rows, done: rows,
 ) -> None:  # fmt: skip
     """Train all weights in float32, in place, zeros kept where the settings say so, split where they say that; the rest is `train`'s.

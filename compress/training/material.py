@@ -99,7 +99,7 @@ def labels(model: "PreTrainedModel", inputs: Inputs, rows: list[Row], known: boo
     return wanted
 
 
-def entropy(model: Any, batch: Batch) -> Tensor:
+def targets_loss(model: Any, batch: Batch) -> Tensor:
     """Cross-entropy with the targets, summed over the positions that count."""
     return cross_entropy(batch.logits_of(model), batch.targets, reduction="sum")
 

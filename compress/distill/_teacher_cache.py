@@ -50,7 +50,7 @@ class Asked:
     temperatures: tuple[float, ...]
 
 
-class Remembered:
+class TeacherCache:
     """What the teacher says of examples by their numbers, read from files as it is needed."""
 
     def __init__(self, folder: Path, parts: list[list[Row]], asked: Asked):
@@ -82,9 +82,9 @@ class Remembered:
         return tokens, logits, others
 
 
-def remembered(
+def teacher_cache(
     teacher: "Bundle", student: "PreTrainedModel", material: Material, top_k: int, temperature: float, context: "Context"
-) -> Remembered:
+) -> TeacherCache:
     """What the teacher says of the material, from `context.cache` what is there; the teacher is loaded only where something lacks.
 
     Several runs may fill the same folder at once: each goes through what lacks in an order of its own and leaves out what it finds done.
@@ -109,7 +109,7 @@ def remembered(
     folder = context.cache / f"logits-{digest([FORMAT, fingerprint(teacher.source), asdict(asked)])}"
     folder.mkdir(parents=True, exist_ok=True)
     split = [part for rows in (material.train, material.validation) for part in _parts(rows, FILE_ROWS)]
-    found = Remembered(folder, split, asked)
+    found = TeacherCache(folder, split, asked)
     lacking = {file: part for file, part in zip(found.files, split, strict=True) if not _is_whole(file)}
     if lacking:
         _fill(lacking, asked, frozen(replace(teacher)), student, context)  # a bundle that nobody keeps: the teacher goes when it is done

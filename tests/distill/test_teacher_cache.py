@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from compress.distill import _pair, _remembered
+from compress.distill import _pair, _teacher_cache
 from compress.errors import ModelError, NoSpace
 from compress.methods import Context, Example
 from compress.model import load_model
@@ -62,7 +62,7 @@ def test_the_mass_of_all_others_is_exact(tmp_path, temperature):
     place = seen(tmp_path / "c")
     made, tokenizer = bundle(student, "bart"), bundle(student, "bart").tokenizer
     material = read(made.model, tokenizer, place)
-    kept = _remembered.remembered(bundle(teacher, "bart"), made.model, material, 4, temperature, place)
+    kept = _teacher_cache.teacher_cache(bundle(teacher, "bart"), made.model, material, 4, temperature, place)
     tokens, known = kept.of([2, 0], temperature, torch.device("cpu"))
     logits = torch.cat([told(teacher, "bart", tokenizer, examples()[number]) for number in (2, 0)])
     assert torch.equal(tokens, logits.topk(4).indices)
@@ -119,7 +119,7 @@ def test_the_teacher_is_gone_when_the_student_is_trained(tmp_path, monkeypatch, 
 @pytest.fixture
 def small_files(monkeypatch):
     """Two examples a file."""
-    monkeypatch.setattr(_remembered, "FILE_ROWS", 2)
+    monkeypatch.setattr(_teacher_cache, "FILE_ROWS", 2)
 
 
 def test_a_damaged_file_is_made_again(tmp_path, small_files, losses):
@@ -136,7 +136,7 @@ def test_a_damaged_file_is_made_again(tmp_path, small_files, losses):
 
 def test_two_runs_that_begin_together_share_the_work(tmp_path, small_files, monkeypatch, losses):
     teacher, student = two("t5", tmp_path)
-    made, plain = [], _remembered._told
+    made, plain = [], _teacher_cache._told
 
     def and_another_run(*given):
         made.append(len(made))
@@ -144,7 +144,7 @@ def test_two_runs_that_begin_together_share_the_work(tmp_path, small_files, monk
             distil("logits", bundle(student, "t5"), teacher, seen(tmp_path / "c"), top_k=5, **ONE)
         return plain(*given)
 
-    monkeypatch.setattr(_remembered, "_told", and_another_run)
+    monkeypatch.setattr(_teacher_cache, "_told", and_another_run)
     distil("logits", bundle(student, "t5"), teacher, seen(tmp_path / "c"), top_k=5, **ONE)
     assert len(made) == 1 + 3
     assert losses[0] == losses[1]
@@ -153,7 +153,7 @@ def test_two_runs_that_begin_together_share_the_work(tmp_path, small_files, monk
 
 def test_a_full_disk_leaves_what_is_whole(tmp_path, small_files, monkeypatch):
     teacher, student = two("t5", tmp_path)
-    plain, written = _remembered.save_file, []
+    plain, written = _teacher_cache.save_file, []
 
     def full(tensors, file):
         plain(tensors, file)
@@ -161,7 +161,7 @@ def test_a_full_disk_leaves_what_is_whole(tmp_path, small_files, monkeypatch):
         if len(written) == 2:
             raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(_remembered, "save_file", full)
+    monkeypatch.setattr(_teacher_cache, "save_file", full)
     with pytest.raises(
         NoSpace, match=r"the disk filled while the teacher's logits .* 1 of 3 files were made and stay; .* lower top_k, which is 5"
     ):
