@@ -256,7 +256,7 @@ def test_an_artifact_is_named_by_its_processes_where_it_was_trained_in_several(t
     def names(processes):
         made = {}
 
-        def make(stage, source, models, seen, tokens, chat, target, device, log, progress, processes):
+        def make(stage, source, models, shown, target, device, log, progress, processes):
             target.mkdir(parents=True)
             made[target.name] = processes
 
