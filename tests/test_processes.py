@@ -256,7 +256,7 @@ def test_an_artifact_is_named_by_its_processes_where_it_was_trained_in_several(t
     def names(processes):
         made = {}
 
-        def make(stage, source, models, seen, tokens, chat, target, device, log, progress, processes):
+        def make(stage, source, models, shown, target, device, log, progress, processes):
             target.mkdir(parents=True)
             made[target.name] = processes
 
@@ -391,7 +391,7 @@ def test_more_processes_than_gpus_are_refused(monkeypatch):
 def test_a_launcher_s_run_trains_in_as_many_processes(toys, rows, tmp_path):
     """torchrun's two copies make one report; its variables don't reach the processes that train, which are others."""
     stages = [
-        {"distill": "logits", "batch_size": 2, "steps": 2, "samples": 8, "shard": True},
+        {"distill": "logits", "student": {"config": {"num_hidden_layers": 1}}, "batch_size": 2, "steps": 2, "samples": 8, "shard": True},
         {"quantize": "qat", "steps": 2, "batch_size": 2, "group_size": -1},
     ]
     changes = {"stages": stages, "calibration": {"samples": 8}, "metrics": ["generated_tokens"]}
