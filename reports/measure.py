@@ -105,7 +105,7 @@ def table(folder: Path) -> str:
 
 def said(stage: dict[str, object]) -> str:
     """A stage by its method and what matters most of its settings."""
-    keys = ["bits", "group_size", "average_bits", "pattern", "keep", "importance", "drop", "epochs", "rank", "top_k", "seed"]
+    keys = ["bits", "group_size", "average_bits", "pattern", "keep", "importance", "drop", "epochs", "steps", "rank", "top_k", "seed"]
     keys += [] if stage.get("pattern") else ["sparsity"]
     return ", ".join([str(next(iter(stage.values()))), *(f"{key} {stage[key]}" for key in keys if stage.get(key))])
 
