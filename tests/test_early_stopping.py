@@ -1,6 +1,7 @@
 """Training that looks at the validation split, keeps its best weights and ends when nothing gets better; and the curve it leaves."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -18,6 +19,8 @@ from tests.test_training import Here, Killed, often, until  # noqa: F401
 
 STEPS = {"batch_size": 2, "learning_rate": 2e-2, "schedule": "constant", "warmup": 0}
 OTHERS = examples(10)[6:]
+# what was learned, answered otherwise: sooner or later it gets worse
+CONTRARY = [replace(example, references=examples()[number - 3].references) for number, example in enumerate(examples()[:4])]
 
 
 def watched(made, told, method="full", **stopping):
@@ -33,20 +36,20 @@ def looks(told):
     return {point["step"]: point["validation"] for point in told.curve if point["validation"] is not None}
 
 
-@pytest.mark.parametrize("kind", ["t5", "llama"])
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_best_weights_are_kept_and_training_ends_after_patience(tmp_path, kind):
-    told, folder = seen(), calm(kind, tmp_path)
+    told, folder = replace(seen(), validation=CONTRARY), calm(kind, tmp_path)
     found = watched(bundle(folder, kind), told, every=2, patience=3)
     values = looks(told)
     best = min(values, key=values.get)
-    assert 2 <= best <= 16, "it overfits, so the last weights aren't the best"
+    assert 2 <= best <= 16, f"it gets worse, so the last weights aren't the best: {values}"
     assert list(values) == list(range(2, best + 7, 2)), "three looks behind the best"
     assert told.said[-1].startswith("loss on 4 examples of the validation split was best after")
     assert f"best after {best} steps, {values[best]:.4g}, and those weights were kept; ended {24 - best - 6} steps early" in told.said[-1]
     as_long = tune(bundle(folder, kind), "full", Context("cpu", until(None, []), examples(), 32), steps=best, **STEPS)
     assert all(torch.equal(one, two) for one, two in zip(found.state_dict().values(), as_long.state_dict().values(), strict=True))
     exact = copy.deepcopy(found).double()
-    sums = [lost(exact, bundle(folder, kind).tokenizer, example) for example in OTHERS]
+    sums = [lost(exact, bundle(folder, kind).tokenizer, example) for example in CONTRARY]
     assert values[best] == pytest.approx(sum(one for one, _ in sums).item() / sum(count for _, count in sums), rel=1e-5)
 
 
