@@ -96,7 +96,7 @@ def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cont
             found.append((example, ids, answer))
     if not found:
         raise DataError(
-            f"none of {len(context.examples)} examples has two tokens or more;"
+            f"no example has two tokens or more, of {len(context.examples)};"
             f" look at data.prompt, and at max_tokens, which is {context.max_tokens}"
         )
     if cut:
