@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, cast
+from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -29,7 +29,8 @@ from compress.errors import MissingPackage
 if TYPE_CHECKING:
     from compress.model import Bundle, Source
 
-TASKS = ("seq2seq", "causal-lm", "sequence-classification")
+Task = Literal["seq2seq", "causal-lm", "sequence-classification"]
+TASKS: tuple[Task, ...] = get_args(Task)
 FAMILIES = ("quantize", "prune", "finetune", "distill")
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 
@@ -171,7 +172,7 @@ class About:
     packs: bool = False
     smaller: bool = True
     trains: bool = False
-    tasks: tuple[str, ...] = TASKS
+    tasks: tuple[Task, ...] = TASKS
 
     def missing(self) -> list[str]:
         """The packages that aren't installed here. Looks at metadata only; nothing is imported."""

@@ -16,7 +16,7 @@ from compress.errors import DataError, DeviceError, ModelError
 if TYPE_CHECKING:
     import torch
     from torch import nn
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 BUILTIN = Path(__file__).parent / "builtin" / "model"
 AUTO = {
@@ -194,6 +194,12 @@ class Bundle:
     @cached_property
     def model(self) -> "PreTrainedModel":
         return load_model(self.source, self.device)
+
+    @cached_property
+    def config(self) -> "PreTrainedConfig":
+        """The model's config, for which it needn't be loaded."""
+        config: PreTrainedConfig = (self.model if "model" in self.__dict__ else skeleton(self.source)).config
+        return config
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":

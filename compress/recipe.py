@@ -14,11 +14,10 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_validator
 
 from compress import methods, yamlfile
-from compress.methods import Dtype, Settings, TuneSettings
+from compress.methods import Dtype, Settings, Task, TuneSettings
 from compress.metrics import CLASSIFIED, GENERATED, GROUPS, METRICS
 from compress.mistakes import Problems, suggest
 
-Task = Literal["seq2seq", "causal-lm", "sequence-classification"]
 Count = Annotated[int, Field(ge=1, le=2**40)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 

@@ -1,4 +1,4 @@
-"""Teacher and student: loaded, held against each other before anything is trained, and the one trained by the other."""
+"""Teacher and student: found, and held against each other before anything is trained."""
 
 import difflib
 from contextlib import suppress
@@ -24,7 +24,7 @@ FIXED = {
 }  # fmt: skip
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers import PreTrainedModel
 
 
 def pair(bundle: Bundle, settings: DistillSettings, context: Context) -> tuple[Bundle, Bundle]:
@@ -44,9 +44,9 @@ def pair(bundle: Bundle, settings: DistillSettings, context: Context) -> tuple[B
             f"the teacher {teacher.source.id} has {len(known):,} tokens, the student {student.source.id} has {len(mine):,}, and {same:,}"
             f" have the same id in both, so their distributions can't be compared token by token; {way_out}"
         )
-    if not student.model.can_generate() and (labels := student.model.config.label2id) != config_of(teacher).label2id:
+    if not student.model.can_generate() and (labels := student.model.config.label2id) != teacher.config.label2id:
         raise ModelError(
-            f"the teacher {teacher.source.id} has the labels {', '.join(config_of(teacher).label2id or {})},"
+            f"the teacher {teacher.source.id} has the labels {', '.join(teacher.config.label2id or {})},"
             f" the student {student.source.id} has {', '.join(labels or {})}; a teacher with the student's labels is wanted"
         )
     return teacher, student
@@ -71,12 +71,6 @@ def split_or_whole(teacher: Bundle, settings: DistillSettings, context: Context)
     return taught
 
 
-def config_of(teacher: Bundle) -> "PreTrainedConfig":
-    """The teacher's config, for which it needn't be loaded."""
-    config: PreTrainedConfig = model.skeleton(teacher.source).config
-    return config
-
-
 def student_of(bundle: Bundle, settings: DistillSettings, context: Context) -> Bundle:
     """The student: the model as the stage finds it, another, or a fresh one.
 
@@ -92,7 +86,7 @@ def student_of(bundle: Bundle, settings: DistillSettings, context: Context) -> B
 
 def read_by_both(student: Bundle, teacher: Bundle, context: Context) -> Material:
     """The examples by the student's tokenizer, as long as both models have room for. Raises DataError."""
-    room = context_length(config_of(teacher), teacher.tokenizer) or context.max_tokens
+    room = context_length(teacher.config, teacher.tokenizer) or context.max_tokens
     return read(student.model, student.tokenizer, replace(context, max_tokens=min(context.max_tokens, room)))
 
 

@@ -21,6 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.calibration.stream import Row, without_cache
+from compress.distill import _pair
 from compress.errors import ModelError, NoSpace
 from compress.model import fingerprint, tensor_headers
 from compress.process import is_disk_full
@@ -93,9 +94,7 @@ def teacher_cache(
 
     Raises ModelError where so many tokens leave no other, NoSpace where the disk is too full.
     """
-    from compress.distill._pair import config_of, frozen
-
-    size = min(config.get_text_config().vocab_size for config in (config_of(teacher), student.config))
+    size = min(config.get_text_config().vocab_size for config in (teacher.config, student.config))
     if not student.can_generate():
         raise ModelError(
             "top_k: is for models that write, whose vocabulary is large; a classifier's few labels need no such thing, leave it out"
@@ -112,7 +111,8 @@ def teacher_cache(
     found = TeacherCache(folder, split, asked)
     lacking = {file: part for file, part in zip(found.files, split, strict=True) if not _is_whole(file)}
     if lacking:
-        _fill(lacking, asked, frozen(replace(teacher)), student, context)  # a bundle that nobody keeps: the teacher goes when it is done
+        unkept = replace(teacher)  # the loaded teacher goes with it when all is filled
+        _fill(lacking, asked, _pair.frozen(unkept), student, context)
     positions, nbytes = found.size()
     context.say(
         f"the teacher's {top_k} likeliest tokens at {positions:,} positions are kept in {folder.name}: {nbytes / 2**20:.1f} MiB,"

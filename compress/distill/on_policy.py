@@ -48,7 +48,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     teacher, student = pair(bundle, settings, context)
     made, taught = writer(student), frozen(teacher)
     both, on_gpu = bool(made.config.is_encoder_decoder), [made.device] if made.device.type == "cuda" else []
-    rooms = [context_length(side.config, teacher.tokenizer) for side in (taught, made)]
+    rooms = [context_length(side.model.config, side.tokenizer) for side in (teacher, student)]
     room = min((room for room in rooms if room is not None), default=None)
 
     def left(prompt: list[int]) -> int:

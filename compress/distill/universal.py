@@ -52,8 +52,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         raise ModelError(f"{student.source.id}: a classifier has no vocabulary; `distill: logits` is for classifiers")
     taught = frozen(teacher)
     mine, theirs = matched(student, teacher, context)
-    validation = replace(context, examples=context.validation)
-    watched, their_watched = matched(student, teacher, validation) if context.validation else ([], [])
+    watched, their_watched = matched(student, teacher, replace(context, examples=context.validation)) if context.validation else ([], [])
     material, theirs = Material(mine, watched, student.tokenizer), [*theirs, *their_watched]
 
     def loss(model: Any, batch: "Batch") -> "Tensor":

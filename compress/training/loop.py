@@ -49,7 +49,7 @@ def train(
     there.
     """
     rows, given = material.rows, range(len(material.train))
-    learnable = _learnable(model, rows, given) if known else list(given)
+    learnable = _learnable(model, rows, given, known)
     if not learnable:
         raise DataError(f"training: none of the {len(given)} examples of the train split has a target; look at data.target")
     processes, together = context.processes, how.batch_size * context.processes
@@ -72,7 +72,7 @@ def train(
         return {**made.inputs, "labels": made.wanted, "shift_labels": made.wanted, "numbers": numbers}
 
     behind = range(len(given), len(rows))
-    watched = (_learnable(model, rows, behind) if known else list(behind)) if stopping else []
+    watched = _learnable(model, rows, behind, known) if stopping else []
     if stopping and not watched:
         raise DataError(
             f"early_stopping: the validation split gives nothing to learn from (of {len(behind)} examples); look at data.target"
@@ -92,8 +92,8 @@ def train(
         watch = Watch(context, folder if context.scratch else None, each_step)
         patience = stopping.patience if stopping else 0
         learner = (ShardedLearner if is_split(model) else Learner)(
-            loss, batch, rows, look, patience, model, arguments, list, train_dataset=learnable, eval_dataset=watched or None,
-            callbacks=[watch],
+            loss, batch, rows, look, patience, model, arguments, data_collator=list, train_dataset=learnable,
+            eval_dataset=watched or None, callbacks=[watch],
         )  # fmt: skip
         learner.remove_callback(PrinterCallback)
         with arguments.main_process_first(local=False):  # which removes what is half-written
@@ -161,9 +161,12 @@ def train_all(
         train(model, material, settings, settings.seed, context, loss, known, rewrite=rewrite, stopping=settings.early_stopping)
 
 
-def _learnable(model: "PreTrainedModel", rows: list[Row], numbers: Iterable[int]) -> list[int]:
-    """Of these examples those that say what to learn: for a decoder all, its texts are targets themselves; else those with a target."""
-    if model.can_generate() and not model.config.is_encoder_decoder:
+def _learnable(model: "PreTrainedModel", rows: list[Row], numbers: Iterable[int], known: bool) -> list[int]:
+    """Of these examples those that say what to learn: for a decoder all, its texts are targets themselves; else those with a target.
+
+    known   whether targets are needed; without, all will do
+    """
+    if not known or (model.can_generate() and not model.config.is_encoder_decoder):
         return list(numbers)
     return [number for number in numbers if any(rows[number][0].references[:1])]
 

@@ -33,7 +33,8 @@ def lost(model: "PreTrainedModel", rows: list[Row], numbers: list[int], size: in
 
 def rouge_of(model: "PreTrainedModel", material: Material, numbers: list[int], size: int) -> float:
     """ROUGE-L in points of what a model writes greedily, as many tokens as the longest target has, over some of the rows."""
-    rows = [material.rows[number] for number in sorted(numbers, key=lambda number: len(material.rows[number][1]))]
+    every = material.rows
+    rows = sorted((every[number] for number in numbers), key=lambda row: len(row[1]))
     longest, said = max(len(answer) for _, _, answer in rows), list[str]()
     room = context_length(model.config, material.tokenizer) or math.inf
     for start in range(0, len(rows), size):

@@ -1,12 +1,14 @@
 """Toy teachers and students, and distillation written out in float64 one example at a time, without padding or batches."""
 
+import pytest
 import torch
 
-from compress.methods import find
+from compress.methods import Context, find
 from compress.model import Source
 from tests.blocks import bundle, context, examples, saved
 from tests.conftest import TASKS
 from tests.finetune.loops import calm
+from tests.test_training import Killed, checkpoints, until
 
 
 def source(folder, kind, dtype="float32"):
@@ -24,6 +26,28 @@ def distil(method, made, original, told=None, **settings):
     told.models["original"] = Source(str(original), task, "float32")
     told.models.update({role: Source(other.id, task, other.dtype, bits=other.bits) for role, other in chosen.models().items()})
     return found.apply(made, chosen, told), told
+
+
+def outlives_a_kill(distilled, scratch, step, max_tokens=32):
+    """Asserts that a training which is killed at a step and taken up again ends bitwise as one that is not.
+
+    distilled   gives a bundle, from the context that it is told
+
+    Gives the checkpoints that the killed one left, and the steps that were taken afterwards.
+    """
+
+    def run(scratch, kill=None):
+        seen = []
+        told = Context("cpu", until(kill, seen), examples(), max_tokens, scratch=scratch)
+        return distilled(told).model.state_dict(), seen
+
+    whole, _ = run(None)
+    with pytest.raises(Killed):
+        run(scratch, step)
+    left = checkpoints(scratch)
+    found, steps = run(scratch)
+    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    return left, steps
 
 
 def two(kind, folder, **changes):

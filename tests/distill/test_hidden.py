@@ -10,13 +10,12 @@ from torch.nn.functional import cross_entropy
 
 from compress.distill import hidden
 from compress.errors import InputError, ModelError
-from compress.methods import Context, find
+from compress.methods import find
 from compress.model import load_model
 from tests.blocks import bundle, examples
 from tests.conftest import TASKS, make_tokenizer
 from tests.distill import pairs
-from tests.distill.pairs import counted, distil, inputs_of, source, two
-from tests.test_training import Killed, until
+from tests.distill.pairs import counted, distil, inputs_of, outlives_a_kill, source, two
 
 
 def settings(**given):
@@ -106,20 +105,8 @@ def test_the_student_comes_nearer_through_a_projection_that_learns(tmp_path, los
 
 def test_a_killed_training_keeps_its_projection(tmp_path, often):
     teacher, student = two("llama", tmp_path, **WIDTH["llama"])
-
-    def run(scratch, kill=None):
-        told = Context("cpu", until(kill, []), examples(), 32, scratch=scratch)
-        try:
-            return distil("hidden", bundle(student, "llama"), teacher, told, steps=5, batch_size=2, learning_rate=1e-2)[
-                0
-            ].model.state_dict()
-        except Killed:
-            return None
-
-    whole = run(None)
-    assert run(tmp_path / "scratch", 4) is None
-    found = run(tmp_path / "scratch")
-    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    how = {"steps": 5, "batch_size": 2, "learning_rate": 1e-2}
+    outlives_a_kill(lambda told: distil("hidden", bundle(student, "llama"), teacher, told, **how)[0], tmp_path / "scratch", 4)
 
 
 @pytest.mark.parametrize(

@@ -16,8 +16,8 @@ from compress.model import load_model
 from tests.blocks import bundle, context, examples, saved
 from tests.conftest import TASKS, make_model, make_tokenizer
 from tests.distill import pairs
-from tests.distill.pairs import counted, distil, inputs_of, source, two
-from tests.test_training import STEPS, Killed, checkpoints, until
+from tests.distill.pairs import counted, distil, inputs_of, outlives_a_kill, source, two
+from tests.test_training import STEPS, until
 
 KINDS = ("forward", "reverse", "jensen-shannon")
 
@@ -134,22 +134,9 @@ def test_zeros_stay(tmp_path):
 def test_a_killed_distillation_ends_as_if_it_had_not_been(tmp_path, often, kind):
     teacher, student = two(kind, tmp_path)
     how = {"steps": STEPS, "batch_size": 2, "learning_rate": 1e-2}
-
-    def run(scratch, kill=None):
-        seen = []
-        told = Context("cpu", until(kill, seen), examples(), 32, scratch=scratch)
-        try:
-            made, _ = distil("logits", bundle(student, kind), teacher, told, **how)
-            return made.model.state_dict(), seen
-        except Killed:
-            return None, seen
-
-    whole, _ = run(None)
-    assert run(tmp_path / "scratch", 4)[0] is None
-    assert checkpoints(tmp_path / "scratch") == ["checkpoint-3"]
-    found, steps = run(tmp_path / "scratch")
+    left, steps = outlives_a_kill(lambda told: distil("logits", bundle(student, kind), teacher, told, **how)[0], tmp_path / "scratch", 4)
+    assert left == ["checkpoint-3"]
     assert steps == [4, 5, 6, 7]
-    assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
 def test_a_student_that_is_another_model_is_trained_in_its_stead(tmp_path):

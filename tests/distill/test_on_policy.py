@@ -5,13 +5,13 @@ import torch
 
 from compress import writing
 from compress.errors import DataError, ModelError
-from compress.methods import Context, Example
+from compress.methods import Example
 from compress.model import load_model
 from tests.blocks import bundle, context, examples, saved
 from tests.conftest import make_model
 from tests.distill import pairs
-from tests.distill.pairs import distil, source, two
-from tests.test_training import STEPS, Killed, until
+from tests.distill.pairs import distil, outlives_a_kill, source, two
+from tests.test_training import STEPS
 
 GENERATIVE = ("t5", "bart", "llama", "gpt2")
 
@@ -108,19 +108,8 @@ def test_the_student_comes_nearer(tmp_path, losses, kind):
 def test_a_killed_training_ends_as_if_it_had_not_been(toys, tmp_path, often, kind, accumulate, kill):
     """The toys have dropout, which draws numbers too."""
     teacher, _ = two(kind, tmp_path)
-
-    def run(scratch, kill=None):
-        told = Context("cpu", until(kill, []), examples(), 32, scratch=scratch)
-        how = {"steps": STEPS, "batch_size": 2, "accumulate": accumulate, "learning_rate": 1e-2, "max_new_tokens": 4, "student_share": 1}
-        try:
-            return distil("on_policy", bundle(toys[kind], kind), teacher, told, **how)[0].model.state_dict()
-        except Killed:
-            return None
-
-    whole = run(None)
-    assert run(tmp_path / "scratch", kill) is None
-    found = run(tmp_path / "scratch")
-    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    how = {"steps": STEPS, "batch_size": 2, "accumulate": accumulate, "learning_rate": 1e-2, "max_new_tokens": 4, "student_share": 1}
+    outlives_a_kill(lambda told: distil("on_policy", bundle(toys[kind], kind), teacher, told, **how)[0], tmp_path / "scratch", kill)
 
 
 @pytest.mark.parametrize("kind", GENERATIVE)

@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from compress.distill import _pair, _teacher_cache
+from compress.distill._divergence import divergence_over
 from compress.errors import ModelError, NoSpace
-from compress.methods import Context, Example
+from compress.methods import Context, Example, find
 from compress.model import load_model
 from compress.training.material import read
 from tests.blocks import bundle, examples
@@ -54,6 +55,17 @@ def test_the_loss_is_over_the_likeliest_tokens_and_any_other(tmp_path, losses, k
         total += divergence(mine.log(), known.log(), how, 1) * temperature**2
         count += len(known)
     assert losses == [pytest.approx(total / count, rel=2e-3)], "logits are kept in float16"
+
+
+@pytest.mark.parametrize("how", ["forward", "reverse", "jensen-shannon"])
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_its_slope_is_that_of_the_sums(how, temperature):
+    """Of a vocabulary of 9 in an embedding of 11 rows, by differences of the loss."""
+    torch.manual_seed(0)
+    known, told = 3 * torch.randn(4, 9, dtype=torch.float64), torch.randn(4, 11, dtype=torch.float64, requires_grad=True)
+    tokens, settings = known.topk(3).indices, find("distill", "logits").Settings(divergence=how, temperature=temperature)
+    shares, _ = together(softened(known, temperature), softened(known, temperature), 3)
+    assert torch.autograd.gradcheck(lambda logits: divergence_over(logits, tokens, shares.log(), 9, settings), (told,))
 
 
 @pytest.mark.parametrize("temperature", [1, 3])

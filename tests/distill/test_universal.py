@@ -13,13 +13,13 @@ from compress.calibration.stream import encoded
 from compress.distill import _pair
 from compress.distill.universal import distance, matched
 from compress.errors import DataError, ModelError
-from compress.methods import Context, Example, find
+from compress.methods import Example, find
 from compress.model import load_model
 from tests.blocks import bundle, context, examples
 from tests.conftest import TASKS, WORDS, make_tokenizer
-from tests.distill.pairs import counted, distil, inputs_of, softened, source, two
+from tests.distill.pairs import counted, distil, inputs_of, outlives_a_kill, softened, source, two
 from tests.finetune.loops import calm
-from tests.test_training import STEPS, Killed, checkpoints, until
+from tests.test_training import STEPS
 
 GENERATIVE = [kind for kind, task in TASKS.items() if task != "sequence-classification"]
 LONG = {"examples": examples(), "max_tokens": 64}  # pieces of words are more than words
@@ -132,21 +132,12 @@ def test_a_killed_distillation_ends_as_if_it_had_not_been(tmp_path, often, kind)
     student, teacher = unlike(kind, tmp_path)
     how = {"steps": STEPS, "batch_size": 2, "learning_rate": 1e-2}
 
-    def run(scratch, kill=None):
-        seen = []
-        told = Context("cpu", until(kill, seen), examples(), 64, scratch=scratch)
-        try:
-            made, _ = distil("universal", bundle(student, kind), teacher, told, **how)
-            return made.model.state_dict(), seen
-        except Killed:
-            return None, seen
+    def distilled(told):
+        return distil("universal", bundle(student, kind), teacher, told, **how)[0]
 
-    whole, _ = run(None)
-    assert run(tmp_path / "scratch", 4)[0] is None
-    assert checkpoints(tmp_path / "scratch") == ["checkpoint-3"]
-    found, steps = run(tmp_path / "scratch")
+    left, steps = outlives_a_kill(distilled, tmp_path / "scratch", 4, max_tokens=64)
+    assert left == ["checkpoint-3"]
     assert steps == [4, 5, 6, 7]
-    assert all(torch.equal(found[name], whole[name]) for name in whole)
 
 
 def test_early_stopping_looks_at_the_validation_split_by_both_tokenizers(tmp_path):

@@ -135,7 +135,8 @@ def test_fewer_examples_than_one_step_takes_are_refused(toys):
 def test_a_loss_that_is_no_number_ends_the_training(toys):
     with pytest.raises(
         RunError,
-        match=r"(loss|norm) became (nan|inf) in step \d of 20, on the examples \d, \d; (learning_rate 1e\+30 may be too high .* lower it|nothing)",
+        match=r"(the loss|the gradient's norm) became (nan|inf) in step \d of 20, on the examples \d, \d;"
+        r" learning_rate 1e\+30 may be too high .* lower it",
     ):
         tune(bundle(toys["llama"], "llama"), "full", steps=20, batch_size=2, learning_rate=1e30, warmup=0)
 
