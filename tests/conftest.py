@@ -125,7 +125,7 @@ def recipe_for(kind: str, model: Path, rows: Path, **changes) -> dict:
         "data": data,
         "generation": {"max_new_tokens": 8},
         "benchmark": {
-            "batch_sizes": [1, 2], "prompt_tokens": [8], "new_tokens": 4, "rounds": 1, "turns": 2, "iterations": 2, "warmup": 0,
+            "batch_sizes": [1, 2], "prompt_tokens": [8], "new_tokens": 4, "rounds": 1, "precision": None, "turns": 2, "iterations": 2, "warmup": 0,
             "threads": 1,
         },
     }  # fmt: skip
