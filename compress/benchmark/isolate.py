@@ -31,11 +31,13 @@ Outputs = dict[str, Any]  # what `Worker.quality` gives
 Clear = Callable[[list[Side]], bool]  # whether nothing that could still be measured would change what the gates on speed say
 OUT_OF_MEMORY = "out of memory"
 FEWEST = 3  # rounds, below which no gate is clear
-AGAIN = 0.5  # of the fewest turns, how many disturbed ones may be taken again
+AGAIN = 0.5  # of the fewest turns, how many may be taken again, each once
 
 
 class Subject:
     """One side under measurement: its process while it runs, and what has been measured so far."""
+
+    module = "compress.benchmark.worker"
 
     def __init__(self, role: Role, source: Source, recipe: Recipe, device: str, log: Path, progress: Progress):
         self.role, self.source, self._recipe, self._device = role, source, recipe, device
@@ -65,7 +67,7 @@ class Subject:
     def start(self) -> None:
         """A fresh process with the model loaded and warmed up."""
         benchmark = self._recipe.benchmark
-        self._child = Child("compress.benchmark.worker", self._log, self._tell, benchmark.threads)
+        self._child = Child(self.module, self._log, self._tell, benchmark.threads)
         try:
             loaded = self.ask(
                 "load", source=asdict(self.source), device=self._device, threads=benchmark.threads, runtime=benchmark.runtime.model_dump()
@@ -180,8 +182,9 @@ class Session:
             if self._is_enough(number, (time.monotonic() - began) / 60, clear):
                 return
             for turn in range(self._benchmark.turns):
-                while not self._take(number, turn, examples):
+                if not self._take(number, turn, examples, last=self._again <= 0):
                     self._again -= 1
+                    self._take(number, turn, examples, last=True)
                 done = number * self._benchmark.turns + turn + 1
                 self._progress("timing in turns", done, max(done, self._benchmark.rounds * self._benchmark.turns))
             _stop(self._subjects)
@@ -206,13 +209,14 @@ class Session:
             series = [
                 [[_quantile([marks[-1] for marks in turn], 0.5) for turn in turns] for turns in s.rounds[point]] for s in self._subjects
             ]
-            interval = (paired_ratio(*series) if len(series) > 1 else geometric_mean(*series)).interval(level)
-            if wanted is not None and (interval is None or math.log(interval[1] / interval[0]) / 2 > wanted):
-                return False
+            for effect in [paired_ratio(series[0], other) for other in series[1:]] or [geometric_mean(series[0])]:
+                interval = effect.interval(level)
+                if wanted is not None and (interval is None or math.log(interval[1] / interval[0]) / 2 > wanted):
+                    return False
         return True
 
-    def _take(self, number: int, turn: int, examples: list[Example]) -> bool:
-        """One turn of each side that has not failed. False where it was disturbed and is to be taken again."""
+    def _take(self, number: int, turn: int, examples: list[Example], last: bool) -> bool:
+        """One turn of each side that has not failed. Whether it counts: where it was disturbed it doesn't, unless it is the `last` one."""
         taken: list[tuple[Subject, Conditions]] = []
         for subject in self._random.sample(self._subjects, len(self._subjects)):
             if subject.failures:
@@ -229,7 +233,7 @@ class Session:
             except RunError as error:
                 subject.failures.append(f"{subject.role}: {error}")
                 subject.stop()
-        kept = self._again <= 0 or not any(conditions.disturbed for _, conditions in taken)
+        kept = last or not any(conditions.disturbed for _, conditions in taken)
         for subject, conditions in taken:
             self.turns.append(Turn(**conditions.model_dump(), role=subject.role, round=number, turn=turn, kept=kept))
             if kept:
