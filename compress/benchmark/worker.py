@@ -45,6 +45,7 @@ class Worker:
             raise ModelError(
                 f"{source['id']}: its tokenizer has {len(self.tokenizer)} tokens, its embedding only {rows}; they don't belong together"
             )
+        memory.bring_in(self.model)
         weight_bytes, parameters = models.weight_bytes(self.model), models.parameter_count(self.model)
         if runtime["cpu_int8"] and self.device == "cpu":
             use_cpu_int8(self.model)
