@@ -3,7 +3,8 @@
 On a GPU from torch's allocator and, for the whole process with its CUDA context, from NVML. On the CPU from the kernel's high-water mark
 of resident memory, which can be set back to now (Linux: /proc/self/clear_refs), less what the interpreter with its libraries
 held before the model was loaded. What glibc keeps of freed memory is given back to the kernel before each reading starts, since
-what a peak finds lying there doesn't show in it.
+what a peak finds lying there doesn't show in it. How much of a peak is the allocator's own is told by a second reading, in which
+every tensor is given memory of its own that is returned when it is freed.
 """
 
 import ctypes
@@ -14,6 +15,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.model import plain_tensors, storages
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h names them
 
 if TYPE_CHECKING:
     import torch
@@ -43,19 +46,17 @@ def peak(device: str, interpreter: int) -> dict[str, int]:
     """The high-water marks since the last reset, and what is kept now.
 
     peak      resident memory less the interpreter's; on a GPU what is allocated to tensors
-    slack     freed and kept by the allocator: on the CPU what glibc holds now, on a GPU peak of reserved less peak of allocated
     reserved  GPU: what the allocator holds of the GPU
     process   GPU: what NVML says that the process holds now; left out where NVML can't see processes
-    context   GPU: of that, what no allocator holds: the CUDA context with its kernels
+    context   GPU: of that, what torch's allocator doesn't hold: the CUDA context with its kernels
     """
     if device == "cpu":
-        high, now = _status("VmHWM"), _status("VmRSS")
-        return {"peak": max(0, high - interpreter), "slack": max(0, now - resident())}
+        return {"peak": max(0, _status("VmHWM") - interpreter)}
     import torch
 
     torch.cuda.synchronize()
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
-    figures = {"peak": allocated, "slack": reserved - allocated, "reserved": reserved}
+    figures = {"peak": allocated, "reserved": reserved}
     process = _nvml_process_bytes()
     if process is None:
         return figures
@@ -103,11 +104,30 @@ def _cached(cache: Any) -> "Iterator[torch.Tensor]":
             yield from (held for held in (layer.keys, layer.values) if held is not None)
 
 
+@contextmanager
+def apart() -> Iterator[None]:
+    """While the block runs, each tensor on the CPU has memory of its own, from the kernel and back to it: no heap, so no holes in one.
+
+    Afterwards glibc works as it does by itself once it has seen large tensors come and go (mallopt(3): its thresholds grow to this).
+    """
+    _tell_glibc("mallopt", M_MMAP_THRESHOLD, 64 << 10)
+    try:
+        yield
+    finally:
+        _tell_glibc("mallopt", M_MMAP_THRESHOLD, 32 << 20)
+        _tell_glibc("mallopt", M_TRIM_THRESHOLD, 64 << 20)
+
+
 def _give_back() -> None:
-    """Have glibc return freed memory to the kernel; other C libraries keep little."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    """Have glibc return freed memory to the kernel."""
+    _tell_glibc("malloc_trim", 0)
+
+
+def _tell_glibc(function: str, *arguments: int) -> None:
+    """Call a function that other C libraries don't have, and do without there."""
+    found = getattr(ctypes.CDLL(None), function, None)
+    if found is not None:
+        found(*arguments)
 
 
 def _nvml_process_bytes() -> int | None:

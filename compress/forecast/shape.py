@@ -121,9 +121,7 @@ def _bart(config: Config, task: str) -> Shape:
 
 
 def _llama(config: Config, task: str) -> Shape:
-    width, heads, vocabulary, layers = (
-        config[key] for key in ("hidden_size", "num_attention_heads", "vocab_size", "num_hidden_layers")
-    )
+    width, heads, vocabulary, layers = (config[key] for key in ("hidden_size", "num_attention_heads", "vocab_size", "num_hidden_layers"))
     key_heads, head_width = config.get("num_key_value_heads") or heads, config.get("head_dim") or width // heads
     decoder = Stack(layers, width, heads, key_heads, head_width, config["intermediate_size"], gated=True)
     kind = config["model_type"]
@@ -148,9 +146,7 @@ def _gpt2(config: Config, task: str) -> Shape:
 
 
 def _bert(config: Config, task: str) -> Shape:
-    width, heads, vocabulary, layers = (
-        config[key] for key in ("hidden_size", "num_attention_heads", "vocab_size", "num_hidden_layers")
-    )
+    width, heads, vocabulary, layers = (config[key] for key in ("hidden_size", "num_attention_heads", "vocab_size", "num_hidden_layers"))
     inner, positions = config["intermediate_size"], config["max_position_embeddings"]
     encoder = Stack(layers, width, heads, heads, width // heads, inner)
     other = (vocabulary + positions + config.get("type_vocab_size", 2) + 2) * width + layers * (4 * width + 5 * width + inner)
