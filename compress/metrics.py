@@ -60,6 +60,8 @@ METRICS: dict[str, Metric] = {
         Metric(
             "sampled_run_bytes", "bytes", "lower", "memory", "the same seen every 10 ms from outside: RSS less the interpreter's, or NVML"
         ),
+        Metric("forecast_run_bytes", "bytes", "neither", "size", "what config.json alone foretells of peak_run_bytes"),
+        Metric("forecast_error", "%", "neither", "size", "forecast_run_bytes over peak_run_bytes, less one"),
         Metric("kv_cache_bytes", "bytes", "lower", "memory", "of peak_run_bytes: keys and values that a generation leaves"),
         Metric("activation_bytes", "bytes", "lower", "memory", "of peak_run_bytes: the rest, which is what lives from layer to layer"),
         Metric("allocator_slack_bytes", "bytes", "lower", "memory", "freed and not given back: in peak_run_bytes; GPU: reserved beside it"),

@@ -17,6 +17,7 @@ from compress import data, methods, model
 from compress.benchmark import isolate
 from compress.benchmark.statistics import corpus_value
 from compress.errors import DeviceError, InputError, ModelError, RunError
+from compress.forecast.beside import foretold
 from compress.inspection.findings import Inspection
 from compress.methods import Example, TrainSettings, TuneSettings, quiet
 from compress.model import Source
@@ -253,7 +254,15 @@ def _measured(
 ) -> Report:  # fmt: skip
     """Measure the sources; `names` is what the report calls them, as the person wrote them."""
     sides, outputs, environment = isolate.measure(sources, recipe, examples, device, log, progress)
-    sides = [side.model_copy(update={"model": names[side.role]}) for side in sides]
+    sides = [
+        side.model_copy(
+            update={
+                "model": names[side.role],
+                "measurements": [*side.measurements, *foretold(side, sources[side.role], recipe, environment.get("device", "cpu"))],
+            }
+        )
+        for side in sides
+    ]
     score = next((name for name in HEADLINE if any(name in o["samples"] for o in outputs.values())), None)
     report = Report(
         recipe=recipe.name, run="", created=datetime.now(UTC).isoformat(timespec="seconds"), digest=recipe.digest,

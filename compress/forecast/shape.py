@@ -21,6 +21,7 @@ class Stack:
     head_width             of each; heads x head_width needn't be `width` (T5)
     feed_forward, gated    the inner width of the feed-forward layers; gated ones have two such layers side by side
     crossed                whether each block has a second attention, to an encoder's output
+    composed               whether the activation function is one of several operations in transformers (gelu_new), which hold more at once
     biased_scores          whether a bias is added to attention's scores, head by head (T5), which rules the kernels without scores out
     """
 
@@ -32,6 +33,7 @@ class Stack:
     feed_forward: int
     gated: bool = False
     crossed: bool = False
+    composed: bool = False
     biased_scores: bool = False
 
     @property
@@ -88,7 +90,8 @@ def _t5(config: Config, task: str) -> Shape:
     width, heads, vocabulary = config["d_model"], config["num_heads"], config["vocab_size"]
     gated = str(config.get("feed_forward_proj", "relu")).startswith("gated")
     layers = config["num_layers"]
-    encoder = Stack(layers, width, heads, heads, config["d_kv"], config["d_ff"], gated, biased_scores=True)
+    composed = "gelu" in str(config.get("feed_forward_proj"))  # T5's gelu is gelu_new
+    encoder = Stack(layers, width, heads, heads, config["d_kv"], config["d_ff"], gated, composed=composed, biased_scores=True)
     decoder = replace(encoder, layers=config.get("num_decoder_layers") or layers, crossed=True)
     norms = width * (2 * encoder.layers + 3 * decoder.layers + 2)
     positions = 2 * heads * config.get("relative_attention_num_buckets", 32)
@@ -139,7 +142,9 @@ def _llama(config: Config, task: str) -> Shape:
 def _gpt2(config: Config, task: str) -> Shape:
     width, heads, vocabulary, layers = (config[key] for key in ("n_embd", "n_head", "vocab_size", "n_layer"))
     inner = config.get("n_inner") or 4 * width
-    decoder = Stack(layers, width, heads, heads, width // heads, inner)
+    decoder = Stack(
+        layers, width, heads, heads, width // heads, inner, composed=config.get("activation_function", "gelu_new") == "gelu_new"
+    )
     other = (vocabulary + config["n_positions"]) * width + layers * (4 * width + 5 * width + inner) + 2 * width
     other += _head(config, task, width, tied=True)
     return _shape("GPT-2", task, None, decoder, other, 0, vocabulary)

@@ -169,6 +169,8 @@ def _absolute(figure: Measurement) -> Effect:
         return figure.value, figure.value, figure.value
     if kind == "quality":
         return statistics.alone(figure.metric, figure.samples)
+    if any(value <= 0 for row in figure.samples for value in row):  # no slack, no cache: nothing to take a logarithm of
+        return figure.value, None, None
     return statistics.geometric_mean(figure.samples)
 
 
