@@ -12,8 +12,8 @@ MIB = 1 << 20
 DTYPES = {"FP32": 32, "FP16": 16, "BF16": 16, "INT8": 8, "INT4": 4}  # bits of a weight of a linear layer
 GROUP = 128  # weights of 4 bits share a scale of 16 bits with so many
 # Beside the weights: the code of torch and its libraries that is read from disk when it first runs, and the model's own objects. Measured:
-# 8 MiB after loading, 15 after a first short generation, 24 after long ones.
-CODE = 20 * MIB
+# 8 MiB after loading, 15 after a first short generation, 20 after long ones.
+CODE = 16 * MIB
 # What a CUDA context with torch's kernels takes of a GPU, which no tensor sees: some 500 MiB since CUDA 12's lazy loading.
 CONTEXT = 500 * MIB
 LARGE = 32 * MIB  # glibc takes larger blocks from the kernel and gives them back at once; smaller ones leave holes in its heap

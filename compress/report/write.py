@@ -10,8 +10,8 @@ import yaml
 
 from compress.errors import printable
 from compress.metrics import METRICS
-from compress.report.frame import curves, frame, layers, predictions
 from compress.report import memory
+from compress.report.frame import curves, frame, layers, predictions
 from compress.report.layers import lost_most, remarkable, summary
 from compress.report.numbers import change, figure, share, verdict_words
 from compress.report.why import at_run_time
