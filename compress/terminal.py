@@ -116,7 +116,7 @@ def show_plan(found: Plan) -> None:
         if number and row.dtype != found.rows[number - 1].dtype:
             display.add_section()
         held = [] if row.held is None else [row.held.cache, row.held.activations, row.held.slack, row.held.peak]
-        sizes = [scaled(size, "bytes") for size in (row.weights, *held)] + ["-"] * (4 - len(held))
+        sizes = [f"{count(size)}B" for size in (row.weights, *held)] + ["-"] * (4 - len(held))
         fits = "[green]yes[/]" if row.fits else "[red]no[/]"
         display.add_row(row.dtype, str(row.batch_size), str(row.prompt_tokens), *sizes, fits)
     console.print(display)

@@ -29,20 +29,23 @@ ENDS = {"pad_token_id": 0, "eos_token_id": 1}
 SPECIAL = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
 MODELS: dict[str, tuple[str, str, dict[str, object]]] = {  # name: task, transformers' model, what its config says
     "T5": ("seq2seq", "T5", {
-        "vocab_size": 20000, "d_model": 384, "d_kv": 64, "num_heads": 6, "d_ff": 1536, "num_layers": 6, "decoder_start_token_id": 0, **ENDS}),
+        "vocab_size": 20000, "d_model": 384, "d_kv": 64, "num_heads": 6, "d_ff": 1536, "num_layers": 6,
+        "decoder_start_token_id": 0, **ENDS}),
     "BART": ("seq2seq", "Bart", {
         "vocab_size": 30000, "d_model": 512, "encoder_layers": 6, "decoder_layers": 6, "encoder_ffn_dim": 2048, "decoder_ffn_dim": 2048,
-        "encoder_attention_heads": 8, "decoder_attention_heads": 8, "max_position_embeddings": 512, "decoder_start_token_id": 1, "bos_token_id": 0,
-        "forced_eos_token_id": None, **ENDS}),
+        "encoder_attention_heads": 8, "decoder_attention_heads": 8, "max_position_embeddings": 512,
+        "decoder_start_token_id": 1, "bos_token_id": 0, "forced_eos_token_id": None, **ENDS}),
     "Llama": ("causal-lm", "Llama", {
-        "vocab_size": 24000, "hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 10, "num_attention_heads": 10, "num_key_value_heads": 2,
-        "max_position_embeddings": 1024, "tie_word_embeddings": True, "bos_token_id": 1, **ENDS}),
-    "GPT-2": ("causal-lm", "GPT2", {"vocab_size": 30000, "n_embd": 640, "n_layer": 8, "n_head": 10, "n_positions": 512, "bos_token_id": 1, **ENDS}),
+        "vocab_size": 24000, "hidden_size": 640, "intermediate_size": 1728, "num_hidden_layers": 10, "num_attention_heads": 10,
+        "num_key_value_heads": 2, "max_position_embeddings": 1024, "tie_word_embeddings": True, "bos_token_id": 1, **ENDS}),
+    "GPT-2": ("causal-lm", "GPT2", {
+        "vocab_size": 30000, "n_embd": 640, "n_layer": 8, "n_head": 10, "n_positions": 512, "bos_token_id": 1, **ENDS}),
     "BERT": ("sequence-classification", "Bert", {
-        "vocab_size": 30522, "hidden_size": 640, "num_hidden_layers": 8, "num_attention_heads": 10, "intermediate_size": 2560, "pad_token_id": 0}),
+        "vocab_size": 30522, "hidden_size": 640, "num_hidden_layers": 8, "num_attention_heads": 10, "intermediate_size": 2560,
+        "pad_token_id": 0}),
     "wide Llama": ("causal-lm", "Llama", {
-        "vocab_size": 16000, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 4, "num_attention_heads": 10, "num_key_value_heads": 10,
-        "max_position_embeddings": 1024, "tie_word_embeddings": True, "bos_token_id": 1, **ENDS}),
+        "vocab_size": 16000, "hidden_size": 1280, "intermediate_size": 5120, "num_hidden_layers": 4, "num_attention_heads": 10,
+        "num_key_value_heads": 10, "max_position_embeddings": 1024, "tie_word_embeddings": True, "bos_token_id": 1, **ENDS}),
 }  # fmt: skip
 CLASSES = {"seq2seq": "ForConditionalGeneration", "sequence-classification": "ForSequenceClassification"}
 WORK = """
@@ -67,10 +70,8 @@ def make(name: str, folder: Path) -> None:
     suffix = CLASSES.get(task, "LMHeadModel" if kind == "GPT2" else "ForCausalLM")
     torch.manual_seed(0)
     getattr(transformers, kind + suffix)(getattr(transformers, f"{kind}Config")(**settings)).save_pretrained(folder)
-    words = Tokenizer(models.WordLevel({"<pad>": 0, "</s>": 1, "<unk>": 2}, unk_token="<unk>"))
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="</s>", unk_token="<unk>").save_pretrained(
-        folder
-    )
+    words = Tokenizer(models.WordLevel({word: number for number, word in enumerate(SPECIAL.values())}, SPECIAL["unk_token"]))
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words, **SPECIAL).save_pretrained(folder)
 
 
 def measure(name: str, folder: Path) -> tuple[dict[int, dict[str, int]], int]:
