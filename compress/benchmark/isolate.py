@@ -253,6 +253,8 @@ def _memory(subject: Subject, common: list[Point]) -> list[Measurement]:
     for peaks in subject.peaks:
         if common and all(point in peaks for point in common):
             run = dict(max((peaks[point] for point in common), key=lambda found: found["peak"]))
+            for name in run.keys() & {"reserved", "process"}:  # these may be highest elsewhere
+                run[name] = max(peaks[point][name] for point in common if name in peaks[point])
             slack_inside = 0 if "reserved" in run else run["slack"]  # a GPU's peak is what is allocated
             run["activations"] = max(0, run["peak"] - held - run["cache"] - slack_inside)
             runs.append(run)
