@@ -88,6 +88,29 @@ def inspect(given: Arguments) -> int:
     return 0
 
 
+def plan(given: Arguments) -> int:
+    """Foretell what a recipe takes, from its model's config.json alone: memory at each point and dtype, time and disk.
+
+    Nothing is loaded. Sizes are told for this machine, or for a GPU of a known kind.
+
+    Exit status: 0 foretold, 2 bad input.
+
+    Example:  compress plan recipes/quickstart.yaml --gpu h100-80gb
+    """
+    from compress import terminal
+    from compress.forecast import machine, plan
+    from compress.recipe import load
+
+    loaded = load(given.recipe, given.set)
+    place = machine.named(given.gpu) if given.gpu else machine.here(loaded.benchmark.threads)
+    found = plan.plan(loaded, place)
+    if given.json:
+        _print_json(found.as_json())
+    else:
+        terminal.show_plan(found)
+    return 0
+
+
 def validate(given: Arguments) -> int:
     """Read recipes and say all that is wrong with each, without loading anything.
 
@@ -205,10 +228,13 @@ def parser() -> argparse.ArgumentParser:
     def on_a_device(verb: argparse.ArgumentParser) -> None:
         verb.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU where there is one")
 
-    def measuring(verb: argparse.ArgumentParser) -> None:
+    def overriding(verb: argparse.ArgumentParser) -> None:
         verb.add_argument(
             "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe: --set stages.0.bits=3"
         )
+
+    def measuring(verb: argparse.ArgumentParser) -> None:
+        overriding(verb)
         verb.add_argument("--out", type=Path, default=Path("reports"), metavar="DIR", help="where reports and artifacts go (reports)")
         verb.add_argument("--strict", action="store_true", help="refuse to measure on a GPU that another process uses")
         on_a_device(verb)
@@ -231,6 +257,10 @@ def parser() -> argparse.ArgumentParser:
     verb.add_argument("--all", action="store_true", help="a row for every layer, not one for layers that differ in numbers only")
     verb.add_argument("--picture", type=Path, metavar="FILE", help="draw it as well, into a .png or .svg (needs compress[plot])")
     on_a_device(verb)
+    verb = add(plan)
+    verb.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
+    overriding(verb)
+    verb.add_argument("--gpu", metavar="NAME", help="a kind of GPU, such as h100-80gb; this machine's CPU where left out")
     add(validate).add_argument("recipes", nargs="+", metavar="RECIPE")
     verb = add(compare)
     verb.add_argument("reports", nargs="+", metavar="REPORT", help="report folders, folders of reports, or patterns")

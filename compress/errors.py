@@ -13,6 +13,7 @@
         ├── OutOfMemory       on the host or the device
         ├── NoSpace           the disk filled while something was written
         └── ChildDied         a working process ended without an answer
+            └── Killed        by signal 9, most often the kernel's for want of memory
 
 A message names the thing, its value and what is allowed, and where there is one, the way out. Errors cross from a
 working process to the parent by class name, so every class is made from its message alone.
@@ -82,3 +83,7 @@ class NoSpace(RunError):
 
 class ChildDied(RunError):
     """A working process ended without an answer: killed, crashed or over its time."""
+
+
+class Killed(ChildDied):
+    """A working process was killed by signal 9, most often by the kernel for want of memory."""

@@ -53,10 +53,23 @@ METRICS: dict[str, Metric] = {
         Metric("tokens_per_second", "tokens/s", "higher", "speed", "output tokens of the batch over whole latency, median"),
         Metric("examples_per_second", "1/s", "higher", "speed", "examples classified over whole latency, median"),
         Metric("peak_load_bytes", "bytes", "lower", "memory", "peak while loading: RSS less the interpreter's, or GPU allocated"),
+        Metric(
+            "sampled_load_bytes", "bytes", "lower", "memory", "the same seen every 10 ms from outside: RSS less the interpreter's, or NVML"
+        ),
         Metric("peak_run_bytes", "bytes", "lower", "memory", "peak while running the grid: the same"),
+        Metric(
+            "sampled_run_bytes", "bytes", "lower", "memory", "the same seen every 10 ms from outside: RSS less the interpreter's, or NVML"
+        ),
+        Metric("forecast_run_bytes", "bytes", "neither", "size", "what config.json alone foretells of peak_run_bytes"),
+        Metric("forecast_error", "%", "neither", "size", "forecast_run_bytes over peak_run_bytes, less one"),
+        Metric("kv_cache_bytes", "bytes", "lower", "memory", "of peak_run_bytes: keys and values that a generation leaves"),
+        Metric("activation_bytes", "bytes", "lower", "memory", "of peak_run_bytes: the rest, which is what lives from layer to layer"),
+        Metric("allocator_slack_bytes", "bytes", "lower", "memory", "freed and not given back: in peak_run_bytes; GPU: reserved beside it"),
         Metric("peak_reserved_bytes", "bytes", "lower", "memory", "GPU: peak of reserved memory while running"),
         Metric("process_gpu_bytes", "bytes", "lower", "memory", "GPU: what NVML says the process holds"),
+        Metric("cuda_context_bytes", "bytes", "lower", "memory", "GPU: of process_gpu_bytes, what torch's allocator doesn't hold"),
         Metric("weight_bytes", "bytes", "lower", "size", "parameters and buffers as loaded"),
+        Metric("buffer_bytes", "bytes", "lower", "size", "of weight_bytes: positions, masks and the like"),
         Metric("file_bytes", "bytes", "lower", "size", "safetensors on disk"),
         Metric("parameters", "1", "lower", "size", "number of weights, packed ones counted unpacked"),
         Metric("bits_per_weight", "bits", "lower", "size", "weight_bytes times eight over parameters"),

@@ -345,8 +345,13 @@ def weight_bytes(model: "PreTrainedModel") -> int:
 
 def storages(tensors: "Iterable[torch.Tensor]") -> dict[tuple[int, int], int]:
     """The bytes of every piece of memory that tensors lie in, by its place; shared ones once."""
-    plain = [part for tensor in tensors for part in _plain_tensors(tensor)]
-    return {(part.data_ptr(), part.numel()): part.numel() * part.element_size() for part in plain}
+    return {(part.data_ptr(), part.numel()): part.numel() * part.element_size() for part in plain_tensors(tensors)}
+
+
+def plain_tensors(tensors: "Iterable[torch.Tensor]") -> "Iterator[torch.Tensor]":
+    """The tensors in memory that tensors are made of, packed ones in their parts."""
+    for tensor in tensors:
+        yield from _plain_tensors(tensor)
 
 
 def parameter_count(model: "PreTrainedModel") -> int:

@@ -17,6 +17,7 @@ from compress import data, methods, model
 from compress.benchmark import isolate
 from compress.benchmark.statistics import corpus_value
 from compress.errors import DeviceError, InputError, ModelError, RunError
+from compress.forecast.beside import foretold
 from compress.inspection.findings import Inspection
 from compress.methods import Example, TrainSettings, TuneSettings, quiet
 from compress.model import Source
@@ -261,7 +262,15 @@ def _measured(
         return verdict.is_clear(recipe.check, sides)
 
     sides, outputs, environment, turns = isolate.measure(sources, recipe, examples, device, log, progress, clear, strict)
-    sides = [side.model_copy(update={"model": names[side.role]}) for side in sides]
+    sides = [
+        side.model_copy(
+            update={
+                "model": names[side.role],
+                "measurements": [*side.measurements, *foretold(side, sources[side.role], recipe, environment.get("device", "cpu"))],
+            }
+        )
+        for side in sides
+    ]
     score = next((name for name in HEADLINE if any(name in o["samples"] for o in outputs.values())), None)
     report = Report(
         recipe=recipe.name, run="", created=datetime.now(UTC).isoformat(timespec="seconds"),

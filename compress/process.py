@@ -24,7 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from compress import errors
-from compress.errors import ChildDied, CompressError, InputError, RunError
+from compress.errors import ChildDied, CompressError, InputError, Killed, RunError
 
 Progress = Callable[[str, int, int], None]  # what, and behind a semicolon how it goes; done, total
 ENVIRONMENT = {
@@ -148,8 +148,10 @@ class Child:
         """Why the child ended, which it has."""
         code = self._process.wait()
         if code == -signal.SIGKILL:
-            reason = "was killed (signal 9), most often because the machine ran out of memory"
-        elif code < 0:
+            return Killed(
+                f"the working process was killed (signal 9), most often because the machine ran out of memory{self._last_words()}"
+            )
+        if code < 0:
             reason = f"was ended by signal {-code} ({signal.Signals(-code).name})"
         else:
             reason = f"ended with exit code {code}"

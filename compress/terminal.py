@@ -14,10 +14,11 @@ from rich.table import Table
 
 from compress import process
 from compress.errors import printable
+from compress.forecast.plan import Plan
 from compress.inspection.findings import NORMAL, Inspection, Part, grouped
 from compress.report.compare import cells, columns, rows
 from compress.report.layers import line
-from compress.report.numbers import change, count, figure, percent, scaled, verdict_words
+from compress.report.numbers import change, count, duration, figure, percent, scaled, verdict_words
 from compress.report.write import shown
 from compress.results import Report
 
@@ -101,6 +102,30 @@ def show_comparison(reports: Sequence[Report]) -> None:
     for row in body:
         display.add_row(*(_shown(cell) for cell in row))
     console.print(display)
+
+
+def show_plan(found: Plan) -> None:
+    """What a recipe will take: a row a dtype and grid point, then time and disk."""
+    console = _Console()
+    console.print(
+        f"[bold]{_shown(f'{found.model}: {found.architecture}, {count(found.parameters)} parameters, stored in {found.dtype}')}[/]"
+    )
+    display = _table("dtype", "batch", "prompt", "weights", "cache", "activations", "slack", "peak", "fits", right=range(1, 8))
+    display.padding = (0, 1, 0, 0)
+    for number, row in enumerate(found.rows):
+        if number and row.dtype != found.rows[number - 1].dtype:
+            display.add_section()
+        held = [] if row.held is None else [row.held.cache, row.held.activations, row.held.slack, row.held.peak]
+        sizes = [f"{count(size)}B" for size in (row.weights, *held)] + ["-"] * (4 - len(held))
+        fits = "[green]yes[/]" if row.fits else "[red]no[/]"
+        display.add_row(row.dtype, str(row.batch_size), str(row.prompt_tokens), *sizes, fits)
+    console.print(display)
+    console.print(f"fits: on {_shown(found.machine.name)}, {scaled(found.machine.memory_bytes, 'bytes')}", style="dim")
+    for what, seconds in found.seconds.items():
+        console.print(f"{_shown(what)}: about {duration(seconds)}")
+    console.print(f"in all about {duration(sum(found.seconds.values()))} (rough), and {scaled(found.disk_bytes, 'bytes')} of disk")
+    for sentence in found.said:
+        console.print(_shown(sentence), style="yellow")
 
 
 def show_methods(found: Sequence[dict[str, Any]]) -> None:

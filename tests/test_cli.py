@@ -32,7 +32,16 @@ def program(*arguments, cwd=None, timeout=300):
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--help"], ["validate", "quickstart"], ["methods", "--json"], ["schema"], ["run", "--help"], ["inspect", "--help"]]
+    "arguments",
+    [
+        ["--help"],
+        ["validate", "quickstart"],
+        ["methods", "--json"],
+        ["schema"],
+        ["run", "--help"],
+        ["inspect", "--help"],
+        ["plan", "quickstart"],
+    ],
 )
 def test_light_verbs_import_nothing_heavy(arguments):
     code = textwrap.dedent(LIGHT.format(arguments=arguments))
@@ -46,7 +55,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_every_verb_has_help_with_an_example():
-    for verb in ("run", "bench", "inspect", "validate", "compare", "check", "methods", "schema"):
+    for verb in ("run", "bench", "inspect", "plan", "validate", "compare", "check", "methods", "schema"):
         done = program(verb, "--help")
         assert done.returncode == 0
         assert "Example:" in done.stdout

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.benchmark.machine import Machine, alone, facts
+from compress.benchmark.sampler import Sampler
 from compress.benchmark.statistics import corpus_value, geometric_mean, paired_ratio
-from compress.errors import DeviceError, OutOfMemory, RunError
+from compress.errors import DeviceError, Killed, OutOfMemory, RunError
 from compress.methods import Example
 from compress.metrics import METRICS
 from compress.model import Source
@@ -50,6 +51,8 @@ class Subject:
         self._taken: dict[Point, list[list[float]]] = {}
         self.outputs: Outputs | None = None
         self.failures: list[str] = []
+        self.foreign_gpu_bytes = 0  # the most that processes of others held of the GPU
+        self._interpreter = 0
 
     @property
     def pid(self) -> int:
@@ -66,34 +69,66 @@ class Subject:
 
     def start(self) -> None:
         """A fresh process with the model loaded and warmed up."""
-        benchmark = self._recipe.benchmark
-        self._child = Child(self.module, self._log, self._tell, benchmark.threads)
         try:
-            loaded = self.ask(
-                "load", source=asdict(self.source), device=self._device, threads=benchmark.threads, runtime=benchmark.runtime.model_dump()
-            )
-            warm = self.ask("warm_up", points=self.usable, new_tokens=benchmark.new_tokens, repeats=benchmark.warmup)
+            loaded, peaks = self._load(), {}
+            for number, point in enumerate(self.usable):
+                self._tell("warming up", number, len(self.usable))
+                found = self._warm_up(point)
+                if found["reason"] is None:
+                    peaks[point] = found["memory"]
+                else:
+                    self.reasons[point] = found["reason"]
         except BaseException:
             self.stop()
             raise
-        peaks = {}
-        for point, found in zip(self.usable, warm, strict=True):
-            if found["reason"] is None:
-                peaks[point] = found["peak"]
-            else:
-                self.reasons[point] = found["reason"]
         self.loads.append(loaded)
         self.peaks.append(peaks)
+
+    def _load(self) -> dict[str, Any]:
+        """Load the model in a new process."""
+        benchmark = self._recipe.benchmark
+        self._child = Child(self.module, self._log, self._tell, benchmark.threads)
+        with Sampler(self._child.pid) as sampler:
+            loaded: dict[str, Any] = self.ask(
+                "load", source=asdict(self.source), device=self._device, threads=benchmark.threads, runtime=benchmark.runtime.model_dump()
+            )
+        self._interpreter = loaded["interpreter"]
+        self._note(loaded["peak"], sampler, loaded["environment"]["device"])
+        return loaded
+
+    def _warm_up(self, point: Point) -> dict[str, Any]:
+        """Run a point for the first times; one that the kernel kills the process at has no place in memory, and a new process goes on."""
+        benchmark = self._recipe.benchmark
+        assert self._child is not None
+        with Sampler(self._child.pid) as sampler:
+            try:
+                found: dict[str, Any] = self.ask("warm_up", point=point, new_tokens=benchmark.new_tokens, repeats=benchmark.warmup)
+            except Killed:
+                self.stop()
+                self._load()
+                return {"reason": f"{OUT_OF_MEMORY}: its process was killed"}
+        if found["reason"] is None:
+            self._note(found["memory"], sampler, "cuda" if "reserved" in found["memory"] else "cpu")
+        return found
+
+    def _note(self, peaks: dict[str, int], sampler: Sampler, device: str) -> None:
+        """Put what the sampler saw beside what the process itself found."""
+        if device == "cpu":
+            peaks["sampled"] = max(0, sampler.resident - self._interpreter)
+        elif sampler.gpu is not None:
+            peaks["sampled"] = sampler.gpu
+        if sampler.foreign:
+            self.foreign_gpu_bytes = max(self.foreign_gpu_bytes, sampler.foreign)
 
     @property
     def short_of_memory(self) -> bool:
         """Whether a point could not be run for want of memory."""
-        return OUT_OF_MEMORY in self.reasons.values()
+        return any(reason.startswith(OUT_OF_MEMORY) for reason in self.reasons.values())
 
     def start_alone(self) -> None:
         """Start again, now that memory is free, and forget what had no place in it."""
         self.stop()
-        self.reasons = {point: reason for point, reason in self.reasons.items() if reason != OUT_OF_MEMORY}
+        self.reasons = {point: reason for point, reason in self.reasons.items() if not reason.startswith(OUT_OF_MEMORY)}
         self.start()
 
     def take_turn(self, machine: Machine, usable: list[Point], ours: list[int]) -> Conditions:
@@ -160,6 +195,7 @@ def measure(
     environment: dict[str, Any] = next((s.loads[0]["environment"] for s in subjects if s.loads), {})
     outputs = {s.role: s.outputs for s in subjects if s.outputs is not None}
     environment |= facts()
+    environment["foreign_gpu_bytes"] = max(subject.foreign_gpu_bytes for subject in subjects)
     environment["inputs_cut"] = max((output["cut"] for output in outputs.values()), default=0)
     environment["generation_config"] = next((output["generation_config"] for output in outputs.values()), {})
     return session.sides(), outputs, environment, session.turns
@@ -296,24 +332,37 @@ def _side(subject: Subject, common: list[Point]) -> Side:
 
 def _sizes(subject: Subject) -> list[Measurement]:
     loaded = subject.loads[0]
-    sizes = [_figure(metric, loaded[metric]) for metric in ("weight_bytes", "file_bytes", "parameters")]
+    sizes = [_figure(metric, loaded[metric]) for metric in ("weight_bytes", "buffer_bytes", "file_bytes", "parameters")]
     return [*sizes, _figure("bits_per_weight", 8 * loaded["weight_bytes"] / loaded["parameters"])]
 
 
 def _memory(subject: Subject, common: list[Point]) -> list[Measurement]:
-    """Peaks a round; while running, that of the most demanding point that both sides can run."""
-    running = {
-        name: [[max(peaks[point][name] for point in common)] for peaks in subject.peaks if all(point in peaks for point in common)]
-        for name in ("peak", "reserved", "process")
-        if common and all(name in peaks[point] for peaks in subject.peaks for point in common if point in peaks)
-    }
+    """Peaks a round; while running, those of the most demanding point that both sides can run, and what holds them."""
+    loads = [load["peak"] for load in subject.loads]
+    held = subject.loads[0]["weight_bytes"]
+    runs = []
+    for peaks in subject.peaks:
+        if common and all(point in peaks for point in common):
+            run = dict(max((peaks[point] for point in common), key=lambda found: found["peak"]))
+            for name in run.keys() & {"reserved", "process"}:  # these may be highest elsewhere
+                run[name] = max(peaks[point][name] for point in common if name in peaks[point])
+            slack_inside = 0 if "reserved" in run else run["slack"]  # a GPU's peak is what is allocated
+            run["activations"] = max(0, run["peak"] - held - run["cache"] - slack_inside)
+            runs.append(run)
     series = {
-        "peak_load_bytes": [[load["peak"]["peak"]] for load in subject.loads],
-        "peak_run_bytes": running.get("peak", []),
-        "peak_reserved_bytes": running.get("reserved", []),
-        "process_gpu_bytes": running.get("process", []),
+        "peak_load_bytes": ("peak", loads),
+        "sampled_load_bytes": ("sampled", loads),
+        "peak_run_bytes": ("peak", runs),
+        "sampled_run_bytes": ("sampled", runs),
+        "kv_cache_bytes": ("cache", runs),
+        "activation_bytes": ("activations", runs),
+        "allocator_slack_bytes": ("slack", runs),
+        "peak_reserved_bytes": ("reserved", runs),
+        "process_gpu_bytes": ("process", runs),
+        "cuda_context_bytes": ("context", runs),
     }
-    return [_figure(metric, statistics.median(row[0] for row in rows), samples=rows) for metric, rows in series.items() if rows]
+    rows = {metric: [[float(one[name])] for one in found] for metric, (name, found) in series.items() if all(name in one for one in found)}
+    return [_figure(metric, statistics.median(row[0] for row in found), samples=found) for metric, found in rows.items() if found]
 
 
 def _speeds(rounds: list[Round], batch_size: int, prompt_tokens: int) -> list[Measurement]:

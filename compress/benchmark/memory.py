@@ -1,16 +1,31 @@
-"""Peak memory of the process that looks, in bytes.
+"""What holds the memory of the process that looks, in bytes.
 
 On a GPU from torch's allocator and, for the whole process with its CUDA context, from NVML. On the CPU from the kernel's high-water mark
 of resident memory, which can be set back to now (Linux: /proc/self/clear_refs), less what the interpreter with its libraries
-held before the model was loaded.
+held before the model was loaded. What glibc keeps of freed memory is given back to the kernel before each reading starts, since
+what a peak finds lying there doesn't show in it. How much of a peak is the allocator's own is told by a second reading, in which
+every tensor is given memory of its own that is returned when it is freed.
 """
 
+import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.model import plain_tensors, storages
+
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h names them
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
 
 
 def resident() -> int:
-    """Bytes resident now."""
+    """Bytes resident now, freed memory given back."""
+    _give_back()
     return _status("VmRSS")
 
 
@@ -23,11 +38,18 @@ def reset_peak(device: str) -> None:
         torch.cuda.empty_cache()  # what loading left in the cache is no part of what comes
         torch.cuda.reset_peak_memory_stats()
     else:
+        _give_back()
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak(device: str, interpreter: int) -> dict[str, int]:
-    """`peak` since the last reset (GPU: allocated); on a GPU also the `reserved` peak and what the whole `process` holds now (NVML)."""
+    """The high-water marks since the last reset, and what is kept now.
+
+    peak      resident memory less the interpreter's; on a GPU what is allocated to tensors
+    reserved  GPU: what the allocator holds of the GPU
+    process   GPU: what NVML says that the process holds now; left out where NVML can't see processes
+    context   GPU: of that, what torch's allocator doesn't hold: the CUDA context with its kernels
+    """
     if device == "cpu":
         return {"peak": max(0, _status("VmHWM") - interpreter)}
     import torch
@@ -36,7 +58,76 @@ def peak(device: str, interpreter: int) -> dict[str, int]:
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     figures = {"peak": allocated, "reserved": reserved}
     process = _nvml_process_bytes()
-    return figures if process is None else {**figures, "process": process}
+    if process is None:
+        return figures
+    return {**figures, "process": process, "context": max(0, process - torch.cuda.memory_reserved())}
+
+
+def bring_in(model: "PreTrainedModel") -> None:
+    """Read a byte of every page of the weights on the CPU.
+
+    Weights whose stored dtype is kept are mapped from their file, and pages that no step has read yet would count as no memory.
+    """
+    import torch
+
+    for tensor in plain_tensors([*model.parameters(), *model.buffers()]):
+        if tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_quantized:
+            start = tensor.storage_offset() * tensor.element_size()
+            torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), start, (tensor.nbytes,), (1,))[::4096].sum()
+
+
+def buffer_bytes(model: "PreTrainedModel") -> int:
+    """Bytes of the buffers: positions, masks and the like, which no file need hold; shared ones once."""
+    return sum(storages(model.buffers()).values())
+
+
+@contextmanager
+def cache_seen(model: "PreTrainedModel") -> Iterator[list[int]]:
+    """Bytes of keys and values that each call of the model left for the next, while the block runs."""
+    found: list[int] = []
+
+    def look(module: Any, inputs: Any, output: Any) -> None:
+        found.append(sum(storages(_cached(getattr(output, "past_key_values", None))).values()))
+
+    handle = model.register_forward_hook(look)
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+def _cached(cache: Any) -> "Iterator[torch.Tensor]":
+    """The keys and values of a cache, those of both of an encoder-decoder's."""
+    parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
+    for part in [cache, *parts]:
+        for layer in getattr(part, "layers", []):
+            yield from (held for held in (layer.keys, layer.values) if held is not None)
+
+
+@contextmanager
+def apart() -> Iterator[None]:
+    """While the block runs, each tensor on the CPU has memory of its own, from the kernel and back to it: no heap, so no holes in one.
+
+    Afterwards glibc works as it does by itself once it has seen large tensors come and go (mallopt(3): its thresholds grow to this).
+    """
+    _tell_glibc("mallopt", M_MMAP_THRESHOLD, 64 << 10)
+    try:
+        yield
+    finally:
+        _tell_glibc("mallopt", M_MMAP_THRESHOLD, 32 << 20)
+        _tell_glibc("mallopt", M_TRIM_THRESHOLD, 64 << 20)
+
+
+def _give_back() -> None:
+    """Have glibc return freed memory to the kernel."""
+    _tell_glibc("malloc_trim", 0)
+
+
+def _tell_glibc(function: str, *arguments: int) -> None:
+    """Call a function that other C libraries don't have, and do without there."""
+    found = getattr(ctypes.CDLL(None), function, None)
+    if found is not None:
+        found(*arguments)
 
 
 def gpu_uuid() -> str:

@@ -45,6 +45,7 @@ class Worker:
             raise ModelError(
                 f"{source['id']}: its tokenizer has {len(self.tokenizer)} tokens, its embedding only {rows}; they don't belong together"
             )
+        memory.bring_in(self.model)
         weight_bytes, parameters = models.weight_bytes(self.model), models.parameter_count(self.model)
         if runtime["cpu_int8"] and self.device == "cpu":
             use_cpu_int8(self.model)
@@ -53,22 +54,31 @@ class Worker:
         progress("loading", 1, 1)
         return {
             "peak": memory.peak(self.device, self.interpreter),
+            "interpreter": self.interpreter,
             "weight_bytes": weight_bytes,
+            "buffer_bytes": memory.buffer_bytes(self.model),
             "file_bytes": models.file_bytes(models.local_folder(bundle.source)),
             "parameters": parameters,
             "environment": _environment(self.device),
         }
 
-    def warm_up(self, progress: Progress, points: list[Point], new_tokens: int, repeats: int) -> list[dict[str, Any]]:
-        """Run each point once and `repeats` times more. Returns for each the peak while running, or the reason why it can't be run."""
-        found = []
-        for number, (batch_size, prompt_tokens) in enumerate(points):
-            progress("warming up", number, len(points))
-            memory.reset_peak(self.device)
-            reason = self._try(batch_size, prompt_tokens, new_tokens, 1 + repeats)
-            found.append({"reason": reason, "peak": memory.peak(self.device, self.interpreter)})
-        progress("warming up", len(points), len(points))
-        return found
+    def warm_up(self, progress: Progress, point: Point, new_tokens: int, repeats: int) -> dict[str, Any]:
+        """Run a point twice, and on until it ran 1 + `repeats` times.
+
+        Returns the peaks of the later runs with the bytes of the `cache` and, on the CPU, the allocator's `slack` in them; or the reason
+        why the point can't be run.
+        """
+        memory.reset_peak(self.device)
+        with memory.cache_seen(self.model) as cache, memory.apart():
+            reason = self._try(*point, new_tokens, 1)
+        if reason is not None:
+            return {"reason": reason}
+        alone = memory.peak(self.device, self.interpreter)["peak"]
+        memory.reset_peak(self.device)
+        reason = self._try(*point, new_tokens, max(1, repeats))
+        found = memory.peak(self.device, self.interpreter)
+        slack = found["reserved"] - found["peak"] if self.device == "cuda" else max(0, found["peak"] - alone)
+        return {"reason": reason, "memory": {**found, "cache": cache[-1], "slack": slack}}
 
     def turn(self, progress: Progress, points: list[Point], new_tokens: int, iterations: int) -> list[list[list[float]]]:
         """For each point and iteration the seconds from the start to every token."""

@@ -41,6 +41,13 @@ def count(value: int) -> str:
     return str(value)
 
 
+def duration(seconds: float) -> str:
+    """A rough length of time: 40 s, 12 min, 3.5 h."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 5400 else f"{seconds / 3600:.1f} h"
+
+
 def share(value: float | None) -> str:
     """A share as a percentage: 0.226 %, 5.3 %."""
     if value is None:

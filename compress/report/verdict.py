@@ -233,7 +233,11 @@ def _absolute(figure: Measurement) -> Effect:
     kind = METRICS[figure.metric].kind
     if kind == "size":
         return Effect(figure.value)
-    return statistics.alone(figure.metric, figure.samples) if kind == "quality" else statistics.geometric_mean(figure.samples)
+    if kind == "quality":
+        return statistics.alone(figure.metric, figure.samples)
+    if any(value <= 0 for row in figure.samples for value in row):  # no slack, no cache: nothing to take a logarithm of
+        return Effect(figure.value, known=False)
+    return statistics.geometric_mean(figure.samples)
 
 
 def _unmeasured(figure: Measurement, kind: str, limit: float, reason: str) -> GateResult:

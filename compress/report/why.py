@@ -32,6 +32,10 @@ def notes(stages: list[StageRecord], compared: list[Comparison], environment: di
             f"Peak memory while running did not fall although the weights shrank by {saved}: they are now "
             f"{weights.candidate / run.candidate:.0%} of it; cache, activations and the kernels' own buffers are the rest."
         )
+    if foreign := environment.get("foreign_gpu_bytes"):
+        found.append(
+            f"Other processes held {scaled(foreign, 'bytes')} of the GPU meanwhile, so it was not this run's alone; measure again without."
+        )
     if cut := environment.get("inputs_cut"):
         found.append(
             f"{cut} inputs were longer than the model's context or data.max_tokens and were cut at their end, alike on both sides."

@@ -10,6 +10,7 @@ import yaml
 
 from compress.errors import printable
 from compress.metrics import METRICS
+from compress.report import memory
 from compress.report.frame import curves, frame, layers, predictions
 from compress.report.layers import lost_most, remarkable, summary
 from compress.report.numbers import change, figure, percent, share, verdict_words
@@ -47,6 +48,7 @@ def markdown(report: Report) -> str:
         f"{_cell(report.decided_by)}.",
         _gates(report),
         _sides(report),
+        _memory(report),
         _notes(report),
         _stages(report),
         *(_layers(record) for record in report.stages),
@@ -108,6 +110,14 @@ def _sides(report: Report) -> str:
         rows.append([one.label, figure(theirs), figure(ours), change(compared), METRICS[one.metric].better])
     header = ["figure", "baseline", "candidate", f"change ({percent(report)} interval)", "better"]
     return "## Figures\n\n" + table(header, rows)
+
+
+def _memory(report: Report) -> str:
+    held, checked = memory.held(report), memory.checked(report)
+    if not held:
+        return ""
+    parts = ["## Memory: what holds it", table(["at the most demanding point", "baseline", "candidate"], held)]
+    return "\n\n".join([*parts, table(["what checks it", "baseline", "candidate"], checked)])
 
 
 def _notes(report: Report) -> str:

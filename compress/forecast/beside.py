@@ -1,0 +1,47 @@
+"""The forecast of a side's memory, to stand beside what was measured."""
+
+from pathlib import Path
+
+from compress.errors import ModelError
+from compress.forecast.footprint import footprint, weight_bytes
+from compress.forecast.plan import read_config, stored_dtype
+from compress.forecast.shape import read
+from compress.model import Source
+from compress.recipe import Recipe
+from compress.results import Measurement, Side
+
+
+def foretold(side: Side, source: Source, recipe: Recipe, device: str) -> list[Measurement]:
+    """What config.json foretells of a side's peak while running, and how far off that is; nothing where neither can be told.
+
+    Packed weights count as they lie on disk, but compressed-tensors' as unpacked, which plain transformers does at loading.
+    """
+    values = {measured.metric: measured.value for measured in side.measurements if measured.batch_size is None}
+    peak, on_disk = values.get("peak_run_bytes"), values.get("file_bytes")
+    points = [(m.batch_size, m.prompt_tokens) for m in side.measurements if m.metric == "latency_p50" and m.value is not None]
+    folder = _folder(source)
+    if not peak or not on_disk or not points or folder is None:
+        return []
+    try:
+        config = read_config(folder)
+        shape = read(config, source.task)
+    except ModelError:  # an architecture that isn't known
+        return []
+    dtype = stored_dtype(config, source.dtype)
+    method = (config.get("quantization_config") or {}).get("quant_method", "compressed-tensors")
+    weights = weight_bytes(shape, dtype) if method == "compressed-tensors" else round(on_disk)
+    width, new_tokens = 4 if dtype == "FP32" else 2, recipe.benchmark.new_tokens
+    found = [footprint(weights, shape, width, batch or 1, prompt or 1, new_tokens, device) for batch, prompt in points]
+    foretold = max(one.peak if device == "cpu" else one.alive for one in found)
+    error = Measurement(metric="forecast_error", value=100 * (foretold / peak - 1))
+    return [Measurement(metric="forecast_run_bytes", value=foretold), error]
+
+
+def _folder(source: Source) -> Path | None:
+    """Where a model that was loaded lies."""
+    if source.is_folder:
+        return Path(source.id)
+    import huggingface_hub
+
+    file = huggingface_hub.try_to_load_from_cache(source.id, "config.json", revision=source.revision)
+    return Path(file).parent if isinstance(file, str) else None

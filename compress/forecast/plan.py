@@ -1,0 +1,197 @@
+"""What a recipe will take before anything is run: memory at each grid point and dtype, whether it fits, time and disk.
+
+Sizes are exact or nearly so; times are rough, from how much is computed and read and how fast that goes.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compress import model
+from compress.errors import ModelError
+from compress.forecast.footprint import DTYPES, Footprint, footprint, weight_bytes
+from compress.forecast.machine import Machine
+from compress.forecast.shape import ARCHITECTURES, Shape, read
+from compress.methods import TuneSettings
+from compress.recipe import Recipe, Stage
+
+STORED = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
+ROWS = 1000  # what an uncounted train split is taken for
+START_S = 10  # a working process's start: imports and loading
+INPUT_TOKENS = 256  # an evaluation example's prompt, where nothing says how long it may be
+
+
+@dataclass(frozen=True)
+class Row:
+    """One dtype at one grid point. `held` is None where the architecture isn't known; `weights` are told then."""
+
+    dtype: str
+    batch_size: int
+    prompt_tokens: int
+    weights: int
+    held: Footprint | None
+    fits: bool
+
+    @property
+    def peak(self) -> int | None:
+        return None if self.held is None else self.held.peak
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that is foretold. Bytes and seconds."""
+
+    model: str
+    architecture: str
+    parameters: int
+    dtype: str
+    machine: Machine
+    rows: list[Row]
+    seconds: dict[str, float]
+    disk_bytes: int
+    said: list[str]
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        rows = [{**asdict(row), "peak": row.peak} for row in self.rows]
+        return {**asdict(self), "rows": rows, "total_seconds": sum(self.seconds.values())}
+
+
+def plan(recipe: Recipe, machine: Machine) -> Plan:
+    """Forecast a recipe from its model's config.json.
+
+    Raises ModelError where there is no config, or one whose architecture isn't known and whose weights aren't here to be looked at.
+    """
+    folder = _folder(recipe)
+    config = read_config(folder)
+    said, benchmark = [], recipe.benchmark
+    known = config.get("model_type") in ARCHITECTURES
+    if known:
+        shape = read(config, recipe.model.task)
+    else:
+        shape = _from_headers(folder, config)
+        said.append(
+            f"{shape.architecture!r} isn't known here: its weights are read from its files' headers, and what else it takes can't be told"
+        )
+    dtype = stored_dtype(config, recipe.model.dtype)
+    grid = [(batch, prompt) for prompt in sorted(set(benchmark.prompt_tokens)) for batch in sorted(set(benchmark.batch_sizes))]
+    rows = []
+    for name in DTYPES:
+        for batch, prompt in grid:
+            weights = weight_bytes(shape, name)
+            width = 4 if name == "FP32" else 2
+            held = footprint(weights, shape, width, batch, prompt, benchmark.new_tokens, machine.device) if known else None
+            rows.append(Row(name, batch, prompt, weights, held, (held.peak if held else weights) <= machine.memory_bytes))
+    seconds = {str(stage): _stage_seconds(stage, recipe, shape, machine) for stage in recipe.stages}
+    if any(isinstance(stage.settings, TuneSettings) and stage.settings.samples is None for stage in recipe.stages):
+        said.append(f"the rows of the train split weren't counted and are taken for {ROWS:,}")
+    for side in ("baseline", "candidate"):
+        seconds[f"measuring the {side}"] = _benchmark_seconds(recipe, shape, weight_bytes(shape, dtype), machine)
+    disk = sum(artifact for artifact in _artifacts(recipe, shape, dtype))
+    return Plan(recipe.model.id, shape.architecture, shape.parameters, dtype, machine, rows, seconds, disk, said)
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A folder's config.json. Raises ModelError."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError, OSError) as error:
+        raise ModelError(f"{folder / 'config.json'}: can't be read: {error}") from None
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder / 'config.json'}: holds no config")
+    return config
+
+
+def stored_dtype(config: dict[str, Any], wanted: str) -> str:
+    """The dtype that a model is loaded in, by the name it has in a plan."""
+    found = wanted if wanted != "auto" else config.get("dtype") or config.get("torch_dtype") or "float32"
+    return STORED.get(str(found), "FP32")
+
+
+def _folder(recipe: Recipe) -> Path:
+    """Where the config of the recipe's model lies; a folder needs nothing else. A hub's config alone is fetched, once."""
+    place = recipe.folder / model.user_path(recipe.model.id)
+    if (place / "config.json").is_file():
+        return place
+    wanted = recipe.model
+    source = model.pinned(model.Source(model.locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
+    if source.is_folder:
+        return Path(source.id)
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.hf_hub_download(source.id, "config.json", revision=source.revision)).parent
+    except Exception as error:  # the hub's client has an error class for each of its troubles
+        first = next(iter(str(error).splitlines()), type(error).__name__)
+        raise ModelError(f"{source.id}: its config.json can't be had from the hub: {first}") from None
+
+
+def _from_headers(folder: Path, config: dict[str, Any]) -> Shape:
+    """The sizes of an unknown architecture, from the headers of its weight files: what has two dimensions counts as linear.
+
+    Raises ModelError where there are none here.
+    """
+    kind = str(config.get("model_type"))
+    files = model.weight_files(folder)
+    if not files:
+        raise ModelError(
+            f"model_type {kind!r}: its sizes can't be told from its config; known are {', '.join(ARCHITECTURES)}."
+            " With its safetensors in the folder their headers are read"
+        )
+    linear = other = 0
+    for file in files:
+        for name, header in model.tensor_headers(file):
+            size = 1
+            for length in header["shape"]:
+                size *= length
+            is_linear = len(header["shape"]) == 2 and not any(part in name for part in ("embed", "lm_head", "shared", "wte", "wpe"))
+            linear, other = (linear + size, other) if is_linear else (linear, other + size)
+    return Shape(kind, None, None, linear, other, 0, None)
+
+
+def _benchmark_seconds(recipe: Recipe, shape: Shape, weights: int, machine: Machine) -> float:
+    """One side's: process starts, every generation at every point, and the evaluation examples."""
+    benchmark = recipe.benchmark
+    times = max(2, 1 + benchmark.warmup) + benchmark.turns * benchmark.iterations
+    grid = sum(
+        _generation_seconds(shape, weights, machine, batch, prompt, benchmark.new_tokens)
+        for batch in set(benchmark.batch_sizes) for prompt in set(benchmark.prompt_tokens)
+    )  # fmt: skip
+    batches = -(-(recipe.data.samples or ROWS) // benchmark.quality_batch_size)
+    length = recipe.data.max_tokens or INPUT_TOKENS
+    quality = batches * _generation_seconds(shape, weights, machine, benchmark.quality_batch_size, length, recipe.generation.max_new_tokens)
+    return benchmark.rounds * (START_S + times * grid) + quality
+
+
+def _generation_seconds(shape: Shape, weights: int, machine: Machine, batch: int, prompt: int, new: int) -> float:
+    """Prefill is bound by arithmetic, two operations a weight and token; each further token reads the weights, or computes as long."""
+    flops = 2 * shape.linear / machine.flops
+    written = 0 if shape.vocabulary is None else new
+    return flops * batch * prompt + written * max(weights / machine.bytes_per_s, flops * batch)
+
+
+def _stage_seconds(stage: Stage, recipe: Recipe, shape: Shape, machine: Machine) -> float:
+    """A training step computes three times a forward pass; a calibrated method passes over its examples twice."""
+    settings = stage.settings
+    forward = 2 * shape.linear / machine.flops
+    if isinstance(settings, TuneSettings):
+        rows = settings.samples or ROWS
+        examples = (settings.steps or 0) * settings.batch_size * settings.accumulate or (settings.epochs or 1) * rows
+        return START_S + 3 * forward * examples * min(settings.max_tokens, recipe.data.max_tokens or INPUT_TOKENS)
+    steps, batch = getattr(settings, "steps", 0), getattr(settings, "batch_size", 1)
+    tokens = max(recipe.calibration.samples, 3 * steps * batch) * min(recipe.calibration.max_tokens, INPUT_TOKENS)
+    return START_S + 2 * forward * tokens
+
+
+def _artifacts(recipe: Recipe, shape: Shape, dtype: str) -> list[int]:
+    """Bytes of every stage's artifact; while it trains a checkpoint lies beside it: weights and two states of Adam, in float32."""
+    found, now = [], weight_bytes(shape, dtype)
+    for stage in recipe.stages:
+        if stage.family == "quantize":
+            bits = {"cast": 16, "bnb_nf4": 4}.get(stage.method) or getattr(stage.settings, "bits", 8)
+            now = min(now, weight_bytes(shape, "BF16" if bits == 16 else "INT8" if bits == 8 else "INT4"))
+        elif stage.method == "structured":
+            now = round(now * float(getattr(stage.settings, "keep", 1)))
+        found.append(now + (12 * shape.parameters if isinstance(stage.settings, TuneSettings) else 0))
+    return found

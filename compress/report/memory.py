@@ -1,0 +1,69 @@
+"""What holds a side's memory at its peak, part by part, and what checks that: another reading, and the forecast."""
+
+from collections.abc import Callable
+
+from compress.report.numbers import scaled, share
+from compress.results import Report, Side
+
+Values = dict[str, float]
+
+
+def held(report: Report) -> list[list[str]]:
+    """Rows of name, baseline, candidate: bytes of each part with their share of the whole. None without a peak."""
+    sides = [_values(report.side(role)) for role in ("baseline", "candidate")]
+    return [
+        [name, *(_part(values, size(values)) for values in sides)]
+        for name, size in PARTS.items()
+        if any(size(values) is not None for values in sides)
+    ]
+
+
+def checked(report: Report) -> list[list[str]]:
+    """Rows of name, baseline, candidate: the high-water marks with what was sampled from outside, and with what was foretold."""
+    rows = []
+    for name, metric, unit in CHECKS:
+        cells = [_values(report.side(role)).get(metric) for role in ("baseline", "candidate")]
+        if any(cell is not None for cell in cells):
+            rows.append([name, *("-" if cell is None else f"{cell:+.1f} %" if unit == "%" else scaled(cell, unit) for cell in cells)])
+    return rows
+
+
+def _values(side: Side | None) -> Values:
+    """metric -> value of a side's figures that belong to no grid point, where it has a peak."""
+    found = {m.metric: m.value for m in (side.measurements if side else []) if m.batch_size is None and m.value is not None}
+    return found if "peak_run_bytes" in found else {}
+
+
+def _part(values: Values, size: float | None) -> str:
+    if size is None:
+        return "-"
+    return f"{scaled(size, 'bytes')} ({share(size / whole) if (whole := _whole(values)) else '-'})"
+
+
+def _whole(values: Values) -> float:
+    """All that is held: on a GPU what NVML says of the process, or else what the allocator holds."""
+    return values.get("process_gpu_bytes") or values.get("peak_reserved_bytes") or values["peak_run_bytes"]
+
+
+def _less(values: Values) -> float | None:
+    """Weights without the buffers."""
+    return values["weight_bytes"] - values["buffer_bytes"] if "weight_bytes" in values and "buffer_bytes" in values else None
+
+
+PARTS: dict[str, Callable[[Values], float | None]] = {
+    "weights": _less,
+    "buffers": lambda values: values.get("buffer_bytes"),
+    "keys and values": lambda values: values.get("kv_cache_bytes"),
+    "activations": lambda values: values.get("activation_bytes"),
+    "allocator's slack": lambda values: values.get("allocator_slack_bytes"),
+    "CUDA context": lambda values: values.get("cuda_context_bytes"),
+    "all": lambda values: _whole(values) if values else None,
+}
+CHECKS = [
+    ("peak while running", "peak_run_bytes", "bytes"),
+    ("the same, sampled every 10 ms", "sampled_run_bytes", "bytes"),
+    ("foretold from config.json", "forecast_run_bytes", "bytes"),
+    ("the forecast's error", "forecast_error", "%"),
+    ("peak while loading", "peak_load_bytes", "bytes"),
+    ("the same, sampled every 10 ms", "sampled_load_bytes", "bytes"),
+]

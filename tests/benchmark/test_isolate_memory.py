@@ -1,0 +1,139 @@
+"""What holds the memory of a measured process: attributed, seen from inside and outside alike, and still told when the process is killed."""
+
+import ctypes
+import os
+import signal
+import sys
+import types
+
+import pytest
+import torch
+
+from compress.benchmark import memory
+from compress.benchmark.isolate import Subject
+from compress.benchmark.sampler import Sampler
+from compress.benchmark.worker import Worker
+from compress.methods import quiet
+from compress.model import Source
+from compress.recipe import load
+from tests.conftest import TASKS, make_model, recipe_for
+
+MB = 1_000_000
+
+
+def subject(kind, toys, rows, write_recipe, log, progress=quiet):
+    source = Source(str(toys[kind]), TASKS[kind], "float32")
+    return Subject("candidate", source, load(write_recipe(recipe_for(kind, toys[kind], rows))), "cpu", log, progress)
+
+
+@pytest.mark.parametrize("kind", TASKS)
+def test_the_cache_is_what_a_generation_leaves(kind):
+    model, batch, prompt, new = make_model(kind).eval(), 3, 8, 4
+    inputs = torch.randint(2, 64, (batch, prompt))
+    with memory.cache_seen(model) as seen:
+        if model.can_generate():
+            model.generate(inputs, max_new_tokens=new, min_new_tokens=new, do_sample=False)
+        else:
+            model(inputs)
+    numbers = {  # layers x keys and values x tokens x heads x width, counted by hand
+        "t5": 2 * 2 * (new + prompt) * 4 * 16,
+        "bart": 2 * 2 * (new + prompt) * 4 * 16,
+        "llama": 2 * 2 * (prompt + new - 1) * 2 * 16,
+        "gpt2": 2 * 2 * (prompt + new - 1) * 4 * 16,
+        "bert": 0,
+    }
+    assert seen[-1] == 4 * batch * numbers[kind]
+
+
+@pytest.mark.slow
+def test_what_holds_the_memory_adds_up(toys, rows, write_recipe, tmp_path):
+    from compress.benchmark.isolate import _memory, _sizes
+
+    measured = subject("llama", toys, rows, write_recipe, tmp_path / "log")
+    try:
+        measured.start()
+    finally:
+        measured.stop()
+    found = {m.metric: m.value for m in [*_sizes(measured), *_memory(measured, measured.usable)]}
+    held = found["weight_bytes"] + found["kv_cache_bytes"] + found["activation_bytes"] + found["allocator_slack_bytes"]
+    assert held == found["peak_run_bytes"]
+    assert found["kv_cache_bytes"] == 4 * 2 * 2 * 2 * (8 + 3) * 2 * 16
+    assert 0 < found["buffer_bytes"] < found["weight_bytes"]
+    assert found["sampled_run_bytes"] <= found["peak_run_bytes"] + MB
+    assert found["sampled_load_bytes"] > 0.5 * found["peak_load_bytes"]
+
+
+@pytest.mark.slow
+def test_a_point_whose_process_is_killed_is_out_of_memory_and_the_others_go_on(toys, rows, write_recipe, tmp_path):
+    def kill_at_the_first(what, done, total):
+        if what == "candidate: warming up" and (done, total) == (0, 2):
+            os.kill(measured._child.pid, signal.SIGSTOP)  # it can't answer before it is killed
+            os.kill(measured._child.pid, signal.SIGKILL)
+
+    measured = subject("llama", toys, rows, write_recipe, tmp_path / "log", kill_at_the_first)
+    try:
+        measured.start()
+    finally:
+        measured.stop()
+    assert measured.reasons == {(1, 8): "out of memory: its process was killed"}
+    assert measured.short_of_memory
+    assert list(measured.peaks[0]) == [(2, 8)]
+
+
+@pytest.mark.parametrize("when", ["loading", "running"])
+def test_eight_more_megabytes_show(toys, when, monkeypatch):
+    ballast = []
+
+    def plant(*_):
+        ballast.append(torch.ones(8 * MB // 4))
+
+    found = {}
+    for planted in (False, True):
+        worker = Worker()
+        load_arguments = {"source": {"id": str(toys["llama"]), "task": "causal-lm", "dtype": "float32"}, "device": "cpu", "threads": 1}
+        if planted and when == "loading":
+            monkeypatch.setattr(memory, "bring_in", plant)
+        worker.load(quiet, **load_arguments, runtime={"cpu_int8": False, "sparse_24": False})
+        if planted and when == "running":
+            plant()
+        found[planted] = worker.warm_up(quiet, (1, 8), 4, 0)["memory"]["peak"]
+    assert found[True] - found[False] == pytest.approx(8 * MB, abs=2 * MB)
+
+
+def test_the_sampler_sees_what_a_process_holds():
+    block = torch.ones(64 * MB // 4)
+    with Sampler(os.getpid()) as sampler:
+        pass
+    assert sampler.resident == pytest.approx(memory._status("VmRSS"), rel=0.05)
+    assert sampler.resident > block.nbytes
+    assert (sampler.gpu, sampler.foreign) == (None, 0)
+
+
+def test_other_processes_on_the_gpu_are_seen(monkeypatch):
+    """NVML told by hand: device 0 is somebody else's, device 1 is shared with 5 GB of somebody's."""
+    process = types.SimpleNamespace
+    held = {
+        0: [process(pid=4_000_001, usedGpuMemory=70_000 * MB)],
+        1: [process(pid=os.getpid(), usedGpuMemory=900 * MB), process(pid=4_000_002, usedGpuMemory=5_000 * MB)],
+    }
+    told = types.SimpleNamespace(
+        NVMLError=RuntimeError, nvmlInit=lambda: None, nvmlDeviceGetCount=lambda: 2, nvmlDeviceGetHandleByIndex=lambda number: number,
+        nvmlDeviceGetComputeRunningProcesses=held.get,
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", told)
+    monkeypatch.setattr(
+        "compress.benchmark.sampler.psutil.Process", lambda: types.SimpleNamespace(children=lambda: [process(pid=os.getpid())])
+    )
+    with Sampler(os.getpid()) as sampler:
+        pass
+    assert (sampler.gpu, sampler.foreign) == (900 * MB, 5_000 * MB)
+
+
+def test_memory_apart_leaves_no_holes():
+    """A large tensor between two small ones: freed, it is given back at once."""
+    assert ctypes.CDLL(None).malloc_trim, "this needs glibc"
+    with memory.apart():
+        before = memory._status("VmRSS")
+        held = [torch.ones(4 * MB // 4) for _ in range(9)]
+        del held[0:8]
+        assert memory._status("VmRSS") - before < 6 * MB

@@ -1,0 +1,99 @@
+"""A recipe foretold: from config.json alone, on a named GPU, and refused by name where it can't be."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from compress.errors import DeviceError, ModelError
+from compress.forecast import machine
+from compress.forecast.plan import plan
+from compress.recipe import load
+from tests.conftest import recipe_for
+from tests.test_cli import program
+
+LLAMA_7B = {
+    "model_type": "llama", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "tie_word_embeddings": False, "dtype": "float16",
+}  # fmt: skip
+
+
+@pytest.fixture
+def seven(tmp_path, rows, write_recipe):
+    """A recipe for a Llama of 6.7 billion weights, of which there is nothing but the config."""
+    folder = tmp_path / "seven"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(LLAMA_7B))
+    data = recipe_for("llama", folder, rows, stages=[{"quantize": "bnb_nf4"}], benchmark="standard")
+    data["model"]["dtype"] = "auto"
+    return write_recipe(data)
+
+
+def test_a_config_is_enough(seven):
+    found = plan(load(seven), machine.named("t4-16gb"))
+    assert (found.architecture, found.dtype) == ("Llama", "FP16")
+    assert found.parameters == pytest.approx(6.738e9, rel=0.001)
+    by_dtype = {row.dtype: row for row in found.rows if (row.batch_size, row.prompt_tokens) == (1, 128)}
+    assert by_dtype["FP16"].weights == pytest.approx(2 * 6.738e9, rel=0.001)
+    assert by_dtype["INT4"].weights < 0.35 * by_dtype["FP16"].weights
+    # 2 x layers x heads x width x tokens x 2 bytes
+    assert by_dtype["FP16"].held.cache == 2 * 32 * 32 * 128 * (128 + 32 - 1) * 2
+    assert (by_dtype["FP32"].fits, by_dtype["FP16"].fits) == (False, True)
+    assert found.disk_bytes == by_dtype["INT4"].weights
+    faster = plan(load(seven), machine.named("h100-80gb"))
+    assert all(row.fits for row in faster.rows)
+    assert sum(faster.seconds.values()) < sum(found.seconds.values())
+
+
+def test_the_table_fits_80_and_120_columns(seven, monkeypatch):
+    for columns in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(columns))
+        done = program("plan", seven, "--gpu", "t4-16gb")
+        assert done.returncode == 0, done.stderr
+        assert max(map(len, done.stdout.splitlines())) <= columns
+        assert sum(line.lstrip().startswith(("FP32", "FP16", "BF16", "INT8", "INT4")) for line in done.stdout.splitlines()) == 5 * 4
+    found = json.loads(program("plan", seven, "--gpu", "t4-16gb", "--json").stdout)
+    assert {row["dtype"] for row in found["rows"]} == {"FP32", "FP16", "BF16", "INT8", "INT4"}
+    assert found["rows"][0]["peak"] == sum(found["rows"][0]["held"].values())
+
+
+def test_an_unknown_gpu_is_refused_by_name():
+    with pytest.raises(DeviceError, match="--gpu h100: its memory and speed aren't known here; known are t4-16gb"):
+        machine.named("h100")
+
+
+def test_another_architecture_is_read_from_its_headers_or_refused(seven, tmp_path):
+    folder = tmp_path / "seven"
+    (folder / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+    with pytest.raises(ModelError, match=r"'mamba'.*With its safetensors in the folder their headers are read"):
+        plan(load(seven), machine.named("t4-16gb"))
+    save_file(
+        {"in_proj.weight": torch.ones(30, 20), "embed.weight": torch.ones(7, 20), "norm.weight": torch.ones(20)},
+        folder / "model.safetensors",
+    )
+    found = plan(load(seven), machine.named("t4-16gb"))
+    assert found.parameters == 600 + 140 + 20
+    assert found.rows[0].held is None
+    assert "'mamba' isn't known here" in found.said[0]
+
+
+def test_no_config_is_said(seven, tmp_path):
+    shutil.rmtree(tmp_path / "seven")
+    done = program("plan", seven)
+    assert done.returncode == 2
+    assert "seven" in done.stderr and "Traceback" not in done.stderr
+    (tmp_path / "seven").mkdir()
+    (tmp_path / "seven" / "config.json").write_text("{")
+    done = program("plan", seven)
+    assert done.returncode == 2
+    assert "config.json: can't be read" in done.stderr
+
+
+def test_without_the_hub_the_way_out_is_said(rows, write_recipe):
+    data = recipe_for("llama", "somebody/no-such-model", rows)
+    data["model"]["id"] = "somebody/no-such-model"
+    done = program("plan", write_recipe(data))
+    assert done.returncode == 2
+    assert "the hub does not answer" in done.stderr
