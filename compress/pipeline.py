@@ -275,7 +275,7 @@ def _judged(report: Report, baseline: Side | None, candidate: Side, same_run: bo
     return report.model_copy(
         update={
             "sides": sides, "comparisons": comparisons, "gates": gates, "verdict": decision, "decided_by": reason,
-            "notes": why.notes(report.stages, comparisons, report.environment),
+            "notes": why.notes(report.stages, comparisons, report.environment, sides),
         }
     )  # fmt: skip
 

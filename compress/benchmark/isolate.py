@@ -19,10 +19,11 @@ from compress.metrics import METRICS
 from compress.model import Source
 from compress.process import Child, Progress
 from compress.recipe import Benchmark, Recipe
-from compress.results import Measurement, Role, Side
+from compress.results import Measurement, Role, Side, Step
 
 Point = tuple[int, int]  # batch size, prompt tokens
 Round = list[list[list[float]]]  # turns x iterations x tokens: seconds from the start of a generation
+Speed = tuple[str, Callable[[list[float]], float], float]  # a figure, its value from the marks of one timing, the quantile over timings
 Outputs = dict[str, Any]  # what `Worker.quality` gives
 OUT_OF_MEMORY = "out of memory"
 
@@ -39,6 +40,7 @@ class Subject:
         self.reasons: dict[Point, str] = {}
         self.rounds: dict[Point, list[Round]] = {point: [] for point in points(recipe.benchmark)}
         self.outputs: Outputs | None = None
+        self.explanation: dict[str, Any] | None = None  # what `Worker.explain` gives
         self.failures: list[str] = []
 
     @property
@@ -99,6 +101,10 @@ class Subject:
             batch_size=recipe.benchmark.quality_batch_size, max_tokens=recipe.data.max_tokens,
         )  # fmt: skip
 
+    def explain(self, usable: list[Point]) -> None:
+        """Look at what a step does at every point, after the last timing of a process."""
+        self.explanation = self.ask("explain", points=usable, new_tokens=self._recipe.benchmark.new_tokens)
+
     def ask(self, request: str, **arguments: Any) -> Any:
         assert self._child is not None
         return self._child.ask(request, limit_s=60 * self._recipe.benchmark.limit_minutes, **arguments)
@@ -131,10 +137,12 @@ def measure(
         for subject in subjects:
             subject.stop()
     environment: dict[str, Any] = next((s.loads[0]["environment"] for s in subjects if s.loads), {})
+    ceilings = _ceilings(subjects)
+    environment.update(ceilings)
     outputs = {s.role: s.outputs for s in subjects if s.outputs is not None}
     environment["inputs_cut"] = max((output["cut"] for output in outputs.values()), default=0)
     environment["generation_config"] = next((output["generation_config"] for output in outputs.values()), {})
-    return [_side(subject, _common(subjects)) for subject in subjects], outputs, environment
+    return [_side(subject, _common(subjects), ceilings) for subject in subjects], outputs, environment
 
 
 def _rounds(subjects: list[Subject], recipe: Recipe, examples: list[Example], progress: Progress) -> None:
@@ -154,6 +162,8 @@ def _rounds(subjects: list[Subject], recipe: Recipe, examples: list[Example], pr
                     if subject.outputs is None:
                         subject.answer(examples)
                     subject.take_turn(_common(subjects), number)
+                    if turn == benchmark.turns - 1 and subject.explanation is None:
+                        subject.explain(_common(subjects))
                 except RunError as error:
                     subject.failures.append(f"{subject.role}: {error}")
                     subject.stop()
@@ -190,17 +200,36 @@ def _common(subjects: list[Subject]) -> list[Point]:
     return [point for point in subjects[0].rounds if all(point not in subject.reasons for subject in subjects)]
 
 
-def _side(subject: Subject, common: list[Point]) -> Side:
+def _ceilings(subjects: list[Subject]) -> dict[str, float]:
+    """What the machine can do at best: the better where both sides measured the same, since only disturbances differ."""
+    found: dict[str, float] = {}
+    for subject in subjects:
+        for name, value in (subject.explanation or {}).get("ceilings", {}).items():
+            found[name] = max(value, found.get(name, 0))
+    return found
+
+
+def _side(subject: Subject, common: list[Point], ceilings: dict[str, float]) -> Side:
     found: list[Measurement] = []
     if subject.loads:
         found += _sizes(subject)
         found += _memory(subject, common)
     for metric, samples in (subject.outputs or {}).get("samples", {}).items():
         found.append(_figure(metric, corpus_value(metric, samples), samples=samples))
-    for (batch_size, prompt_tokens), rounds in subject.rounds.items():
-        reason = subject.reasons.get((batch_size, prompt_tokens), "not reached on both sides")
-        found += _speeds(rounds, batch_size, prompt_tokens) if rounds else _unmeasured(reason, batch_size, prompt_tokens)
-    return Side(role=subject.role, model=subject.source.id, measurements=found, failures=subject.failures)
+    explained = subject.explanation or {"dtype": None, "steps": []}
+    steps = {(step["batch_size"], step["prompt_tokens"]): Step(**step) for step in explained["steps"]}
+    for point, rounds in subject.rounds.items():
+        reason = subject.reasons.get(point, "not reached on both sides")
+        if not rounds:
+            found += _unmeasured(reason, *point)
+            continue
+        found += _speeds(rounds, _rates(rounds, point[0]), *point)
+        if point in steps:
+            found += _speeds(rounds, _utilisations(steps[point], ceilings, explained["dtype"]), *point)
+    return Side(
+        role=subject.role, model=subject.source.id, dtype=explained["dtype"], measurements=found, steps=list(steps.values()),
+        failures=subject.failures,
+    )  # fmt: skip
 
 
 def _sizes(subject: Subject) -> list[Measurement]:
@@ -225,23 +254,36 @@ def _memory(subject: Subject, common: list[Point]) -> list[Measurement]:
     return [_figure(metric, statistics.median(row[0] for row in rows), samples=rows) for metric, rows in series.items() if rows]
 
 
-def _speeds(rounds: list[Round], batch_size: int, prompt_tokens: int) -> list[Measurement]:
-    """Every speed figure of a point. Its samples are a row a round: medians a turn, high percentiles over the round's timings."""
+def _rates(rounds: list[Round], batch_size: int) -> list[Speed]:
+    """The speed figures of a point: their names, their values from the marks of one timing, and the quantile over timings."""
     generated = len(rounds[0][0][0])
-    series: dict[str, Callable[[list[float]], float]] = {
-        "latency": lambda marks: marks[-1],
-        "ttft": lambda marks: marks[0],
-        "tpot": lambda marks: (marks[-1] - marks[0]) / (generated - 1),
-        "rate": lambda marks: batch_size * generated / marks[-1],
-    }
-    kinds = [("latency_p50", "latency", 0.5), ("latency_p90", "latency", 0.9), ("latency_p99", "latency", 0.99)]
-    if generated > 1:
-        kinds += [("ttft", "ttft", 0.5), ("tpot", "tpot", 0.5), ("tokens_per_second", "rate", 0.5)]
-    else:
-        kinds += [("examples_per_second", "rate", 0.5)]
+
+    def rate(marks: list[float]) -> float:
+        return batch_size * generated / marks[-1]
+
+    whole: list[Speed] = [(f"latency_p{share}", lambda marks: marks[-1], share / 100) for share in (50, 90, 99)]
+    if generated == 1:
+        return [*whole, ("examples_per_second", rate, 0.5)]
+    return [*whole, ("ttft", lambda marks: marks[0], 0.5), ("tpot", _tpot, 0.5), ("tokens_per_second", rate, 0.5)]
+
+
+def _utilisations(step: Step, ceilings: dict[str, float], dtype: str) -> list[Speed]:
+    """What a model must read and compute, over the time it took, as shares of what the machine can; see `compress.metrics`."""
+    read, bandwidth = step.weight_bytes + step.cache_bytes, ceilings["copy_bytes_per_second"]
+    flops, rate = step.flops if step.prefill_flops is None else step.prefill_flops, ceilings[f"{dtype}_flops_per_second"]
+    prefill: Speed = ("mfu", lambda marks: flops / marks[0] / rate, 0.5)
+    return [prefill] if step.prefill_flops is None else [("mbu", lambda marks: read / _tpot(marks) / bandwidth, 0.5), prefill]
+
+
+def _tpot(marks: list[float]) -> float:
+    return (marks[-1] - marks[0]) / (len(marks) - 1)
+
+
+def _speeds(rounds: list[Round], figures: list[Speed], batch_size: int, prompt_tokens: int) -> list[Measurement]:
+    """Speed figures of a point. Samples are a row a round: medians a turn, high percentiles over the round's timings."""
     found = []
-    for metric, name, share in kinds:
-        raw = [[[series[name](marks) for marks in turn] for turn in turns] for turns in rounds]
+    for metric, of_marks, share in figures:
+        raw = [[[of_marks(marks) for marks in turn] for turn in turns] for turns in rounds]
         flat = [[value for turn in turns for value in turn] for turns in raw]
         if share == 0.5:
             samples = [[_quantile(turn, share) for turn in turns] for turns in raw]

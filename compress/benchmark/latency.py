@@ -58,15 +58,20 @@ def prompts(model: "PreTrainedModel", device: str, batch_size: int, prompt_token
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
+def generate(model: "PreTrainedModel", inputs: dict[str, Any], new_tokens: int, watch: StoppingCriteria) -> Any:
+    """A greedy generation of exactly `new_tokens` tokens, `watch` being called after each. Returns the ids."""
+    with torch.inference_mode():
+        return model.generate(
+            **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
+            stopping_criteria=StoppingCriteriaList([watch]), pad_token_id=0,
+        )  # fmt: skip
+
+
 def generation_seconds(model: "PreTrainedModel", inputs: dict[str, Any], new_tokens: int, device: str) -> list[float]:
     """Seconds from the start of a greedy generation to each of its `new_tokens` tokens, the last being the whole latency."""
     clock = Clock(device)
     clock.start()
-    with torch.inference_mode():
-        output = model.generate(
-            **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1,
-            repetition_penalty=1.0, stopping_criteria=StoppingCriteriaList([clock]), pad_token_id=0,
-        )  # fmt: skip
+    output = generate(model, inputs, new_tokens, clock)
     seconds = clock.seconds()
     produced = output.shape[1] - (1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1])
     if len(seconds) != new_tokens or produced != new_tokens:
@@ -74,11 +79,17 @@ def generation_seconds(model: "PreTrainedModel", inputs: dict[str, Any], new_tok
     return seconds
 
 
+def classify(model: "PreTrainedModel", inputs: dict[str, Any], times: int, watch: StoppingCriteria) -> None:
+    """So many forward passes of a classifier, `watch` being called after each."""
+    with torch.inference_mode():
+        for _ in range(times):
+            model(**inputs)
+            watch(inputs["input_ids"], None)
+
+
 def forward_seconds(model: "PreTrainedModel", inputs: dict[str, Any], device: str) -> list[float]:
     """Seconds of one classification; a list of one."""
     clock = Clock(device)
     clock.start()
-    with torch.inference_mode():
-        model(**inputs)
-    clock(inputs["input_ids"], None)
+    classify(model, inputs, 1, clock)
     return clock.seconds()

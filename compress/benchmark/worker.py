@@ -14,7 +14,8 @@ import transformers
 from compress import model as models
 from compress import scores
 from compress.architecture import context_length, label_number
-from compress.benchmark import latency, memory, quality
+from compress.benchmark import ceilings as ceiling
+from compress.benchmark import kernels, latency, memory, quality, work
 from compress.errors import ModelError
 from compress.metrics import CLASSIFIED, GENERATED
 from compress.process import Progress, is_out_of_memory, serve
@@ -73,6 +74,36 @@ class Worker:
     def turn(self, progress: Progress, points: list[Point], new_tokens: int, iterations: int) -> list[list[list[float]]]:
         """For each point and iteration the seconds from the start to every token."""
         return [[self._time(batch, prompt, new_tokens) for _ in range(iterations)] for batch, prompt in points]
+
+    def explain(self, progress: Progress, points: list[Point], new_tokens: int) -> dict[str, Any]:
+        """What the machine can do at best, and at each point what a step reads and computes and where its time goes."""
+        dtype = self.model.dtype
+        ceilings = {
+            "copy_bytes_per_second": round(ceiling.copy_bytes_per_second(self.device)),
+            f"{_name(dtype)}_flops_per_second": round(ceiling.flops_per_second(self.device, dtype)),
+        }
+        steps = []
+        for number, (batch_size, prompt_tokens) in enumerate(points):
+            progress("looking at a step", number, len(points))
+            steps.append({"batch_size": batch_size, "prompt_tokens": prompt_tokens, **self._step(batch_size, prompt_tokens, new_tokens)})
+        return {"dtype": _name(dtype), "ceilings": ceilings, "steps": steps}
+
+    def _step(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+        inputs = latency.prompts(self.model, self.device, batch_size, prompt_tokens)
+        generates = self.model.can_generate()
+        run = latency.generate if generates else latency.classify
+        counter = work.Counter()
+        with counter.watching(self.model):
+            run(self.model, inputs, new_tokens // 2 + 1 if generates else 1, counter)
+        step = counter.step if generates else counter.prefill
+        seconds: float | None = None
+        shares: dict[str, float] = {}
+        if steps := min(kernels.STEPS, (new_tokens - 1) // 2):
+            seconds, shares = kernels.profiled(lambda watch: run(self.model, inputs, 2 * steps + 1, watch), self.device, steps)
+        return {
+            "weight_bytes": step.weight_bytes, "cache_bytes": counter.cache_bytes, "flops": step.flops,
+            "prefill_flops": counter.prefill.flops if generates else None, "seconds": seconds, "shares": shares,
+        }  # fmt: skip
 
     def quality(
         self, progress: Progress, examples: list[dict[str, Any]], groups: list[str], generation: dict[str, Any], chat: bool,
@@ -160,6 +191,11 @@ def _environment(device: str) -> dict[str, Any]:
     }
 
 
+def _name(dtype: torch.dtype) -> str:
+    """float32"""
+    return str(dtype).removeprefix("torch.")
+
+
 def _cpu() -> str:
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
@@ -174,4 +210,4 @@ def _has_int8_instructions() -> bool:
 
 if __name__ == "__main__":
     worker = Worker()
-    serve({"load": worker.load, "warm_up": worker.warm_up, "turn": worker.turn, "quality": worker.quality})
+    serve({"load": worker.load, "warm_up": worker.warm_up, "turn": worker.turn, "explain": worker.explain, "quality": worker.quality})
