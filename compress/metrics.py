@@ -23,7 +23,7 @@ class Metric:
 
     quality  one row an example, paired between the two sides
     speed    a row a round with a number a turn, at each grid point, paired by round and turn
-    memory   a row a round with one number
+    memory   a row a round with one number; time to compile too
     size     exact, read once
     """
 
@@ -66,6 +66,7 @@ METRICS: dict[str, Metric] = {
         Metric("peak_run_bytes", "bytes", "lower", "memory", "peak while running the grid: the same"),
         Metric("peak_reserved_bytes", "bytes", "lower", "memory", "GPU: peak of reserved memory while running"),
         Metric("process_gpu_bytes", "bytes", "lower", "memory", "GPU: what NVML says the process holds"),
+        Metric("compile_seconds", "s", "lower", "memory", "first runs of the grid's points less second ones, the longest of the rounds"),
         Metric("weight_bytes", "bytes", "lower", "size", "parameters and buffers as loaded"),
         Metric("file_bytes", "bytes", "lower", "size", "safetensors on disk"),
         Metric("parameters", "1", "lower", "size", "number of weights, packed ones counted unpacked"),

@@ -157,6 +157,15 @@ def test_utilisations_by_hand():
     assert found == {"mfu": pytest.approx(0.25)}
 
 
+def test_energy_by_hand():
+    """Two turns of two generations of three tokens, batch 4: 24 tokens a turn."""
+    rounds = [[[[1.0, 2.0, 3.0]] * 2] * 2]
+    (found,) = isolate._energy(rounds, [[48.0, 96.0]], 4, 16)
+    assert (found.value, found.samples, found.unit) == (3.0, [[2.0, 4.0]], "J")
+    assert isolate._energy(rounds, [[48.0]], 4, 16) == [], "a turn without"
+    assert isolate._energy(rounds, [[]], 4, 16) == []
+
+
 def test_of_two_sides_ceilings_the_better_counts():
     sides = [
         Explained({"copy_bytes_per_second": 5, "float32_flops_per_second": 9}),

@@ -37,8 +37,10 @@ class Subject:
         self._child: Child | None = None
         self.loads: list[dict[str, Any]] = []
         self.peaks: list[dict[Point, dict[str, int]]] = []
+        self.compiling: list[float] = []  # seconds a round, where steps are compiled
         self.reasons: dict[Point, str] = {}
         self.rounds: dict[Point, list[Round]] = {point: [] for point in points(recipe.benchmark)}
+        self.joules: dict[Point, list[list[float]]] = {point: [] for point in self.rounds}  # rounds x turns; nothing without NVML
         self.outputs: Outputs | None = None
         self.explanation: dict[str, Any] | None = None  # what `Worker.explain` gives
         self.failures: list[str] = []
@@ -71,6 +73,8 @@ class Subject:
                 self.reasons[point] = found["reason"]
         self.loads.append(loaded)
         self.peaks.append(peaks)
+        if benchmark.runtime.compile:
+            self.compiling.append(sum(found["compile_seconds"] or 0 for found in warm))
 
     @property
     def short_of_memory(self) -> bool:
@@ -87,10 +91,13 @@ class Subject:
         """Time every point once more, in the round of that number."""
         benchmark = self._recipe.benchmark
         timings = self.ask("turn", points=usable, new_tokens=benchmark.new_tokens, iterations=benchmark.iterations)
-        for point, block in zip(usable, timings, strict=True):
+        for point, block, joules in zip(usable, timings["seconds"], timings["joules"], strict=True):
             if number == len(self.rounds[point]):
                 self.rounds[point].append([])
+                self.joules[point].append([])
             self.rounds[point][number].append(block)
+            if joules is not None:
+                self.joules[point][number].append(joules)
 
     def answer(self, examples: list[Example]) -> None:
         """Do the examples."""
@@ -214,6 +221,8 @@ def _side(subject: Subject, common: list[Point], ceilings: dict[str, float]) -> 
     if subject.loads:
         found += _sizes(subject)
         found += _memory(subject, common)
+    if subject.compiling:  # inductor keeps on disk what it compiled, so that later rounds take less
+        found.append(_figure("compile_seconds", max(subject.compiling), samples=[[seconds] for seconds in subject.compiling]))
     for metric, samples in (subject.outputs or {}).get("samples", {}).items():
         found.append(_figure(metric, corpus_value(metric, samples), samples=samples))
     explained = subject.explanation or {"dtype": None, "steps": []}
@@ -224,6 +233,7 @@ def _side(subject: Subject, common: list[Point], ceilings: dict[str, float]) -> 
             found += _unmeasured(reason, *point)
             continue
         found += _speeds(rounds, _rates(rounds, point[0]), *point)
+        found += _energy(rounds, subject.joules[point], *point)
         if point in steps:
             found += _speeds(rounds, _utilisations(steps[point], ceilings, explained["dtype"]), *point)
     return Side(
@@ -293,6 +303,17 @@ def _speeds(rounds: list[Round], figures: list[Speed], batch_size: int, prompt_t
         keep = flat if metric in ("latency_p50", "ttft", "tpot") else []
         found.append(Measurement(metric=metric, value=value, batch_size=batch_size, prompt_tokens=prompt_tokens, samples=samples, raw=keep))
     return found
+
+
+def _energy(rounds: list[Round], joules: list[list[float]], batch_size: int, prompt_tokens: int) -> list[Measurement]:
+    """Joules a token written, a row a round with a number a turn; nothing where a turn lacks them or nothing is written."""
+    generated = len(rounds[0][0][0])
+    if generated == 1 or any(len(drawn) != len(turns) for drawn, turns in zip(joules, rounds, strict=True)):
+        return []
+    tokens = batch_size * generated * len(rounds[0][0])
+    samples = [[drawn / tokens for drawn in turns] for turns in joules]
+    value = statistics.median(drawn for turns in samples for drawn in turns)
+    return [Measurement(metric="energy_per_token", value=value, batch_size=batch_size, prompt_tokens=prompt_tokens, samples=samples)]
 
 
 def _unmeasured(reason: str, batch_size: int, prompt_tokens: int) -> list[Measurement]:

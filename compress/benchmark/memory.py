@@ -5,8 +5,9 @@ of resident memory, which can be set back to now (Linux: /proc/self/clear_refs),
 held before the model was loaded.
 """
 
-import os
 from pathlib import Path
+
+from compress.benchmark import nvml
 
 
 def resident() -> int:
@@ -35,24 +36,8 @@ def peak(device: str, interpreter: int) -> dict[str, int]:
     torch.cuda.synchronize()
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     figures = {"peak": allocated, "reserved": reserved}
-    process = _nvml_process_bytes()
+    process = nvml.process_bytes()
     return figures if process is None else {**figures, "process": process}
-
-
-def _nvml_process_bytes() -> int | None:
-    """What NVML says that this process holds on the current GPU; None where NVML is absent or can't see processes (containers)."""
-    import torch
-
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-        held = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
-    except Exception:  # NVML has an error class for each of its troubles; none of them may end a measurement
-        return None
-    return int(held[0]) if held and held[0] else None
 
 
 def _status(key: str) -> int:
