@@ -32,7 +32,7 @@ def reasons(sides: list[Side], where: Comparison, environment: dict[str, Any]) -
 
 def section(report: Report) -> str:
     """The shares of a step by kind of kernel, a row a side and grid point, and what the machine can do at best."""
-    profiled = [(step, side.role) for side in report.sides for step in side.steps if step.shares]
+    profiled = [(_timed(side, step), side.role) for side in report.sides for step in side.steps if step.shares]
     if not profiled:
         return ""
     profiled.sort(key=lambda one: (one[0].prompt_tokens, one[0].batch_size, one[1]))
@@ -40,7 +40,8 @@ def section(report: Report) -> str:
         [f"batch {s.batch_size}, prompt {s.prompt_tokens}", role, scaled(s.seconds or 0, "s"), *_percentages(s)] for s, role in profiled
     ]
     said = (
-        "One decode step, of a classifier one forward pass, as torch's profiler sees it apart from the timings; its own time is taken out."
+        "One decode step, of a classifier one forward pass. Its time is the median of the timings; the shares are those that torch's "
+        "profiler sees apart from these, its own time taken out."
     )
     shares = table(["point", "side", "step", *KERNELS.values()], rows)
     return "\n\n".join(["## Where a step's time goes", said, shares, _ceilings(report.environment)])
@@ -64,7 +65,14 @@ def _percentages(step: Step) -> list[str]:
 def _step_at(side: Side, where: Comparison) -> Step | None:
     """The step at a comparison's grid point, where it was profiled."""
     point = (where.batch_size, where.prompt_tokens)
-    return next((s for s in side.steps if (s.batch_size, s.prompt_tokens) == point and s.shares), None)
+    return next((_timed(side, s) for s in side.steps if (s.batch_size, s.prompt_tokens) == point and s.shares), None)
+
+
+def _timed(side: Side, step: Step) -> Step:
+    """The step with the median of all timings as its seconds, which disturbances move less than those of the one look at it."""
+    metric = "latency_p50" if step.prefill_flops is None else "tpot"
+    found = side.figure((metric, step.batch_size, step.prompt_tokens))
+    return step if found is None or found.value is None else step.model_copy(update={"seconds": found.value})
 
 
 def _spent(step: Step, kind: str) -> float:

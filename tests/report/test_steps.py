@@ -57,6 +57,12 @@ def test_the_two_largest_costs_are_named_the_largest_first():
     )
 
 
+def test_a_step_takes_what_the_timings_say():
+    """Not the 16 ms of the one look."""
+    (note,) = said(side("baseline", step(0.005)), side("candidate", step(0.016, unpacking=0.5), tpot=0.020))
+    assert "A step at batch 1 spends 10.0 ms, 50% of it, on unpacking weights" in note
+
+
 def test_a_difference_of_less_than_a_tenth_of_a_step_is_no_reason():
     (note,) = said(side("baseline", step(0.0100)), side("candidate", step(0.0105)))
     assert note.startswith(f"{FIRST} quantize: bnb_nf4: the weights are unpacked"), "then the method says what it does"
