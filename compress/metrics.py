@@ -2,6 +2,13 @@
 
 A recipe asks for groups (`rouge` gives twelve figures); gates and reports speak of single figures. Units are base
 units: seconds, bytes, tokens; points are shares times 100, as papers print ROUGE, BLEU and accuracy.
+
+mbu (Agarwal et al., MosaicML and Databricks, 2023) is the bytes that a decode step reads over `tpot`, as a share of the bandwidth of a
+large copy. The bytes are those of the weights of all layers that the step calls, as they lie in memory, and of the cache; an
+encoder-decoder's step calls the decoder alone. mfu (Chowdhery et al., PaLM, 2022) is two operations for each weight and token that meet,
+over `ttft`, as a share of the rate of large matrix products in the model's dtype. Neither counts what kernels read or compute besides, so
+unpacking lowers them. Both can exceed 1: what lies in the processor's caches is read faster than memory is copied, and 8-bit products are
+faster than those of the model's dtype.
 """
 
 from dataclasses import dataclass
@@ -16,7 +23,7 @@ class Metric:
 
     quality  one row an example, paired between the two sides
     speed    a row a round with a number a turn, at each grid point, paired by round and turn
-    memory   a row a round with one number
+    memory   a row a round with one number; time to compile too
     size     exact, read once
     """
 
@@ -52,6 +59,9 @@ METRICS: dict[str, Metric] = {
         Metric("tpot", "s", "lower", "speed", "time per output token after the first, median"),
         Metric("tokens_per_second", "tokens/s", "higher", "speed", "output tokens of the batch over whole latency, median"),
         Metric("examples_per_second", "1/s", "higher", "speed", "examples classified over whole latency, median"),
+        Metric("mbu", "1", "neither", "speed", "model bandwidth utilisation of a decode step: see below"),
+        Metric("mfu", "1", "neither", "speed", "model FLOP utilisation of prefill, or of a classification: see below"),
+        Metric("energy_per_token", "J", "lower", "speed", "GPU: what NVML counts for the device, its idle draw too, over tokens written"),
         Metric("peak_load_bytes", "bytes", "lower", "memory", "peak while loading: RSS less the interpreter's, or GPU allocated"),
         Metric(
             "sampled_load_bytes", "bytes", "lower", "memory", "the same seen every 10 ms from outside: RSS less the interpreter's, or NVML"
@@ -68,12 +78,22 @@ METRICS: dict[str, Metric] = {
         Metric("peak_reserved_bytes", "bytes", "lower", "memory", "GPU: peak of reserved memory while running"),
         Metric("process_gpu_bytes", "bytes", "lower", "memory", "GPU: what NVML says the process holds"),
         Metric("cuda_context_bytes", "bytes", "lower", "memory", "GPU: of process_gpu_bytes, what torch's allocator doesn't hold"),
+        Metric("compile_seconds", "s", "lower", "memory", "first runs of the grid's points less second ones, the longest of the rounds"),
         Metric("weight_bytes", "bytes", "lower", "size", "parameters and buffers as loaded"),
         Metric("buffer_bytes", "bytes", "lower", "size", "of weight_bytes: positions, masks and the like"),
         Metric("file_bytes", "bytes", "lower", "size", "safetensors on disk"),
         Metric("parameters", "1", "lower", "size", "number of weights, packed ones counted unpacked"),
         Metric("bits_per_weight", "bits", "lower", "size", "weight_bytes times eight over parameters"),
     ]
+}
+
+KERNELS = {  # kinds of kernel in a decode step, and how a report calls them
+    "matrix_products": "matrix products",
+    "attention": "attention",
+    "unpacking": "unpacking weights",
+    "rounding": "rounding inputs",
+    "other": "the rest",
+    "overhead": "outside kernels",
 }
 
 GROUPS: dict[str, tuple[str, ...]] = {

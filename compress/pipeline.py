@@ -16,7 +16,8 @@ from typing import Any
 from compress import data, methods, model
 from compress.benchmark import isolate
 from compress.benchmark.statistics import corpus_value
-from compress.errors import DeviceError, InputError, ModelError, RunError
+from compress.benchmark.subject import Outputs
+from compress.errors import DeviceError, InputError, MissingPackage, ModelError, RunError
 from compress.forecast.beside import foretold
 from compress.inspection.findings import Inspection
 from compress.methods import Example, TrainSettings, TuneSettings, quiet
@@ -64,6 +65,7 @@ def bench(
     It is loaded as it is stored; the recipe's dtype and revision are for the recipe's own model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
+    _require_compiler(recipe)
     source = model.pinned(Source(model.locate(model_id, Path()), recipe.model.task))
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
     with _place(recipe, Path(out)) as (place, log):
@@ -108,6 +110,7 @@ def _refuse(recipe: Recipe, device: str, processes: int) -> None:
     """What can be seen to go wrong before anything is loaded."""
     if processes < 1:
         raise InputError(f"--processes {processes}: a number from 1 on is wanted")
+    _require_compiler(recipe)
     for stage in recipe.stages:
         method = methods.require(stage.family, stage.method, stage.settings)
         if device != "auto" and device not in method.ABOUT.devices:
@@ -116,6 +119,16 @@ def _refuse(recipe: Recipe, device: str, processes: int) -> None:
             raise InputError(f"{stage}: shard: true splits models over processes, and there is one; give --processes 2, or leave shard out")
         for other in stage.settings.models().values():
             model.locate(other.id, recipe.folder)
+
+
+def _require_compiler(recipe: Recipe) -> None:
+    """Raises MissingPackage where models are to be compiled and the C++ compiler that torch.compile calls isn't there."""
+    compiler = os.environ.get("CXX", "g++")
+    if recipe.benchmark.runtime.compile and shutil.which(compiler) is None:
+        raise MissingPackage(
+            f"benchmark.runtime.compile: torch.compile calls the C++ compiler {compiler}, which isn't here; install it "
+            "(apt-get install g++), name another in the environment variable CXX, or leave compile out"
+        )
 
 
 @contextmanager
@@ -295,12 +308,12 @@ def _judged(report: Report, baseline: Side | None, candidate: Side, same_run: bo
     return report.model_copy(
         update={
             "sides": sides, "comparisons": comparisons, "gates": gates, "verdict": decision, "decided_by": reason,
-            "notes": [*why.notes(report.stages, comparisons, report.environment), *disturbances(report.turns)],
+            "notes": [*why.notes(report.stages, comparisons, report.environment, sides), *disturbances(report.turns)],
         }
     )  # fmt: skip
 
 
-def _predictions(examples: Sequence[Example], outputs: dict[Role, isolate.Outputs], score: str | None) -> list[Prediction]:
+def _predictions(examples: Sequence[Example], outputs: dict[Role, Outputs], score: str | None) -> list[Prediction]:
     found = []
     for index, example in enumerate(examples):
         row: dict[str, Any] = asdict(example)

@@ -103,6 +103,13 @@ class Runtime(Settings):
     sparse_24: bool = Field(
         False, description="on a GPU, layers pruned 2:4 by sparse tensor cores, as compress.use_sparse_24(model) sets them"
     )
+    cache: Literal["dynamic", "static"] = Field(
+        "dynamic",
+        description="static: keys and values of timed generations in tensors of their final length, as transformers' static cache",
+    )
+    compile: bool = Field(
+        False, description="timed decode steps (of a classifier, forward passes) by torch.compile; compiling is reported apart from timings"
+    )
 
 
 class Benchmark(Settings):
@@ -340,6 +347,8 @@ def _agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> N
             problems.add(document, place, f"{group} can't be measured on task {task}")
         elif group in GENERATED and text:
             problems.add(document, place, f"{group} needs prompt and target; data has text")
+    if problem := _runtime_problem(recipe.benchmark.runtime, task):
+        problems.add(document, ("benchmark",), f"runtime: {problem}")
     needs_target = not text and set(recipe.groups) - {"generated_tokens"}
     if needs_target and recipe.data.target is None:
         problems.add(document, ("data",), f"target is missing; {', '.join(sorted(needs_target))} can't be measured without")
@@ -347,6 +356,17 @@ def _agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> N
     for name, gate in recipe.check.items():
         if problem := _gate_problem(name, gate, measured):
             problems.add(document, ("check", name), problem)
+
+
+def _runtime_problem(runtime: Runtime, task: Task) -> str | None:
+    """What can't be run so."""
+    if runtime.cache == "static" and task == "sequence-classification":
+        return "cache: static is for models that write, a classifier has none; leave it out"
+    if runtime.compile and runtime.cache != "static" and task != "sequence-classification":
+        return "compile: true needs cache: static; transformers compiles steps over a cache of fixed length alone"
+    if runtime.compile and runtime.cpu_int8:
+        return "compile and cpu_int8 exclude each other: torch.compile can't look into FBGEMM's packed weights; leave one out"
+    return None
 
 
 def _gate_problem(name: str, gate: Gate, measured: set[str]) -> str | None:

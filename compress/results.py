@@ -103,12 +103,38 @@ class GateResult(Record):
     prompt_tokens: int | None = None
 
 
+class Step(Record):
+    """One decode step at a grid point, looked at apart from the timed turns; of a classifier one forward pass.
+
+    weight_bytes   of the layers that it calls, as they lie in memory
+    cache_bytes    keys and values that it reads, half way through the generation
+    flops          two for each weight and token that meet in it
+    prefill_flops  the same of what comes before the first token; None for a classifier
+    seconds        it took, without a profiler; None, and no shares, where a generation is too short for a profile
+    shares         kind of kernel (metrics.KERNELS) -> share of the step; they sum to 1
+    """
+
+    batch_size: int
+    prompt_tokens: int
+    weight_bytes: int
+    cache_bytes: int
+    flops: int
+    prefill_flops: int | None
+    seconds: float | None
+    shares: dict[str, float]
+
+
 class Side(Record):
-    """One of the two models: where it lies, what it measured, what it could not."""
+    """One of the two models: where it lies, what it measured, what it could not.
+
+    dtype   what it computes in, as torch calls it
+    """
 
     role: Role
     model: str
+    dtype: str | None = None
     measurements: list[Measurement] = []
+    steps: list[Step] = []
     failures: list[str] = []
 
     def figure(self, point: tuple[str, int | None, int | None]) -> Measurement | None:

@@ -30,6 +30,8 @@ class Int8Linear(nn.Module):
 
     def __init__(self, integers: Tensor, scale: Tensor, bias: Tensor | None, factor: Tensor | None):
         super().__init__()
+        self.out_features, self.in_features = integers.shape
+        self.packed_bytes = integers.numel() + scale.numel() * scale.element_size()
         with warnings.catch_warnings():  # torch means to remove this kind of tensor one day, and has no other way to these kernels
             warnings.simplefilter("ignore")
             weight = torch._make_per_channel_quantized_tensor(integers, scale.double(), torch.zeros(len(scale), dtype=torch.long), 0)

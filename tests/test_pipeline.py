@@ -7,11 +7,11 @@ import threading
 import pytest
 
 from compress import methods, model, pipeline, recipe
-from compress.benchmark import isolate
+from compress.benchmark import figures, isolate
 from compress.errors import OutOfMemory
 from compress.model import Source
 from compress.report import why
-from compress.results import Comparison, StageRecord
+from compress.results import Comparison, StageRecord, Step
 from tests.conftest import recipe_for
 
 
@@ -135,7 +135,7 @@ def test_two_runs_in_one_second_have_places_of_their_own(loaded, tmp_path):
 def test_speeds_by_hand():
     """Two rounds of two turns of two generations of three tokens, batch 4."""
     rounds = [[[[1.0, 2.0, 3.0], [1.0, 2.0, 5.0]], [[2.0, 3.0, 4.0]] * 2], [[[1.0, 1.5, 2.0]] * 2] * 2]
-    found = {m.metric: m for m in isolate._speeds(rounds, 4, 16)}
+    found = {m.metric: m for m in figures._speeds(rounds, figures._rates(rounds, 4), 4, 16)}
     assert found["latency_p50"].samples == [[4.0, 4.0], [2.0, 2.0]]
     assert found["latency_p50"].raw == [[3.0, 5.0, 4.0, 4.0], [2.0, 2.0, 2.0, 2.0]]
     assert found["latency_p50"].value == 2.5  # of 2 2 2 2 3 4 4 5
@@ -143,6 +143,41 @@ def test_speeds_by_hand():
     assert found["ttft"].samples == [[1.0, 2.0], [1.0, 1.0]]
     assert found["tpot"].samples == [[1.5, 1.0], [0.5, 0.5]]
     assert found["tokens_per_second"].samples[1] == [6.0, 6.0]  # 4 x 3 tokens in 2 s
+
+
+def test_utilisations_by_hand():
+    """A step of 0.5 s reads 80 + 20 bytes of 1000 a second; prefill in 1 s computes 600 of 2000, a classification its own."""
+    ceilings = {"copy_bytes_per_second": 1000, "float32_flops_per_second": 2000}
+    step = Step(batch_size=4, prompt_tokens=16, weight_bytes=80, cache_bytes=20, flops=50, prefill_flops=600, seconds=None, shares={})
+    rounds = [[[[1.0, 1.5, 2.0]]]]
+    found = {m.metric: m.value for m in figures._speeds(rounds, figures._utilisations(step, ceilings, "float32"), 4, 16)}
+    assert found == {"mbu": 0.2, "mfu": 0.3}
+    passed = step.model_copy(update={"prefill_flops": None})
+    found = {m.metric: m.value for m in figures._speeds([[[[0.1]]]], figures._utilisations(passed, ceilings, "float32"), 4, 16)}
+    assert found == {"mfu": pytest.approx(0.25)}
+
+
+def test_energy_by_hand():
+    """Two turns of two generations of three tokens, batch 4: 24 tokens a turn."""
+    rounds = [[[[1.0, 2.0, 3.0]] * 2] * 2]
+    (found,) = figures._energy(rounds, [[48.0, 96.0]], 4, 16)
+    assert (found.value, found.samples, found.unit) == (3.0, [[2.0, 4.0]], "J")
+    assert figures._energy(rounds, [[48.0]], 4, 16) == [], "a turn without"
+    assert figures._energy(rounds, [[]], 4, 16) == []
+
+
+def test_of_two_sides_ceilings_the_better_counts():
+    sides = [
+        Explained({"copy_bytes_per_second": 5, "float32_flops_per_second": 9}),
+        Explained({"copy_bytes_per_second": 7}),
+        Explained(None),
+    ]
+    assert isolate._ceilings(sides) == {"copy_bytes_per_second": 7, "float32_flops_per_second": 9}
+
+
+class Explained:
+    def __init__(self, ceilings):
+        self.explanation = ceilings and {"ceilings": ceilings}
 
 
 class Crowded:
@@ -198,19 +233,19 @@ STAGES = [StageRecord(stage={"quantize": "bnb_nf4"}, artifact="a", seconds=1, re
 
 def test_the_report_says_why_it_is_slower_or_no_smaller():
     slow = ratio("latency_p50", 1.5, 1.2, 1.8, batch_size=8, prompt_tokens=64)
-    (note,) = why.notes(STAGES, [slow], {})
+    (note,) = why.notes(STAGES, [slow], {}, [])
     assert note.startswith(
         "Slower than the baseline at batch 8 x prompt 64: x1.500 (1.200 to 1.800). quantize: bnb_nf4: the weights are unpacked"
     )
     maybe = ratio("latency_p50", 1.5, 0.9, 2.5, batch_size=8, prompt_tokens=64)
-    assert why.notes(STAGES, [maybe], {}) == []
-    (note,) = why.notes(STAGES, [ratio("weight_bytes", 1.0, 1.0, 1.0)], {})
+    assert why.notes(STAGES, [maybe], {}, []) == []
+    (note,) = why.notes(STAGES, [ratio("weight_bytes", 1.0, 1.0, 1.0)], {}, [])
     assert note.startswith("Once loaded, the weights take no less memory than before. quantize: bnb_nf4:")
-    found = why.notes(STAGES, [ratio("weight_bytes", 1.0, 1.0, 1.0), ratio("file_bytes", 0.3, 0.3, 0.3)], {})
+    found = why.notes(STAGES, [ratio("weight_bytes", 1.0, 1.0, 1.0), ratio("file_bytes", 0.3, 0.3, 0.3)], {}, [])
     assert "though on disk they are x0.300" in found[0]
-    (note,) = why.notes(STAGES, [ratio("weight_bytes", 0.3, 0.3, 0.3), ratio("peak_run_bytes", 1.0, 0.99, 1.01)], {})
+    (note,) = why.notes(STAGES, [ratio("weight_bytes", 0.3, 0.3, 0.3), ratio("peak_run_bytes", 1.0, 0.99, 1.01)], {}, [])
     assert "they are now 30% of it" in note
-    assert "3 inputs were longer" in why.notes(STAGES, [], {"inputs_cut": 3})[0]
+    assert "3 inputs were longer" in why.notes(STAGES, [], {"inputs_cut": 3}, [])[0]
 
 
 def test_hub_ids_are_pinned_to_a_commit(monkeypatch):

@@ -66,6 +66,15 @@ def test_a_good_recipe_is_read_with_its_defaults(tmp_path):
         (("stages:", "metrics: [accuracy]\nstages:"), "x.yaml:7: metrics[0]: accuracy can't be measured on task seq2seq"),
         (("stages:", "generation: {max_new_tokens: 0}\nstages:"), "x.yaml:7: generation.max_new_tokens: 0 is less than 1"),
         (("stages:", "generation: {top_p: 0.9}\nstages:"), "x.yaml:7: generation: top_p only count with do_sample: true"),
+        (
+            ("stages:", "benchmark: {runtime: {compile: true}}\nstages:"),
+            "x.yaml:7: benchmark: runtime: compile: true needs cache: static; transformers compiles steps over a cache of fixed length alone",
+        ),
+        (
+            ("stages:", "benchmark: {runtime: {compile: true, cache: static, cpu_int8: true}}\nstages:"),
+            "x.yaml:7: benchmark: runtime: compile and cpu_int8 exclude each other: torch.compile can't look into FBGEMM's packed weights; "
+            "leave one out",
+        ),
         (("max_drop", "max_rise"), "x.yaml:11: check.rougeL: max_rise makes no sense, rougeL is better higher; use max_drop or min_ratio"),
     ],
 )  # fmt: skip

@@ -9,10 +9,15 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
+
+from compress.recipe import Runtime
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+
+PLAIN = Runtime()
 
 
 class Clock(StoppingCriteria):  # type: ignore[misc]
@@ -58,15 +63,24 @@ def prompts(model: "PreTrainedModel", device: str, batch_size: int, prompt_token
     return {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
 
 
-def generation_seconds(model: "PreTrainedModel", inputs: dict[str, Any], new_tokens: int, device: str) -> list[float]:
+def generate(model: "PreTrainedModel", inputs: dict[str, Any], new_tokens: int, watch: StoppingCriteria, runtime: Runtime = PLAIN) -> Any:
+    """A greedy generation of exactly `new_tokens` tokens, `watch` being called after each. Returns the ids."""
+    # transformers would make a static cache as long as the longest that the model has had
+    model._previous_max_cache_length = -1
+    with torch.inference_mode():
+        return model.generate(
+            **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
+            stopping_criteria=StoppingCriteriaList([watch]), pad_token_id=0, **_cache_options(model, runtime),
+        )  # fmt: skip
+
+
+def generation_seconds(
+    model: "PreTrainedModel", inputs: dict[str, Any], new_tokens: int, device: str, runtime: Runtime = PLAIN
+) -> list[float]:
     """Seconds from the start of a greedy generation to each of its `new_tokens` tokens, the last being the whole latency."""
     clock = Clock(device)
     clock.start()
-    with torch.inference_mode():
-        output = model.generate(
-            **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1,
-            repetition_penalty=1.0, stopping_criteria=StoppingCriteriaList([clock]), pad_token_id=0,
-        )  # fmt: skip
+    output = generate(model, inputs, new_tokens, clock, runtime)
     seconds = clock.seconds()
     produced = output.shape[1] - (1 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1])
     if len(seconds) != new_tokens or produced != new_tokens:
@@ -74,11 +88,29 @@ def generation_seconds(model: "PreTrainedModel", inputs: dict[str, Any], new_tok
     return seconds
 
 
+def classify(model: "PreTrainedModel", inputs: dict[str, Any], times: int, watch: StoppingCriteria) -> None:
+    """So many forward passes of a classifier, `watch` being called after each."""
+    with torch.inference_mode():
+        for _ in range(times):
+            model(**inputs)
+            watch(inputs["input_ids"], None)
+
+
+def _cache_options(model: "PreTrainedModel", runtime: Runtime) -> dict[str, Any]:
+    """What has transformers take a static cache and compile the steps over it, each grid point for itself."""
+    if runtime.cache == "dynamic":
+        return {}
+    if not runtime.compile:
+        return {"cache_implementation": "static", "disable_compile": True}
+    on_gpu = model.device.type == "cuda"
+    how = CompileConfig(mode="reduce-overhead" if on_gpu else "default", dynamic=False)
+    how._compile_all_devices = not on_gpu  # transformers compiles on a CPU when it is told to
+    return {"cache_implementation": "static", "compile_config": how}
+
+
 def forward_seconds(model: "PreTrainedModel", inputs: dict[str, Any], device: str) -> list[float]:
     """Seconds of one classification; a list of one."""
     clock = Clock(device)
     clock.start()
-    with torch.inference_mode():
-        model(**inputs)
-    clock(inputs["input_ids"], None)
+    classify(model, inputs, 1, clock)
     return clock.seconds()

@@ -8,12 +8,12 @@ every tensor is given memory of its own that is returned when it is freed.
 """
 
 import ctypes
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress.benchmark import nvml
 from compress.model import plain_tensors, storages
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h names them
@@ -57,7 +57,7 @@ def peak(device: str, interpreter: int) -> dict[str, int]:
     torch.cuda.synchronize()
     allocated, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
     figures = {"peak": allocated, "reserved": reserved}
-    process = _nvml_process_bytes()
+    process = nvml.process_bytes()
     if process is None:
         return figures
     return {**figures, "process": process, "context": max(0, process - torch.cuda.memory_reserved())}
@@ -128,27 +128,6 @@ def _tell_glibc(function: str, *arguments: int) -> None:
     found = getattr(ctypes.CDLL(None), function, None)
     if found is not None:
         found(*arguments)
-
-
-def gpu_uuid() -> str:
-    """The current GPU's name for NVML."""
-    import torch
-
-    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-    return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
-
-
-def _nvml_process_bytes() -> int | None:
-    """What NVML says that this process holds on the current GPU; None where NVML is absent or can't see processes (containers)."""
-    try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(gpu_uuid())
-        held = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
-    except Exception:  # NVML has an error class for each of its troubles; none of them may end a measurement
-        return None
-    return int(held[0]) if held and held[0] else None
 
 
 def _status(key: str) -> int:

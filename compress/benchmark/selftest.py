@@ -24,12 +24,13 @@ from typing import Any
 
 from compress import data, recipe, terminal
 from compress.benchmark import isolate, statistics
+from compress.benchmark.subject import Subject
 from compress.methods import Example
 from compress.model import BUILTIN, Source
 from compress.process import Progress
 from compress.recipe import Gate, Recipe
 from compress.report import verdict
-from compress.report.write import table
+from compress.report.table import table
 from compress.results import Measurement, Side
 
 RECIPE = "quickstart"
@@ -49,7 +50,7 @@ DAMAGED, POINTS = 0.2, 1.0  # of the examples; points of ROUGE-L that all lose t
 SIMULATIONS = 2000
 
 
-class Faulty(isolate.Subject):
+class Faulty(Subject):
     """A side whose process has a fault."""
 
     module = "compress.benchmark.planted"
@@ -91,7 +92,7 @@ def comparison(loaded: Recipe, busy: bool, progress: Progress) -> dict[str, Any]
     source, start = Source(str(BUILTIN), loaded.model.task, "float32"), time.monotonic()
     with tempfile.TemporaryDirectory() as folder, another_process(busy):
         log = Path(folder) / "log"
-        subjects = [isolate.Subject("baseline", source, loaded, "cpu", log, progress)]
+        subjects = [Subject("baseline", source, loaded, "cpu", log, progress)]
         subjects += [Faulty(fault, source, loaded, log, progress) for fault in SUBJECTS.values()]
         for subject in subjects:
             subject.outputs = {}  # speed and memory only
@@ -163,7 +164,7 @@ def damages(loaded: Recipe, times: int, progress: Progress) -> dict[str, int]:
 def _predictions(loaded: Recipe, examples: list[Example], progress: Progress) -> list[str]:
     source = Source(str(BUILTIN), loaded.model.task, "float32")
     with tempfile.TemporaryDirectory() as folder:
-        subject = isolate.Subject("baseline", source, loaded, "cpu", Path(folder) / "log", progress)
+        subject = Subject("baseline", source, loaded, "cpu", Path(folder) / "log", progress)
         subject.reasons = dict.fromkeys(subject.rounds, "not timed")
         try:
             subject.start()

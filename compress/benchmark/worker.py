@@ -14,10 +14,12 @@ import transformers
 from compress import model as models
 from compress import scores
 from compress.architecture import context_length, label_number
-from compress.benchmark import latency, memory, quality
+from compress.benchmark import ceilings as ceiling
+from compress.benchmark import kernels, latency, memory, nvml, quality, work
 from compress.errors import ModelError
 from compress.metrics import CLASSIFIED, GENERATED
 from compress.process import Progress, is_out_of_memory, serve
+from compress.recipe import Runtime
 from compress.runtime import use_cpu_int8, use_sparse_24
 
 Point = tuple[int, int]  # batch size, prompt tokens
@@ -26,9 +28,7 @@ Point = tuple[int, int]  # batch size, prompt tokens
 class Worker:
     """One model under measurement."""
 
-    def load(
-        self, progress: Progress, source: dict[str, Any], device: str, threads: int | None, runtime: dict[str, bool]
-    ) -> dict[str, Any]:
+    def load(self, progress: Progress, source: dict[str, Any], device: str, threads: int | None, runtime: dict[str, Any]) -> dict[str, Any]:
         """Load the model. Returns the peak while loading, the model's sizes and the environment."""
         progress("loading", 0, 1)
         self.device = models.pick_device(device)
@@ -47,9 +47,11 @@ class Worker:
             )
         memory.bring_in(self.model)
         weight_bytes, parameters = models.weight_bytes(self.model), models.parameter_count(self.model)
-        if runtime["cpu_int8"] and self.device == "cpu":
+        self.runtime = Runtime.model_validate(runtime)
+        self.called = self._compiled() if self.runtime.compile else self.model
+        if self.runtime.cpu_int8 and self.device == "cpu":
             use_cpu_int8(self.model)
-        if runtime["sparse_24"]:
+        if self.runtime.sparse_24:
             use_sparse_24(self.model)
         progress("loading", 1, 1)
         return {
@@ -65,24 +67,72 @@ class Worker:
     def warm_up(self, progress: Progress, point: Point, new_tokens: int, repeats: int) -> dict[str, Any]:
         """Run a point twice, and on until it ran 1 + `repeats` times.
 
-        Returns the peaks of the later runs with the bytes of the `cache` and, on the CPU, the allocator's `slack` in them; or the reason
-        why the point can't be run.
+        Returns the peaks of the later runs with the bytes of the `cache` and, on the CPU, the allocator's `slack` in them, and where steps
+        are compiled the seconds by which the first run was longer than the second; or the reason why the point can't be run.
         """
         memory.reset_peak(self.device)
         with memory.cache_seen(self.model) as cache, memory.apart():
-            reason = self._try(*point, new_tokens, 1)
+            reason, first = self._try(*point, new_tokens, 1)
         if reason is not None:
             return {"reason": reason}
         alone = memory.peak(self.device, self.interpreter)["peak"]
         memory.reset_peak(self.device)
-        reason = self._try(*point, new_tokens, max(1, repeats))
+        reason, seconds = self._try(*point, new_tokens, max(1, repeats))
         found = memory.peak(self.device, self.interpreter)
         slack = found["reserved"] - found["peak"] if self.device == "cuda" else max(0, found["peak"] - alone)
-        return {"reason": reason, "memory": {**found, "cache": cache[-1], "slack": slack}}
+        compiling = max(0.0, first[0] - seconds[0]) if self.runtime.compile and reason is None else None
+        return {"reason": reason, "memory": {**found, "cache": cache[-1], "slack": slack}, "compile_seconds": compiling}
 
-    def turn(self, progress: Progress, points: list[Point], new_tokens: int, iterations: int) -> list[list[list[float]]]:
-        """For each point and iteration the seconds from the start to every token."""
-        return [[self._time(batch, prompt, new_tokens) for _ in range(iterations)] for batch, prompt in points]
+    def turn(self, progress: Progress, points: list[Point], new_tokens: int, iterations: int) -> dict[str, Any]:
+        """For each point: `seconds` from the start to every token, a list an iteration; `joules` the GPU drew in all, or None."""
+        seconds, joules = [], []
+        for batch, prompt in points:
+            before = nvml.joules() if self.device == "cuda" else None
+            seconds.append([self._time(batch, prompt, new_tokens) for _ in range(iterations)])
+            after = nvml.joules() if before is not None else None
+            joules.append(None if before is None or after is None else after - before)
+        return {"seconds": seconds, "joules": joules}
+
+    def explain(self, progress: Progress, points: list[Point], new_tokens: int) -> dict[str, Any]:
+        """What the machine can do at best, and at each point what a step reads and computes and where its time goes."""
+        dtype = self.model.dtype
+        ceilings = {
+            "copy_bytes_per_second": round(ceiling.copy_bytes_per_second(self.device)),
+            f"{_name(dtype)}_flops_per_second": round(ceiling.flops_per_second(self.device, dtype)),
+        }
+        steps = []
+        for number, (batch_size, prompt_tokens) in enumerate(points):
+            progress("looking at a step", number, len(points))
+            steps.append({"batch_size": batch_size, "prompt_tokens": prompt_tokens, **self._step(batch_size, prompt_tokens, new_tokens)})
+        return {"dtype": _name(dtype), "ceilings": ceilings, "steps": steps}
+
+    def _step(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
+        inputs = latency.prompts(self.model, self.device, batch_size, prompt_tokens)
+        generates = self.model.can_generate()
+        static = self.runtime.cache == "static"
+        counter = work.Counter()
+        with counter.watching(self.model):  # not compiled, which would pass over the hooks
+            if generates:
+                tokens = new_tokens if static else new_tokens // 2 + 1
+                latency.generate(self.model, inputs, tokens, counter, Runtime(cache=self.runtime.cache))
+            else:
+                latency.classify(self.model, inputs, 1, counter)
+        step = counter.step if generates else counter.prefill
+        seconds: float | None = None
+        shares: dict[str, float] = {}
+
+        def run(watch: kernels.Watch) -> None:
+            if generates:
+                latency.generate(self.model, inputs, new_tokens if static else 2 * steps + 1, watch, self.runtime)
+            else:
+                latency.classify(self.called, inputs, 2 * steps + 1, watch)
+
+        if steps := min(kernels.STEPS, (new_tokens - 1) // 2):
+            seconds, shares = kernels.profiled(run, self.device, steps)
+        return {
+            "weight_bytes": step.weight_bytes, "cache_bytes": counter.cache_bytes, "flops": step.flops,
+            "prefill_flops": counter.prefill.flops if generates else None, "seconds": seconds, "shares": shares,
+        }  # fmt: skip
 
     def quality(
         self, progress: Progress, examples: list[dict[str, Any]], groups: list[str], generation: dict[str, Any], chat: bool,
@@ -117,27 +167,36 @@ class Worker:
         config = getattr(self.model, "generation_config", None)
         return {} if config is None else {key: str(value) for key, value in config.to_diff_dict().items() if key != "transformers_version"}
 
-    def _try(self, batch_size: int, prompt_tokens: int, new_tokens: int, times: int) -> str | None:
-        """Run a point; why it can't be, or None."""
+    def _try(self, batch_size: int, prompt_tokens: int, new_tokens: int, times: int) -> tuple[str | None, list[float]]:
+        """Run a point so many times; why it can't be, or None, and the seconds of each run."""
         context = context_length(self.model.config, self.tokenizer)
         needed = max(prompt_tokens, new_tokens) if self.model.config.is_encoder_decoder else prompt_tokens + new_tokens
         if context is not None and needed > context:
-            return f"{needed} tokens don't fit the model's context of {context}"
+            return f"{needed} tokens don't fit the model's context of {context}", []
         try:
-            for _ in range(times):
-                self._time(batch_size, prompt_tokens, new_tokens)
-            return None
+            return None, [self._time(batch_size, prompt_tokens, new_tokens)[-1] for _ in range(times)]
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
         torch.cuda.empty_cache()  # not while the error is held, whose traceback holds the tensors
-        return "out of memory"
+        return "out of memory", []
 
     def _time(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> list[float]:
         inputs = latency.prompts(self.model, self.device, batch_size, prompt_tokens)
         if self.model.can_generate():
-            return latency.generation_seconds(self.model, inputs, new_tokens, self.device)
-        return latency.forward_seconds(self.model, inputs, self.device)
+            return latency.generation_seconds(self.model, inputs, new_tokens, self.device, self.runtime)
+        return latency.forward_seconds(self.called, inputs, self.device)
+
+    def _compiled(self) -> Any:
+        """The model as classification calls it; generation compiles its steps itself. Raises ModelError for one that can't be."""
+        packed = getattr(self.model, "hf_quantizer", None)
+        if packed is not None and not packed.is_compileable:
+            method = packed.quantization_config.quant_method.value
+            raise ModelError(f"benchmark.runtime.compile: transformers doesn't compile models packed by {method}; leave compile out")
+        # a recompilation that is given up would be timed without a word
+        torch._dynamo.config.recompile_limit = 1000
+        torch._dynamo.config.fail_on_recompile_limit_hit = True
+        return torch.compile(self.model, dynamic=False)
 
 
 def _import_all(bundle: models.Bundle) -> None:
@@ -155,7 +214,7 @@ def _environment(device: str) -> dict[str, Any]:
     return {
         "device": device,
         "gpu": torch.cuda.get_device_name() if cuda else None,
-        "gpu_uuid": memory.gpu_uuid() if cuda else None,
+        "gpu_uuid": nvml.gpu_uuid() if cuda else None,
         "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(),
@@ -169,6 +228,11 @@ def _environment(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
+
+
+def _name(dtype: torch.dtype) -> str:
+    """float32"""
+    return str(dtype).removeprefix("torch.")
 
 
 def _cpu() -> str:
@@ -185,4 +249,4 @@ def _has_int8_instructions() -> bool:
 
 if __name__ == "__main__":
     worker = Worker()
-    serve({"load": worker.load, "warm_up": worker.warm_up, "turn": worker.turn, "quality": worker.quality})
+    serve({"load": worker.load, "warm_up": worker.warm_up, "turn": worker.turn, "explain": worker.explain, "quality": worker.quality})

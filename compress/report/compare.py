@@ -6,7 +6,8 @@ from typing import Any
 
 from compress.metrics import METRICS
 from compress.report.numbers import figure, verdict_words
-from compress.report.write import shown, table
+from compress.report.table import table
+from compress.report.write import shown
 from compress.results import Measurement, Report, Side
 
 HEAD = ("rougeL", "bleu", "perplexity", "accuracy", "weight_bytes", "peak_run_bytes", "latency_p50", "tokens_per_second")

@@ -3,23 +3,21 @@
 from typing import Any
 
 from compress import methods
+from compress.report import steps
 from compress.report.layers import counted
 from compress.report.numbers import change, scaled
-from compress.results import Comparison, StageRecord
+from compress.results import Comparison, Side, StageRecord
 
 LEFT_OUT = "left out: "
 # reasons that are the recipe's, or the same for all models
 EXPECTED = ("a head", "named under ignore", "stands outside the blocks", "no pattern of bits names it", "its shape did not change")
 NAMED = 3
+SMALLER = 0.9  # weights that shrank by less aren't expected to make a difference
 
 
-def notes(stages: list[StageRecord], compared: list[Comparison], environment: dict[str, Any]) -> list[str]:
+def notes(stages: list[StageRecord], compared: list[Comparison], environment: dict[str, Any], sides: list[Side]) -> list[str]:
     """The sentences; none where the candidate is smaller and faster everywhere and every layer was compressed that was to be."""
-    found = []
-    slower = [c for c in compared if c.metric == "latency_p50" and c.low is not None and c.low > 1]
-    if slower:
-        where = ", ".join(f"batch {c.batch_size} x prompt {c.prompt_tokens}: {change(c)}" for c in slower)
-        found.append(f"Slower than the baseline at {where}. {_at_run_time(stages)}")
+    found = _speed(stages, compared, environment, sides)
     by_name = {c.metric: c for c in compared}
     weights, run = by_name.get("weight_bytes"), by_name.get("peak_run_bytes")
     if weights and weights.candidate >= weights.baseline:
@@ -41,6 +39,24 @@ def notes(stages: list[StageRecord], compared: list[Comparison], environment: di
             f"{cut} inputs were longer than the model's context or data.max_tokens and were cut at their end, alike on both sides."
         )
     return found + [sentence for record in stages for sentence in _left_out(record)]
+
+
+def _speed(stages: list[StageRecord], compared: list[Comparison], environment: dict[str, Any], sides: list[Side]) -> list[str]:
+    """Where the candidate is slower, or no faster although its weights shrank; and why, where it is worst, in two sentences at most."""
+    timed = [c for c in compared if c.metric == "latency_p50" and c.low is not None and c.high is not None]
+    slower = [c for c in timed if c.low is not None and c.low > 1]
+    alike = [c for c in timed if c not in slower and c.high is not None and c.high >= 1]
+    shrank = any(c.metric == "weight_bytes" and c.candidate < SMALLER * c.baseline for c in compared)
+    missed = slower or (alike if shrank else [])
+    if not missed:
+        return []
+    worst = max(missed, key=lambda c: c.estimate or 0)
+    reasons = steps.reasons(sides, worst, environment)[:2]
+    if not slower and not reasons:
+        return []
+    where = ", ".join(f"batch {c.batch_size} x prompt {c.prompt_tokens}: {change(c)}" for c in missed)
+    reasons = reasons or [_at_run_time(stages)]
+    return [" ".join([f"{'Slower' if slower else 'Not measurably faster'} than the baseline at {where}.", *reasons])]
 
 
 def at_run_time(record: StageRecord) -> str | None:

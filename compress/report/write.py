@@ -1,8 +1,6 @@
 """A report on disk, all files or none: report.json, report.md, and as parquet measurements, predictions, layers, curves of training."""
 
-import html
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +8,11 @@ import yaml
 
 from compress.errors import printable
 from compress.metrics import METRICS
-from compress.report import memory
+from compress.report import memory, steps
 from compress.report.frame import curves, frame, layers, predictions
 from compress.report.layers import lost_most, remarkable, summary
 from compress.report.numbers import change, figure, percent, share, verdict_words
+from compress.report.table import cell, table
 from compress.report.why import at_run_time
 from compress.results import NOTES, Comparison, Layer, Measurement, Point, Prediction, Report, StageRecord, whole_folder
 
@@ -22,7 +21,9 @@ POINTS = 10  # of a training's curve
 SHOWN = (
     "rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "perplexity", "accuracy", "f1", "generated_tokens",
     "weight_bytes", "file_bytes", "parameters", "bits_per_weight", "peak_load_bytes", "peak_run_bytes", "process_gpu_bytes",
+    "compile_seconds",
     "latency_p50", "latency_p90", "latency_p99", "ttft", "tpot", "tokens_per_second", "examples_per_second",
+    "mbu", "mfu", "energy_per_token",
 )  # fmt: skip
 
 
@@ -44,12 +45,13 @@ def write(report: Report, folder: Path) -> Report:
 def markdown(report: Report) -> str:
     """The report for people who read text."""
     parts = [
-        f"# {_cell(report.recipe)}: {verdict_words(report.verdict)}",
-        f"{_cell(report.decided_by)}.",
+        f"# {cell(report.recipe)}: {verdict_words(report.verdict)}",
+        f"{cell(report.decided_by)}.",
         _gates(report),
         _sides(report),
         _memory(report),
         _notes(report),
+        steps.section(report),
         _stages(report),
         *(_layers(record) for record in report.stages),
         *(_curve(record) for record in report.stages),
@@ -68,17 +70,6 @@ def shown(report: Report) -> list[tuple[Measurement | None, Measurement | None, 
     every = {m.point: m for side in (baseline, candidate) if side for m in side.measurements}
     points = sorted((p for p in every if p[0] in SHOWN), key=lambda p: (p[2] or 0, p[1] or 0, SHOWN.index(p[0])))
     return [(baseline.figure(p) if baseline else None, candidate.figure(p) if candidate else None, compared.get(p)) for p in points]
-
-
-def table(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; cells are shown as they are, whatever they hold."""
-    lines = [[_cell(cell) for cell in header], ["---"] * len(header), *([_cell(cell) for cell in row] for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    """Text as Markdown shows it literally: no markup, no links, no pictures, no line breaks but <br>."""
-    return re.sub(r"([\\`*_\[\]!#|~])", r"\\\1", html.escape(printable(text), quote=False)).replace("\n", "<br>")
 
 
 def read_notes(artifact: Path) -> dict[str, Any]:
@@ -122,7 +113,7 @@ def _memory(report: Report) -> str:
 
 def _notes(report: Report) -> str:
     said = [f"{record.name}: {sentence}" for record in report.stages for sentence in record.said]
-    lines = [f"- {_cell(note)}" for note in [*said, *report.notes, *(f for side in report.sides for f in side.failures)]]
+    lines = [f"- {cell(note)}" for note in [*said, *report.notes, *(f for side in report.sides for f in side.failures)]]
     return "## Notes\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -137,14 +128,14 @@ def _stages(report: Report) -> str:
         ]
         for record in report.stages
     ]
-    return "## Stages\n\n" + table(["stage", "took", "in use"], rows) + f"\n\nThe artifact: {_cell(report.stages[-1].artifact)}"
+    return "## Stages\n\n" + table(["stage", "took", "in use"], rows) + f"\n\nThe artifact: {cell(report.stages[-1].artifact)}"
 
 
 def _layers(record: StageRecord) -> str:
     """What one stage did to its layers: in a sentence, those left out or remarked upon, those that lost most."""
     if not record.layers:
         return ""
-    parts = [f"## Layers: {_cell(record.name)}", f"{_cell(summary(record.layers))}. Each is listed in report.json and layers.parquet."]
+    parts = [f"## Layers: {cell(record.name)}", f"{cell(summary(record.layers))}. Each is listed in report.json and layers.parquet."]
     if found := remarkable(record.layers):
         rows = [[name, "full" if bits is None else str(bits), remark] for name, bits, remark in found]
         parts.append(table(["layer", "bits", "remark"], rows))
@@ -169,7 +160,7 @@ def _curve(record: StageRecord) -> str:
     if looks:
         rows = [[*row, f"{point.validation:.4g}"] for row, point in zip(rows, few, strict=True)]
     shown = table(["step", "loss", *(["validation"] if looks else [])], rows)
-    return f"## Training: {_cell(record.name)}\n\n{shown}\n\nEvery point is in report.json and curves.parquet."
+    return f"## Training: {cell(record.name)}\n\n{shown}\n\nEvery point is in report.json and curves.parquet."
 
 
 def _loss_at(record: StageRecord, step: int) -> float | None:
@@ -191,12 +182,12 @@ def _worst(report: Report) -> str:
         return ""
     worst = [example for example in sorted(scored, key=loss, reverse=True)[:WORST] if loss(example) > 0]
     if not worst:
-        return f"## Examples that lost most\n\nNone of {len(scored)} lost in {_cell(report.score)}."
+        return f"## Examples that lost most\n\nNone of {len(scored)} lost in {cell(report.score)}."
     blocks = []
     for example in worst:
         lines = [["prompt", example.prompt], *(["reference", text] for text in example.references)]
         lines += [[role, text] for role, text in (("baseline", example.baseline), ("candidate", example.candidate)) if text is not None]
-        heading = f"### {_cell(example.id)}: {_cell(report.score)} {example.baseline_score:.1f} to {example.candidate_score:.1f}"
+        heading = f"### {cell(example.id)}: {cell(report.score)} {example.baseline_score:.1f} to {example.candidate_score:.1f}"
         blocks.append(heading + "\n\n" + table(["", "text"], [[name, _shortened(text)] for name, text in lines]))
     return "## Examples that lost most\n\n" + "\n\n".join(blocks)
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from compress.benchmark import isolate
+from compress.benchmark import isolate, subject
 from compress.benchmark.isolate import Session
 from compress.errors import DeviceError
 from compress.methods import quiet
@@ -18,13 +18,14 @@ def conditions(*disturbed):
     return Conditions(seconds=1, load=0, waiting=0, steal=0, others=0, clock_step=0, disturbed=list(disturbed))
 
 
-class Subject(isolate.Subject):
+class Subject(subject.Subject):
     """One side whose latencies are `base` times what `luck` gives, a number a turn."""
 
     def __init__(self, role, base, luck, disturbed=()):
         self.role, self._base, self._luck, self._disturbed = role, base, iter(luck), set(disturbed)
         self.rounds, self.reasons, self.failures, self.outputs, self.number = {POINT: []}, {}, [], {}, 0
         self.loads = [{"environment": {"threads": 1, "gpu_uuid": None}}]
+        self.joules, self.explanation = {POINT: []}, {}
         self._child = None
         self.starts = 0
 
@@ -41,7 +42,7 @@ class Subject(isolate.Subject):
         return False
 
     def take_turn(self, machine, usable, ours):
-        self._taken = {POINT: [[self._base * next(self._luck)]]}
+        self._taken = {POINT: ([[self._base * next(self._luck)]], None)}
         self.number += 1
         return conditions(*(["it was"] if self.number in self._disturbed else []))
 
@@ -113,7 +114,7 @@ def test_on_a_machine_that_never_rests_half_of_the_turns_again_are_tried(monkeyp
 
 
 def test_a_shared_gpu_is_refused_where_that_is_asked_for(monkeypatch):
-    monkeypatch.setattr(isolate.Machine, "strangers", lambda *_: (4711,))
+    monkeypatch.setattr(subject.Machine, "strangers", lambda *_: (4711,))
     made = Session([Subject("candidate", 1.0, noisy(0))], type("Recipe", (), {"benchmark": benchmark()}), quiet, strict=True)
     with pytest.raises(DeviceError, match="shared with process 4711, and --strict was given; end it, or choose another GPU"):
         made.run([], lambda _: False)

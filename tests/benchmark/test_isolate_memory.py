@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from compress.benchmark import memory
-from compress.benchmark.isolate import Subject
 from compress.benchmark.sampler import Sampler
+from compress.benchmark.subject import Subject
 from compress.benchmark.worker import Worker
 from compress.methods import quiet
 from compress.model import Source
@@ -47,7 +47,7 @@ def test_the_cache_is_what_a_generation_leaves(kind):
 
 @pytest.mark.slow
 def test_what_holds_the_memory_adds_up(toys, rows, write_recipe, tmp_path):
-    from compress.benchmark.isolate import _memory, _sizes
+    from compress.benchmark.figures import _memory, _sizes
 
     measured = subject("llama", toys, rows, write_recipe, tmp_path / "log")
     try:

@@ -138,6 +138,7 @@ def test_holm_by_hand():
     assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
 
 
+@pytest.mark.slow
 def test_so_many_more_examples_tell_four_times_of_five():
     """A drop of 1 is held against a limit of 2, on as many examples as 100 said would tell."""
     rng = np.random.default_rng(0)
@@ -146,11 +147,11 @@ def test_so_many_more_examples_tell_four_times_of_five():
         a = np.full((n, 1), 50.0)
         return statistics.paired("rougeL", a.tolist(), (a - 1 + rng.normal(0, 8, (n, 1))).tolist())
 
-    wanted = [needed for needed in (drop(100).needed(-2, 0.95) for _ in range(40)) if needed]
+    wanted = [needed for needed in (drop(100).needed(-2, 0.95) for _ in range(25)) if needed]
     exact = (8 * (1.96 + 0.8416) / 1) ** 2  # the textbook's, with the truth in the place of estimates
     assert 0.5 * exact < np.median(wanted) < 1.5 * exact
-    told = sum(drop(round(exact)).at_least(-2) >= 0.975 for _ in range(60))
-    assert 0.62 <= told / 60 <= 0.95
+    told = sum(drop(round(exact)).at_least(-2) >= 0.975 for _ in range(40))
+    assert 0.6 <= told / 40 <= 0.96
 
 
 def test_perplexity_weighs_tokens_not_texts():

@@ -57,7 +57,7 @@ def test_the_peak_is_within_15_percent_of_the_measured_one(batch_size, tmp_path)
 
     import transformers
 
-    from compress.benchmark.isolate import Subject
+    from compress.benchmark.subject import Subject
     from compress.recipe import Benchmark, Data, Model, Recipe
 
     config = transformers.GPT2Config(vocab_size=8000, n_embd=384, n_layer=4, n_head=6, n_positions=256, bos_token_id=1, eos_token_id=1)

@@ -157,7 +157,7 @@ def test_layers_left_out_unasked_are_told():
         Layer(name="b", remark="left out: named under ignore"),
         Layer(name="c", remark="left out: its inputs are all zero on the calibration data"),
     ]
-    assert why.notes([stage(*found)], [], {}) == [
+    assert why.notes([stage(*found)], [], {}, []) == [
         "quantize: gptq left 2 layers in full precision (model.layers.0.mlp.gate_proj, model.layers.1.mlp.gate_proj), each because its inputs hold"
         " inf or NaN on the calibration data.",
         "quantize: gptq left 5 layers in full precision (experts.0, experts.1, experts.2 and 2 more), each because no calibration example reached it.",
@@ -168,7 +168,7 @@ def test_layers_left_out_unasked_are_told():
 def test_layers_left_out_as_asked_are_no_news():
     reasons = ("a head", "named under ignore", "stands outside the blocks", "no pattern of bits names it")
     asked = [Layer(name=reason, remark=f"left out: {reason}") for reason in reasons]
-    assert why.notes([stage(*asked, Layer(name="d", bits=4, remark=ODD), Layer(name="old"))], [], {}) == []
+    assert why.notes([stage(*asked, Layer(name="d", bits=4, remark=ODD), Layer(name="old"))], [], {}, []) == []
 
 
 def test_what_a_method_notes_is_what_a_report_reads(tmp_path):

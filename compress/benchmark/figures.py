@@ -1,0 +1,146 @@
+"""From what was timed and read to the figures of a side."""
+
+import math
+import statistics
+from collections.abc import Callable
+
+from compress.benchmark.statistics import corpus_value
+from compress.benchmark.subject import Point, Round, Subject
+from compress.metrics import METRICS
+from compress.results import Measurement, Side, Step
+
+Speed = tuple[str, Callable[[list[float]], float], float]  # a figure, its value from the marks of one timing, the quantile over timings
+
+
+def side(subject: Subject, common: list[Point], ceilings: dict[str, float]) -> Side:
+    found: list[Measurement] = []
+    if subject.loads:
+        found += _sizes(subject)
+        found += _memory(subject, common)
+    if subject.compiling:  # inductor keeps on disk what it compiled, so that later rounds take less
+        found.append(_figure("compile_seconds", max(subject.compiling), samples=[[seconds] for seconds in subject.compiling]))
+    for metric, samples in (subject.outputs or {}).get("samples", {}).items():
+        found.append(_figure(metric, corpus_value(metric, samples), samples=samples))
+    explained = subject.explanation or {"dtype": None, "steps": []}
+    steps = {(step["batch_size"], step["prompt_tokens"]): Step(**step) for step in explained["steps"]}
+    for point, rounds in subject.rounds.items():
+        reason = subject.reasons.get(point, "not reached on both sides")
+        if not rounds:
+            found += _unmeasured(reason, *point)
+            continue
+        found += _speeds(rounds, _rates(rounds, point[0]), *point)
+        found += _energy(rounds, subject.joules[point], *point)
+        if point in steps:
+            found += _speeds(rounds, _utilisations(steps[point], ceilings, explained["dtype"]), *point)
+    return Side(
+        role=subject.role, model=subject.source.id, dtype=explained["dtype"], measurements=found, steps=list(steps.values()),
+        failures=subject.failures,
+    )  # fmt: skip
+
+
+def _sizes(subject: Subject) -> list[Measurement]:
+    loaded = subject.loads[0]
+    sizes = [_figure(metric, loaded[metric]) for metric in ("weight_bytes", "buffer_bytes", "file_bytes", "parameters")]
+    return [*sizes, _figure("bits_per_weight", 8 * loaded["weight_bytes"] / loaded["parameters"])]
+
+
+def _memory(subject: Subject, common: list[Point]) -> list[Measurement]:
+    """Peaks a round; while running, those of the most demanding point that both sides can run, and what holds them."""
+    loads = [load["peak"] for load in subject.loads]
+    held = subject.loads[0]["weight_bytes"]
+    runs = []
+    for peaks in subject.peaks:
+        if common and all(point in peaks for point in common):
+            run = dict(max((peaks[point] for point in common), key=lambda found: found["peak"]))
+            for name in run.keys() & {"reserved", "process"}:  # these may be highest elsewhere
+                run[name] = max(peaks[point][name] for point in common if name in peaks[point])
+            slack_inside = 0 if "reserved" in run else run["slack"]  # a GPU's peak is what is allocated
+            run["activations"] = max(0, run["peak"] - held - run["cache"] - slack_inside)
+            runs.append(run)
+    series = {
+        "peak_load_bytes": ("peak", loads),
+        "sampled_load_bytes": ("sampled", loads),
+        "peak_run_bytes": ("peak", runs),
+        "sampled_run_bytes": ("sampled", runs),
+        "kv_cache_bytes": ("cache", runs),
+        "activation_bytes": ("activations", runs),
+        "allocator_slack_bytes": ("slack", runs),
+        "peak_reserved_bytes": ("reserved", runs),
+        "process_gpu_bytes": ("process", runs),
+        "cuda_context_bytes": ("context", runs),
+    }
+    rows = {metric: [[float(one[name])] for one in found] for metric, (name, found) in series.items() if all(name in one for one in found)}
+    return [_figure(metric, statistics.median(row[0] for row in found), samples=found) for metric, found in rows.items() if found]
+
+
+def _rates(rounds: list[Round], batch_size: int) -> list[Speed]:
+    """The speed figures of a point: their names, their values from the marks of one timing, and the quantile over timings."""
+    generated = len(rounds[0][0][0])
+
+    def rate(marks: list[float]) -> float:
+        return batch_size * generated / marks[-1]
+
+    whole: list[Speed] = [(f"latency_p{share}", lambda marks: marks[-1], share / 100) for share in (50, 90, 99)]
+    if generated == 1:
+        return [*whole, ("examples_per_second", rate, 0.5)]
+    return [*whole, ("ttft", lambda marks: marks[0], 0.5), ("tpot", _tpot, 0.5), ("tokens_per_second", rate, 0.5)]
+
+
+def _utilisations(step: Step, ceilings: dict[str, float], dtype: str) -> list[Speed]:
+    """What a model must read and compute, over the time it took, as shares of what the machine can; see `compress.metrics`."""
+    read, bandwidth = step.weight_bytes + step.cache_bytes, ceilings["copy_bytes_per_second"]
+    flops, rate = step.flops if step.prefill_flops is None else step.prefill_flops, ceilings[f"{dtype}_flops_per_second"]
+    prefill: Speed = ("mfu", lambda marks: flops / marks[0] / rate, 0.5)
+    return [prefill] if step.prefill_flops is None else [("mbu", lambda marks: read / _tpot(marks) / bandwidth, 0.5), prefill]
+
+
+def _tpot(marks: list[float]) -> float:
+    return (marks[-1] - marks[0]) / (len(marks) - 1)
+
+
+def _speeds(rounds: list[Round], figures: list[Speed], batch_size: int, prompt_tokens: int) -> list[Measurement]:
+    """Speed figures of a point. Samples are a row a round: medians a turn, high percentiles over the round's timings."""
+    found = []
+    for metric, of_marks, share in figures:
+        raw = [[[of_marks(marks) for marks in turn] for turn in turns] for turns in rounds]
+        flat = [[value for turn in turns for value in turn] for turns in raw]
+        if share == 0.5:
+            samples = [[quantile(turn, share) for turn in turns] for turns in raw]
+        else:
+            samples = [[quantile(values, share)] for values in flat]
+        value = quantile([value for values in flat for value in values], share)
+        keep = flat if metric in ("latency_p50", "ttft", "tpot") else []
+        found.append(Measurement(metric=metric, value=value, batch_size=batch_size, prompt_tokens=prompt_tokens, samples=samples, raw=keep))
+    return found
+
+
+def _energy(rounds: list[Round], joules: list[list[float]], batch_size: int, prompt_tokens: int) -> list[Measurement]:
+    """Joules a token written, a row a round with a number a turn; nothing where a turn lacks them or nothing is written."""
+    generated = len(rounds[0][0][0])
+    if generated == 1 or any(len(drawn) != len(turns) for drawn, turns in zip(joules, rounds, strict=True)):
+        return []
+    tokens = batch_size * generated * len(rounds[0][0])
+    samples = [[drawn / tokens for drawn in turns] for turns in joules]
+    value = statistics.median(drawn for turns in samples for drawn in turns)
+    return [Measurement(metric="energy_per_token", value=value, batch_size=batch_size, prompt_tokens=prompt_tokens, samples=samples)]
+
+
+def _unmeasured(reason: str, batch_size: int, prompt_tokens: int) -> list[Measurement]:
+    """What stands in the place of a point's figures."""
+    names = [name for name, metric in METRICS.items() if metric.kind == "speed"]
+    return [Measurement(metric=n, value=None, batch_size=batch_size, prompt_tokens=prompt_tokens, reason=reason) for n in names]
+
+
+def quantile(values: list[float], share: float) -> float:
+    """The quantile by linear interpolation between order statistics."""
+    ordered = sorted(values)
+    place = share * (len(ordered) - 1)
+    below = int(place)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (place - below) * (ordered[above] - ordered[below])
+
+
+def _figure(metric: str, value: float, samples: list[list[float]] | None = None) -> Measurement:
+    if not math.isfinite(value):
+        return Measurement(metric=metric, value=None, reason=f"its value is {value}")
+    return Measurement(metric=metric, value=value, samples=samples or [])

@@ -1,0 +1,170 @@
+"""One side under measurement, as the parent has it: its process while it runs, and what has been measured so far."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from compress.benchmark.machine import Machine
+from compress.benchmark.sampler import Sampler
+from compress.errors import Killed
+from compress.methods import Example
+from compress.model import Source
+from compress.process import Child, Progress
+from compress.recipe import Benchmark, Recipe
+from compress.results import Conditions, Role
+
+Point = tuple[int, int]  # batch size, prompt tokens
+Round = list[list[list[float]]]  # turns x iterations x tokens: seconds from the start of a generation
+Outputs = dict[str, Any]  # what `Worker.quality` gives
+OUT_OF_MEMORY = "out of memory"
+
+
+class Subject:
+    """One side."""
+
+    module = "compress.benchmark.worker"
+
+    def __init__(self, role: Role, source: Source, recipe: Recipe, device: str, log: Path, progress: Progress):
+        self.role, self.source, self._recipe, self._device = role, source, recipe, device
+        self._log, self._progress = log, progress
+        self._child: Child | None = None
+        self.loads: list[dict[str, Any]] = []
+        self.peaks: list[dict[Point, dict[str, int]]] = []
+        self.compiling: list[float] = []  # seconds a round, where steps are compiled
+        self.reasons: dict[Point, str] = {}
+        self.rounds: dict[Point, list[Round]] = {point: [] for point in points(recipe.benchmark)}
+        self._taken: dict[Point, tuple[list[list[float]], float | None]] = {}
+        self.joules: dict[Point, list[list[float]]] = {point: [] for point in self.rounds}  # rounds x turns; nothing without NVML
+        self.outputs: Outputs | None = None
+        self.explanation: dict[str, Any] | None = None  # what `Worker.explain` gives
+        self.failures: list[str] = []
+        self.foreign_gpu_bytes = 0  # the most that processes of others held of the GPU
+        self._interpreter = 0
+
+    @property
+    def pid(self) -> int:
+        assert self._child is not None
+        return self._child.pid
+
+    @property
+    def running(self) -> bool:
+        return self._child is not None
+
+    @property
+    def usable(self) -> list[Point]:
+        return [point for point in self.rounds if point not in self.reasons]
+
+    def start(self) -> None:
+        """A fresh process with the model loaded and warmed up."""
+        try:
+            loaded, peaks, compiling = self._load(), {}, 0.0
+            for number, point in enumerate(self.usable):
+                self._tell("warming up", number, len(self.usable))
+                found = self._warm_up(point)
+                if found["reason"] is None:
+                    peaks[point] = found["memory"]
+                    compiling += found["compile_seconds"] or 0.0
+                else:
+                    self.reasons[point] = found["reason"]
+        except BaseException:
+            self.stop()
+            raise
+        self.loads.append(loaded)
+        self.peaks.append(peaks)
+        if self._recipe.benchmark.runtime.compile:
+            self.compiling.append(compiling)
+
+    def _load(self) -> dict[str, Any]:
+        """Load the model in a new process."""
+        benchmark = self._recipe.benchmark
+        self._child = Child(self.module, self._log, self._tell, benchmark.threads)
+        with Sampler(self._child.pid) as sampler:
+            loaded: dict[str, Any] = self.ask(
+                "load", source=asdict(self.source), device=self._device, threads=benchmark.threads, runtime=benchmark.runtime.model_dump()
+            )
+        self._interpreter = loaded["interpreter"]
+        self._note(loaded["peak"], sampler, loaded["environment"]["device"])
+        return loaded
+
+    def _warm_up(self, point: Point) -> dict[str, Any]:
+        """Run a point for the first times; one that the kernel kills the process at has no place in memory, and a new process goes on."""
+        benchmark = self._recipe.benchmark
+        assert self._child is not None
+        with Sampler(self._child.pid) as sampler:
+            try:
+                found: dict[str, Any] = self.ask("warm_up", point=point, new_tokens=benchmark.new_tokens, repeats=benchmark.warmup)
+            except Killed:
+                self.stop()
+                self._load()
+                return {"reason": f"{OUT_OF_MEMORY}: its process was killed"}
+        if found["reason"] is None:
+            self._note(found["memory"], sampler, "cuda" if "reserved" in found["memory"] else "cpu")
+        return found
+
+    def _note(self, peaks: dict[str, int], sampler: Sampler, device: str) -> None:
+        """Put what the sampler saw beside what the process itself found."""
+        if device == "cpu":
+            peaks["sampled"] = max(0, sampler.resident - self._interpreter)
+        elif sampler.gpu is not None:
+            peaks["sampled"] = sampler.gpu
+        if sampler.foreign:
+            self.foreign_gpu_bytes = max(self.foreign_gpu_bytes, sampler.foreign)
+
+    @property
+    def short_of_memory(self) -> bool:
+        """Whether a point could not be run for want of memory."""
+        return any(reason.startswith(OUT_OF_MEMORY) for reason in self.reasons.values())
+
+    def start_alone(self) -> None:
+        """Start again, now that memory is free, and forget what had no place in it."""
+        self.stop()
+        self.reasons = {point: reason for point, reason in self.reasons.items() if not reason.startswith(OUT_OF_MEMORY)}
+        self.start()
+
+    def take_turn(self, machine: Machine, usable: list[Point], ours: list[int]) -> Conditions:
+        """Time every point once more, and how the machine was meanwhile. The timings count once they are kept."""
+        benchmark = self._recipe.benchmark
+        before = machine.read(self.pid, ours)
+        timings = self.ask("turn", points=usable, new_tokens=benchmark.new_tokens, iterations=benchmark.iterations)
+        self._taken = {point: (block, joules) for point, block, joules in zip(usable, timings["seconds"], timings["joules"], strict=True)}
+        return machine.between(before, machine.read(self.pid, ours))
+
+    def keep(self, number: int) -> None:
+        """The last turn counts, in the round of that number."""
+        for point, (block, joules) in self._taken.items():
+            if number == len(self.rounds[point]):
+                self.rounds[point].append([])
+                self.joules[point].append([])
+            self.rounds[point][number].append(block)
+            if joules is not None:
+                self.joules[point][number].append(joules)
+
+    def answer(self, examples: list[Example]) -> None:
+        """Do the examples."""
+        recipe = self._recipe
+        self.outputs = self.ask(
+            "quality", examples=[asdict(e) for e in examples], groups=list(recipe.groups),
+            generation=recipe.generation.model_dump(), chat=recipe.data.chat,
+            batch_size=recipe.benchmark.quality_batch_size, max_tokens=recipe.data.max_tokens,
+        )  # fmt: skip
+
+    def explain(self, usable: list[Point]) -> None:
+        """Look at what a step does at every point, after the last timing of a process."""
+        self.explanation = self.ask("explain", points=usable, new_tokens=self._recipe.benchmark.new_tokens)
+
+    def ask(self, request: str, **arguments: Any) -> Any:
+        assert self._child is not None
+        return self._child.ask(request, limit_s=60 * self._recipe.benchmark.limit_minutes, **arguments)
+
+    def stop(self) -> None:
+        if self._child is not None:
+            self._child.close()
+            self._child = None
+
+    def _tell(self, what: str, done: int, total: int) -> None:
+        self._progress(f"{self.role}: {what}", done, total)
+
+
+def points(benchmark: Benchmark) -> list[Point]:
+    """The grid, smallest first."""
+    return [(batch, prompt) for prompt in sorted(set(benchmark.prompt_tokens)) for batch in sorted(set(benchmark.batch_sizes))]

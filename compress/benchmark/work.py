@@ -1,0 +1,93 @@
+"""What a generation has to do at least, whatever the kernels: bytes that a decode step reads, operations of prefill and of a step.
+
+Counted by watching which layers are called and with how many tokens, so the same rule serves every architecture. A step reads the
+weights of the layers it calls, as they lie in memory, packed ones packed, and the cache: in an encoder-decoder the decoder's layers, but
+not those that make keys and values of the encoder's output, which are in the cache by then. Of an embedding it reads the rows it looks up.
+Operations are two for each weight and token that meet; attention's own are left out.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+from transformers import EncoderDecoderCache, StoppingCriteria
+from transformers.pytorch_utils import Conv1D
+
+from compress.model import storages
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+@dataclass
+class Phase:
+    """Either of prefill and the first decode step: operations, and the bytes of each piece of memory read, by its place."""
+
+    flops: int = 0
+    read: dict[Any, int] = field(default_factory=dict)
+
+    @property
+    def weight_bytes(self) -> int:
+        return sum(self.read.values())
+
+
+class Counter(StoppingCriteria):  # type: ignore[misc]
+    """Counts while a generation runs with it as a stopping criterion: prefill, the first decode step, the cache as the last step has it."""
+
+    def __init__(self) -> None:
+        self.prefill, self.step, self.cache_bytes = Phase(), Phase(), 0
+        self._phase = self.prefill
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        self._phase = self.step if self._phase is self.prefill else Phase()
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+    @contextmanager
+    def watching(self, model: "PreTrainedModel") -> Iterator[None]:
+        """Have the model and every layer with weights tell of their calls."""
+        layers = [module for module in model.modules() if _own_tensors(module) or hasattr(module, "packed_bytes")]
+        hooks = [layer.register_forward_hook(self._note) for layer in layers]
+        hooks.append(model.register_forward_hook(self._look_at_cache))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _look_at_cache(self, model: nn.Module, _: Any, output: Any) -> None:
+        cache = getattr(output, "past_key_values", None)
+        self.cache_bytes = 0 if cache is None else cache_bytes(cache)
+
+    def _note(self, layer: nn.Module, arguments: tuple[Any, ...], _: Any) -> None:
+        given = arguments[0] if arguments and isinstance(arguments[0], torch.Tensor) else None
+        if isinstance(layer, nn.Embedding):
+            rows = 0 if given is None else given.numel()
+            self._phase.read[id(layer)] = rows * layer.embedding_dim * layer.weight.element_size()
+            return
+        self._phase.read.update(storages(_own_tensors(layer)))
+        self._phase.read[id(layer)] = getattr(layer, "packed_bytes", 0)
+        if given is not None:
+            self._phase.flops += 2 * _weights(layer) * given.shape[:-1].numel()
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values that a cache holds, those of the encoder's output included."""
+    parts = [cache.self_attention_cache, cache.cross_attention_cache] if isinstance(cache, EncoderDecoderCache) else [cache]
+    tensors = [tensor for part in parts for layer in part.layers for tensor in (layer.keys, layer.values) if tensor is not None]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def _own_tensors(layer: nn.Module) -> list[torch.Tensor]:
+    return [*layer.parameters(recurse=False), *layer.buffers(recurse=False)]
+
+
+def _weights(layer: nn.Module) -> int:
+    """How many weights a token meets in a layer that multiplies by a matrix; none in others."""
+    if isinstance(layer, Conv1D):
+        return int(layer.weight.numel())
+    if hasattr(layer, "in_features") and hasattr(layer, "out_features"):
+        return int(layer.in_features * layer.out_features)  # type: ignore[operator]
+    return 0

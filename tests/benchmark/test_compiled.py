@@ -1,0 +1,99 @@
+"""A static cache and compiled steps: the same tokens as without, nothing compiled twice, nothing compiled in a timed turn."""
+
+import shutil
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import StoppingCriteria
+
+from compress import pipeline
+from compress.benchmark import latency, work
+from compress.benchmark.worker import Worker
+from compress.errors import MissingPackage, ModelError
+from compress.methods import quiet
+from compress.model import Bundle, Source
+from compress.recipe import Runtime, load
+from tests.conftest import TASKS, recipe_for
+from tests.quantize.test_methods import make
+
+STATIC = Runtime(cache="static")
+COMPILED = Runtime(cache="static", compile=True)
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ compiler")
+
+
+class Nobody(StoppingCriteria):
+    def __call__(self, ids, scores, **_):
+        return torch.zeros(ids.shape[0], dtype=torch.bool)
+
+
+def model_of(toys, kind):
+    return Bundle(Source(str(toys[kind]), TASKS[kind], "float32"), "cpu").model
+
+
+@pytest.mark.parametrize("kind", ["t5", "bart", "llama", "gpt2"])
+def test_a_static_cache_writes_the_same_and_is_as_long_as_its_own_generation(toys, kind):
+    model = model_of(toys, kind)
+    held = {}
+    for prompt in (16, 8):  # a shorter one after a longer one
+        inputs = latency.prompts(model, "cpu", 2, prompt)
+        expected = latency.generate(model, inputs, 5, Nobody())
+        counter = work.Counter()
+        with counter.watching(model):
+            assert torch.equal(latency.generate(model, inputs, 5, counter, STATIC), expected)
+        held[prompt] = counter.cache_bytes
+    heads = 2 if kind == "llama" else 4
+    assert held[16] - held[8] == 4 * 2 * 2 * 2 * heads * 16 * 8, "layers x keys and values x batch x heads of 16 x tokens"
+
+
+def loaded(folder, kind, runtime):
+    worker = Worker()
+    worker.load(quiet, {"id": str(folder), "task": TASKS[kind]}, "cpu", 1, runtime.model_dump())
+    return worker
+
+
+@needs_compiler
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["t5", "llama"])
+def test_steps_are_compiled_in_the_warm_up_alone(toys, kind):
+    worker = loaded(toys[kind], kind, COMPILED)
+    points = [(1, 8), (2, 8), (2, 16)]
+    expected = [latency.generate(worker.model, latency.prompts(worker.model, "cpu", *point), 5, Nobody()) for point in points]
+    counters.clear()
+    warm = worker.warm_up(quiet, points, 5, 0)
+    assert all(found["compile_seconds"] > 0 for found in warm)
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled >= len(points)
+    worker.turn(quiet, points, 5, 1)
+    worker.explain(quiet, points, 5)
+    assert counters["stats"]["unique_graphs"] == compiled
+    for point, ids in zip(points, expected, strict=True):
+        assert torch.equal(latency.generate(worker.model, latency.prompts(worker.model, "cpu", *point), 5, Nobody(), COMPILED), ids)
+
+
+@needs_compiler
+@pytest.mark.slow
+def test_a_classifier_is_compiled(toys):
+    worker = loaded(toys["bert"], "bert", Runtime(compile=True))
+    counters.clear()
+    worker.warm_up(quiet, [(2, 8)], 5, 0)
+    assert counters["stats"]["unique_graphs"] >= 1
+    assert len(worker.turn(quiet, [(2, 8)], 5, 2)["seconds"][0]) == 2
+
+
+def test_models_that_transformers_does_not_compile_are_refused(toys, tmp_path):
+    folder = make(toys["llama"], "llama", "bnb_nf4", tmp_path / "made")
+    with pytest.raises(
+        ModelError, match=r"runtime\.compile: transformers doesn't compile models packed by bitsandbytes; leave compile out"
+    ):
+        loaded(folder, "llama", COMPILED)
+
+
+def test_without_a_compiler_it_is_refused_before_anything_is_loaded(toys, rows, write_recipe, monkeypatch):
+    recipe = recipe_for("llama", toys["llama"], rows)
+    recipe["benchmark"]["runtime"] = {"compile": True, "cache": "static"}
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    file = load(write_recipe(recipe))
+    for verb in (lambda: pipeline.run(file), lambda: pipeline.bench(str(toys["llama"]), file)):
+        with pytest.raises(MissingPackage, match=r"the C\+\+ compiler no-such-compiler, which isn't here; install it"):
+            verb()
