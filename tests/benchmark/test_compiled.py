@@ -24,7 +24,7 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no C++ 
 
 class Nobody(StoppingCriteria):
     def __call__(self, ids, scores, **_):
-        return torch.zeros(ids.shape[0], dtype=torch.bool)
+        return torch.zeros(ids.shape[0], dtype=torch.bool, device=ids.device)
 
 
 def model_of(toys, kind):
@@ -46,19 +46,24 @@ def test_a_static_cache_writes_the_same_and_is_as_long_as_its_own_generation(toy
     assert held[16] - held[8] == 4 * 2 * 2 * 2 * heads * 16 * 8, "layers x keys and values x batch x heads of 16 x tokens"
 
 
-def loaded(folder, kind, runtime):
+def loaded(folder, kind, runtime, device="cpu"):
     worker = Worker()
-    worker.load(quiet, {"id": str(folder), "task": TASKS[kind]}, "cpu", 1, runtime.model_dump())
+    worker.load(quiet, {"id": str(folder), "task": TASKS[kind]}, device, 1, runtime.model_dump())
     return worker
 
 
 @needs_compiler
 @pytest.mark.slow
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", ["t5", "llama"])
-def test_steps_are_compiled_in_the_warm_up_alone(toys, kind):
-    worker = loaded(toys[kind], kind, COMPILED)
+def test_steps_are_compiled_in_the_warm_up_alone(toys, kind, device):
+    worker = loaded(toys[kind], kind, COMPILED, device)
     points = [(1, 8), (2, 8), (2, 16)]
-    expected = [latency.generate(worker.model, latency.prompts(worker.model, "cpu", *point), 5, Nobody()) for point in points]
+
+    def written(point, runtime):
+        return latency.generate(worker.model, latency.prompts(worker.model, device, *point), 5, Nobody(), runtime)
+
+    expected = [written(point, Runtime()) for point in points]
     counters.clear()
     warm = worker.warm_up(quiet, points, 5, 0)
     assert all(found["compile_seconds"] > 0 for found in warm)
@@ -68,7 +73,7 @@ def test_steps_are_compiled_in_the_warm_up_alone(toys, kind):
     worker.explain(quiet, points, 5)
     assert counters["stats"]["unique_graphs"] == compiled
     for point, ids in zip(points, expected, strict=True):
-        assert torch.equal(latency.generate(worker.model, latency.prompts(worker.model, "cpu", *point), 5, Nobody(), COMPILED), ids)
+        assert torch.equal(written(point, COMPILED), ids)
 
 
 @needs_compiler
