@@ -15,6 +15,7 @@ from typing import Any
 
 from compress import data, methods, model
 from compress.benchmark import isolate
+from compress.benchmark.outputs import Outputs
 from compress.benchmark.statistics import corpus_value
 from compress.errors import DeviceError, InputError, ModelError, RunError
 from compress.inspection.findings import Inspection
@@ -22,9 +23,10 @@ from compress.methods import Example, TrainSettings, TuneSettings, quiet
 from compress.model import Source
 from compress.process import Child, Progress, Team
 from compress.recipe import Gate, Recipe, Stage, digest, load
-from compress.report import verdict, why, write
+from compress.report import quality, verdict, why, write
 from compress.results import Prediction, Report, Role, Side, StageRecord
 
+OUTPUTS = Path("artifacts") / "outputs"  # below a run's `out`: what models made of examples
 HEADLINE = ("rougeL", "perplexity", "accuracy")  # the metric by which single examples are ranked
 
 
@@ -252,7 +254,7 @@ def _measured(
     device: str, log: Path, progress: Progress,
 ) -> Report:  # fmt: skip
     """Measure the sources; `names` is what the report calls them, as the person wrote them."""
-    sides, outputs, environment = isolate.measure(sources, recipe, examples, device, log, progress)
+    sides, outputs, environment = isolate.measure(sources, recipe, examples, device, log, log.parent.parent / OUTPUTS, progress)
     sides = [side.model_copy(update={"model": names[side.role]}) for side in sides]
     score = next((name for name in HEADLINE if any(name in o["samples"] for o in outputs.values())), None)
     report = Report(
@@ -275,12 +277,12 @@ def _judged(report: Report, baseline: Side | None, candidate: Side, same_run: bo
     return report.model_copy(
         update={
             "sides": sides, "comparisons": comparisons, "gates": gates, "verdict": decision, "decided_by": reason,
-            "notes": why.notes(report.stages, comparisons, report.environment),
+            "notes": why.notes(report.stages, comparisons, report.environment) + quality.notes(sides, compared),
         }
     )  # fmt: skip
 
 
-def _predictions(examples: Sequence[Example], outputs: dict[Role, isolate.Outputs], score: str | None) -> list[Prediction]:
+def _predictions(examples: Sequence[Example], outputs: dict[Role, Outputs], score: str | None) -> list[Prediction]:
     found = []
     for index, example in enumerate(examples):
         row: dict[str, Any] = asdict(example)

@@ -45,6 +45,11 @@ class Data(Settings):
     )
     text: str | None = Field(None, description="plain text for perplexity, instead of prompt and target")
     chat: bool = Field(False, description="wrap the prompt in the tokenizer's chat template, as a user's turn")
+    stride: Count | None = Field(
+        None, description="texts that are too long are read in windows, each so many tokens further; null cuts them at their end"
+    )
+    shots: int = Field(0, ge=0, le=1000, description="examples of the train split, drawn with the seed, that stand before each prompt")
+    shot_separator: str = Field("\n\n", min_length=1, description="what stands behind each of them")
     samples: Count | None = Field(500, description="evaluation examples, drawn with the seed; null takes all")
     max_tokens: Count | None = Field(None, description="longest input in tokens; null takes the model's context")
     seed: Seed = 0
@@ -62,6 +67,10 @@ class Data(Settings):
             raise ValueError("either text or prompt is wanted, one of the two")
         if self.text is not None and (self.target is not None or self.chat):
             raise ValueError("text stands alone: target and chat go with prompt")
+        if self.stride is not None and self.text is None:
+            raise ValueError("stride is for text, which may be longer than the model's context")
+        if self.shots and (self.target is None or "train" not in self.splits):
+            raise ValueError("shots are prompts with their targets from the train split; target and splits.train are wanted")
         return self
 
 
@@ -82,6 +91,8 @@ class Generation(Settings):
         given = [key for key in ("temperature", "top_k", "top_p") if getattr(self, key) is not None]
         if given and not self.do_sample:
             raise ValueError(f"{', '.join(given)} only count with do_sample: true")
+        if self.do_sample and self.num_beams > 1:
+            raise ValueError(f"do_sample: true draws single outputs, and num_beams is {self.num_beams}; give one of the two")
         return self
 
 
@@ -117,7 +128,9 @@ class Benchmark(Settings):
     turns: Count = 3
     iterations: Count = 3
     warmup: Annotated[int, Field(ge=0)] = 2
-    quality_batch_size: Count = 16
+    quality_batch_tokens: Count | None = Field(
+        None, description="tokens of one batch of quality examples, padding and output counted; null takes what free memory holds"
+    )
     threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(None, description="CPU threads; null takes all that the process may use")
     runtime: Runtime = Runtime()
     limit_minutes: float = Field(60, gt=0, le=100_000, description="the longest that one request to a measuring process may take")

@@ -100,12 +100,13 @@ class GateResult(Record):
 
 
 class Side(Record):
-    """One of the two models: where it lies, what it measured, what it could not."""
+    """One of the two models: where it lies, what it measured, what it could not, what there is to say of its outputs."""
 
     role: Role
     model: str
     measurements: list[Measurement] = []
     failures: list[str] = []
+    said: list[str] = []
 
     def figure(self, point: tuple[str, int | None, int | None]) -> Measurement | None:
         return next((m for m in self.measurements if m.point == point), None)

@@ -12,6 +12,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from compress.benchmark import outputs as kept
+from compress.benchmark.outputs import Outputs
 from compress.benchmark.statistics import corpus_value
 from compress.errors import OutOfMemory, RunError
 from compress.methods import Example
@@ -23,16 +25,15 @@ from compress.results import Measurement, Role, Side
 
 Point = tuple[int, int]  # batch size, prompt tokens
 Round = list[list[list[float]]]  # turns x iterations x tokens: seconds from the start of a generation
-Outputs = dict[str, Any]  # what `Worker.quality` gives
 OUT_OF_MEMORY = "out of memory"
 
 
 class Subject:
     """One side under measurement: its process while it runs, and what has been measured so far."""
 
-    def __init__(self, role: Role, source: Source, recipe: Recipe, device: str, log: Path, progress: Progress):
+    def __init__(self, role: Role, source: Source, recipe: Recipe, device: str, log: Path, outputs: Path, progress: Progress):
         self.role, self.source, self._recipe, self._device = role, source, recipe, device
-        self._log, self._progress = log, progress
+        self._log, self._kept, self._progress = log, outputs, progress
         self._child: Child | None = None
         self.loads: list[dict[str, Any]] = []
         self.peaks: list[dict[Point, dict[str, int]]] = []
@@ -91,13 +92,18 @@ class Subject:
             self.rounds[point][number].append(block)
 
     def answer(self, examples: list[Example]) -> None:
-        """Do the examples."""
+        """Do the examples, or take what this model has made of them before."""
         recipe = self._recipe
+        name = kept.name(self.source, recipe, examples, self.loads[0]["environment"])
+        self.outputs = kept.find(self._kept, name)
+        if self.outputs is not None:
+            return
         self.outputs = self.ask(
             "quality", examples=[asdict(e) for e in examples], groups=list(recipe.groups),
-            generation=recipe.generation.model_dump(), chat=recipe.data.chat,
-            batch_size=recipe.benchmark.quality_batch_size, max_tokens=recipe.data.max_tokens,
+            generation=recipe.generation.model_dump(), data=recipe.data.model_dump(mode="json"),
+            batch_tokens=recipe.benchmark.quality_batch_tokens,
         )  # fmt: skip
+        kept.keep(self._kept, name, self.outputs)
 
     def ask(self, request: str, **arguments: Any) -> Any:
         assert self._child is not None
@@ -118,13 +124,15 @@ def points(benchmark: Benchmark) -> list[Point]:
 
 
 def measure(
-    sources: dict[Role, Source], recipe: Recipe, examples: list[Example], device: str, log: Path, progress: Progress
+    sources: dict[Role, Source], recipe: Recipe, examples: list[Example], device: str, log: Path, kept_outputs: Path, progress: Progress
 ) -> tuple[list[Side], dict[Role, Outputs], dict[str, Any]]:
     """Measure one model or two alike. Returns the sides, their outputs on the examples, and the environment.
 
+    kept_outputs   a folder where outputs are kept for later runs
+
     A side whose process dies or runs out of memory has the reason under `failures`; what it had measured until then stays.
     """
-    subjects = [Subject(role, source, recipe, device, log, progress) for role, source in sources.items()]
+    subjects = [Subject(role, source, recipe, device, log, kept_outputs, progress) for role, source in sources.items()]
     try:
         _rounds(subjects, recipe, examples, progress)
     finally:
@@ -200,7 +208,13 @@ def _side(subject: Subject, common: list[Point]) -> Side:
     for (batch_size, prompt_tokens), rounds in subject.rounds.items():
         reason = subject.reasons.get((batch_size, prompt_tokens), "not reached on both sides")
         found += _speeds(rounds, batch_size, prompt_tokens) if rounds else _unmeasured(reason, batch_size, prompt_tokens)
-    return Side(role=subject.role, model=subject.source.id, measurements=found, failures=subject.failures)
+    return Side(
+        role=subject.role,
+        model=subject.source.id,
+        measurements=found,
+        failures=subject.failures,
+        said=(subject.outputs or {}).get("said", []),
+    )
 
 
 def _sizes(subject: Subject) -> list[Measurement]:
