@@ -332,6 +332,8 @@ def _agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> N
                 problems.add(document, (*place, "metric"), "rougeL is for tasks that generate and data with a target; loss suits any")
     if text and task != "causal-lm":
         problems.add(document, ("data", "text"), f"text is for task causal-lm; {task} wants prompt and target")
+    if recipe.data.shots and task == "sequence-classification":
+        problems.add(document, ("data", "shots"), "shots are for tasks that generate; a classifier was trained to its task")
     for index, group in enumerate(recipe.metrics or []):
         place = ("metrics", index)
         if group in (recipe.metrics or [])[:index]:

@@ -76,4 +76,5 @@ def _free(device: torch.device) -> int:
     """Bytes that are free; on a GPU with those that torch holds and doesn't use."""
     if device.type != "cuda":
         return int(psutil.virtual_memory().available)
-    return int(torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    held: int = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + held

@@ -76,8 +76,8 @@ class Reader:
 def likelihoods(reader: Reader, prompts: Texts, targets: Texts | None, batches: Batches, stride: int | None = None) -> list[list[float]]:
     """[negative log-likelihood in nats, tokens] of each target given its prompt, or of each text where there are no targets.
 
-    A plain text's first token is given, not predicted. Texts and targets are cut to the context, but with a `stride` texts are read whole, in
-    windows.
+    A plain text's first token is given, not predicted. Texts and targets are cut to the context; with a `stride`
+    texts are read whole, in windows.
 
     Raises DataError when no text has a token to predict.
     """
