@@ -36,32 +36,49 @@ def _rouge() -> list[Metric]:
     return figures
 
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in [
-        *_rouge(),
-        Metric("bleu", "points", "higher", "quality", "corpus BLEU as sacreBLEU computes it (13a)"),
-        Metric("perplexity", "1", "lower", "quality", "exp of the mean negative log-likelihood a token"),
-        Metric("accuracy", "points", "higher", "quality", "share of right labels"),
-        Metric("f1", "points", "higher", "quality", "macro-averaged F1 over the labels"),
-        Metric("generated_tokens", "tokens", "neither", "quality", "mean length of an output"),
-        Metric("latency_p50", "s", "lower", "speed", "whole generation, median"),
-        Metric("latency_p90", "s", "lower", "speed", "whole generation, 90th percentile"),
-        Metric("latency_p99", "s", "lower", "speed", "whole generation, 99th percentile"),
-        Metric("ttft", "s", "lower", "speed", "time to first token, median"),
-        Metric("tpot", "s", "lower", "speed", "time per output token after the first, median"),
-        Metric("tokens_per_second", "tokens/s", "higher", "speed", "output tokens of the batch over whole latency, median"),
-        Metric("examples_per_second", "1/s", "higher", "speed", "examples classified over whole latency, median"),
-        Metric("peak_load_bytes", "bytes", "lower", "memory", "peak while loading: RSS less the interpreter's, or GPU allocated"),
-        Metric("peak_run_bytes", "bytes", "lower", "memory", "peak while running the grid: the same"),
-        Metric("peak_reserved_bytes", "bytes", "lower", "memory", "GPU: peak of reserved memory while running"),
-        Metric("process_gpu_bytes", "bytes", "lower", "memory", "GPU: what NVML says the process holds"),
-        Metric("weight_bytes", "bytes", "lower", "size", "parameters and buffers as loaded"),
-        Metric("file_bytes", "bytes", "lower", "size", "safetensors on disk"),
-        Metric("parameters", "1", "lower", "size", "number of weights, packed ones counted unpacked"),
-        Metric("bits_per_weight", "bits", "lower", "size", "weight_bytes times eight over parameters"),
-    ]
-}
+TASK = "lm_eval:"  # begins the groups that are tasks of lm-evaluation-harness (lm_eval:mmlu) and their figures (lm_eval:mmlu:acc)
+
+
+class _Metrics(dict[str, Metric]):
+    """Metrics by name; figures of lm_eval's tasks are known by their names' beginning, since lm_eval alone knows which there are."""
+
+    def __missing__(self, name: str) -> Metric:
+        if not name.startswith(TASK):
+            raise KeyError(name)
+        return Metric(name, "points", "higher", "quality", "mean score of a task's examples, by lm_eval")
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and name.startswith(TASK))
+
+
+METRICS: dict[str, Metric] = _Metrics(
+    {
+        metric.name: metric
+        for metric in [
+            *_rouge(),
+            Metric("bleu", "points", "higher", "quality", "corpus BLEU as sacreBLEU computes it (13a)"),
+            Metric("perplexity", "1", "lower", "quality", "exp of the mean negative log-likelihood a token"),
+            Metric("accuracy", "points", "higher", "quality", "share of right labels"),
+            Metric("f1", "points", "higher", "quality", "macro-averaged F1 over the labels"),
+            Metric("generated_tokens", "tokens", "neither", "quality", "mean length of an output"),
+            Metric("latency_p50", "s", "lower", "speed", "whole generation, median"),
+            Metric("latency_p90", "s", "lower", "speed", "whole generation, 90th percentile"),
+            Metric("latency_p99", "s", "lower", "speed", "whole generation, 99th percentile"),
+            Metric("ttft", "s", "lower", "speed", "time to first token, median"),
+            Metric("tpot", "s", "lower", "speed", "time per output token after the first, median"),
+            Metric("tokens_per_second", "tokens/s", "higher", "speed", "output tokens of the batch over whole latency, median"),
+            Metric("examples_per_second", "1/s", "higher", "speed", "examples classified over whole latency, median"),
+            Metric("peak_load_bytes", "bytes", "lower", "memory", "peak while loading: RSS less the interpreter's, or GPU allocated"),
+            Metric("peak_run_bytes", "bytes", "lower", "memory", "peak while running the grid: the same"),
+            Metric("peak_reserved_bytes", "bytes", "lower", "memory", "GPU: peak of reserved memory while running"),
+            Metric("process_gpu_bytes", "bytes", "lower", "memory", "GPU: what NVML says the process holds"),
+            Metric("weight_bytes", "bytes", "lower", "size", "parameters and buffers as loaded"),
+            Metric("file_bytes", "bytes", "lower", "size", "safetensors on disk"),
+            Metric("parameters", "1", "lower", "size", "number of weights, packed ones counted unpacked"),
+            Metric("bits_per_weight", "bits", "lower", "size", "weight_bytes times eight over parameters"),
+        ]
+    }
+)
 
 GROUPS: dict[str, tuple[str, ...]] = {
     "rouge": tuple(metric.name for metric in _rouge()),

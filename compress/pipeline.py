@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from compress import data, methods, model
 from compress.benchmark import isolate
 from compress.benchmark.outputs import Outputs
 from compress.benchmark.statistics import corpus_value
-from compress.errors import DeviceError, InputError, ModelError, RunError
+from compress.errors import DeviceError, InputError, MissingPackage, ModelError, RunError
 from compress.inspection.findings import Inspection
 from compress.methods import Example, TrainSettings, TuneSettings, quiet
+from compress.metrics import TASK
 from compress.model import Source
 from compress.process import Child, Progress, Team
 from compress.recipe import Gate, Recipe, Stage, digest, load
@@ -61,6 +63,7 @@ def bench(
     It is loaded as it is stored; the recipe's dtype and revision are for the recipe's own model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
+    _refuse_metrics(recipe)
     source = model.pinned(Source(model.locate(model_id, Path()), recipe.model.task))
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
     with _place(recipe, Path(out)) as (place, log):
@@ -105,6 +108,7 @@ def _refuse(recipe: Recipe, device: str, processes: int) -> None:
     """What can be seen to go wrong before anything is loaded."""
     if processes < 1:
         raise InputError(f"--processes {processes}: a number from 1 on is wanted")
+    _refuse_metrics(recipe)
     for stage in recipe.stages:
         method = methods.require(stage.family, stage.method, stage.settings)
         if device != "auto" and device not in method.ABOUT.devices:
@@ -113,6 +117,11 @@ def _refuse(recipe: Recipe, device: str, processes: int) -> None:
             raise InputError(f"{stage}: shard: true splits models over processes, and there is one; give --processes 2, or leave shard out")
         for other in stage.settings.models().values():
             model.locate(other.id, recipe.folder)
+
+
+def _refuse_metrics(recipe: Recipe) -> None:
+    if any(group.startswith(TASK) for group in recipe.groups) and find_spec("lm_eval") is None:
+        raise MissingPackage("metrics: lm_eval's tasks need lm-eval, not installed here. Install with: pip install 'compress[lm_eval]'")
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_va
 
 from compress import methods, yamlfile
 from compress.methods import Dtype, Settings, Task, TuneSettings
-from compress.metrics import CLASSIFIED, GENERATED, GROUPS, METRICS
+from compress.metrics import CLASSIFIED, GENERATED, GROUPS, METRICS, TASK
 from compress.mistakes import Problems, suggest
 
 Count = Annotated[int, Field(ge=1, le=2**40)]
@@ -174,7 +174,7 @@ class Recipe(Settings):
     model: Model
     data: Data
     metrics: Annotated[list[str], Field(min_length=1)] | None = Field(
-        None, description=f"any of {', '.join(GROUPS)}; null takes those that fit the task"
+        None, description=f"any of {', '.join(GROUPS)}, and lm_eval:NAME for lm_eval's tasks; null takes those that fit the task"
     )
     generation: Generation = Field(default_factory=Generation)
     calibration: Calibration = Field(default_factory=Calibration)
@@ -338,26 +338,32 @@ def _agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> N
         place = ("metrics", index)
         if group in (recipe.metrics or [])[:index]:
             problems.add(document, place, f"{group} stands twice")
-        if group not in GROUPS:
+        if group.startswith(TASK) and len(group) > len(TASK):
+            if task == "sequence-classification":
+                problems.add(document, place, f"{group}: lm_eval's tasks are for models that generate")
+        elif group not in GROUPS:
             problems.add(document, place, f"{group!r} is not a metric group{suggest(group, tuple(GROUPS))}")
         elif (group in CLASSIFIED) != (task == "sequence-classification"):
             problems.add(document, place, f"{group} can't be measured on task {task}")
         elif group in GENERATED and text:
             problems.add(document, place, f"{group} needs prompt and target; data has text")
-    needs_target = not text and set(recipe.groups) - {"generated_tokens"}
+    needs_target = not text and {group for group in recipe.groups if not group.startswith(TASK)} - {"generated_tokens"}
     if needs_target and recipe.data.target is None:
         problems.add(document, ("data",), f"target is missing; {', '.join(sorted(needs_target))} can't be measured without")
     measured = {name for group in recipe.groups for name in GROUPS.get(group, ())}
     for name, gate in recipe.check.items():
-        if problem := _gate_problem(name, gate, measured):
+        if problem := _gate_problem(name, gate, measured, recipe.groups):
             problems.add(document, ("check", name), problem)
 
 
-def _gate_problem(name: str, gate: Gate, measured: set[str]) -> str | None:
+def _gate_problem(name: str, gate: Gate, measured: set[str], groups: tuple[str, ...]) -> str | None:
     if name not in METRICS:
         return f"{name!r} is not a metric{suggest(name, tuple(METRICS))}"
     metric = METRICS[name]
-    if metric.kind == "quality" and name not in measured:
+    if name.startswith(TASK):
+        if not any(name.startswith(f"{group}:") for group in groups):
+            return f"{name} isn't measured by this recipe; put {':'.join(name.split(':')[:2])} under metrics"
+    elif metric.kind == "quality" and name not in measured:
         group = next(group for group, names in GROUPS.items() if name in names)
         return f"{name} isn't measured by this recipe; put {group} under metrics"
     if metric.better == "lower" and gate.max_drop is not None:

@@ -68,7 +68,7 @@ def _fitting(model: "PreTrainedModel", longest: int) -> int:
     cache = 2 * blocks * width * (2 if config.is_encoder_decoder else 1)
     numbers = cache + 8 * width + 3 * inner + 2 * config.num_attention_heads * longest
     logits = 12 * config.vocab_size if model.can_generate() else 0
-    tokens = int(SHARE * _free(model.device)) // (numbers * model.dtype.itemsize + logits)
+    tokens: int = int(SHARE * _free(model.device)) // (numbers * model.dtype.itemsize + logits)
     return max(1, tokens if model.device.type == "cuda" else min(tokens, CPU_TOKENS))
 
 

@@ -14,11 +14,11 @@ import transformers
 from compress import model as models
 from compress import scores
 from compress.architecture import context_length, label_number
-from compress.benchmark import latency, memory, quality
+from compress.benchmark import latency, memory, quality, tasks
 from compress.benchmark.batching import Batches
 from compress.benchmark.generation import Writer
 from compress.errors import ModelError
-from compress.metrics import CLASSIFIED, GENERATED
+from compress.metrics import CLASSIFIED, GENERATED, TASK
 from compress.process import Progress, is_out_of_memory, serve
 from compress.runtime import use_cpu_int8, use_sparse_24
 
@@ -111,6 +111,11 @@ class Worker:
             found = scores.labels(guesses, right, self.model.config.num_labels)
             samples.update({name: rows for name, rows in found.items() if name in groups})
             texts = [str(self.model.config.id2label.get(guess, guess)) for guess in guesses]
+        for group in groups:
+            if group.startswith(TASK):
+                found, left_out = tasks.evaluate(self.model, self.tokenizer, group.removeprefix(TASK), data["samples"])
+                samples.update(found)
+                said += left_out
         if batches.halved:
             times = "once" if batches.halved == 1 else f"{batches.halved} times"
             said.append(f"memory ran out {times}; batches then held no more than {batches.tokens:,} tokens")
