@@ -8,7 +8,8 @@ import json
 import math
 import random
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,8 @@ Row = dict[str, Any]
 def examples(data: Data, folder: Path, purpose: str, samples: int | None, seed: int) -> list[Example]:
     """The examples of one purpose (train, validation, evaluation), `samples` of them drawn with `seed`, in the data's order.
 
+    Those of the evaluation stand behind `data.shots` of the train split, where there are to be any.
+
     Raises DataError.
     """
     split = data.splits.get(purpose)  # type: ignore[call-overload]
@@ -36,7 +39,27 @@ def examples(data: Data, folder: Path, purpose: str, samples: int | None, seed: 
     picked = range(len(rows))
     if samples is not None and samples < len(rows):
         picked = sorted(random.Random(seed).sample(range(len(rows)), samples))  # type: ignore[assignment]
-    return [_example(data, rows[number], number, where) for number in picked]
+    found = [_example(data, rows[number], number, where) for number in picked]
+    return _after_shots(data, folder, found) if data.shots and purpose == "evaluation" else found
+
+
+def _after_shots(data: Data, folder: Path, found: list[Example]) -> list[Example]:
+    """The examples, each behind the same few of the train split with their targets; one that is the example itself gives way to another."""
+    drawn = examples(data, folder, "train", None, data.seed)
+    random.Random(data.seed).shuffle(drawn)
+    after = []
+    for example in found:
+        others = list(islice((shot for shot in drawn if shot.prompt != example.prompt), data.shots))
+        if len(others) < data.shots:
+            raise DataError(f"data.shots: {data.shots} are wanted and the train split has {len(others)} other examples")
+        shots = "".join(f"{_joined(shot.prompt, shot.references[0])}{data.shot_separator}" for shot in others)
+        after.append(replace(example, prompt=shots + example.prompt))
+    return after
+
+
+def _joined(prompt: str, target: str) -> str:
+    """A prompt with its target, a blank between them where neither brings white space."""
+    return f"{prompt}{target}" if prompt[-1:].isspace() or target[:1].isspace() else f"{prompt} {target}"
 
 
 def examples_digest(found: Sequence[Example]) -> str:

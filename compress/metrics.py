@@ -43,9 +43,23 @@ def _rouge() -> list[Metric]:
     return figures
 
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in [
+TASK = "lm_eval:"  # begins the groups that are tasks of lm-evaluation-harness (lm_eval:mmlu) and their figures (lm_eval:mmlu:acc)
+
+
+class _Metrics(dict[str, Metric]):
+    """Metrics by name; figures of lm_eval's tasks are known by their names' beginning, since lm_eval alone knows which there are."""
+
+    def __missing__(self, name: str) -> Metric:
+        if not name.startswith(TASK):
+            raise KeyError(name)
+        return Metric(name, "points", "higher", "quality", "mean score of a task's examples, by lm_eval")
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or (isinstance(name, str) and name.startswith(TASK))
+
+
+METRICS: dict[str, Metric] = _Metrics(
+    (metric.name, metric) for metric in [
         *_rouge(),
         Metric("bleu", "points", "higher", "quality", "corpus BLEU as sacreBLEU computes it (13a)"),
         Metric("perplexity", "1", "lower", "quality", "exp of the mean negative log-likelihood a token"),
@@ -61,31 +75,45 @@ METRICS: dict[str, Metric] = {
         Metric("examples_per_second", "1/s", "higher", "speed", "examples classified over whole latency, median"),
         Metric("mbu", "1", "neither", "speed", "model bandwidth utilisation of a decode step: see below"),
         Metric("mfu", "1", "neither", "speed", "model FLOP utilisation of prefill, or of a classification: see below"),
-        Metric("energy_per_token", "J", "lower", "speed", "GPU: what NVML counts for the device, its idle draw too, over tokens written"),
+        Metric(
+            "energy_per_token", "J", "lower", "speed", "GPU: what NVML counts for the device, its idle draw too, over tokens written"
+        ),
         Metric("peak_load_bytes", "bytes", "lower", "memory", "peak while loading: RSS less the interpreter's, or GPU allocated"),
         Metric(
-            "sampled_load_bytes", "bytes", "lower", "memory", "the same seen every 10 ms from outside: RSS less the interpreter's, or NVML"
+            "sampled_load_bytes",
+            "bytes",
+            "lower",
+            "memory",
+            "the same seen every 10 ms from outside: RSS less the interpreter's, or NVML",
         ),
         Metric("peak_run_bytes", "bytes", "lower", "memory", "peak while running the grid: the same"),
         Metric(
-            "sampled_run_bytes", "bytes", "lower", "memory", "the same seen every 10 ms from outside: RSS less the interpreter's, or NVML"
+            "sampled_run_bytes",
+            "bytes",
+            "lower",
+            "memory",
+            "the same seen every 10 ms from outside: RSS less the interpreter's, or NVML",
         ),
         Metric("forecast_run_bytes", "bytes", "neither", "size", "what config.json alone foretells of peak_run_bytes"),
         Metric("forecast_error", "%", "neither", "size", "forecast_run_bytes over peak_run_bytes, less one"),
         Metric("kv_cache_bytes", "bytes", "lower", "memory", "of peak_run_bytes: keys and values that a generation leaves"),
         Metric("activation_bytes", "bytes", "lower", "memory", "of peak_run_bytes: the rest, which is what lives from layer to layer"),
-        Metric("allocator_slack_bytes", "bytes", "lower", "memory", "freed and not given back: in peak_run_bytes; GPU: reserved beside it"),
+        Metric(
+            "allocator_slack_bytes", "bytes", "lower", "memory", "freed and not given back: in peak_run_bytes; GPU: reserved beside it"
+        ),
         Metric("peak_reserved_bytes", "bytes", "lower", "memory", "GPU: peak of reserved memory while running"),
         Metric("process_gpu_bytes", "bytes", "lower", "memory", "GPU: what NVML says the process holds"),
         Metric("cuda_context_bytes", "bytes", "lower", "memory", "GPU: of process_gpu_bytes, what torch's allocator doesn't hold"),
-        Metric("compile_seconds", "s", "lower", "memory", "first runs of the grid's points less second ones, the longest of the rounds"),
+        Metric(
+            "compile_seconds", "s", "lower", "memory", "first runs of the grid's points less second ones, the longest of the rounds"
+        ),
         Metric("weight_bytes", "bytes", "lower", "size", "parameters and buffers as loaded"),
         Metric("buffer_bytes", "bytes", "lower", "size", "of weight_bytes: positions, masks and the like"),
         Metric("file_bytes", "bytes", "lower", "size", "safetensors on disk"),
         Metric("parameters", "1", "lower", "size", "number of weights, packed ones counted unpacked"),
         Metric("bits_per_weight", "bits", "lower", "size", "weight_bytes times eight over parameters"),
     ]
-}
+)  # fmt: skip
 
 KERNELS = {  # kinds of kernel in a decode step, and how a report calls them
     "matrix_products": "matrix products",

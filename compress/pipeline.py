@@ -10,24 +10,27 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import UTC, datetime
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from compress import data, methods, model
 from compress.benchmark import isolate
+from compress.benchmark.outputs import Outputs
 from compress.benchmark.statistics import corpus_value
-from compress.benchmark.subject import Outputs
 from compress.errors import DeviceError, InputError, MissingPackage, ModelError, RunError
 from compress.forecast.beside import foretold
 from compress.inspection.findings import Inspection
 from compress.methods import Example, TrainSettings, TuneSettings, quiet
+from compress.metrics import TASK
 from compress.model import Source
 from compress.process import Child, Progress, Team
 from compress.recipe import Gate, Recipe, Stage, digest, load
-from compress.report import verdict, why, write
+from compress.report import quality, verdict, why, write
 from compress.report.turns import disturbances
 from compress.results import Prediction, Report, Role, Side, StageRecord
 
+OUTPUTS = Path("artifacts") / "outputs"  # below a run's `out`: what models made of examples
 HEADLINE = ("rougeL", "perplexity", "accuracy")  # the metric by which single examples are ranked
 
 
@@ -65,7 +68,7 @@ def bench(
     It is loaded as it is stored; the recipe's dtype and revision are for the recipe's own model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
-    _require_compiler(recipe)
+    _require_packages(recipe)
     source = model.pinned(Source(model.locate(model_id, Path()), recipe.model.task))
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
     with _place(recipe, Path(out)) as (place, log):
@@ -110,7 +113,7 @@ def _refuse(recipe: Recipe, device: str, processes: int) -> None:
     """What can be seen to go wrong before anything is loaded."""
     if processes < 1:
         raise InputError(f"--processes {processes}: a number from 1 on is wanted")
-    _require_compiler(recipe)
+    _require_packages(recipe)
     for stage in recipe.stages:
         method = methods.require(stage.family, stage.method, stage.settings)
         if device != "auto" and device not in method.ABOUT.devices:
@@ -121,14 +124,16 @@ def _refuse(recipe: Recipe, device: str, processes: int) -> None:
             model.locate(other.id, recipe.folder)
 
 
-def _require_compiler(recipe: Recipe) -> None:
-    """Raises MissingPackage where models are to be compiled and the C++ compiler that torch.compile calls isn't there."""
+def _require_packages(recipe: Recipe) -> None:
+    """Raises MissingPackage where what measuring needs isn't there: lm_eval for its tasks, the C++ compiler that torch.compile calls."""
     compiler = os.environ.get("CXX", "g++")
     if recipe.benchmark.runtime.compile and shutil.which(compiler) is None:
         raise MissingPackage(
             f"benchmark.runtime.compile: torch.compile calls the C++ compiler {compiler}, which isn't here; install it "
             "(apt-get install g++), name another in the environment variable CXX, or leave compile out"
         )
+    if any(group.startswith(TASK) for group in recipe.groups) and find_spec("lm_eval") is None:
+        raise MissingPackage("metrics: lm_eval's tasks need lm-eval, not installed here. Install with: pip install 'compress[lm_eval]'")
 
 
 @contextmanager
@@ -274,7 +279,9 @@ def _measured(
     def clear(sides: list[Side]) -> bool:
         return verdict.is_clear(recipe.check, sides)
 
-    sides, outputs, environment, turns = isolate.measure(sources, recipe, examples, device, log, progress, clear, strict)
+    sides, outputs, environment, turns = isolate.measure(
+        sources, recipe, examples, device, log, log.parent.parent / OUTPUTS, progress, clear, strict
+    )
     sides = [
         side.model_copy(
             update={
@@ -308,7 +315,10 @@ def _judged(report: Report, baseline: Side | None, candidate: Side, same_run: bo
     return report.model_copy(
         update={
             "sides": sides, "comparisons": comparisons, "gates": gates, "verdict": decision, "decided_by": reason,
-            "notes": [*why.notes(report.stages, comparisons, report.environment, sides), *disturbances(report.turns)],
+            "notes": [
+                *why.notes(report.stages, comparisons, report.environment, sides), *quality.notes(sides, compared),
+                *disturbances(report.turns),
+            ],
         }
     )  # fmt: skip
 

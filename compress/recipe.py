@@ -15,7 +15,7 @@ from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_va
 
 from compress import methods, yamlfile
 from compress.methods import Dtype, Settings, Task, TuneSettings
-from compress.metrics import CLASSIFIED, GENERATED, GROUPS, METRICS
+from compress.metrics import CLASSIFIED, GENERATED, GROUPS, METRICS, TASK
 from compress.mistakes import Problems, suggest
 
 NAMED: dict[str, Any] = {"benchmark": "standard", "check": {}}  # blocks that may be a file's name; what stands where nothing is said
@@ -46,6 +46,11 @@ class Data(Settings):
     )
     text: str | None = Field(None, description="plain text for perplexity, instead of prompt and target")
     chat: bool = Field(False, description="wrap the prompt in the tokenizer's chat template, as a user's turn")
+    stride: Count | None = Field(
+        None, description="texts that are too long are read in windows, each so many tokens further; null cuts them at their end"
+    )
+    shots: int = Field(0, ge=0, le=1000, description="examples of the train split, drawn with the seed, that stand before each prompt")
+    shot_separator: str = Field("\n\n", min_length=1, description="what stands behind each of them")
     samples: Count | None = Field(500, description="evaluation examples, drawn with the seed; null takes all")
     max_tokens: Count | None = Field(None, description="longest input in tokens; null takes the model's context")
     seed: Seed = 0
@@ -63,6 +68,10 @@ class Data(Settings):
             raise ValueError("either text or prompt is wanted, one of the two")
         if self.text is not None and (self.target is not None or self.chat):
             raise ValueError("text stands alone: target and chat go with prompt")
+        if self.stride is not None and self.text is None:
+            raise ValueError("stride is for text, which may be longer than the model's context")
+        if self.shots and (self.target is None or "train" not in self.splits):
+            raise ValueError("shots are prompts with their targets from the train split; target and splits.train are wanted")
         return self
 
 
@@ -83,6 +92,8 @@ class Generation(Settings):
         given = [key for key in ("temperature", "top_k", "top_p") if getattr(self, key) is not None]
         if given and not self.do_sample:
             raise ValueError(f"{', '.join(given)} only count with do_sample: true")
+        if self.do_sample and self.num_beams > 1:
+            raise ValueError(f"do_sample: true draws single outputs, and num_beams is {self.num_beams}; give one of the two")
         return self
 
 
@@ -131,7 +142,9 @@ class Benchmark(Settings):
     turns: Count = 3
     iterations: Count = 3
     warmup: Annotated[int, Field(ge=0)] = 2
-    quality_batch_size: Count = 16
+    quality_batch_tokens: Count | None = Field(
+        None, description="tokens of one batch of quality examples, padding and output counted; null takes what free memory holds"
+    )
     threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(None, description="CPU threads; null takes all that the process may use")
     runtime: Runtime = Runtime()
     limit_minutes: float = Field(60, gt=0, le=100_000, description="the longest that one request to a measuring process may take")
@@ -175,7 +188,7 @@ class Recipe(Settings):
     model: Model
     data: Data
     metrics: Annotated[list[str], Field(min_length=1)] | None = Field(
-        None, description=f"any of {', '.join(GROUPS)}; null takes those that fit the task"
+        None, description=f"any of {', '.join(GROUPS)}, and lm_eval:NAME for lm_eval's tasks; null takes those that fit the task"
     )
     generation: Generation = Field(default_factory=Generation)
     calibration: Calibration = Field(default_factory=Calibration)
@@ -337,11 +350,16 @@ def _agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> N
                 problems.add(document, (*place, "metric"), "rougeL is for tasks that generate and data with a target; loss suits any")
     if text and task != "causal-lm":
         problems.add(document, ("data", "text"), f"text is for task causal-lm; {task} wants prompt and target")
+    if recipe.data.shots and task == "sequence-classification":
+        problems.add(document, ("data", "shots"), "shots are for tasks that generate; a classifier was trained to its task")
     for index, group in enumerate(recipe.metrics or []):
         place = ("metrics", index)
         if group in (recipe.metrics or [])[:index]:
             problems.add(document, place, f"{group} stands twice")
-        if group not in GROUPS:
+        if group.startswith(TASK) and len(group) > len(TASK):
+            if task == "sequence-classification":
+                problems.add(document, place, f"{group}: lm_eval's tasks are for models that generate")
+        elif group not in GROUPS:
             problems.add(document, place, f"{group!r} is not a metric group{suggest(group, tuple(GROUPS))}")
         elif (group in CLASSIFIED) != (task == "sequence-classification"):
             problems.add(document, place, f"{group} can't be measured on task {task}")
@@ -349,12 +367,12 @@ def _agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> N
             problems.add(document, place, f"{group} needs prompt and target; data has text")
     if problem := _runtime_problem(recipe.benchmark.runtime, task):
         problems.add(document, ("benchmark",), f"runtime: {problem}")
-    needs_target = not text and set(recipe.groups) - {"generated_tokens"}
+    needs_target = not text and {group for group in recipe.groups if not group.startswith(TASK)} - {"generated_tokens"}
     if needs_target and recipe.data.target is None:
         problems.add(document, ("data",), f"target is missing; {', '.join(sorted(needs_target))} can't be measured without")
     measured = {name for group in recipe.groups for name in GROUPS.get(group, ())}
     for name, gate in recipe.check.items():
-        if problem := _gate_problem(name, gate, measured):
+        if problem := _gate_problem(name, gate, measured, recipe.groups):
             problems.add(document, ("check", name), problem)
 
 
@@ -369,11 +387,14 @@ def _runtime_problem(runtime: Runtime, task: Task) -> str | None:
     return None
 
 
-def _gate_problem(name: str, gate: Gate, measured: set[str]) -> str | None:
+def _gate_problem(name: str, gate: Gate, measured: set[str], groups: tuple[str, ...]) -> str | None:
     if name not in METRICS:
         return f"{name!r} is not a metric{suggest(name, tuple(METRICS))}"
     metric = METRICS[name]
-    if metric.kind == "quality" and name not in measured:
+    if name.startswith(TASK):
+        if not any(name.startswith(f"{group}:") for group in groups):
+            return f"{name} isn't measured by this recipe; put {':'.join(name.split(':')[:2])} under metrics"
+    elif metric.kind == "quality" and name not in measured:
         group = next(group for group, names in GROUPS.items() if name in names)
         return f"{name} isn't measured by this recipe; put {group} under metrics"
     if metric.better == "lower" and gate.max_drop is not None:

@@ -125,7 +125,7 @@ class Step(Record):
 
 
 class Side(Record):
-    """One of the two models: where it lies, what it measured, what it could not.
+    """One of the two models: where it lies, what it measured, what it could not, what there is to say of its outputs.
 
     dtype   what it computes in, as torch calls it
     """
@@ -136,6 +136,7 @@ class Side(Record):
     measurements: list[Measurement] = []
     steps: list[Step] = []
     failures: list[str] = []
+    said: list[str] = []
 
     def figure(self, point: tuple[str, int | None, int | None]) -> Measurement | None:
         return next((m for m in self.measurements if m.point == point), None)

@@ -104,3 +104,24 @@ def test_a_hub_id_without_datasets_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     with pytest.raises(MissingPackage, match=r"pip install 'compress\[hub\]'"):
         found(settings("someone/some-data"), tmp_path)
+
+
+def test_shots_stand_before_each_prompt_and_are_never_the_example_itself(file, tmp_path):
+    file.with_name("train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    plain, shot = found(settings(tmp_path), tmp_path), found(settings(tmp_path, shots=3, shot_separator="\n--\n"), tmp_path)
+    written = {f"Say: {row['said']} {row['short']}" for row in ROWS}
+    firsts = []
+    for before, after in zip(plain, shot, strict=True):
+        *shots, last = after.prompt.split("\n--\n")
+        assert (last, after.references, after.id) == (before.prompt, before.references, before.id)
+        assert len(set(shots)) == 3
+        assert set(shots) <= written
+        assert not any(text.startswith(f"{before.prompt} ") for text in shots)
+        firsts.append(tuple(shots))
+    common = max(set(firsts), key=firsts.count)
+    assert firsts.count(common) == 17, "the same for all but the three that are examples themselves"
+    assert found(settings(tmp_path, shots=3), tmp_path, samples=2)[0].prompt.split("\n\n")[:2] == list(common[:2])
+    assert found(settings(tmp_path, shots=3, seed=1), tmp_path)[0].prompt != shot[0].prompt
+    assert data.examples(settings(tmp_path, shots=3), tmp_path, "train", 20, 0) == plain, "calibration and training have none"
+    with pytest.raises(DataError, match=r"data\.shots: 20 are wanted and the train split has 19 other examples"):
+        found(settings(tmp_path, shots=20), tmp_path)

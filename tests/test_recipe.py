@@ -65,6 +65,11 @@ def test_a_good_recipe_is_read_with_its_defaults(tmp_path):
         (("stages:", "metrics: [rogue]\nstages:"), "x.yaml:7: metrics[0]: 'rogue' is not a metric group; did you mean 'rouge'?"),
         (("stages:", "metrics: [accuracy]\nstages:"), "x.yaml:7: metrics[0]: accuracy can't be measured on task seq2seq"),
         (("stages:", "generation: {max_new_tokens: 0}\nstages:"), "x.yaml:7: generation.max_new_tokens: 0 is less than 1"),
+        (
+            ("stages:", "generation: {do_sample: true, num_beams: 4}\nstages:"),
+            "x.yaml:7: generation: do_sample: true draws single outputs, and num_beams is 4; give one of the two",
+        ),
+        (("rougeL:", "lm_eval:mmlu:acc:"), "x.yaml:11: check.lm_eval:mmlu:acc: lm_eval:mmlu:acc isn't measured by this recipe; put lm_eval:mmlu under metrics"),
         (("stages:", "generation: {top_p: 0.9}\nstages:"), "x.yaml:7: generation: top_p only count with do_sample: true"),
         (
             ("stages:", "benchmark: {runtime: {compile: true}}\nstages:"),

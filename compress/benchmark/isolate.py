@@ -15,8 +15,9 @@ from typing import Any
 
 from compress.benchmark.figures import quantile, side
 from compress.benchmark.machine import Machine, alone, facts
+from compress.benchmark.outputs import Outputs
 from compress.benchmark.statistics import geometric_mean, paired_ratio
-from compress.benchmark.subject import Outputs, Point, Subject
+from compress.benchmark.subject import Point, Subject
 from compress.errors import DeviceError, OutOfMemory, RunError
 from compress.methods import Example
 from compress.model import Source
@@ -30,18 +31,19 @@ AGAIN = 0.5  # of the fewest turns, how many may be taken again, each once
 
 
 def measure(
-    sources: dict[Role, Source], recipe: Recipe, examples: list[Example], device: str, log: Path, progress: Progress,
+    sources: dict[Role, Source], recipe: Recipe, examples: list[Example], device: str, log: Path, kept_outputs: Path, progress: Progress,
     clear: Clear = lambda _: False, strict: bool = False,
 ) -> tuple[list[Side], dict[Role, Outputs], dict[str, Any], list[Turn]]:  # fmt: skip
     """Measure one model or two alike. Returns the sides, their outputs on the examples, the environment, and how each turn went.
 
-    clear    may end the rounds early
-    strict   refuse a GPU that another process uses
+    kept_outputs   a folder where outputs are kept for later runs
+    clear          may end the rounds early
+    strict         refuse a GPU that another process uses
 
     A side whose process dies or runs out of memory has the reason under `failures`; what it had measured until then stays. Raises
     DeviceError where `strict` refuses.
     """
-    subjects = [Subject(role, source, recipe, device, log, progress) for role, source in sources.items()]
+    subjects = [Subject(role, source, recipe, device, log, kept_outputs, progress) for role, source in sources.items()]
     session = Session(subjects, recipe, progress, strict)
     with alone(progress):
         try:

@@ -56,7 +56,7 @@ class Faulty(Subject):
     module = "compress.benchmark.planted"
 
     def __init__(self, fault: dict[str, float], source: Source, loaded: Recipe, log: Path, progress: Progress):
-        super().__init__("candidate", source, loaded, "cpu", log, progress)
+        super().__init__("candidate", source, loaded, "cpu", log, log.parent, progress)
         self._fault = {"slowdown": 0.0, "resident_bytes": 0, **fault}
 
     def ask(self, request: str, **arguments: Any) -> Any:
@@ -92,7 +92,7 @@ def comparison(loaded: Recipe, busy: bool, progress: Progress) -> dict[str, Any]
     source, start = Source(str(BUILTIN), loaded.model.task, "float32"), time.monotonic()
     with tempfile.TemporaryDirectory() as folder, another_process(busy):
         log = Path(folder) / "log"
-        subjects = [Subject("baseline", source, loaded, "cpu", log, progress)]
+        subjects = [Subject("baseline", source, loaded, "cpu", log, log.parent, progress)]
         subjects += [Faulty(fault, source, loaded, log, progress) for fault in SUBJECTS.values()]
         for subject in subjects:
             subject.outputs = {}  # speed and memory only
@@ -164,7 +164,7 @@ def damages(loaded: Recipe, times: int, progress: Progress) -> dict[str, int]:
 def _predictions(loaded: Recipe, examples: list[Example], progress: Progress) -> list[str]:
     source = Source(str(BUILTIN), loaded.model.task, "float32")
     with tempfile.TemporaryDirectory() as folder:
-        subject = Subject("baseline", source, loaded, "cpu", Path(folder) / "log", progress)
+        subject = Subject("baseline", source, loaded, "cpu", Path(folder) / "log", Path(folder), progress)
         subject.reasons = dict.fromkeys(subject.rounds, "not timed")
         try:
             subject.start()

@@ -168,6 +168,19 @@ def paired(
     return _bootstrap(both, effect, seed)
 
 
+def mcnemar(baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]) -> tuple[int, int, float]:
+    """How many examples only the baseline has right, how many only the candidate, and the probability of counts so unequal by chance.
+
+    Both are (examples, 1), above zero where right, of the same examples in the same order. The exact two-sided test (McNemar 1947): of the
+    examples that only one has right, each has either as likely where both are equally good.
+    """
+    from scipy import stats
+
+    pairs = [(a > 0, b > 0) for (a,), (b,) in zip(baseline, candidate, strict=True)]
+    lost, won = pairs.count((True, False)), pairs.count((False, True))
+    return lost, won, float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
+
+
 def alone(metric: str, samples: Sequence[Sequence[float]], seed: int = 0) -> Effect:
     """One side's value over (examples, k) statistics, in the same way."""
     import numpy as np

@@ -4,7 +4,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from compress.benchmark import outputs as kept
 from compress.benchmark.machine import Machine
+from compress.benchmark.outputs import Outputs
 from compress.benchmark.sampler import Sampler
 from compress.errors import Killed
 from compress.methods import Example
@@ -15,7 +17,6 @@ from compress.results import Conditions, Role
 
 Point = tuple[int, int]  # batch size, prompt tokens
 Round = list[list[list[float]]]  # turns x iterations x tokens: seconds from the start of a generation
-Outputs = dict[str, Any]  # what `Worker.quality` gives
 OUT_OF_MEMORY = "out of memory"
 
 
@@ -24,9 +25,9 @@ class Subject:
 
     module = "compress.benchmark.worker"
 
-    def __init__(self, role: Role, source: Source, recipe: Recipe, device: str, log: Path, progress: Progress):
+    def __init__(self, role: Role, source: Source, recipe: Recipe, device: str, log: Path, outputs: Path, progress: Progress):
         self.role, self.source, self._recipe, self._device = role, source, recipe, device
-        self._log, self._progress = log, progress
+        self._log, self._kept, self._progress = log, outputs, progress
         self._child: Child | None = None
         self.loads: list[dict[str, Any]] = []
         self.peaks: list[dict[Point, dict[str, int]]] = []
@@ -140,13 +141,18 @@ class Subject:
                 self.joules[point][number].append(joules)
 
     def answer(self, examples: list[Example]) -> None:
-        """Do the examples."""
+        """Do the examples, or take what this model has made of them before."""
         recipe = self._recipe
+        name = kept.name(self.source, recipe, examples, self.loads[0]["environment"])
+        self.outputs = kept.find(self._kept, name)
+        if self.outputs is not None:
+            return
         self.outputs = self.ask(
             "quality", examples=[asdict(e) for e in examples], groups=list(recipe.groups),
-            generation=recipe.generation.model_dump(), chat=recipe.data.chat,
-            batch_size=recipe.benchmark.quality_batch_size, max_tokens=recipe.data.max_tokens,
+            generation=recipe.generation.model_dump(), data=recipe.data.model_dump(mode="json"),
+            batch_tokens=recipe.benchmark.quality_batch_tokens,
         )  # fmt: skip
+        kept.keep(self._kept, name, self.outputs)
 
     def explain(self, usable: list[Point]) -> None:
         """Look at what a step does at every point, after the last timing of a process."""

@@ -15,9 +15,11 @@ from compress import model as models
 from compress import scores
 from compress.architecture import context_length, label_number
 from compress.benchmark import ceilings as ceiling
-from compress.benchmark import kernels, latency, memory, nvml, quality, work
+from compress.benchmark import kernels, latency, memory, nvml, quality, tasks, work
+from compress.benchmark.batching import Batches
+from compress.benchmark.generation import Writer
 from compress.errors import ModelError
-from compress.metrics import CLASSIFIED, GENERATED
+from compress.metrics import CLASSIFIED, GENERATED, TASK
 from compress.process import Progress, is_out_of_memory, serve
 from compress.recipe import Runtime
 from compress.runtime import use_cpu_int8, use_sparse_24
@@ -135,32 +137,49 @@ class Worker:
         }  # fmt: skip
 
     def quality(
-        self, progress: Progress, examples: list[dict[str, Any]], groups: list[str], generation: dict[str, Any], chat: bool,
-        batch_size: int, max_tokens: int | None,
+        self, progress: Progress, examples: list[dict[str, Any]], groups: list[str], generation: dict[str, Any], data: dict[str, Any],
+        batch_tokens: int | None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Per-example statistics of every metric asked for; the outputs as texts, None where there are none; how many inputs were cut."""
-        reader = quality.Reader(self.model, self.tokenizer, max_tokens, chat)
+        """Per-example statistics of every metric asked for, the outputs as texts (None where there are none), what there is to say of them.
+
+        data           the recipe's data block
+        batch_tokens   None takes what free memory holds
+        """
+        reader = quality.Reader(self.model, self.tokenizer, data["max_tokens"], data["chat"], keep_end=data["shots"] > 0)
         prompts = [e["prompt"] for e in examples]
         references = [e["references"] for e in examples]
+        batches = Batches(self.model, batch_tokens, progress)
         samples: scores.Samples = {}
         texts: list[str] | None = None
+        said = []
         if GENERATED & set(groups):
-            torch.manual_seed(generation["seed"])
-            tokens = quality.generate(reader, prompts, generation, batch_size, progress)
+            writer = Writer(reader, prompts, generation)
+            tokens = writer.write(batches)
+            said.append(writer.recheck(tokens).sentence)
             texts = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
+            if data["shots"]:  # a model that goes on with the next example has answered before
+                texts = [text.split(data["shot_separator"])[0].strip() for text in texts]
             samples.update(scores.score_texts(groups, texts, references))
             if "generated_tokens" in groups:
                 samples["generated_tokens"] = [[float(len(row))] for row in tokens]
         if "perplexity" in groups:
             targets = [r[0] for r in references] if any(references) else None
-            samples["perplexity"] = quality.likelihoods(reader, prompts, targets, batch_size, progress)
+            samples["perplexity"] = quality.likelihoods(reader, prompts, targets, batches, data["stride"])
         if CLASSIFIED & set(groups):
             right = [label_number(self.model.config, r[0]) for r in references]
-            guesses = quality.classify(reader, prompts, batch_size, progress)
+            guesses = quality.classify(reader, prompts, batches)
             found = scores.labels(guesses, right, self.model.config.num_labels)
             samples.update({name: rows for name, rows in found.items() if name in groups})
             texts = [str(self.model.config.id2label.get(guess, guess)) for guess in guesses]
-        return {"samples": samples, "texts": texts, "cut": reader.cut, "generation_config": self._own_generation()}
+        for group in groups:
+            if group.startswith(TASK):
+                found, left_out = tasks.evaluate(self.model, self.tokenizer, group.removeprefix(TASK), data["samples"])
+                samples.update(found)
+                said += left_out
+        if batches.halved:
+            times = "once" if batches.halved == 1 else f"{batches.halved} times"
+            said.append(f"memory ran out {times}; batches then held no more than {batches.tokens:,} tokens")
+        return {"samples": samples, "texts": texts, "cut": reader.cut, "generation_config": self._own_generation(), "said": said}
 
     def _own_generation(self) -> dict[str, Any]:
         """What the model's own generation config says; it holds where the recipe says nothing."""

@@ -20,6 +20,7 @@ STORED = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
 ROWS = 1000  # what an uncounted train split is taken for
 START_S = 10  # a working process's start: imports and loading
 INPUT_TOKENS = 256  # an evaluation example's prompt, where nothing says how long it may be
+BATCH_TOKENS = 4096  # of the evaluation that are read together, where nothing says how many
 
 
 @dataclass(frozen=True)
@@ -158,9 +159,10 @@ def _benchmark_seconds(recipe: Recipe, shape: Shape, weights: int, machine: Mach
         _generation_seconds(shape, weights, machine, batch, prompt, benchmark.new_tokens)
         for batch in set(benchmark.batch_sizes) for prompt in set(benchmark.prompt_tokens)
     )  # fmt: skip
-    batches = -(-(recipe.data.samples or ROWS) // benchmark.quality_batch_size)
     length = recipe.data.max_tokens or INPUT_TOKENS
-    quality = batches * _generation_seconds(shape, weights, machine, benchmark.quality_batch_size, length, recipe.generation.max_new_tokens)
+    together = max(1, (benchmark.quality_batch_tokens or BATCH_TOKENS) // length)
+    batches = -(-(recipe.data.samples or ROWS) // together)
+    quality = batches * _generation_seconds(shape, weights, machine, together, length, recipe.generation.max_new_tokens)
     return benchmark.rounds * (START_S + times * grid) + quality
 
 

@@ -36,7 +36,8 @@ def notes(stages: list[StageRecord], compared: list[Comparison], environment: di
         )
     if cut := environment.get("inputs_cut"):
         found.append(
-            f"{cut} inputs were longer than the model's context or data.max_tokens and were cut at their end, alike on both sides."
+            f"{cut} inputs were longer than the model's context or data.max_tokens and were cut, alike on both sides: at their end,"
+            " or at their start where shots stand there."
         )
     return found + [sentence for record in stages for sentence in _left_out(record)]
 

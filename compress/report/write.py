@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from compress.errors import printable
-from compress.metrics import METRICS
+from compress.metrics import METRICS, TASK
 from compress.report import memory, steps
 from compress.report.frame import curves, frame, layers, predictions
 from compress.report.layers import lost_most, remarkable, summary
@@ -68,7 +68,8 @@ def shown(report: Report) -> list[tuple[Measurement | None, Measurement | None, 
     baseline, candidate = report.side("baseline"), report.side("candidate")
     compared = {c.point: c for c in report.comparisons}
     every = {m.point: m for side in (baseline, candidate) if side for m in side.measurements}
-    points = sorted((p for p in every if p[0] in SHOWN), key=lambda p: (p[2] or 0, p[1] or 0, SHOWN.index(p[0])))
+    order = {name: place for place, name in enumerate([*sorted(p[0] for p in every if p[0].startswith(TASK)), *SHOWN])}
+    points = sorted((p for p in every if p[0] in order), key=lambda p: (p[2] or 0, p[1] or 0, order[p[0]]))
     return [(baseline.figure(p) if baseline else None, candidate.figure(p) if candidate else None, compared.get(p)) for p in points]
 
 

@@ -23,7 +23,7 @@ MB = 1_000_000
 
 def subject(kind, toys, rows, write_recipe, log, progress=quiet):
     source = Source(str(toys[kind]), TASKS[kind], "float32")
-    return Subject("candidate", source, load(write_recipe(recipe_for(kind, toys[kind], rows))), "cpu", log, progress)
+    return Subject("candidate", source, load(write_recipe(recipe_for(kind, toys[kind], rows))), "cpu", log, log.parent, progress)
 
 
 @pytest.mark.parametrize("kind", TASKS)

@@ -1,55 +1,36 @@
-"""Generation and likelihood in batches against plain transformers, one example at a time."""
+"""Likelihood in batches against plain transformers, one example at a time; what is cut and what is refused."""
 
 import pytest
 import torch
 
 from compress.architecture import label_number
 from compress.benchmark import quality
+from compress.benchmark.batching import Batches
+from compress.benchmark.generation import Writer
 from compress.errors import DataError
+from compress.methods import quiet
 from compress.model import Bundle, Source
-from tests.conftest import TASKS
+from tests.conftest import WORDS
 
 PROMPTS = ["the cat sat", "a big dog ran on the red mat and sat", "the", "blue hat on a small mat was it"]
 TARGETS = ["cat sat on mat", "dog", "the red hat", "it was blue and small"]
 
 
-def quiet(*_):
-    pass
+SETTINGS = {"max_new_tokens": 64, "num_beams": 1, "do_sample": False, "seed": 0}
 
 
-@pytest.fixture(params=["t5", "bart", "llama", "gpt2"])
-def bundle(request, toys):
-    """A random model that doesn't stop at once: weights drawn wider, so that prompts matter, and the end token made unlikely."""
-    found = Bundle(Source(str(toys[request.param]), TASKS[request.param], "float32"), "cpu")
-    torch.manual_seed(1)
-    with torch.no_grad():
-        for parameter in found.model.parameters():
-            if parameter.dim() > 1:
-                parameter.add_(0.15 * torch.randn_like(parameter))
-    found.model.generation_config.suppress_tokens = [0, 1, 2]
-    return found
+def batches(bundle, tokens=24):
+    return Batches(bundle.model, tokens, quiet)
 
 
 def reader(bundle, **options):
     return quality.Reader(bundle.model, bundle.tokenizer, **options)
 
 
-def test_batches_give_the_same_tokens_as_one_at_a_time(bundle):
-    model, words, both = bundle.model, bundle.tokenizer, bundle.model.config.is_encoder_decoder
-    settings = {"max_new_tokens": 8, "num_beams": 1, "do_sample": False, "seed": 0}
-    found = quality.generate(reader(bundle), PROMPTS, settings, 3, quiet)
-    assert len({tuple(tokens) for tokens in found}) > 1, "prompts matter"
-    for prompt, tokens in zip(PROMPTS, found, strict=True):
-        ids = words(prompt)["input_ids"]
-        ids = torch.tensor([ids if both else ids[:-1]])  # a decoder goes on from the prompt, not from its end token
-        alone = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
-        assert len(tokens) == 8
-        assert tokens == alone[1 if both else ids.shape[1] :].tolist()
-
-
-def test_likelihoods_are_those_of_a_plain_loop(bundle):
+def test_likelihoods_are_those_of_a_plain_loop(random_bundle):
+    bundle = random_bundle
     model, words = bundle.model, bundle.tokenizer
-    found = quality.likelihoods(reader(bundle), PROMPTS, TARGETS, 3, quiet)
+    found = quality.likelihoods(reader(bundle), PROMPTS, TARGETS, batches(bundle))
     for prompt, target, (nll, count) in zip(PROMPTS, TARGETS, found, strict=True):
         given = words(prompt)["input_ids"]
         if model.config.is_encoder_decoder:
@@ -70,8 +51,45 @@ def llama(toys):
 
 
 def test_plain_text_is_predicted_from_its_second_token(llama):
-    found = quality.likelihoods(reader(llama), PROMPTS, None, 2, quiet)
+    found = quality.likelihoods(reader(llama), PROMPTS, None, batches(llama))
     assert [count for _, count in found] == [len(llama.tokenizer(p)["input_ids"]) - 1 for p in PROMPTS]
+
+
+def test_long_texts_are_read_in_windows_as_hugging_face_has_it(llama):
+    """Against the loop of transformers' documentation, "Perplexity of fixed-length models"."""
+    texts = [" ".join(WORDS[(n * k) % len(WORDS)] for k in range(40)) for n in (3, 7)] + ["the cat sat", "dog"]
+    found = quality.likelihoods(reader(llama, max_tokens=16), texts, None, batches(llama, 40), stride=6)
+    for text, (nll, count) in zip(texts, found, strict=True):
+        ids = torch.tensor([llama.tokenizer(text)["input_ids"]])
+        length, previous, expected = ids.shape[1], 0, 0.0
+        for begin in range(0, length, 6):
+            end = min(begin + 16, length)
+            new = end - previous
+            window = ids[:, begin:end]
+            labels = window.clone()
+            labels[:, :-new] = -100
+            with torch.no_grad():
+                loss = llama.model(window, labels=labels).loss
+            expected += loss.item() * (labels[:, 1:] != -100).sum().item()
+            previous = end
+            if end == length:
+                break
+        assert count == length - 1
+        assert nll == pytest.approx(expected, rel=1e-5)
+
+
+def test_windows_count_every_token_but_the_first_once():
+    for length in range(1, 40):
+        for stride in range(1, 8):
+            counted = [token for ids, given in quality.windows(list(range(length)), 8, stride) for token in ids[given:]]
+            assert counted == list(range(1, length))
+    with pytest.raises(DataError, match=r"data\.stride: 8 is too far for windows of 8 tokens, in which some must be given; at most 7"):
+        quality.windows([1] * 20, 8, 8)
+
+
+def test_an_input_behind_examples_loses_its_start(llama):
+    ids = llama.tokenizer(PROMPTS[1])["input_ids"]
+    assert reader(llama, max_tokens=4, keep_end=True).read([PROMPTS[1]]) == [ids[-4:]]
 
 
 def test_cut_inputs_are_counted_and_keep_their_end_token(llama):
@@ -83,9 +101,9 @@ def test_cut_inputs_are_counted_and_keep_their_end_token(llama):
 
 def test_what_does_not_fit_the_context_is_refused_by_name(llama):
     with pytest.raises(DataError, match="64 does not fit the model's context of 64 tokens"):
-        quality.generate(reader(llama), PROMPTS, {"max_new_tokens": 64, "seed": 0}, 2, quiet)
+        Writer(reader(llama), PROMPTS, SETTINGS)
     long = " ".join(["cat"] * 100)
-    found = quality.likelihoods(reader(llama), [PROMPTS[0], long], [long, TARGETS[0]], 2, quiet)
+    found = quality.likelihoods(reader(llama), [PROMPTS[0], long], [long, TARGETS[0]], batches(llama))
     assert [count for _, count in found] == [32, 4], "an overlong answer gets half of the context"
 
 

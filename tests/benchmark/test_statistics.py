@@ -24,6 +24,17 @@ def test_the_mean_difference_has_the_interval_of_the_normal_theory():
         assert found.interval(confidence) == pytest.approx((d.mean() - half, d.mean() + half), abs=0.03)
 
 
+def test_labels_right_on_one_side_alone_are_tested_as_mcnemar_does():
+    """Against the sum of binomial probabilities, written out; 150 and 86 are Agresti's approval ratings (Categorical Data Analysis, 1990)."""
+    cases = {(0, 0): 1.0, (3, 3): 1.0, (8, 1): 2 * sum(math.comb(9, k) for k in range(2)) / 2**9}
+    cases[150, 86] = 2 * sum(math.comb(236, k) for k in range(87)) / 2**236
+    for (lost, won), p in cases.items():
+        a = [[100.0]] * lost + [[0.0]] * won + [[100.0], [0.0]] * 7
+        b = [[0.0]] * lost + [[100.0]] * won + [[100.0], [0.0]] * 7
+        assert statistics.mcnemar(a, b) == (lost, won, pytest.approx(p, rel=1e-9))
+        assert statistics.mcnemar(a, b)[2] == pytest.approx(stats.binomtest(won, lost + won).pvalue if lost + won else 1)
+
+
 def test_equal_sides_differ_by_nothing():
     rows = [[float(x)] for x in range(50)]
     assert statistics.paired("rougeL", rows, rows).interval(0.95) == (0, 0)

@@ -5,9 +5,12 @@ import json
 import pytest
 
 from compress import data, model, scores
-from compress.benchmark import quality
+from compress.benchmark.batching import Batches
+from compress.benchmark.generation import Writer
+from compress.benchmark.quality import Reader
 from compress.benchmark.statistics import corpus_value
 from compress.builtin import corpus
+from compress.methods import quiet
 from compress.model import Bundle, Source
 from compress.recipe import load
 
@@ -33,7 +36,7 @@ def test_the_model_summarises_held_out_dialogues():
     recipe = load("quickstart")
     examples = data.examples(recipe.data, recipe.folder, "evaluation", 100, 0)
     bundle = Bundle(Source(str(model.BUILTIN), "seq2seq", "float32"), "cpu")
-    reader = quality.Reader(bundle.model, bundle.tokenizer)
-    tokens = quality.generate(reader, [e.prompt for e in examples], recipe.generation.model_dump(), 25, lambda *_: None)
+    writer = Writer(Reader(bundle.model, bundle.tokenizer), [e.prompt for e in examples], recipe.generation.model_dump())
+    tokens = writer.write(Batches(bundle.model, None, quiet))
     texts = bundle.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     assert corpus_value("rougeL", scores.rouge(texts, [e.references for e in examples])["rougeL"]) > 60

@@ -67,7 +67,7 @@ def test_the_peak_is_within_15_percent_of_the_measured_one(batch_size, tmp_path)
         version=1, model=Model(id=str(tmp_path), task="causal-lm"), data=Data(source="builtin", text="{dialogue}"),
         benchmark=Benchmark(batch_sizes=[batch_size], prompt_tokens=[128], new_tokens=4, rounds=1, warmup=0, threads=1),
     )  # fmt: skip
-    subject = Subject("candidate", models.Source(str(tmp_path), "causal-lm", "float32"), recipe, "cpu", tmp_path / "log", quiet)
+    subject = Subject("candidate", models.Source(str(tmp_path), "causal-lm", "float32"), recipe, "cpu", tmp_path / "log", tmp_path, quiet)
     try:
         subject.start()
     finally:

@@ -1,0 +1,80 @@
+"""How many examples a model is given at once: as many tokens as memory holds, and half of it where that was too many."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import psutil
+import torch
+
+from compress.process import Progress, is_out_of_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+Work = Callable[[list[int]], None]  # what is done with a batch, given as indices
+SHARE = 0.4  # of free memory; the other side may be loaded beside this one, and kernels want room of their own
+CPU_TOKENS = 4096  # from there on larger batches are no faster on a CPU (reports/quality), and a CPU's memory is shared with everybody
+
+
+class Batches:
+    """Batches of about equally long rows, longest first, so that memory runs out at once or not at all.
+
+    tokens   what a batch may hold, padding and what is to be written counted, halved for good where memory runs out; None takes what fits
+             the memory that is free
+    halved   how often that was
+    """
+
+    def __init__(self, model: "PreTrainedModel", tokens: int | None, progress: Progress):
+        self._model, self.tokens, self.halved, self._progress = model, tokens, 0, progress
+
+    def each(self, lengths: list[int], work: Work, what: str) -> None:
+        """Do all rows, of so many tokens each. A row that is longer than a batch has one to itself.
+
+        Raises what `work` raised where memory runs out on a single row.
+        """
+        waiting = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+        fit = self.tokens or _fitting(self._model, max(lengths))
+        while waiting:
+            self._progress(what, len(lengths) - len(waiting), len(lengths))
+            batch = waiting[: max(1, (self.tokens or fit) // lengths[waiting[0]])]
+            if self._has_room(work, batch):
+                waiting = waiting[len(batch) :]
+            else:
+                self.tokens = max(1, len(batch) // 2) * lengths[waiting[0]]
+                self.halved += 1
+        self._progress(what, len(lengths), len(lengths))
+
+    @staticmethod
+    def _has_room(work: Work, batch: list[int]) -> bool:
+        try:
+            work(batch)
+            return True
+        except Exception as error:
+            if len(batch) == 1 or not is_out_of_memory(error):
+                raise
+        torch.cuda.empty_cache()  # not while the error is held, whose traceback holds the tensors
+        return False
+
+
+def _fitting(model: "PreTrainedModel", longest: int) -> int:
+    """How many tokens a batch may hold in the memory that is free, by the model's sizes, `longest` being the longest row's.
+
+    A token takes its keys and values in every block (twice where there is a decoder beside the encoder), what one block computes of it, its
+    attention to all others, and its logits: as stored, in float32 and as likelihoods.
+    """
+    config = model.config.get_text_config()
+    width, blocks = config.hidden_size, config.num_hidden_layers + (getattr(config, "num_decoder_layers", None) or 0)
+    inner = max(getattr(config, name, None) or 0 for name in ("intermediate_size", "d_ff", "encoder_ffn_dim", "n_inner")) or 4 * width
+    cache = 2 * blocks * width * (2 if config.is_encoder_decoder else 1)
+    numbers = cache + 8 * width + 3 * inner + 2 * config.num_attention_heads * longest
+    logits = 12 * config.vocab_size if model.can_generate() else 0
+    tokens: int = int(SHARE * _free(model.device)) // (numbers * model.dtype.itemsize + logits)
+    return max(1, tokens if model.device.type == "cuda" else min(tokens, CPU_TOKENS))
+
+
+def _free(device: torch.device) -> int:
+    """Bytes that are free; on a GPU with those that torch holds and doesn't use."""
+    if device.type != "cuda":
+        return int(psutil.virtual_memory().available)
+    held: int = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(torch.cuda.mem_get_info(device)[0]) + held

@@ -1,0 +1,63 @@
+"""What a model made of the examples, kept: the same model is asked the same only once. Times and memory are never kept."""
+
+import hashlib
+import importlib.metadata
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from compress import scores
+from compress.data import examples_digest
+from compress.methods import Example
+from compress.model import Source, fingerprint
+from compress.recipe import Recipe, digest
+from compress.results import whole_folder
+
+Outputs = dict[str, Any]  # what `Worker.quality` gives
+HERE = Path(__file__).parent
+CODE = (HERE / "batching.py", HERE / "generation.py", HERE / "quality.py", HERE / "worker.py", Path(scores.__file__))
+PACKAGES = ("torch", "transformers", "tokenizers", "torchao", "bitsandbytes", "compressed-tensors", "rouge-score", "sacrebleu", "lm-eval")
+MACHINE = ("device", "gpu", "cuda", "cpu", "cpu_instructions", "threads")  # of the environment that a worker tells
+
+
+def name(source: Source, recipe: Recipe, examples: list[Example], environment: dict[str, Any]) -> str:
+    """Names outputs by all that they depend on: the model's content, examples, prompt, generation, code, versions, machine."""
+    data = recipe.data
+    return digest(
+        [
+            fingerprint(source), examples_digest(examples), recipe.groups, recipe.generation.model_dump(),
+            [data.chat, data.max_tokens, data.stride, data.samples, data.shots, data.shot_separator],
+            recipe.benchmark.runtime.model_dump(), {key: environment[key] for key in MACHINE},
+            {package: _version(package) for package in PACKAGES}, hashlib.sha256(b"".join(file.read_bytes() for file in CODE)).hexdigest(),
+        ]
+    )  # fmt: skip
+
+
+def find(folder: Path, name: str) -> Outputs | None:
+    """The outputs of that name, with a sentence that says so; None where there are none. A damaged file is put away."""
+    file = folder / name / "outputs.json"
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["digest"] != digest(kept["outputs"]):
+            raise ValueError
+        outputs: Outputs = kept["outputs"]
+    except FileNotFoundError:
+        return None
+    except (ValueError, LookupError, TypeError, RecursionError):
+        shutil.rmtree(file.parent, ignore_errors=True)
+        return None
+    return {**outputs, "said": [f"outputs and scores were taken from a former run ({name})", *outputs["said"]]}
+
+
+def keep(folder: Path, name: str, outputs: Outputs) -> None:
+    """Write outputs, whole or not at all."""
+    with whole_folder(folder / name) as partial:
+        (partial / "outputs.json").write_text(json.dumps({"digest": digest(outputs), "outputs": outputs}), encoding="utf-8")
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""

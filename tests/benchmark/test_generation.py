@@ -1,0 +1,108 @@
+"""What is written in batches against plain transformers, one example at a time; sampling against its distribution; memory that runs out."""
+
+import pytest
+import torch
+from scipy import stats
+from transformers import GenerationConfig
+
+from compress.benchmark.batching import Batches
+from compress.benchmark.generation import GumbelNoise, Writer
+from compress.benchmark.quality import Reader
+from compress.methods import quiet
+from compress.recipe import Generation
+
+PROMPTS = ["the cat sat", "a big dog ran on the red mat and sat", "the", "blue hat on a small mat was it"]
+GREEDY = Generation(max_new_tokens=8).model_dump()
+SAMPLED = Generation(max_new_tokens=8, do_sample=True, temperature=0.7, top_k=20, top_p=0.9, seed=3).model_dump()
+
+
+def writer(bundle, settings, prompts=PROMPTS):
+    return Writer(Reader(bundle.model, bundle.tokenizer), prompts, settings)
+
+
+def test_batches_give_the_same_tokens_as_one_at_a_time(random_bundle):
+    model, words, both = random_bundle.model, random_bundle.tokenizer, random_bundle.model.config.is_encoder_decoder
+    found = writer(random_bundle, GREEDY).write(Batches(model, 48, quiet))
+    assert len({tuple(tokens) for tokens in found}) > 1, "prompts matter"
+    for prompt, tokens in zip(PROMPTS, found, strict=True):
+        ids = words(prompt)["input_ids"]
+        ids = torch.tensor([ids if both else ids[:-1]])  # a decoder goes on from the prompt, not from its end token
+        alone = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
+        assert len(tokens) == 8
+        assert tokens == alone[1 if both else ids.shape[1] :].tolist()
+
+
+def test_draws_do_not_depend_on_the_batches(random_bundle):
+    model, prompts = random_bundle.model, PROMPTS + PROMPTS[:2]
+    outputs = [writer(random_bundle, SAMPLED, prompts).write(Batches(model, tokens, quiet)) for tokens in (1, 40, 1000)]
+    assert outputs[0] == outputs[1] == outputs[2]
+    assert outputs[0][:2] != outputs[0][4:], "each example has draws of its own, also of the same prompt"
+    other = writer(random_bundle, {**SAMPLED, "seed": 4}, prompts).write(Batches(model, 1000, quiet))
+    assert other != outputs[0]
+    assert writer(random_bundle, SAMPLED, prompts).recheck(outputs[0]).differ == 0
+
+
+def test_noise_makes_draws_from_the_distribution():
+    """Counts of 4,000 draws against the softmax, by a chi-squared test."""
+    logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])
+    drawn = torch.zeros(5)
+    for position in range(4):
+        noise = GumbelNoise(0, list(range(1000)), 1)
+        drawn += noise(torch.zeros(1000, 1 + position), logits.expand(1000, 5)).argmax(1).bincount(minlength=5)
+    assert stats.chisquare(drawn.numpy(), (4000 * logits.softmax(0)).numpy()).pvalue > 0.01
+
+
+def test_draws_are_bent_as_transformers_bends_them(random_bundle):
+    """The tokens that the settings leave, and no others, are drawn; what a recipe leaves out is the model's own generation config's."""
+    model = random_bundle.model
+    model.generation_config.suppress_tokens = None
+    model.generation_config.top_k = 2
+    asked = {**SAMPLED, "max_new_tokens": 1, "temperature": None, "top_k": None, "top_p": None}
+    drawn = {tokens[0] if tokens else 1 for tokens in writer(random_bundle, asked, [PROMPTS[1]] * 60).write(Batches(model, 4000, quiet))}
+    ids = random_bundle.tokenizer(PROMPTS[1], return_tensors="pt")["input_ids"]
+    if model.config.is_encoder_decoder:
+        logits = model(input_ids=ids, decoder_input_ids=torch.tensor([[model.config.decoder_start_token_id]])).logits[0, -1]
+    else:
+        logits = model(input_ids=ids[:, :-1]).logits[0, -1]
+    assert drawn <= set(logits.topk(2).indices.tolist()) | {1}
+    assert isinstance(model.generation_config, GenerationConfig)
+
+
+def test_a_batch_that_finds_no_memory_is_halved():
+    done, sizes = [], []
+
+    def work(batch):
+        sizes.append(len(batch))
+        if len(batch) > 3:
+            raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 1 bytes")
+        done.extend(batch)
+
+    batches = Batches(None, 100, quiet)
+    batches.each([10] * 10, work, "working")
+    assert (sizes, sorted(done), batches.halved, batches.tokens) == ([10, 5, 2, 2, 2, 2, 2], list(range(10)), 2, 20)
+    with pytest.raises(RuntimeError, match="can't allocate"):
+        Batches(None, 1, quiet).each([5], lambda batch: (_ for _ in ()).throw(RuntimeError("can't allocate memory")), "working")
+
+
+def test_batches_hold_tokens_and_not_rows():
+    seen = []
+    Batches(None, 100, quiet).each([10, 90, 50, 30, 30, 200], seen.append, "working")
+    assert seen == [[5], [1], [2, 3], [4, 0]]
+
+
+def test_outputs_that_change_alone_are_counted_and_ties_told_from_others(random_bundle):
+    model = random_bundle.model
+    made = writer(random_bundle, GREEDY)
+    outputs = made.write(Batches(model, 1000, quiet))
+    assert made.recheck(outputs).sentence == "4 examples were written once more, each alone: all came out as in their batch"
+    changed = [[*outputs[0][:3], (outputs[0][3] + 1) % 64, *outputs[0][4:]], outputs[1][:5], *outputs[2:]]
+    found = made.recheck(changed)
+    assert (found.checked, found.differ, found.ties) == (4, 2, 0)
+    head, first = model.get_output_embeddings().weight, outputs[0][0]
+    twin = 40 if first != 40 else 41
+    with torch.no_grad():  # two tokens with the same logits
+        head[twin] = head[first]
+    outputs = made.write(Batches(model, 1000, quiet))
+    other = ({first, twin} - {outputs[0][0]}).pop()
+    found = made.recheck([[other, *outputs[0][1:]], *outputs[1:]])
+    assert (found.differ, found.ties) == (1, 1)

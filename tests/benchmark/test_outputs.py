@@ -1,0 +1,67 @@
+"""Outputs that are kept: by what they are named, that they are whole or made anew, that a second run takes them."""
+
+import shutil
+
+import pytest
+
+import compress
+from compress import recipe
+from compress.benchmark import outputs
+from compress.methods import Example
+from compress.model import Source
+from tests.conftest import recipe_for
+
+MACHINE = dict.fromkeys(outputs.MACHINE, "x")
+MADE = {"samples": {"rougeL": [[1.0], [0.1 + 0.2]]}, "texts": ["a", "é"], "cut": 0, "generation_config": {}, "said": ["something"]}
+
+
+def test_they_are_named_by_all_that_they_depend_on(toys, rows, write_recipe, tmp_path, monkeypatch):
+    def name(source=None, machine=MACHINE, said="one", **changes):
+        loaded = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, **changes)))
+        return outputs.name(source or Source(str(toys["llama"]), "causal-lm", "float32"), loaded, [Example("0", said, ["two"])], machine)
+
+    first = name()
+    copy = tmp_path / "moved"
+    shutil.copytree(toys["llama"], copy)
+    same = {name(), name(Source(str(copy), "causal-lm", "float32")), name(check={"rougeL": {"max_drop": 1.0}})}
+    same.add(name(stages=[{"quantize": "cast"}]))
+    same.add(name(benchmark={"rounds": 9, "threads": 1}))
+    assert same == {first}, "the place, the stages, gates and timings don't count"
+    others = {
+        name(said="other"), name(generation={"max_new_tokens": 9}), name(generation={"max_new_tokens": 8, "seed": 1}),
+        name(Source(str(toys["llama"]), "causal-lm", "bfloat16")), name(machine={**MACHINE, "threads": 2}), name(metrics=["bleu"]),
+    }  # fmt: skip
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    others.add(name(Source(str(copy), "causal-lm", "float32")))
+    monkeypatch.setattr(outputs, "_version", lambda package: "0")
+    others.add(name())
+    assert len(others | {first}) == 9
+
+
+@pytest.mark.parametrize("harm", ["", "{}", "[]", "cut short", "changed"])
+def test_a_damaged_file_is_put_away(tmp_path, harm):
+    outputs.keep(tmp_path, "abc", MADE)
+    found = outputs.find(tmp_path, "abc")
+    assert found == {**MADE, "said": ["outputs and scores were taken from a former run (abc)", "something"]}
+    file = tmp_path / "abc" / "outputs.json"
+    whole = file.read_text()
+    file.write_text({"cut short": whole[:-20], "changed": whole.replace("[1.0]", "[2.0]")}.get(harm, harm))
+    assert outputs.find(tmp_path, "abc") is None
+    outputs.keep(tmp_path, "abc", MADE)
+    assert outputs.find(tmp_path, "abc") == found
+
+
+@pytest.mark.slow
+def test_a_second_run_takes_them_and_says_so(toys, rows, write_recipe, tmp_path):
+    data = {"source": str(rows), "prompt": "{said}", "target": "{short}", "shots": 1}
+    file = write_recipe(recipe_for("t5", toys["t5"], rows, data=data))
+    first, again = (compress.bench(str(toys["t5"]), file, tmp_path / "out", device="cpu") for _ in range(2))
+    (kept,) = (tmp_path / "out" / "artifacts" / "outputs").glob("*/outputs.json")
+    assert len(first.notes) == 1
+    assert first.notes[0].startswith("Candidate: 8 examples were written once more, each alone: ")
+    assert again.notes == [f"Candidate: outputs and scores were taken from a former run ({kept.parent.name}).", *first.notes]
+    assert first.predictions == again.predictions
+    figures = [{m.label: m for m in report.candidate.measurements} for report in (first, again)]
+    assert figures[0]["rougeL"] == figures[1]["rougeL"]
+    timed = "latency_p50 [batch 1, prompt 8]"
+    assert figures[0][timed].raw != figures[1][timed].raw, "times are never kept"
