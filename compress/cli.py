@@ -44,7 +44,7 @@ def run(given: Arguments) -> int:
         raise InputError(f"--processes {given.processes}: {processes} were launched; leave one of the two out")
     loaded = load(given.recipe, given.set)
     with terminal.bars() as progress:
-        report = pipeline.run(loaded, given.out, given.device, progress, processes)
+        report = pipeline.run(loaded, given.out, given.device, progress, processes, given.strict)
     return _finish(report, given.json)
 
 
@@ -60,7 +60,7 @@ def bench(given: Arguments) -> int:
 
     loaded = load(given.recipe, given.set)
     with terminal.bars() as progress:
-        report = pipeline.bench(given.model, loaded, given.out, given.device, progress)
+        report = pipeline.bench(given.model, loaded, given.out, given.device, progress, given.strict)
     return _finish(report, given.json, measured_only=True)
 
 
@@ -236,6 +236,7 @@ def parser() -> argparse.ArgumentParser:
     def measuring(verb: argparse.ArgumentParser) -> None:
         overriding(verb)
         verb.add_argument("--out", type=Path, default=Path("reports"), metavar="DIR", help="where reports and artifacts go (reports)")
+        verb.add_argument("--strict", action="store_true", help="refuse to measure on a GPU that another process uses")
         on_a_device(verb)
 
     verb = add(run)

@@ -24,17 +24,20 @@ from compress.model import Source
 from compress.process import Child, Progress, Team
 from compress.recipe import Gate, Recipe, Stage, digest, load
 from compress.report import verdict, why, write
+from compress.report.turns import disturbances
 from compress.results import Prediction, Report, Role, Side, StageRecord
 
 HEADLINE = ("rougeL", "perplexity", "accuracy")  # the metric by which single examples are ranked
 
 
 def run(
-    recipe: Recipe | str | Path, out: str | Path = "reports", device: str = "auto", progress: Progress = quiet, processes: int = 1
-) -> Report:
+    recipe: Recipe | str | Path, out: str | Path = "reports", device: str = "auto", progress: Progress = quiet, processes: int = 1,
+    strict: bool = False,
+) -> Report:  # fmt: skip
     """Compress the recipe's model, measure both and write the report to `out`/<recipe>/<run>.
 
     processes   how many train together in stages that train; each step takes a batch from each. Everything else is done by one
+    strict      refuse to measure on a GPU that another process uses
 
     Raises CompressError: InputError before anything is loaded where that can be seen, RunError where the work fails. A side that can't be
     measured to the end doesn't raise; the report has the reason and the verdict `cannot_tell`.
@@ -48,13 +51,14 @@ def run(
         stages = _stages(recipe, baseline, Path(out) / "artifacts", device, log, progress, processes)
         candidate = Source(str(Path(stages[-1].artifact).resolve()), wanted.task) if stages else baseline
         names: dict[Role, str] = {"baseline": wanted.id, "candidate": stages[-1].artifact if stages else wanted.id}
-        report = _measured({"baseline": baseline, "candidate": candidate}, names, recipe, examples, stages, device, log, progress)
+        report = _measured({"baseline": baseline, "candidate": candidate}, names, recipe, examples, stages, device, log, progress, strict)
         return write.write(report.model_copy(update={"run": place.name}), place)
 
 
 def bench(
-    model_id: str, recipe: Recipe | str | Path, out: str | Path = "reports", device: str = "auto", progress: Progress = quiet
-) -> Report:
+    model_id: str, recipe: Recipe | str | Path, out: str | Path = "reports", device: str = "auto", progress: Progress = quiet,
+    strict: bool = False,
+) -> Report:  # fmt: skip
     """Measure one model, a folder or a hub id, as the recipe says. It stands in the report as the candidate, without a baseline.
 
     It is loaded as it is stored; the recipe's dtype and revision are for the recipe's own model.
@@ -63,7 +67,7 @@ def bench(
     source = model.pinned(Source(model.locate(model_id, Path()), recipe.model.task))
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
     with _place(recipe, Path(out)) as (place, log):
-        report = _measured({"candidate": source}, {"candidate": model_id}, recipe, examples, [], device, log, progress)
+        report = _measured({"candidate": source}, {"candidate": model_id}, recipe, examples, [], device, log, progress, strict)
         return write.write(report.model_copy(update={"run": place.name}), place)
 
 
@@ -250,10 +254,14 @@ def _one_at_a_time(target: Path, progress: Progress) -> Iterator[None]:
 
 def _measured(
     sources: dict[Role, Source], names: dict[Role, str], recipe: Recipe, examples: list[Example], stages: list[StageRecord],
-    device: str, log: Path, progress: Progress,
+    device: str, log: Path, progress: Progress, strict: bool,
 ) -> Report:  # fmt: skip
     """Measure the sources; `names` is what the report calls them, as the person wrote them."""
-    sides, outputs, environment = isolate.measure(sources, recipe, examples, device, log, progress)
+
+    def clear(sides: list[Side]) -> bool:
+        return verdict.is_clear(recipe.check, sides)
+
+    sides, outputs, environment, turns = isolate.measure(sources, recipe, examples, device, log, progress, clear, strict)
     sides = [
         side.model_copy(
             update={
@@ -265,8 +273,10 @@ def _measured(
     ]
     score = next((name for name in HEADLINE if any(name in o["samples"] for o in outputs.values())), None)
     report = Report(
-        recipe=recipe.name, run="", created=datetime.now(UTC).isoformat(timespec="seconds"), digest=recipe.digest,
+        recipe=recipe.name, run="", created=datetime.now(UTC).isoformat(timespec="seconds"),
+        digest=recipe.digest,
         examples_digest=data.examples_digest(examples), settings=recipe.as_written(), environment=environment, stages=stages, sides=sides,
+        turns=turns,
         verdict="cannot_tell", decided_by="", score=score, predictions=_predictions(examples, outputs, score),
     )  # fmt: skip
     by_role = {side.role: side for side in sides}
@@ -277,14 +287,15 @@ def _judged(report: Report, baseline: Side | None, candidate: Side, same_run: bo
     """The report with comparisons, gates, verdict and explanations for these two sides."""
     limits = {metric: Gate.model_validate(gate) for metric, gate in report.settings["check"].items()}
     compared = verdict.pairs(baseline, candidate, same_run) if baseline else []
-    gates = verdict.gates(limits, compared, baseline, candidate)
+    level = report.confidence
+    gates = verdict.gates(limits, compared, baseline, candidate, level)
     sides = [side for side in (baseline, candidate) if side]
     decision, reason = verdict.decide(gates, [failure for side in sides for failure in side.failures])
-    comparisons = [verdict.compare(pair) for pair in compared]
+    comparisons = [verdict.compare(pair, level) for pair in compared]
     return report.model_copy(
         update={
             "sides": sides, "comparisons": comparisons, "gates": gates, "verdict": decision, "decided_by": reason,
-            "notes": why.notes(report.stages, comparisons, report.environment),
+            "notes": [*why.notes(report.stages, comparisons, report.environment), *disturbances(report.turns)],
         }
     )  # fmt: skip
 

@@ -18,6 +18,7 @@ from compress.methods import Dtype, Settings, Task, TuneSettings
 from compress.metrics import CLASSIFIED, GENERATED, GROUPS, METRICS
 from compress.mistakes import Problems, suggest
 
+NAMED: dict[str, Any] = {"benchmark": "standard", "check": {}}  # blocks that may be a file's name; what stands where nothing is said
 Count = Annotated[int, Field(ge=1, le=2**40)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
@@ -105,15 +106,21 @@ class Runtime(Settings):
 
 
 class Benchmark(Settings):
-    """What is timed. A round starts a fresh process for each side; in a round the sides take turns.
+    """What is timed. A round starts a fresh process for each side; in a round the sides take turns, in a random order each time.
 
-    Every turn times `iterations` generations at each point of batch_sizes x prompt_tokens. Rounds are what intervals rest on.
+    Every turn times `iterations` generations at each point of batch_sizes x prompt_tokens. Rounds are what intervals rest on: after the
+    first few, more follow until each point's latency ratio is known to `precision`, or until `max_minutes` are over.
     """
 
     batch_sizes: list[Count] = Field([1, 8], min_length=1)
     prompt_tokens: list[Count] = Field([128, 512], min_length=1)
     new_tokens: Annotated[int, Field(ge=2)] = 32
-    rounds: Count = 5
+    rounds: Count = Field(5, description="the fewest; fewer where the gates on speed and memory are clear beyond doubt before")
+    precision: float | None = Field(
+        0.02, gt=0, lt=1, description="half the interval of each latency ratio, as a share of it; null takes just `rounds`"
+    )
+    max_minutes: float = Field(10, gt=0, le=100_000, description="no further round begins after so many minutes of rounds")
+    confidence: float = Field(0.95, ge=0.5, lt=1, description="of intervals, and so of every gate")
     turns: Count = 3
     iterations: Count = 3
     warmup: Annotated[int, Field(ge=0)] = 2
@@ -166,7 +173,7 @@ class Recipe(Settings):
     generation: Generation = Field(default_factory=Generation)
     calibration: Calibration = Field(default_factory=Calibration)
     benchmark: Benchmark = Field(default_factory=Benchmark)
-    check: dict[str, Gate] = Field({}, description="metric: limits; what decides the verdict")
+    check: dict[str, Gate] = Field({}, description="metric: limits, or the name of a file under checks/; what decides the verdict")
 
     _stages: tuple[Stage, ...] = ()  # read apart, each with the settings of its method
     _file: Path = Path("recipe.yaml")
@@ -237,12 +244,13 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     document = yamlfile.read(file)
     problems = Problems()
     for assignment in overrides:
-        if assignment.startswith("benchmark."):  # one key of a benchmark that is given by its name
-            document.data["benchmark"] = _benchmark(document.data.get("benchmark", "standard"), document, file.parent, problems)
+        for key in NAMED:
+            if assignment.startswith(f"{key}."):  # one key of a block that is given by its name
+                document.data[key] = _named(key, document, file.parent, problems)
         document.override(assignment)
     data = dict(document.data)
     written = data.pop("stages", [])
-    data["benchmark"] = _benchmark(data.get("benchmark", "standard"), document, file.parent, problems)
+    data.update({key: _named(key, document, file.parent, problems) for key in NAMED})
     recipe = problems.validate(Recipe, data, document, ())
     stages = _stages(written, document, problems)
     problems.end()
@@ -255,19 +263,22 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     return recipe
 
 
-def _benchmark(value: Any, document: yamlfile.Document, folder: Path, problems: Problems) -> Any:
-    """The benchmark block; a name stands for benchmarks/<name>.yaml beside the recipe or among the shipped ones."""
+def _named(key: str, document: yamlfile.Document, folder: Path, problems: Problems) -> Any:
+    """A block of the recipe; a name stands for <key>s/<name>.yaml beside the recipe or among the shipped ones."""
+    value = document.data.get(key, NAMED[key])
     if not isinstance(value, str):
         return value
-    places = [folder / "benchmarks", shipped() / "benchmarks"]
+    places = [folder / f"{key}s", shipped() / f"{key}s"]
     for place in places:
         file = place / f"{value}.yaml"
         if Path(value).name == value and len(value) < 100 and file.is_file():
             other = yamlfile.read(file)
-            problems.validate(Benchmark, other.data, other, ())
+            blocks = [(Benchmark, other.data, ())] if key == "benchmark" else [(Gate, gate, (name,)) for name, gate in other.data.items()]
+            for kind, block, where in blocks:
+                problems.validate(kind, block, other, where)
             return other.data if not problems.lines else {}
     known = sorted({f.stem for place in places for f in place.glob("*.yaml")})
-    problems.add(document, ("benchmark",), f"there is no benchmark {value!r}{suggest(value, known)}")
+    problems.add(document, (key,), f"there is no {key} {value!r}{suggest(value, known)}")
     return {}
 
 
@@ -363,9 +374,10 @@ def schema() -> dict[str, Any]:
         block["required"] = [family, *block.get("required", [])]
         stages.append({**block, "title": f"{family}: {name}", "description": (method.__doc__ or "").split("\n")[0]})
     document["properties"]["stages"] = {"type": "array", "items": {"anyOf": stages}, "default": []}
-    document["properties"]["benchmark"] = {
-        "anyOf": [document["properties"]["benchmark"], {"type": "string"}],
-        "default": "standard",
-        "description": "the name of a file under benchmarks/, or the block itself",
-    }
+    for key, default in NAMED.items():
+        document["properties"][key] = {
+            "anyOf": [document["properties"][key], {"type": "string"}],
+            "default": default,
+            "description": f"the name of a file under {key}s/, or the block itself",
+        }
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", "title": "compress recipe", **document}

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from compress.errors import NoSpace, ReportError
 from compress.metrics import METRICS, Better
 from compress.process import is_disk_full
-from compress.recipe import Gate
+from compress.recipe import Benchmark, Gate
 
 FORMAT = 1
 NOTES = "compress_notes.json"  # in an artifact: what a stage did to each layer and what it has to say
@@ -65,7 +65,7 @@ class Measurement(Record):
 
 
 class Comparison(Record):
-    """One figure of the candidate against the baseline's, with a 95 % interval where there are samples.
+    """One figure of the candidate against the baseline's, with an interval where there are samples.
 
     estimate, low, high    candidate - baseline for quality, candidate / baseline for all else
     """
@@ -86,13 +86,17 @@ class Comparison(Record):
 
 
 class GateResult(Record):
-    """One limit, held against the figures. `interval` is of `estimate`, which is what `limit` bounds."""
+    """One limit, held against the figures. `interval` is of `estimate`, which is what `limit` bounds.
+
+    needed   about how many examples or rounds would tell, where these can't
+    """
 
     metric: str
     limit_kind: str
     limit: float
     estimate: float | None
     interval: tuple[float, float] | None
+    needed: int | None = None
     verdict: Verdict
     sentence: str
     batch_size: int | None = None
@@ -113,6 +117,37 @@ class Side(Record):
     def values(self) -> dict[str, float | None]:
         """metric -> value; grid figures under their label."""
         return {m.label: m.value for m in self.measurements}
+
+
+class Conditions(Record):
+    """How the machine was while one side had a turn.
+
+    load        tasks that ran or waited, the mean of a minute
+    waiting     the share of the time that the process's threads were ready to run and did not; None where the kernel doesn't say
+    steal       the share of its cores' time that the hypervisor gave to others
+    others      how many cores other processes used
+    clock_step  seconds by which the wall clock was set meanwhile; timings don't use it
+    disturbed   what makes the turn one that should be taken again
+    """
+
+    seconds: float
+    load: float
+    waiting: float | None
+    steal: float
+    others: float
+    clock_step: float
+    sm_clock_mhz: int | None = None
+    disturbed: list[str] = []
+
+
+class Turn(Conditions):
+    """One turn of one side, from 0 on by round and turn. `kept` says whether its timings count: of a disturbed one they do not, where
+    there was time to take it again."""
+
+    role: Role
+    round: int
+    turn: int
+    kept: bool
 
 
 class Layer(Record):
@@ -189,6 +224,7 @@ class Report(Record):
     environment: dict[str, Any]
     stages: list[StageRecord] = []
     sides: list[Side]
+    turns: list[Turn] = Field([], repr=False)
     comparisons: list[Comparison] = []
     gates: list[GateResult] = []
     verdict: Verdict
@@ -229,6 +265,11 @@ class Report(Record):
     @property
     def candidate(self) -> Side:
         return self.sides[-1]
+
+    @property
+    def confidence(self) -> float:
+        """Of intervals and gates."""
+        return float(self.settings["benchmark"].get("confidence", Benchmark.model_fields["confidence"].default))
 
     def side(self, role: Role) -> Side | None:
         return next((side for side in self.sides if side.role == role), None)

@@ -18,7 +18,7 @@ from compress.forecast.plan import Plan
 from compress.inspection.findings import NORMAL, Inspection, Part, grouped
 from compress.report.compare import cells, columns, rows
 from compress.report.layers import line
-from compress.report.numbers import change, count, duration, figure, scaled, verdict_words
+from compress.report.numbers import change, count, duration, figure, percent, scaled, verdict_words
 from compress.report.write import shown
 from compress.results import Report
 
@@ -67,7 +67,7 @@ def show_report(report: Report) -> None:
         gates = _table("verdict", "gate")
         for gate in report.gates:
             gates.add_row(f"[{COLOURS[gate.verdict]}]{verdict_words(gate.verdict)}[/]", _shown(gate.sentence))
-    figures = _table("figure", "baseline", "candidate", "change (95 % interval)", right=(1, 2))
+    figures = _table("figure", "baseline", "candidate", f"change ({percent(report)} interval)", right=(1, 2))
     point: tuple[int | None, int | None] = (None, None)
     for theirs, ours, compared in shown(report):
         one = ours or theirs

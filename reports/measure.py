@@ -58,7 +58,7 @@ def measure(recipe: Path, chain: str, models: Path, data: Path, out: Path | None
     stages = ", ".join(f"{{{stage}}}" for stage in chain.split("; "))
     named = {"model.id": (models, loaded.model.id), "data.source": (data, loaded.data.source)}
     places = [f"{key}={folder / name}" for key, (folder, name) in named.items() if name != "builtin"]
-    loaded = compress.load_recipe(recipe, [*places, f"stages=[{stages}]"])
+    loaded = compress.load_recipe(recipe, [*places, f"stages=[{stages}]", "benchmark.precision=null"])
     with tempfile.TemporaryDirectory() as folder:
         report = compress.run(loaded, out=out or folder)
     settings = report.settings | {"model": report.settings["model"] | {"id": compress.load_recipe(recipe).model.id}}

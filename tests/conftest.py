@@ -2,12 +2,16 @@
 
 import json
 import os
+import tempfile
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 if workers := os.environ.get("PYTEST_XDIST_WORKER_COUNT"):  # they share the cores, and so do the processes that they start
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // int(workers))))
+    apart = Path(tempfile.gettempdir()) / f"compress-tests-{os.getuid()}-{os.environ['PYTEST_XDIST_WORKER']}"
+    apart.mkdir(exist_ok=True)
+    os.environ["TMPDIR"], tempfile.tempdir = str(apart), None  # where the lock is for which benchmarks wait
 
 import pytest
 import torch
@@ -125,7 +129,7 @@ def recipe_for(kind: str, model: Path, rows: Path, **changes) -> dict:
         "data": data,
         "generation": {"max_new_tokens": 8},
         "benchmark": {
-            "batch_sizes": [1, 2], "prompt_tokens": [8], "new_tokens": 4, "rounds": 1, "turns": 2, "iterations": 2, "warmup": 0,
+            "batch_sizes": [1, 2], "prompt_tokens": [8], "new_tokens": 4, "rounds": 1, "precision": None, "turns": 2, "iterations": 2, "warmup": 0,
             "threads": 1,
         },
     }  # fmt: skip

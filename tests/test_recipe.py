@@ -60,6 +60,8 @@ def test_a_good_recipe_is_read_with_its_defaults(tmp_path):
         (("{dialogue}", "{dialogue.x}"), "x.yaml:5: data.prompt: {dialogue.x} is not a plain field such as {dialogue}; a literal brace is written {{ or }}"),
         (('  target: "{summary}"\n', ""), "x.yaml:3: data: target is missing; rouge can't be measured without"),
         (("stages:", "benchmark: standart\nstages:"), "x.yaml:7: benchmark: there is no benchmark 'standart'; did you mean 'standard'?"),
+        (("check:\n  rougeL: {max_drop: 1.0}", "check: mlperf"), "x.yaml:10: check: there is no check 'mlperf'; did you mean 'mlperf-99'?"),
+        (("stages:", "benchmark: {confidence: 1.5}\nstages:"), "x.yaml:7: benchmark.confidence: 1.5 is too large; it must be below 1.0"),
         (("stages:", "metrics: [rogue]\nstages:"), "x.yaml:7: metrics[0]: 'rogue' is not a metric group; did you mean 'rouge'?"),
         (("stages:", "metrics: [accuracy]\nstages:"), "x.yaml:7: metrics[0]: accuracy can't be measured on task seq2seq"),
         (("stages:", "generation: {max_new_tokens: 0}\nstages:"), "x.yaml:7: generation.max_new_tokens: 0 is less than 1"),

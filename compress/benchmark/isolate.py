@@ -1,35 +1,44 @@
 """The harness seen from the parent: both models in fresh processes, measured in turns, so that a machine that slows down slows both.
 
 A round starts new processes; within it the sides take turns in a random order, a block of timings each. Memory is read once a
-round, speed every turn, quality in the first round. Nothing here needs torch.
+round, speed every turn, quality in the first round. Rounds follow until the latencies are known as precisely as is wanted. Nothing here
+needs torch.
 """
 
+import itertools
 import math
 import random
 import statistics
+import time
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from compress.benchmark.machine import Machine, alone, facts
 from compress.benchmark.sampler import Sampler
-from compress.benchmark.statistics import corpus_value
-from compress.errors import Killed, OutOfMemory, RunError
+from compress.benchmark.statistics import corpus_value, geometric_mean, paired_ratio
+from compress.errors import DeviceError, Killed, OutOfMemory, RunError
 from compress.methods import Example
 from compress.metrics import METRICS
 from compress.model import Source
 from compress.process import Child, Progress
 from compress.recipe import Benchmark, Recipe
-from compress.results import Measurement, Role, Side
+from compress.results import Conditions, Measurement, Role, Side, Turn
 
 Point = tuple[int, int]  # batch size, prompt tokens
 Round = list[list[list[float]]]  # turns x iterations x tokens: seconds from the start of a generation
 Outputs = dict[str, Any]  # what `Worker.quality` gives
+Clear = Callable[[list[Side]], bool]  # whether nothing that could still be measured would change what the gates on speed say
 OUT_OF_MEMORY = "out of memory"
+FEWEST = 3  # rounds, below which no gate is clear
+AGAIN = 0.5  # of the fewest turns, how many may be taken again, each once
 
 
 class Subject:
     """One side under measurement: its process while it runs, and what has been measured so far."""
+
+    module = "compress.benchmark.worker"
 
     def __init__(self, role: Role, source: Source, recipe: Recipe, device: str, log: Path, progress: Progress):
         self.role, self.source, self._recipe, self._device = role, source, recipe, device
@@ -39,10 +48,16 @@ class Subject:
         self.peaks: list[dict[Point, dict[str, int]]] = []
         self.reasons: dict[Point, str] = {}
         self.rounds: dict[Point, list[Round]] = {point: [] for point in points(recipe.benchmark)}
+        self._taken: dict[Point, list[list[float]]] = {}
         self.outputs: Outputs | None = None
         self.failures: list[str] = []
         self.foreign_gpu_bytes = 0  # the most that processes of others held of the GPU
         self._interpreter = 0
+
+    @property
+    def pid(self) -> int:
+        assert self._child is not None
+        return self._child.pid
 
     @property
     def running(self) -> bool:
@@ -72,7 +87,7 @@ class Subject:
     def _load(self) -> dict[str, Any]:
         """Load the model in a new process."""
         benchmark = self._recipe.benchmark
-        self._child = Child("compress.benchmark.worker", self._log, self._tell, benchmark.threads)
+        self._child = Child(self.module, self._log, self._tell, benchmark.threads)
         with Sampler(self._child.pid) as sampler:
             loaded: dict[str, Any] = self.ask(
                 "load", source=asdict(self.source), device=self._device, threads=benchmark.threads, runtime=benchmark.runtime.model_dump()
@@ -116,11 +131,17 @@ class Subject:
         self.reasons = {point: reason for point, reason in self.reasons.items() if not reason.startswith(OUT_OF_MEMORY)}
         self.start()
 
-    def take_turn(self, usable: list[Point], number: int) -> None:
-        """Time every point once more, in the round of that number."""
+    def take_turn(self, machine: Machine, usable: list[Point], ours: list[int]) -> Conditions:
+        """Time every point once more, and how the machine was meanwhile. The timings count once they are kept."""
         benchmark = self._recipe.benchmark
+        before = machine.read(self.pid, ours)
         timings = self.ask("turn", points=usable, new_tokens=benchmark.new_tokens, iterations=benchmark.iterations)
-        for point, block in zip(usable, timings, strict=True):
+        self._taken = dict(zip(usable, timings, strict=True))
+        return machine.between(before, machine.read(self.pid, ours))
+
+    def keep(self, number: int) -> None:
+        """The last turn counts, in the round of that number."""
+        for point, block in self._taken.items():
             if number == len(self.rounds[point]):
                 self.rounds[point].append([])
             self.rounds[point][number].append(block)
@@ -153,48 +174,118 @@ def points(benchmark: Benchmark) -> list[Point]:
 
 
 def measure(
-    sources: dict[Role, Source], recipe: Recipe, examples: list[Example], device: str, log: Path, progress: Progress
-) -> tuple[list[Side], dict[Role, Outputs], dict[str, Any]]:
-    """Measure one model or two alike. Returns the sides, their outputs on the examples, and the environment.
+    sources: dict[Role, Source], recipe: Recipe, examples: list[Example], device: str, log: Path, progress: Progress,
+    clear: Clear = lambda _: False, strict: bool = False,
+) -> tuple[list[Side], dict[Role, Outputs], dict[str, Any], list[Turn]]:  # fmt: skip
+    """Measure one model or two alike. Returns the sides, their outputs on the examples, the environment, and how each turn went.
 
-    A side whose process dies or runs out of memory has the reason under `failures`; what it had measured until then stays.
+    clear    may end the rounds early
+    strict   refuse a GPU that another process uses
+
+    A side whose process dies or runs out of memory has the reason under `failures`; what it had measured until then stays. Raises
+    DeviceError where `strict` refuses.
     """
     subjects = [Subject(role, source, recipe, device, log, progress) for role, source in sources.items()]
-    try:
-        _rounds(subjects, recipe, examples, progress)
-    finally:
-        for subject in subjects:
-            subject.stop()
+    session = Session(subjects, recipe, progress, strict)
+    with alone(progress):
+        try:
+            session.run(examples, clear)
+        finally:
+            _stop(subjects)
     environment: dict[str, Any] = next((s.loads[0]["environment"] for s in subjects if s.loads), {})
     outputs = {s.role: s.outputs for s in subjects if s.outputs is not None}
     environment["foreign_gpu_bytes"] = max(subject.foreign_gpu_bytes for subject in subjects)
+    environment |= facts()
     environment["inputs_cut"] = max((output["cut"] for output in outputs.values()), default=0)
     environment["generation_config"] = next((output["generation_config"] for output in outputs.values()), {})
-    return [_side(subject, _common(subjects)) for subject in subjects], outputs, environment
+    return session.sides(), outputs, environment, session.turns
 
 
-def _rounds(subjects: list[Subject], recipe: Recipe, examples: list[Example], progress: Progress) -> None:
-    benchmark, rng, total = recipe.benchmark, random.Random(0), recipe.benchmark.rounds * recipe.benchmark.turns
-    alone = False  # whether memory holds one side at a time only
-    for number in range(benchmark.rounds):
-        for turn in range(benchmark.turns):
-            for subject in rng.sample(subjects, len(subjects)):
-                if subject.failures:
-                    continue
-                others = [s for s in subjects if s is not subject and s.running]
-                try:
-                    if alone:
-                        _stop(others)
-                    if not subject.running:
-                        alone = _bring_up(subject, others) or alone
-                    if subject.outputs is None:
-                        subject.answer(examples)
-                    subject.take_turn(_common(subjects), number)
-                except RunError as error:
-                    subject.failures.append(f"{subject.role}: {error}")
-                    subject.stop()
-            progress("timing in turns", number * benchmark.turns + turn + 1, total)
-        _stop(subjects)
+class Session:
+    """One benchmark: its rounds, and what is known so far."""
+
+    def __init__(self, subjects: list[Subject], recipe: Recipe, progress: Progress, strict: bool):
+        self._subjects, self._benchmark, self._progress, self._strict = subjects, recipe.benchmark, progress, strict
+        self._random = random.Random(0)
+        self._alone = False  # whether memory holds one side at a time only
+        self._again = math.ceil(AGAIN * recipe.benchmark.rounds * recipe.benchmark.turns)
+        self.turns: list[Turn] = []
+
+    def run(self, examples: list[Example], clear: Clear) -> None:
+        """Round after round; the examples are done in the first."""
+        began = time.monotonic()
+        for number in itertools.count():
+            if self._is_enough(number, (time.monotonic() - began) / 60, clear):
+                return
+            for turn in range(self._benchmark.turns):
+                if not self._take(number, turn, examples, last=self._again <= 0):
+                    self._again -= 1
+                    self._take(number, turn, examples, last=True)
+                done = number * self._benchmark.turns + turn + 1
+                self._progress("timing in turns", done, max(done, self._benchmark.rounds * self._benchmark.turns))
+            _stop(self._subjects)
+
+    def sides(self) -> list[Side]:
+        return [_side(subject, _common(self._subjects)) for subject in self._subjects]
+
+    def _is_enough(self, rounds: int, minutes: float, clear: Clear) -> bool:
+        """Whether so many rounds say what is wanted, or there is no time for another."""
+        if rounds < min(FEWEST, self._benchmark.rounds):
+            return False
+        if rounds >= self._benchmark.rounds and (self._benchmark.precision is None or minutes >= self._benchmark.max_minutes):
+            return True
+        if any(subject.failures for subject in self._subjects):
+            return rounds >= self._benchmark.rounds
+        return (rounds >= self._benchmark.rounds and self._is_precise()) or clear(self.sides())
+
+    def _is_precise(self) -> bool:
+        """Whether half of the interval of every latency, ratio or single one, is at most the wanted share of it."""
+        wanted, level = self._benchmark.precision, self._benchmark.confidence
+        for point in _common(self._subjects):
+            series = [
+                [[_quantile([marks[-1] for marks in turn], 0.5) for turn in turns] for turns in s.rounds[point]] for s in self._subjects
+            ]
+            for effect in [paired_ratio(series[0], other) for other in series[1:]] or [geometric_mean(series[0])]:
+                interval = effect.interval(level)
+                if wanted is not None and (interval is None or math.log(interval[1] / interval[0]) / 2 > wanted):
+                    return False
+        return True
+
+    def _take(self, number: int, turn: int, examples: list[Example], last: bool) -> bool:
+        """One turn of each side that has not failed. Whether it counts: where it was disturbed it doesn't, unless it is the `last` one."""
+        taken: list[tuple[Subject, Conditions]] = []
+        for subject in self._random.sample(self._subjects, len(self._subjects)):
+            if subject.failures:
+                continue
+            others = [s for s in self._subjects if s is not subject and s.running]
+            try:
+                if self._alone:
+                    _stop(others)
+                if not subject.running:
+                    self._alone = _bring_up(subject, others) or self._alone
+                if subject.outputs is None:
+                    subject.answer(examples)
+                taken.append((subject, self._timed(subject)))
+            except RunError as error:
+                subject.failures.append(f"{subject.role}: {error}")
+                subject.stop()
+        kept = last or not any(conditions.disturbed for _, conditions in taken)
+        for subject, conditions in taken:
+            self.turns.append(Turn(**conditions.model_dump(), role=subject.role, round=number, turn=turn, kept=kept))
+            if kept:
+                subject.keep(number)
+        return kept
+
+    def _timed(self, subject: Subject) -> Conditions:
+        environment = subject.loads[-1]["environment"]
+        ours = [s.pid for s in self._subjects if s.running]
+        machine = Machine(environment["threads"], environment["gpu_uuid"])
+        if self._strict and (foreign := machine.strangers(ours)):
+            raise DeviceError(
+                f"the GPU is shared with process {', '.join(map(str, foreign))}, and --strict was given;"
+                " end it, or choose another GPU by CUDA_VISIBLE_DEVICES"
+            )
+        return subject.take_turn(machine, _common(self._subjects), ours)
 
 
 def _bring_up(subject: Subject, others: list[Subject]) -> bool:

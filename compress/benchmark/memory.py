@@ -130,16 +130,21 @@ def _tell_glibc(function: str, *arguments: int) -> None:
         found(*arguments)
 
 
-def _nvml_process_bytes() -> int | None:
-    """What NVML says that this process holds on the current GPU; None where NVML is absent or can't see processes (containers)."""
+def gpu_uuid() -> str:
+    """The current GPU's name for NVML."""
     import torch
 
+    uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+    return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
+
+
+def _nvml_process_bytes() -> int | None:
+    """What NVML says that this process holds on the current GPU; None where NVML is absent or can't see processes (containers)."""
     try:
         import pynvml
 
         pynvml.nvmlInit()
-        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
+        handle = pynvml.nvmlDeviceGetHandleByUUID(gpu_uuid())
         held = [p.usedGpuMemory for p in pynvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
     except Exception:  # NVML has an error class for each of its troubles; none of them may end a measurement
         return None

@@ -3,11 +3,15 @@
 Every quality metric is a function of summed statistics of the examples (ROUGE: sums of scores; BLEU: n-gram counts; perplexity:
 log-likelihoods and token counts), so one paired bootstrap serves them all, corpus-level metrics included. Speeds and memory
 are compared round by round on the log scale, where a ratio is a difference.
+
+An estimate is an `Effect`: a confidence distribution (Schweder and Hjort 2016), from which intervals, p-values and the number of further
+samples follow in the same way whatever it rests on.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from statistics import fmean, stdev
+from dataclasses import dataclass
+from statistics import NormalDist, fmean, stdev
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -16,11 +20,107 @@ if TYPE_CHECKING:
 
     Array = NDArray[np.float64]
 
-CONFIDENCE = 0.95
 RESAMPLES = 4000
 FEWEST = 20  # examples for an interval; the percentile bootstrap covers 74 % at 3, 81 % at 5, 91 % at 10
+POWER = 0.8  # the chance that so many more samples tell; Cohen 1988
+MOST = 1000  # times the samples there are; a limit that needs more is the estimate itself, for all that can be told
 
-Effect = tuple[float, float | None, float | None]  # estimate, low, high; bounds are None where there is too little to tell
+
+@dataclass(frozen=True)
+class Effect:
+    """An estimate. This one is exact, or, where it is no number or not known how far off, unknown.
+
+    samples   how many examples or rounds it rests on
+    """
+
+    estimate: float
+    samples: int = 0
+    known: bool = True
+
+    def quantile(self, share: float) -> float:
+        """Where a `share` of the confidence lies below."""
+        return self.estimate
+
+    def at_most(self, limit: float) -> float:
+        """How confident one may be that the truth is no more than `limit`: a one-sided p-value of the contrary."""
+        return float(self.estimate <= limit)
+
+    def at_least(self, limit: float) -> float:
+        return float(self.estimate >= limit)
+
+    def interval(self, confidence: float) -> tuple[float, float] | None:
+        """The two-sided interval; None where there is too little to tell."""
+        if not self.known:
+            return None
+        return self.quantile((1 - confidence) / 2), self.quantile((1 + confidence) / 2)
+
+    def needed(self, limit: float, confidence: float) -> int | None:
+        """How many examples or rounds would likely tell on which side of `limit` the truth is, were it what the estimate says.
+
+        By the normal theory of sample sizes: the interval shrinks with the root of their number. None where they are beyond reach.
+        """
+        found = self.interval(confidence)
+        if found is None or not self.samples or self.estimate == limit:
+            return None
+        z = NormalDist().inv_cdf((1 + confidence) / 2)
+        half = (found[1] - found[0]) / 2
+        times = (half / z * (z + NormalDist().inv_cdf(POWER)) / abs(self.estimate - limit)) ** 2
+        return max(self.samples + 1, math.ceil(times * self.samples)) if times < MOST else None
+
+
+@dataclass(frozen=True)
+class Student(Effect):
+    """Student's t around a mean of logs, told as a ratio: speeds and memory."""
+
+    error: float = 0.0
+    freedom: float = 1.0
+
+    def quantile(self, share: float) -> float:
+        from scipy import stats
+
+        return math.exp(math.log(self.estimate) + self.error * float(stats.t.ppf(share, self.freedom))) if self.error else self.estimate
+
+    def at_most(self, limit: float) -> float:
+        from scipy import stats
+
+        if limit <= 0 or not self.error:
+            return float(self.estimate <= limit)
+        return float(stats.t.cdf((math.log(limit) - math.log(self.estimate)) / self.error, self.freedom))
+
+    def at_least(self, limit: float) -> float:
+        return 1 - self.at_most(limit) if self.error else float(self.estimate >= limit)
+
+
+@dataclass(frozen=True)
+class Bootstrapped(Effect):
+    """Draws of the bootstrap, in order, with Efron's corrections for bias and for an error that depends on the value (BCa, 1987)."""
+
+    draws: tuple[float, ...] = ()
+    bias: float = 0.0
+    acceleration: float = 0.0
+
+    def quantile(self, share: float) -> float:
+        import numpy as np
+
+        z = self.bias + NormalDist().inv_cdf(share)
+        return float(np.quantile(self.draws, NormalDist().cdf(self.bias + z / (1 - self.acceleration * z))))
+
+    def at_most(self, limit: float) -> float:
+        import numpy as np
+
+        return self._corrected(float(np.searchsorted(self.draws, limit, side="right")) / len(self.draws))
+
+    def at_least(self, limit: float) -> float:
+        import numpy as np
+
+        return 1 - self._corrected(float(np.searchsorted(self.draws, limit, side="left")) / len(self.draws))
+
+    def _corrected(self, share: float) -> float:
+        """The confidence that `quantile` turns into this share of the draws."""
+        if share in (0, 1):
+            return share
+        w = NormalDist().inv_cdf(share) - self.bias
+        return NormalDist().cdf(w / (1 + self.acceleration * w) - self.bias)
 
 
 def combine(metric: str) -> "Callable[[Array, int], Array]":
@@ -48,101 +148,108 @@ def corpus_value(metric: str, samples: Sequence[Sequence[float]]) -> float:
 def paired(
     metric: str, baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]], ratio: bool = False, seed: int = 0
 ) -> Effect:
-    """candidate - baseline, or candidate / baseline, with its 95 % percentile interval by the paired bootstrap over examples.
+    """candidate - baseline, or candidate / baseline, by the paired bootstrap over examples.
 
-    Both are (examples, k) statistics of the same examples in the same order. Efron and Tibshirani 1993; for BLEU, Koehn 2004. No interval
-    below 20 examples, where it would be far too narrow. Raises ValueError when the lengths differ.
+    Both are (examples, k) statistics of the same examples in the same order. Efron and Tibshirani 1993; for BLEU, Koehn 2004. Unknown
+    below 20 examples, where an interval would be far too narrow. Raises ValueError when the lengths differ.
     """
     import numpy as np
 
     a, b = np.asarray(baseline, dtype=np.float64), np.asarray(candidate, dtype=np.float64)
     if a.shape != b.shape:
         raise ValueError(f"not the same examples: {a.shape} against {b.shape}")
-    n, value = len(a), combine(metric)
+    both, width, value = np.concatenate([a, b], axis=1), a.shape[1], combine(metric)
 
-    def effect(theirs: "Array", ours: "Array") -> "Array":
+    def effect(sums: "Array", n: int) -> "Array":
+        theirs, ours = value(sums[..., :width], n), value(sums[..., width:], n)
         with np.errstate(divide="ignore", invalid="ignore"):
-            return value(ours, n) / value(theirs, n) if ratio else value(ours, n) - value(theirs, n)
+            return ours / theirs if ratio else ours - theirs
 
-    return _bootstrap(n, float(effect(a.sum(axis=0), b.sum(axis=0))), lambda counts: effect(counts @ a, counts @ b), seed)
+    return _bootstrap(both, effect, seed)
 
 
 def alone(metric: str, samples: Sequence[Sequence[float]], seed: int = 0) -> Effect:
-    """One side's value over (examples, k) statistics, with its interval in the same way."""
+    """One side's value over (examples, k) statistics, in the same way."""
     import numpy as np
 
-    rows = np.asarray(samples, dtype=np.float64)
-    n, value = len(rows), combine(metric)
-    return _bootstrap(n, float(value(rows.sum(axis=0), n)), lambda counts: value(counts @ rows, n), seed)
+    return _bootstrap(np.asarray(samples, dtype=np.float64), combine(metric), seed)
 
 
 def paired_ratio(baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]) -> Effect:
-    """candidate / baseline of speeds or memory with its 95 % interval; both are (rounds, turns) in the same rounds and turns.
+    """candidate / baseline of speeds or memory; both are (rounds, turns) in the same rounds and turns.
 
     Student's t over the rounds' mean log ratios. A round has processes of its own, and turns within one share their luck (memory layout,
-    a neighbour on the machine), so rounds and not turns are what is independent. There are only a handful, for which a bootstrap
-    would be far too narrow (at five it covers about 80 % instead of 95).
+    a neighbour on the machine), so rounds and not turns are what is independent. There are only a handful, for which a hierarchical
+    bootstrap (rounds, then turns) is too narrow: `selftest` has both beside each other.
     """
     ours, theirs = _round_means(candidate), _round_means(baseline)
-    return _exp(_student([b - a for a, b in zip(theirs, ours, strict=True)]))
+    return _student([b - a for a, b in zip(theirs, ours, strict=True)])
 
 
 def unpaired_ratio(baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]) -> Effect:
-    """candidate / baseline with its 95 % interval from the rounds of two different runs: Welch's t on the logs."""
+    """candidate / baseline from the rounds of two different runs: Welch's t on the logs."""
     import numpy as np
-    from scipy import stats
 
     a, b = np.asarray(_round_means(baseline)), np.asarray(_round_means(candidate))
-    estimate = float(b.mean() - a.mean())
-    if len(a) < 2 or len(b) < 2:
-        return math.exp(estimate), None, None
+    estimate, samples = math.exp(float(b.mean() - a.mean())), min(len(a), len(b))
+    if samples < 2:
+        return Effect(estimate, samples, known=False)
     va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
     if va + vb == 0:
-        return _exp((estimate, estimate, estimate))
+        return Effect(estimate, samples)
     freedom = (va + vb) ** 2 / (va**2 / (len(a) - 1) + vb**2 / (len(b) - 1))
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, freedom) * math.sqrt(va + vb))
-    return _exp((estimate, estimate - half, estimate + half))
+    return Student(estimate, samples, error=math.sqrt(va + vb), freedom=float(freedom))
 
 
 def geometric_mean(samples: Sequence[Sequence[float]]) -> Effect:
-    """One side's speed or memory over (rounds, turns), with Student's interval over rounds on the log scale."""
-    return _exp(_student(_round_means(samples)))
+    """One side's speed or memory over (rounds, turns): Student's t over rounds on the log scale."""
+    return _student(_round_means(samples))
+
+
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values of several tests, raised so that a single one below a level is as rare as it were alone (Holm 1979)."""
+    found, least = [0.0] * len(p_values), 0.0
+    for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
+        found[place] = least
+    return found
 
 
 def _round_means(samples: Sequence[Sequence[float]]) -> list[float]:
     return [fmean(math.log(value) for value in turns) for turns in samples]
 
 
-def _student(values: list[float]) -> Effect:
-    from scipy import stats
-
-    mean = fmean(values)
-    if len(values) < 2:
-        return mean, None, None
-    half = float(stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-    return mean, mean - half, mean + half
+def _student(logs: list[float]) -> Effect:
+    estimate = math.exp(fmean(logs))
+    if len(logs) < 2:
+        return Effect(estimate, len(logs), known=False)
+    return Student(estimate, len(logs), error=stdev(logs) / math.sqrt(len(logs)), freedom=len(logs) - 1)
 
 
-def _exp(logs: Effect) -> Effect:
-    estimate, low, high = logs
-    return math.exp(estimate), None if low is None else math.exp(low), None if high is None else math.exp(high)
-
-
-def _bootstrap(n: int, estimate: float, statistic: "Callable[[Array], Array]", seed: int) -> Effect:
-    """An estimate with its bounds over resamples of `n` examples; `statistic` gets (resamples, n) counts of how often each was drawn."""
+def _bootstrap(rows: "Array", value: "Callable[[Array, int], Array]", seed: int) -> Effect:
+    """What `value` makes of sums over (examples, k) rows."""
     import numpy as np
 
+    n, total = len(rows), rows.sum(axis=0)
+    estimate = float(value(total, n))
     if n < FEWEST:
-        return estimate, None, None
-    rng, values = np.random.default_rng(seed), np.empty(RESAMPLES)
+        return Effect(estimate, n, known=False)
+    rng, draws = np.random.default_rng(seed), np.empty(RESAMPLES)
     step = max(1, 4_000_000 // n)  # 32 MB of counts at a time
     for start in range(0, RESAMPLES, step):
         size = min(step, RESAMPLES - start)
-        values[start : start + size] = statistic(rng.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64))
-    if not np.isfinite(values).all():
-        return estimate, None, None
-    low, high = np.quantile(values, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2])
-    return estimate, float(low), float(high)
+        counts = rng.multinomial(n, np.full(n, 1 / n), size=size).astype(np.float64)
+        draws[start : start + size] = value(counts @ rows, n)
+    without = value(total - rows, n - 1)
+    if not (np.isfinite(draws).all() and np.isfinite(without).all()):
+        return Effect(estimate, n, known=False)
+    if np.ptp(draws) <= 1e-12 * max(1.0, abs(estimate)):  # the same in every example
+        return Effect(estimate, n)
+    below = float((draws < estimate).mean() + (draws == estimate).mean() / 2)
+    apart = without.mean() - without
+    bent = float((apart**3).sum() / (6 * (apart**2).sum() ** 1.5)) if apart.any() else 0.0
+    bias = NormalDist().inv_cdf(min(max(below, 1 / RESAMPLES), 1 - 1 / RESAMPLES))
+    return Bootstrapped(estimate, n, draws=tuple(np.sort(draws).tolist()), bias=bias, acceleration=bent)
 
 
 def _mean(sums: "Array", n: int) -> "Array":

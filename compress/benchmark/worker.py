@@ -155,6 +155,7 @@ def _environment(device: str) -> dict[str, Any]:
     return {
         "device": device,
         "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpu_uuid": memory.gpu_uuid() if cuda else None,
         "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
         "threads": torch.get_num_threads(),

@@ -1,7 +1,7 @@
 """Numbers as people read them; the only place where units are scaled."""
 
 from compress.metrics import METRICS
-from compress.results import Comparison, Measurement, Verdict
+from compress.results import Comparison, Measurement, Report, Verdict
 
 WORDS: dict[Verdict, str] = {"pass": "pass", "fail": "FAIL", "cannot_tell": "cannot tell yet"}
 
@@ -53,6 +53,11 @@ def share(value: float | None) -> str:
     if value is None:
         return "-"
     return f"{100 * value:,.0f} %" if value >= 10 else f"{100 * value:.3g} %"
+
+
+def percent(report: Report) -> str:
+    """What a report's intervals hold the truth in: 95 % of cases."""
+    return f"{100 * report.confidence:g} %"
 
 
 def change(compared: Comparison | None) -> str:

@@ -1,11 +1,15 @@
 """May the candidate replace the baseline? Every figure against its counterpart, every gate against its limit.
 
-A gate passes when its whole interval lies within the limit, fails when it lies outside, and can't tell when the limit is inside it, or when
-there is too little for an interval. Sizes are exact and have none. The worst gate decides; what was not measured can't pass.
+A gate is a test of non-inferiority: it passes when the whole interval lies within the limit, fails when it lies outside, and can't tell
+when the limit is inside it, or when there is too little for an interval. Sizes are exact and have none. The worst gate decides; what was
+not measured can't pass.
+
+Among many gates one fails by chance more easily than it would alone, so failures are held to Holm's correction. Passes need none: all
+gates pass by chance together no more easily than each of them alone (an intersection-union test, Berger 1982).
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from compress.benchmark import statistics
@@ -15,6 +19,7 @@ from compress.metrics import METRICS
 from compress.recipe import Gate
 from compress.results import Comparison, GateResult, Measurement, Report, Side, Verdict
 
+BEYOND_DOUBT = 0.999
 RATIOS = ("max_ratio", "min_ratio")
 WORDS = {"max_drop": " drop", "max_rise": " rise", "max_ratio": " ratio", "min_ratio": " ratio", "max": "", "min": ""}
 
@@ -28,26 +33,53 @@ class Pair:
     same_run: bool
 
     def effect(self, ratio: bool) -> Effect:
-        """candidate / baseline or candidate - baseline, with bounds where there are any."""
+        """candidate / baseline, or candidate - baseline, by which quality alone is compared."""
         a, b = self.theirs, self.ours
         assert a.value is not None and b.value is not None
-        base = a.value
         kind = METRICS[b.metric].kind
         if kind == "quality":
             if len(a.samples) != len(b.samples):
                 raise ReportError(f"{b.metric} was measured on {len(a.samples)} examples on one side and {len(b.samples)} on the other")
-            return _finite(statistics.paired(b.metric, a.samples, b.samples, ratio))
-        found: Effect
+            return statistics.paired(b.metric, a.samples, b.samples, ratio)
         if a.value <= 0 or any(x <= 0 for x in [b.value, *(x for row in [*a.samples, *b.samples] for x in row)]):
-            found = math.nan, None, None
-        elif kind == "size":
-            found = (b.value / a.value,) * 3
-        elif self.same_run:
+            return Effect(math.nan, known=False)
+        if kind == "size":
+            return Effect(b.value / a.value)
+        if self.same_run:
             together = min(len(a.samples), len(b.samples))
-            found = statistics.paired_ratio(a.samples[:together], b.samples[:together])
-        else:
-            found = statistics.unpaired_ratio(a.samples, b.samples)
-        return _finite(found if ratio else _each(found, lambda x: (x - 1) * base))
+            return statistics.paired_ratio(a.samples[:together], b.samples[:together])
+        return statistics.unpaired_ratio(a.samples, b.samples)
+
+
+@dataclass(frozen=True)
+class Claim:
+    """That one limit of a gate is kept at one figure.
+
+    effect          a difference, a ratio or the candidate's own value
+    scale, origin   scale x (effect - origin) is what the limit bounds: a drop in points is the difference turned round
+    """
+
+    figure: Measurement
+    kind: str
+    limit: float
+    effect: Effect
+    scale: float = 1.0
+    origin: float = 0.0
+
+    @property
+    def bound(self) -> float:
+        """The limit on the effect."""
+        return self.limit / self.scale + self.origin
+
+    @property
+    def confidence(self) -> float:
+        """How confident one may be that it is kept; the p-value of its being broken."""
+        at_most = self.kind.startswith("max") == (self.scale > 0)
+        return self.effect.at_most(self.bound) if at_most else self.effect.at_least(self.bound)
+
+    def said(self, value: float) -> float:
+        """An effect in the words of the limit."""
+        return self.scale * (value - self.origin) + 0.0
 
 
 def pairs(baseline: Side, candidate: Side, same_run: bool) -> list[Pair]:
@@ -60,22 +92,23 @@ def pairs(baseline: Side, candidate: Side, same_run: bool) -> list[Pair]:
     return found
 
 
-def compare(pair: Pair) -> Comparison:
+def compare(pair: Pair, confidence: float) -> Comparison:
     """How the two figures compare: by difference for quality, by ratio for all else."""
     ratio = METRICS[pair.ours.metric].kind != "quality"
-    estimate, low, high = pair.effect(ratio)
+    effect = pair.effect(ratio)
+    low, high = effect.interval(confidence) or (None, None)
     assert pair.theirs.value is not None and pair.ours.value is not None
     return Comparison(
         metric=pair.ours.metric, batch_size=pair.ours.batch_size, prompt_tokens=pair.ours.prompt_tokens, baseline=pair.theirs.value,
-        candidate=pair.ours.value, kind="ratio" if ratio else "difference", estimate=None if math.isnan(estimate) else estimate,
-        low=low, high=high,
+        candidate=pair.ours.value, kind="ratio" if ratio else "difference",
+        estimate=effect.estimate if math.isfinite(effect.estimate) else None, low=low, high=high,
     )  # fmt: skip
 
 
-def gates(check: dict[str, Gate], compared: Sequence[Pair], baseline: Side | None, candidate: Side) -> list[GateResult]:
+def gates(check: dict[str, Gate], compared: Sequence[Pair], baseline: Side | None, candidate: Side, confidence: float) -> list[GateResult]:
     """Every limit of every gate, at every grid point that either side was to be measured at."""
     by_point = {pair.ours.point: pair for pair in compared}
-    results = []
+    found: list[Claim | GateResult] = []
     for metric, gate in check.items():
         sides = [side for side in (candidate, baseline) if side is not None]
         figures = {m.point: m for side in reversed(sides) for m in side.measurements if m.metric == metric}
@@ -84,10 +117,24 @@ def gates(check: dict[str, Gate], compared: Sequence[Pair], baseline: Side | Non
             if limit is None:
                 continue
             if not figures:
-                results.append(_unmeasured(Measurement(metric=metric, value=None), kind, limit, "not measured"))
+                found.append(_unmeasured(Measurement(metric=metric, value=None), kind, limit, "not measured"))
             for point, figure in figures.items():
-                results.append(_gate(figure, by_point.get(point), candidate.figure(point), kind, limit))
-    return results
+                found.append(_claim(figure, by_point.get(point), candidate.figure(point), kind, limit))
+    chances = [one for one in found if isinstance(one, Claim) and one.effect.samples and one.effect.known]
+    corrected = dict(zip(map(id, chances), statistics.holm([claim.confidence for claim in chances]), strict=True))
+    return [_judged(one, corrected.get(id(one)), len(chances), confidence) if isinstance(one, Claim) else one for one in found]
+
+
+def is_clear(check: dict[str, Gate], sides: Sequence[Side]) -> bool:
+    """Whether every gate on speed or memory, of which there is one, is decided beyond doubt.
+
+    Looking again and again finds what isn't there; at a confidence of 99.9 % a look costs nothing (Haybittle 1971, Peto et al. 1976).
+    """
+    limits = {metric: gate for metric, gate in check.items() if METRICS[metric].kind in ("speed", "memory")}
+    baseline = sides[0] if len(sides) > 1 else None
+    compared = pairs(baseline, sides[-1], same_run=True) if baseline else []
+    results = gates(limits, compared, baseline, sides[-1], BEYOND_DOUBT)
+    return bool(results) and all(result.verdict != "cannot_tell" for result in results)
 
 
 def decide(results: Sequence[GateResult], failures: Sequence[str]) -> tuple[Verdict, str]:
@@ -128,77 +175,80 @@ def _measured_how(report: Report) -> dict[str, object]:
     }
 
 
-def _gate(figure: Measurement, pair: Pair | None, ours: Measurement | None, kind: str, limit: float) -> GateResult:
+def _claim(figure: Measurement, pair: Pair | None, ours: Measurement | None, kind: str, limit: float) -> Claim | GateResult:
+    """What a limit says at a figure, or why it can't be checked there."""
     if ours is not None and ours.value is None and ours.reason is not None and METRICS[ours.metric].kind == "quality":
-        return _result(figure, kind, limit, (math.nan, None, None), "fail", f"{figure.label} of the candidate is broken: {ours.reason}")
+        return _result(figure, kind, limit, "fail", f"{figure.label} of the candidate is broken: {ours.reason}")
     if kind in ("min", "max"):
         if ours is None or ours.value is None:
             return _unmeasured(figure, kind, limit, (ours and ours.reason) or "not measured")
-        return _held(figure, kind, limit, _absolute(ours))
-    if pair is None:
+        return Claim(figure, kind, limit, _absolute(ours))
+    if pair is None or pair.theirs.value is None:
         reason = (ours and ours.reason) or figure.reason or "not measured on both sides"
         return _unmeasured(figure, kind, limit, reason)
-    effect = pair.effect(ratio=kind in RATIOS)
-    return _held(figure, kind, limit, _turned(effect) if kind == "max_drop" else effect)
+    quality = METRICS[figure.metric].kind == "quality"
+    effect, sign = pair.effect(ratio=kind in RATIOS or not quality), -1 if kind == "max_drop" else 1
+    if kind in RATIOS:
+        return Claim(figure, kind, limit, effect)
+    return Claim(figure, kind, limit, effect, sign) if quality else Claim(figure, kind, limit, effect, sign * pair.theirs.value, 1.0)
 
 
-def _held(figure: Measurement, kind: str, limit: float, effect: Effect) -> GateResult:
-    """An effect held against its limit."""
-    estimate, low, high = effect
-    unit = "" if kind in RATIOS else f" {figure.unit}"
-    at_most = kind.startswith("max")
-    bound = f"{'at most' if at_most else 'at least'} {limit:g}{unit} is allowed"
-    what = f"{figure.label}{WORDS[kind]}"
-    verdict: Verdict
-    if low is None or high is None:
-        verdict, sentence = "cannot_tell", f"{what} is {estimate:.4g}{unit}, from too little data for an interval; {bound}"
-    else:
-        inside = high <= limit if at_most else low >= limit
-        outside = low > limit if at_most else high < limit
-        verdict = "pass" if inside else "fail" if outside else "cannot_tell"
-        spread = "" if low == high else f" (95 % {low + 0.0:.4g} to {high + 0.0:.4g})"
-        sentence = f"{what} is {estimate + 0.0:.4g}{unit}{spread}; {bound}"
-    return _result(figure, kind, limit, effect, verdict, sentence)
+def _judged(claim: Claim, corrected: float | None, tests: int, confidence: float) -> GateResult:
+    """The verdict on a claim.
+
+    corrected   the p-value of its being kept among that many `tests`; None where chance has no part in it
+    """
+    effect, level = claim.effect, (1 - confidence) / 2
+    unit = "" if claim.kind in RATIOS else f" {claim.figure.unit}"
+    bound = f"{'at most' if claim.kind.startswith('max') else 'at least'} {claim.limit:g}{unit} is allowed"
+    what = f"{claim.figure.label}{WORDS[claim.kind]} is {claim.said(effect.estimate):.4g}{unit}"
+    interval = effect.interval(confidence)
+    if interval is None:
+        sentence = f"{what}, from too little data for an interval; {bound}"
+        return _result(claim.figure, claim.kind, claim.limit, "cannot_tell", sentence, claim.said(effect.estimate))
+    low, high = sorted(map(claim.said, interval))
+    spread = "" if low == high else f" ({100 * confidence:g} % {low:.4g} to {high:.4g})"
+    broken = claim.confidence if corrected is None else corrected
+    verdict: Verdict = "pass" if claim.confidence >= 1 - level else "fail" if broken <= level else "cannot_tell"
+    sentence, needed = f"{what}{spread}; {bound}", None
+    if verdict == "cannot_tell":
+        needed = effect.needed(claim.bound, confidence)
+        sentence += f"; {_more(claim, needed, tests if claim.confidence <= level else 0)}"
+    return _result(claim.figure, claim.kind, claim.limit, verdict, sentence, claim.said(effect.estimate), (low, high), needed)
+
+
+def _more(claim: Claim, needed: int | None, tests: int) -> str:
+    """What would tell. `tests` is how many there are where the claim would fail alone."""
+    if tests:
+        return f"alone it would fail, as one of {tests} it may be chance"
+    what = "examples" if METRICS[claim.figure.metric].kind == "quality" else "rounds"
+    if needed is None:
+        return f"it is too near to the limit for any number of {what} to tell"
+    return f"about {needed:,} {what} would tell, there were {claim.effect.samples:,}"
 
 
 def _absolute(figure: Measurement) -> Effect:
-    """The candidate's own value with its interval."""
+    """The candidate's own value with what is known of it."""
     assert figure.value is not None
     kind = METRICS[figure.metric].kind
     if kind == "size":
-        return figure.value, figure.value, figure.value
+        return Effect(figure.value)
     if kind == "quality":
         return statistics.alone(figure.metric, figure.samples)
     if any(value <= 0 for row in figure.samples for value in row):  # no slack, no cache: nothing to take a logarithm of
-        return figure.value, None, None
+        return Effect(figure.value, known=False)
     return statistics.geometric_mean(figure.samples)
 
 
 def _unmeasured(figure: Measurement, kind: str, limit: float, reason: str) -> GateResult:
-    sentence = f"{figure.label}: {kind} {limit:g} can't be checked: {reason}"
-    return _result(figure, kind, limit, (math.nan, None, None), "cannot_tell", sentence)
+    return _result(figure, kind, limit, "cannot_tell", f"{figure.label}: {kind} {limit:g} can't be checked: {reason}")
 
 
-def _result(figure: Measurement, kind: str, limit: float, effect: Effect, verdict: Verdict, sentence: str) -> GateResult:
-    estimate, low, high = effect
+def _result(
+    figure: Measurement, kind: str, limit: float, verdict: Verdict, sentence: str, estimate: float = math.nan,
+    interval: tuple[float, float] | None = None, needed: int | None = None,
+) -> GateResult:  # fmt: skip
     return GateResult(
         metric=figure.metric, batch_size=figure.batch_size, prompt_tokens=figure.prompt_tokens, limit_kind=kind, limit=limit,
-        estimate=None if math.isnan(estimate) else estimate, interval=None if low is None or high is None else (low, high),
-        verdict=verdict, sentence=sentence,
+        estimate=estimate if math.isfinite(estimate) else None, interval=interval, needed=needed, verdict=verdict, sentence=sentence,
     )  # fmt: skip
-
-
-def _finite(effect: Effect) -> Effect:
-    estimate, low, high = effect
-    whole = all(x is not None and math.isfinite(x) for x in effect)
-    return (estimate, low, high) if whole else (estimate if math.isfinite(estimate) else math.nan, None, None)
-
-
-def _turned(effect: Effect) -> Effect:
-    estimate, low, high = effect
-    return -estimate, None if high is None else -high, None if low is None else -low
-
-
-def _each(effect: Effect, change: Callable[[float], float]) -> Effect:
-    estimate, low, high = effect
-    return change(estimate), None if low is None else change(low), None if high is None else change(high)

@@ -13,7 +13,7 @@ from compress.metrics import METRICS
 from compress.report import memory
 from compress.report.frame import curves, frame, layers, predictions
 from compress.report.layers import lost_most, remarkable, summary
-from compress.report.numbers import change, figure, share, verdict_words
+from compress.report.numbers import change, figure, percent, share, verdict_words
 from compress.report.why import at_run_time
 from compress.results import NOTES, Comparison, Layer, Measurement, Point, Prediction, Report, StageRecord, whole_folder
 
@@ -54,6 +54,7 @@ def markdown(report: Report) -> str:
         *(_layers(record) for record in report.stages),
         *(_curve(record) for record in report.stages),
         _worst(report),
+        _turns(report),
         _environment(report),
         f"## Recipe\n\nAs it was run, defaults filled in; digest {report.digest}, examples {report.examples_digest}.\n\n{_recipe(report)}",
     ]
@@ -107,7 +108,7 @@ def _sides(report: Report) -> str:
         one = theirs or ours
         assert one is not None
         rows.append([one.label, figure(theirs), figure(ours), change(compared), METRICS[one.metric].better])
-    header = ["figure", "baseline", "candidate", "change (95 % interval)", "better"]
+    header = ["figure", "baseline", "candidate", f"change ({percent(report)} interval)", "better"]
     return "## Figures\n\n" + table(header, rows)
 
 
@@ -202,6 +203,24 @@ def _worst(report: Report) -> str:
 
 def _shortened(text: str, limit: int = 1200) -> str:
     return text if len(text) <= limit else f"{text[:limit]} ... ({len(text) - limit:,} more characters)"
+
+
+def _turns(report: Report) -> str:
+    """How the machine was while the sides took turns, in a line a round."""
+    if not report.turns:
+        return ""
+    rows = []
+    for number in range(max(turn.round for turn in report.turns) + 1):
+        turns = [turn for turn in report.turns if turn.round == number]
+        waiting = [turn.waiting for turn in turns if turn.waiting is not None]
+        counted = sum(turn.kept for turn in turns)
+        rows.append([
+            str(number + 1), f"{counted} of {len(turns)}", f"{sum(turn.seconds for turn in turns):.1f} s",
+            f"{max(waiting):.1%}" if waiting else "-", f"{max(turn.steal for turn in turns):.1%}",
+            f"{max(turn.others for turn in turns):.1f}", f"{max(turn.load for turn in turns):.1f}",
+        ])  # fmt: skip
+    header = ["round", "turns that count", "time", "waiting for a core", "stolen", "cores others used", "load"]
+    return "## Machine\n\nThe most in any turn of a round; every turn is in report.json.\n\n" + table(header, rows)
 
 
 def _environment(report: Report) -> str:

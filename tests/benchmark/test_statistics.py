@@ -17,16 +17,16 @@ def test_the_mean_difference_has_the_interval_of_the_normal_theory():
     rng = np.random.default_rng(1)
     a = rng.normal(50, 20, size=(400, 1))
     b = a - 1 + rng.normal(0, 4, size=(400, 1))
-    estimate, low, high = statistics.paired("rougeL", a.tolist(), b.tolist())
-    d = (b - a)[:, 0]
-    half = 1.96 * d.std(ddof=1) / math.sqrt(len(d))
-    assert estimate == pytest.approx(d.mean())
-    assert (low, high) == pytest.approx((d.mean() - half, d.mean() + half), abs=0.03)
+    found, d = statistics.paired("rougeL", a.tolist(), b.tolist()), (b - a)[:, 0]
+    assert found.estimate == pytest.approx(d.mean())
+    for confidence, z in ((0.95, 1.96), (0.8, 1.2816)):
+        half = z * d.std(ddof=1) / math.sqrt(len(d))
+        assert found.interval(confidence) == pytest.approx((d.mean() - half, d.mean() + half), abs=0.03)
 
 
 def test_equal_sides_differ_by_nothing():
     rows = [[float(x)] for x in range(50)]
-    assert statistics.paired("rougeL", rows, rows) == (0, 0, 0)
+    assert statistics.paired("rougeL", rows, rows).interval(0.95) == (0, 0)
 
 
 def test_different_examples_are_refused():
@@ -36,17 +36,22 @@ def test_different_examples_are_refused():
 
 def test_the_ratio_of_rounds_has_students_interval_on_the_log_scale():
     a, b = [[1.0, 1.1], [0.9, 1.2], [1.0, 1.0]], [[1.3, 1.32], [1.2, 1.5], [1.25, 1.3]]
-    estimate, low, high = statistics.paired_ratio(a, b)
+    found = statistics.paired_ratio(a, b)
     logs = (np.log(b) - np.log(a)).mean(axis=1)
     expected = stats.t.interval(0.95, len(logs) - 1, logs.mean(), stats.sem(logs))
-    assert (math.log(estimate), math.log(low), math.log(high)) == pytest.approx((logs.mean(), *expected))
-    assert statistics.paired_ratio([[1.0, 1.0]], [[2.0, 2.0]]) == (2.0, None, None)
+    assert math.log(found.estimate) == pytest.approx(logs.mean())
+    assert np.log(found.interval(0.95)) == pytest.approx(expected)
+    p = stats.ttest_1samp(logs, math.log(1.1), alternative="greater").pvalue
+    assert found.at_most(1.1) == pytest.approx(p)
+    assert found.at_least(1.1) == pytest.approx(1 - p)
+    alone = statistics.paired_ratio([[1.0, 1.0]], [[2.0, 2.0]])
+    assert (alone.estimate, alone.interval(0.95)) == (2.0, None)
 
 
 def test_ratios_of_two_runs_follow_welch():
     rng = np.random.default_rng(0)
     a, b = rng.lognormal(0, 0.1, (6, 1)), rng.lognormal(0.2, 0.3, (9, 1))
-    _, low, high = statistics.unpaired_ratio(a.tolist(), b.tolist())
+    low, high = statistics.unpaired_ratio(a.tolist(), b.tolist()).interval(0.95)
     expected = stats.ttest_ind(np.log(b[:, 0]), np.log(a[:, 0]), equal_var=False).confidence_interval(0.95)
     assert (math.log(low), math.log(high)) == pytest.approx((expected.low, expected.high))
 
@@ -61,7 +66,7 @@ def test_intervals_of_speed_ratios_cover_the_truth_95_times_of_100(rounds, proce
         machine = rng.lognormal(0, 0.5, (rounds, 3))
         a = machine * rng.lognormal(0, process_spread, (rounds, 1)) * rng.lognormal(0, 0.01, (rounds, 3))
         b = 1.1 * machine * rng.lognormal(0, process_spread, (rounds, 1)) * rng.lognormal(0, 0.01, (rounds, 3))
-        _, low, high = statistics.paired_ratio(a.tolist(), b.tolist())
+        low, high = statistics.paired_ratio(a.tolist(), b.tolist()).interval(0.95)
         hits += low <= 1.1 <= high
     assert 0.935 <= hits / 2000 <= 0.965
 
@@ -69,13 +74,15 @@ def test_intervals_of_speed_ratios_cover_the_truth_95_times_of_100(rounds, proce
 def test_a_quality_ratio_that_is_the_same_in_every_example_is_certain():
     a = [[float(n % 7 + 1), 10.0] for n in range(50)]
     b = [[nll + 10 * math.log(1.05), tokens] for nll, tokens in a]
-    assert statistics.paired("perplexity", a, b, ratio=True) == pytest.approx((1.05, 1.05, 1.05))
+    found = statistics.paired("perplexity", a, b, ratio=True)
+    assert (found.estimate, *found.interval(0.95)) == pytest.approx((1.05, 1.05, 1.05))
+    assert (found.at_most(1.06), found.at_most(1.04), found.at_least(1.04)) == (1, 0, 1)
 
 
 def test_too_few_examples_give_no_interval():
     rows = [[float(x)] for x in range(19)]
-    assert statistics.paired("rougeL", rows, rows) == (0, None, None)
-    assert statistics.alone("rougeL", rows) == (9, None, None)
+    for found, value in ((statistics.paired("rougeL", rows, rows), 0), (statistics.alone("rougeL", rows), 9)):
+        assert (found.estimate, found.interval(0.95), found.needed(1, 0.95)) == (value, None, None)
 
 
 @pytest.mark.slow
@@ -85,9 +92,65 @@ def test_intervals_of_quality_differences_cover_the_truth_95_times_of_100():
     for number in range(400):
         a = rng.beta(2, 2, size=(200, 1)) * 100
         b = a - 1 + rng.normal(0, 6, size=(200, 1))
-        _, low, high = statistics.paired("rougeL", a.tolist(), b.tolist(), seed=number)
+        low, high = statistics.paired("rougeL", a.tolist(), b.tolist(), seed=number).interval(0.95)
         hits += low <= -1 <= high
     assert 0.925 <= hits / 400 <= 0.975
+
+
+@pytest.mark.parametrize("metric", ["rougeL", "perplexity", "bleu"])
+def test_the_bootstrap_is_scipys_bca(metric):
+    """Skewed differences, where the corrections move the bounds by a tenth of the interval."""
+    rng = np.random.default_rng(4)
+    if metric == "bleu":
+        words = ["the", "cat", "sat", "on", "a", "red", "mat", "and", "dog"]
+        said = [" ".join(rng.choice(words, 12)) for _ in range(60)]
+        kept = [" ".join(w if rng.random() < 0.8 else "x" for w in text.split()) for text in said]
+        a, b = (np.array(bleu(texts, [[text] for text in said])) for texts in (said, kept))
+    else:
+        a = np.column_stack([rng.lognormal(1, 1, 60), rng.integers(5, 15, 60).astype(float)])[:, : 1 + (metric == "perplexity")]
+        b = a + np.column_stack([rng.exponential(2, 60) ** 2, np.zeros(60)])[:, : a.shape[1]]
+    value = statistics.combine(metric)
+
+    def apart(places, axis=-1):
+        picked = places.astype(int)
+        return value(b[picked].sum(axis=-2), 60) - value(a[picked].sum(axis=-2), 60)
+
+    expected = stats.bootstrap(
+        (np.arange(60.0),), apart, vectorized=True, n_resamples=20_000, method="BCa", rng=np.random.default_rng(0)
+    ).confidence_interval
+    found = statistics.paired(metric, a.tolist(), b.tolist())
+    low, high = found.interval(0.95)
+    width = expected.high - expected.low
+    assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.06 * width)
+    assert found.at_most(high) == pytest.approx(0.975, abs=0.002)
+    assert found.at_least(low) == pytest.approx(0.975, abs=0.002)
+
+
+@given(st.lists(st.floats(0, 1), max_size=8))
+def test_holm_is_never_below_the_p_value_nor_above_bonferroni(found):
+    corrected = statistics.holm(found)
+    assert all(p <= q <= min(1, len(found) * p) + 1e-12 for p, q in zip(found, corrected, strict=True))
+    order = np.argsort(found, kind="stable")
+    assert list(np.array(corrected)[order]) == sorted(corrected)
+
+
+def test_holm_by_hand():
+    assert statistics.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+
+
+def test_so_many_more_examples_tell_four_times_of_five():
+    """A drop of 1 is held against a limit of 2, on as many examples as 100 said would tell."""
+    rng = np.random.default_rng(0)
+
+    def drop(n):
+        a = np.full((n, 1), 50.0)
+        return statistics.paired("rougeL", a.tolist(), (a - 1 + rng.normal(0, 8, (n, 1))).tolist())
+
+    wanted = [needed for needed in (drop(100).needed(-2, 0.95) for _ in range(40)) if needed]
+    exact = (8 * (1.96 + 0.8416) / 1) ** 2  # the textbook's, with the truth in the place of estimates
+    assert 0.5 * exact < np.median(wanted) < 1.5 * exact
+    told = sum(drop(round(exact)).at_least(-2) >= 0.975 for _ in range(60))
+    assert 0.62 <= told / 60 <= 0.95
 
 
 def test_perplexity_weighs_tokens_not_texts():

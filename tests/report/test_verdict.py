@@ -28,7 +28,7 @@ def judge(theirs, ours, metric, **limits):
 
 
 def every(a, b, check):
-    return verdict.gates(check, verdict.pairs(a, b, True), a, b)
+    return verdict.gates(check, verdict.pairs(a, b, True), a, b, 0.95)
 
 
 BASE = [float(30 + (n * 37) % 41) for n in range(200)]
@@ -124,3 +124,52 @@ def test_sides_on_different_examples_are_refused():
 def test_reports_that_were_not_measured_alike_are_refused(change, message):
     with pytest.raises(ReportError, match=message):
         verdict.require_comparable(made(), made(**change))
+
+
+def test_cannot_tell_says_how_much_would_tell():
+    ours = [b - 0.9 + 4 * n for b, n in zip(BASE, NOISE, strict=True)]
+    found = judge(quality(BASE), quality(ours), "rougeL", max_drop=1.0)
+    assert found.verdict == "cannot_tell"
+    assert found.sentence.endswith(f"; at most 1 points is allowed; about {found.needed:,} examples would tell, there were 200")
+    assert found.needed > 1000
+    found = judge(speed([1.0, 1.0, 1.0]), speed([1.0, 1.1, 1.2]), "latency_p50", max_ratio=1.2)
+    assert found.sentence.endswith(f"; about {found.needed} rounds would tell, there were 3")
+    same = judge(speed([1.0, 1.0]), speed([0.9, 1 / 0.9]), "latency_p50", max_ratio=1.0)
+    assert same.sentence.endswith("too near to the limit for any number of rounds to tell")
+
+
+def test_one_of_many_gates_does_not_fail_by_chance_alone():
+    """A ratio that would fail at 2 % by itself, one of 40 that hold."""
+    slow = [1.0 + x for x in (0.031, 0.018, 0.042, 0.006, 0.027)]
+    points = range(1, 41)
+    a = Side(role="baseline", model="a", measurements=[speed([1.0] * 5, batch_size=b) for b in points])
+    even = [1.0, 1.01, 0.99, 1.004, 0.996]
+    b = Side(role="candidate", model="b", measurements=[speed(slow if b == 7 else even, batch_size=b) for b in points])
+    check = {"latency_p50": Gate(max_ratio=1.005)}
+    (alone,) = every(side("baseline", m=speed([1.0] * 5)), side("candidate", m=speed(slow)), check)
+    assert alone.verdict == "fail"
+    among = every(a, b, check)[6]
+    assert (among.interval, among.verdict) == (alone.interval, "cannot_tell")
+    assert among.sentence.endswith("alone it would fail, as one of 40 it may be chance")
+    worse = Side(role="candidate", model="b", measurements=[speed([3.0, 3.1, 3.0, 3.0, 3.1], batch_size=b) for b in points])
+    assert {r.verdict for r in every(a, worse, check)} == {"fail"}
+
+
+def test_a_confidence_that_a_recipe_asks_for():
+    ours = [b - 0.4 + 1.5 * n for b, n in zip(BASE, NOISE, strict=True)]
+    a, b = side("baseline", m=quality(BASE)), side("candidate", m=quality(ours))
+    by_level = {
+        level: verdict.gates({"rougeL": Gate(max_drop=1.0)}, verdict.pairs(a, b, True), a, b, level)[0] for level in (0.5, 0.95, 0.999)
+    }
+    assert [found.verdict for found in by_level.values()] == ["pass", "pass", "cannot_tell"]
+    widths = [found.interval[1] - found.interval[0] for found in by_level.values()]
+    assert widths == sorted(widths)
+    assert "(99.9 % " in by_level[0.999].sentence
+
+
+def test_what_is_clear_beyond_doubt():
+    a, check = side("baseline", m=speed([1.0, 1.0, 1.0])), {"latency_p50": Gate(max_ratio=1.05)}
+    assert verdict.is_clear(check, [a, side("candidate", m=speed([0.5, 0.5005, 0.5]))])
+    assert verdict.is_clear(check, [a, side("candidate", m=speed([2.0, 2.001, 2.0]))])
+    assert not verdict.is_clear(check, [a, side("candidate", m=speed([1.0, 1.03, 0.98]))])
+    assert not verdict.is_clear({"rougeL": Gate(max_drop=1)}, [a, side("candidate", m=speed([0.5, 0.5005, 0.5]))]), "nothing on speed"

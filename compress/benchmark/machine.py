@@ -1,0 +1,168 @@
+"""What the machine did besides, while something was measured: read before and after each turn by the parent, without torch.
+
+A turn is disturbed where its process was ready to run and did not (Linux counts the nanoseconds), where the hypervisor gave the cores to
+others, where the machine slept, where a GPU was throttled or another process worked on it. Slow is not disturbed: whoever measures
+again what was slow, and not what was disturbed, chooses the result.
+"""
+
+import fcntl
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from compress.process import Progress
+from compress.results import Conditions
+
+WAITING = 0.05  # shares of a turn's time from which on it is disturbed
+STEAL = 0.05
+SLEPT_S = 0.5
+CPUFREQ = Path("/sys/devices/system/cpu")
+THROTTLES = {  # NVML's nvmlClocksEventReasons that slow a GPU against its will; idle and wanted clocks are none
+    0x4: "its power cap", 0x8: "hardware slowdown", 0x20: "its temperature", 0x40: "its temperature", 0x80: "the power brake",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU now, as NVML has it."""
+
+    sm_clock_mhz: int
+    throttled: tuple[str, ...]
+    foreign: tuple[int, ...]  # other processes that work on it
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Clocks and counters at one moment, times in seconds.
+
+    waited   that the threads of the process have been ready to run and did not; None where the kernel doesn't count it
+    busy, stolen   of all cores that the process may use
+    """
+
+    monotonic: float
+    awake: float
+    wall: float
+    waited: float | None
+    busy: float
+    stolen: float
+    used: float
+    gpu: Gpu | None = None
+
+
+@dataclass
+class Machine:
+    """The machine as a measuring process has it.
+
+    threads   CPU threads of the process
+    gpu       the UUID of its GPU
+    """
+
+    threads: int
+    gpu: str | None = None
+    cores: list[int] = field(default_factory=lambda: sorted(os.sched_getaffinity(0)))
+
+    def read(self, pid: int, ours: Sequence[int]) -> Reading:
+        """Where the counters stand; `ours` are all processes that belong to the benchmark."""
+        times = psutil.cpu_times(percpu=True)
+        here = [times[core] for core in self.cores if core < len(times)]
+        used = 0.0
+        for process in {os.getpid(), pid, *ours}:
+            with suppress(psutil.Error):
+                found = psutil.Process(process).cpu_times()
+                used += found.user + found.system
+        return Reading(
+            time.monotonic(), time.clock_gettime(time.CLOCK_BOOTTIME), time.time(), _waited(pid),
+            sum(core.user + core.nice + core.system + core.irq + core.softirq for core in here), sum(core.steal for core in here), used,
+            None if self.gpu is None else gpu(self.gpu, ours),
+        )  # fmt: skip
+
+    def strangers(self, ours: Sequence[int]) -> tuple[int, ...]:
+        """The other processes on the GPU."""
+        found = None if self.gpu is None else gpu(self.gpu, ours)
+        return () if found is None else found.foreign
+
+    def between(self, before: Reading, after: Reading) -> Conditions:
+        """How it was between two readings, and what disturbed."""
+        seconds = max(after.monotonic - before.monotonic, 1e-9)
+        slept = max(0.0, (after.awake - before.awake) - seconds)
+        waiting = None if before.waited is None or after.waited is None else (after.waited - before.waited) / (seconds * self.threads)
+        steal = (after.stolen - before.stolen) / (seconds * len(self.cores))
+        others = max(0.0, (after.busy - before.busy) - (after.used - before.used)) / seconds
+        found = []
+        if waiting is not None and waiting > WAITING:
+            found.append(f"it waited {waiting:.0%} of the time for a core, others used {others:.1f} of {len(self.cores)}")
+        elif waiting is None and others > 0.25 and others + self.threads > len(self.cores) + 0.25:
+            found.append(f"others used {others:.1f} of {len(self.cores)} cores")
+        if steal > STEAL:
+            found.append(f"the hypervisor gave {steal:.0%} of the cores' time to others")
+        if slept > SLEPT_S:
+            found.append(f"the machine slept for {slept:.0f} s")
+        if after.gpu is not None:
+            found += [f"the GPU was throttled by {reason}" for reason in after.gpu.throttled]
+            found += [f"process {other} worked on the GPU too" for other in after.gpu.foreign]
+        return Conditions(
+            seconds=seconds, load=os.getloadavg()[0], waiting=waiting, steal=steal, others=others,
+            clock_step=(after.wall - before.wall) - (after.awake - before.awake),
+            sm_clock_mhz=None if after.gpu is None else after.gpu.sm_clock_mhz, disturbed=found,
+        )  # fmt: skip
+
+
+def facts() -> dict[str, Any]:
+    """What stays the same throughout a benchmark, for the report's environment."""
+    governors = {file.read_text().strip() for file in CPUFREQ.glob("cpu*/cpufreq/scaling_governor")}
+    return {"affinity": sorted(os.sched_getaffinity(0)), "governor": ", ".join(sorted(governors)) or None}
+
+
+@contextmanager
+def alone(progress: Progress) -> Iterator[None]:
+    """Two benchmarks on one machine would measure each other: the second waits. The kernel lets go where one is killed.
+
+    Those that may see different GPUs only are no hindrance to each other.
+    """
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace("/", "-")
+    place = Path(tempfile.gettempdir()) / f"compress-benchmark-{seen}.lock"
+    with suppress(OSError):
+        place.touch(mode=0o666)
+        place.chmod(0o666)  # whoever makes it, all may lock it
+    with place.open("r") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("waiting for another benchmark on this machine", 0, 1)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def gpu(uuid: str, ours: Sequence[int]) -> Gpu | None:
+    """A GPU now; None where NVML is absent or doesn't say."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        reasons = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
+        throttled = dict.fromkeys(name for bit, name in THROTTLES.items() if reasons & bit)
+        there = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}
+        clock = pynvml.nvmlDeviceGetClockInfo(handle, pynvml.NVML_CLOCK_SM)
+    except Exception:  # NVML has an error class for each of its troubles; none of them may end a measurement
+        return None
+    strangers = sorted(there - {*ours})
+    if len(strangers) == len(there):  # in a container the numbers are the host's, and as many as we are are ours
+        strangers = strangers[len(ours) :]
+    return Gpu(int(clock), tuple(throttled), tuple(strangers))
+
+
+def _waited(pid: int) -> float | None:
+    """Seconds that a process's threads have been ready to run and did not (Linux: /proc/PID/task/*/schedstat)."""
+    found = []
+    for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
+        with suppress(OSError, IndexError, ValueError):  # a thread may end meanwhile
+            found.append(int(task.read_text().split()[1]))
+    return sum(found) / 1e9 if found else None

@@ -1,0 +1,260 @@
+"""The harness measured by itself: a model against itself, faults of known size, intervals against simulated truths.
+
+    python -m compress.benchmark.selftest [--out reports/selftest] [--comparisons 40]
+
+Each comparison is a benchmark of the package's own model by its own processes, which take turns: the model as baseline, the same again,
+the same with every step 5 % slower, the same 10 % slower and with 8 MB more in memory. All gates have no margin, so the smallest
+regression counts. In every second comparison another process keeps one core busy. Predictions are damaged after they were made once.
+
+Each comparison is written when it ends, and one that is there is not measured again; so a selftest that was stopped goes on.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from compress import data, recipe, terminal
+from compress.benchmark import isolate, statistics
+from compress.methods import Example
+from compress.model import BUILTIN, Source
+from compress.process import Progress
+from compress.recipe import Gate, Recipe
+from compress.report import verdict
+from compress.report.write import table
+from compress.results import Measurement, Side
+
+RECIPE = "quickstart"
+BENCHMARK = {
+    "batch_sizes": [1], "prompt_tokens": [64], "new_tokens": 24, "rounds": 5, "turns": 3, "iterations": 3, "warmup": 1, "threads": 1,
+    "precision": 0.02, "max_minutes": 6,
+}  # fmt: skip
+SUBJECTS: dict[str, dict[str, float]] = {
+    "the same": {},
+    "5 % slower": {"slowdown": 0.05},
+    "10 % slower and 8 MB more": {"slowdown": 0.10, "resident_bytes": 8_000_000},
+}
+SPEED, MEMORY = {"latency_p50": Gate(max_ratio=1.0), "tokens_per_second": Gate(min_ratio=1.0)}, {"peak_run_bytes": Gate(max_ratio=1.0)}
+GATES = SPEED | MEMORY
+EXAMPLES = 500
+DAMAGED, POINTS = 0.2, 1.0  # of the examples; points of ROUGE-L that all lose together
+SIMULATIONS = 2000
+
+
+class Faulty(isolate.Subject):
+    """A side whose process has a fault."""
+
+    module = "compress.benchmark.planted"
+
+    def __init__(self, fault: dict[str, float], source: Source, loaded: Recipe, log: Path, progress: Progress):
+        super().__init__("candidate", source, loaded, "cpu", log, progress)
+        self._fault = {"slowdown": 0.0, "resident_bytes": 0, **fault}
+
+    def ask(self, request: str, **arguments: Any) -> Any:
+        if request == "load":
+            super().ask("plant", **self._fault)
+        return super().ask(request, **arguments)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("reports/selftest"))
+    parser.add_argument("--comparisons", type=int, default=40)
+    given = parser.parse_args()
+    given.out.mkdir(parents=True, exist_ok=True)
+    loaded = recipe.load(RECIPE, [f"benchmark={json.dumps(BENCHMARK)}"])
+    with terminal.bars() as progress:
+        file = given.out / "comparisons.jsonl"
+        done = len(file.read_text().splitlines()) if file.exists() else 0
+        for number in range(done, given.comparisons):
+            progress("comparisons", number, given.comparisons)
+            found = comparison(loaded, busy=number % 2 == 1, progress=progress)
+            with file.open("a") as stream:
+                stream.write(json.dumps({"number": number, **found}) + "\n")
+        summary = report(
+            [json.loads(line) for line in file.read_text().splitlines()], damages(loaded, given.comparisons, progress), coverage()
+        )
+    (given.out / "README.md").write_text(summary, encoding="utf-8")
+    print(summary)
+
+
+def comparison(loaded: Recipe, busy: bool, progress: Progress) -> dict[str, Any]:
+    """One baseline and its faulty likes in turns: of each the verdict of every gate with its interval."""
+    source, start = Source(str(BUILTIN), loaded.model.task, "float32"), time.monotonic()
+    with tempfile.TemporaryDirectory() as folder, another_process(busy):
+        log = Path(folder) / "log"
+        subjects = [isolate.Subject("baseline", source, loaded, "cpu", log, progress)]
+        subjects += [Faulty(fault, source, loaded, log, progress) for fault in SUBJECTS.values()]
+        for subject in subjects:
+            subject.outputs = {}  # speed and memory only
+        session = isolate.Session(subjects, loaded, progress, strict=False)
+        try:
+            session.run([], lambda _: False)
+        finally:
+            for subject in subjects:
+                subject.stop()
+    baseline, *others = session.sides()
+    found: dict[str, Any] = {
+        "busy": busy, "minutes": round((time.monotonic() - start) / 60, 2), "rounds": 1 + max(turn.round for turn in session.turns),
+        "disturbed": sum(bool(turn.disturbed) for turn in session.turns), "turns": len(session.turns),
+    }  # fmt: skip
+    for name, side in zip(SUBJECTS, others, strict=True):
+        results = verdict.gates(GATES, verdict.pairs(baseline, side, True), baseline, side, loaded.benchmark.confidence)
+        found[name] = {result.metric: [result.verdict, result.estimate, result.interval] for result in results}
+    return found
+
+
+def _spin(parent: int) -> None:
+    while os.getppid() == parent:
+        pass
+
+
+@contextmanager
+def another_process(busy: bool) -> Iterator[None]:
+    """Another process that keeps one core busy, or none."""
+    process = multiprocessing.get_context("spawn").Process(target=_spin, args=(os.getpid(),), daemon=True) if busy else None
+    if process is not None:
+        process.start()
+    try:
+        yield
+    finally:
+        if process is not None:
+            process.kill()
+
+
+def damages(loaded: Recipe, times: int, progress: Progress) -> dict[str, int]:
+    """How often damage to some examples is called a regression of ROUGE-L, and the undamaged texts are."""
+    from compress.scores import score_texts
+
+    examples = data.examples(loaded.data, loaded.folder, "evaluation", EXAMPLES, 0)
+    texts = _predictions(loaded, examples, progress)
+    references = [example.references for example in examples]
+    before = score_texts(["rouge"], texts, references)["rougeL"]
+    found = {"damaged": 0, "as they were": 0}
+    for seed in range(times):
+        rng = random.Random(seed)
+        chosen = rng.sample(range(len(texts)), round(DAMAGED * len(texts)))
+        after, lost = list(before), 0.0
+        spoiled = list(texts)
+        while lost < POINTS * len(texts):  # a word at a time of one example after another
+            for index in chosen:
+                spoiled[index] = _without_a_word(spoiled[index], rng)
+                score = score_texts(["rouge"], [spoiled[index]], [references[index]])["rougeL"][0]
+                lost += after[index][0] - score[0]
+                after[index] = score
+                if lost >= POINTS * len(texts):
+                    break
+        for name, rows in (("damaged", after), ("as they were", before)):
+            a = Side(role="baseline", model="as they were", measurements=[_rouge(before)])
+            b = Side(role="candidate", model=name, measurements=[_rouge(rows)])
+            (result,) = verdict.gates({"rougeL": Gate(max_drop=0.0)}, verdict.pairs(a, b, True), a, b, loaded.benchmark.confidence)
+            found[name] += result.verdict == "fail"
+    return found
+
+
+def _predictions(loaded: Recipe, examples: list[Example], progress: Progress) -> list[str]:
+    source = Source(str(BUILTIN), loaded.model.task, "float32")
+    with tempfile.TemporaryDirectory() as folder:
+        subject = isolate.Subject("baseline", source, loaded, "cpu", Path(folder) / "log", progress)
+        subject.reasons = dict.fromkeys(subject.rounds, "not timed")
+        try:
+            subject.start()
+            subject.answer(examples)
+        finally:
+            subject.stop()
+    assert subject.outputs is not None
+    return list(subject.outputs["texts"])
+
+
+def _without_a_word(text: str, rng: random.Random) -> str:
+    words = text.split()
+    if words:
+        words.pop(rng.randrange(len(words)))
+    return " ".join(words)
+
+
+def _rouge(rows: list[list[float]]) -> Measurement:
+    return Measurement(metric="rougeL", value=statistics.corpus_value("rougeL", rows), samples=rows)
+
+
+def coverage() -> list[list[str]]:
+    """How often 95 % intervals hold the truth, on data drawn from known distributions."""
+    import numpy as np
+
+    rng = np.random.default_rng(0)
+
+    def speeds(rounds: int, interval: Callable[..., tuple[float, float]]) -> float:
+        """The machine's pace is shared by a turn's sides; each process has its own luck for a round, each turn its own."""
+        hits = 0
+        for _ in range(SIMULATIONS):
+            pace = rng.lognormal(0, 0.5, (rounds, 3))
+            a, b = (pace * rng.lognormal(0, 0.02, (rounds, 1)) * rng.lognormal(0, 0.02, (rounds, 3)) for _ in range(2))
+            low, high = interval(a, 1.05 * b)
+            hits += low <= 1.05 <= high
+        return hits / SIMULATIONS
+
+    def ours(a: Any, b: Any) -> tuple[float, float]:
+        return statistics.paired_ratio(a.tolist(), b.tolist()).interval(0.95) or (math.nan, math.nan)
+
+    def hierarchical(a: Any, b: Any) -> tuple[float, float]:
+        logs, rounds = np.log(b) - np.log(a), len(a)
+        chosen = rng.integers(rounds, size=(1000, rounds, 1))
+        drawn = logs[chosen, rng.integers(logs.shape[1], size=(1000, rounds, logs.shape[1]))]
+        low, high = np.exp(np.quantile(drawn.mean(axis=(1, 2)), [0.025, 0.975]))
+        return float(low), float(high)
+
+    def drops(examples: int, drawn: Callable[[int], Any]) -> float:
+        hits, repeats, truth = 0, SIMULATIONS // 5, float(drawn(1_000_000).mean())
+        for seed in range(repeats):
+            lost = drawn(examples)[:, None]
+            low, high = statistics.paired("rougeL", (0 * lost).tolist(), lost.tolist(), seed=seed).interval(0.95) or (math.nan, math.nan)
+            hits += low <= truth <= high
+        return hits / repeats
+
+    def few_lose_much(n: int) -> Any:
+        return -rng.exponential(20, n) * (rng.random(n) < 0.15)
+
+    rows = [[f"latency ratio, {rounds} rounds of 3 turns", f"{speeds(rounds, ours):.1%}"] for rounds in (3, 5, 10)]
+    rows += [[f"the same by a hierarchical bootstrap, {n} rounds", f"{speeds(n, hierarchical):.1%}"] for n in (5, 10)]
+    rows += [[f"ROUGE-L difference, {n} examples, normal", f"{drops(n, lambda n: rng.normal(-1, 8, n)):.1%}"] for n in (100, 500)]
+    rows += [[f"ROUGE-L difference, {n} examples, a few lose much", f"{drops(n, few_lose_much):.1%}"] for n in (100, 500)]
+    return rows
+
+
+def report(found: Sequence[dict[str, Any]], damaged: dict[str, int], covered: list[list[str]]) -> str:
+    """The selftest's findings as Markdown."""
+    rows = []
+    for name in SUBJECTS:
+        for busy in (False, True):
+            part = [one[name] for one in found if one["busy"] == busy]
+            calls = [sum(gates[metric][0] == "fail" for gates in part) for metric in GATES]
+            either = sum(any(gate[0] == "fail" for gate in gates.values()) for gates in part)
+            ratios = sorted(gates["latency_p50"][1] for gates in part)
+            spread = f"x{ratios[0]:.3f} to x{ratios[-1]:.3f}" if ratios else "-"
+            rows.append([name, "one core busy" if busy else "alone", str(len(part)), *map(str, calls), str(either), spread])
+    header = ["candidate", "machine", "comparisons", *(f"{metric} fails" for metric in GATES), "any gate fails", "latency ratios"]
+    rounds, minutes = [one["rounds"] for one in found], [one["minutes"] for one in found]
+    disturbed = sum(one["disturbed"] for one in found) / max(1, sum(one["turns"] for one in found))
+    return "\n\n".join([
+        "# Selftest of the benchmark",
+        "A model against itself, and against itself with planted faults; gates without any margin, confidence 95 %.",
+        table(header, rows),
+        f"Rounds a comparison: {min(rounds)} to {max(rounds)}; minutes: {min(minutes):.1f} to {max(minutes):.1f}; {disturbed:.0%} of all"
+        " turns were disturbed." if found else "No comparison was made.",
+        f"Of {EXAMPLES} predictions {DAMAGED:.0%} lost words until ROUGE-L had fallen by {POINTS:g} points: called a regression"
+        f" {damaged['damaged']} times; undamaged {damaged['as they were']} times.",
+        "How often intervals of 95 % hold the truth, on simulated data:",
+        table(["interval", "holds the truth"], covered),
+    ]) + "\n"  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()

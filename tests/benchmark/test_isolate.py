@@ -1,0 +1,119 @@
+"""When rounds end, and what is done with a turn that was disturbed: by subjects that only pretend."""
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from compress.benchmark import isolate
+from compress.benchmark.isolate import Session
+from compress.errors import DeviceError
+from compress.methods import quiet
+from compress.recipe import Benchmark
+from compress.results import Conditions
+
+POINT = (1, 8)
+
+
+def conditions(*disturbed):
+    return Conditions(seconds=1, load=0, waiting=0, steal=0, others=0, clock_step=0, disturbed=list(disturbed))
+
+
+class Subject(isolate.Subject):
+    """One side whose latencies are `base` times what `luck` gives, a number a turn."""
+
+    def __init__(self, role, base, luck, disturbed=()):
+        self.role, self._base, self._luck, self._disturbed = role, base, iter(luck), set(disturbed)
+        self.rounds, self.reasons, self.failures, self.outputs, self.number = {POINT: []}, {}, [], {}, 0
+        self.loads = [{"environment": {"threads": 1, "gpu_uuid": None}}]
+        self._child = None
+        self.starts = 0
+
+    pid = 1
+
+    def start(self):
+        self._child, self.starts = object(), self.starts + 1
+
+    def stop(self):
+        self._child = None
+
+    @property
+    def short_of_memory(self):
+        return False
+
+    def take_turn(self, machine, usable, ours):
+        self._taken = {POINT: [[self._base * next(self._luck)]]}
+        self.number += 1
+        return conditions(*(["it was"] if self.number in self._disturbed else []))
+
+
+def benchmark(**changes):
+    return Benchmark(**{"batch_sizes": [1], "prompt_tokens": [8], "rounds": 3, "turns": 1, "precision": 0.02, **changes})
+
+
+def session(subjects, wanted, monkeypatch, clear=lambda _: False):
+    made = Session(subjects, type("Recipe", (), {"benchmark": wanted}), quiet, strict=False)
+    monkeypatch.setattr(made, "sides", list)
+    made.run([], clear)
+    return made
+
+
+def noisy(spread):
+    while True:
+        yield from (1 + spread, 1 - spread, 1, 1 - spread / 2, 1 + spread / 2)
+
+
+@pytest.mark.parametrize(("spread", "most"), [(0.001, 3), (0.03, 20)])
+def test_rounds_follow_until_the_ratio_is_precise(monkeypatch, spread, most):
+    sides = [Subject("baseline", 1.0, noisy(0)), Subject("candidate", 0.5, noisy(spread))]
+    session(sides, benchmark(), monkeypatch)
+    rounds = len(sides[0].rounds[POINT])
+    assert rounds == sides[1].starts == len(sides[1].rounds[POINT])
+    assert (rounds == 3) if spread < 0.01 else (3 < rounds <= most)
+    logs = np.log([turns[0][0][0] for turns in sides[1].rounds[POINT]])
+    before, now = (stats.t.ppf(0.975, n - 1) * stats.sem(logs[:n]) for n in (rounds - 1, rounds))
+    assert now <= 0.02
+    assert rounds == 3 or before > 0.02
+
+
+def test_no_round_begins_when_time_is_over(monkeypatch):
+    clock = iter(range(0, 10_000, 25))  # each look at it half a minute later
+    monkeypatch.setattr(isolate.time, "monotonic", lambda: next(clock))
+    sides = [Subject("baseline", 1.0, noisy(0)), Subject("candidate", 0.5, noisy(0.3))]
+    session(sides, benchmark(max_minutes=2), monkeypatch)
+    assert len(sides[0].rounds[POINT]) == 4
+
+
+def test_without_a_precision_there_are_just_the_rounds(monkeypatch):
+    sides = [Subject("baseline", 1.0, noisy(0)), Subject("candidate", 0.5, noisy(0.3))]
+    session(sides, benchmark(precision=None, rounds=2), monkeypatch)
+    assert len(sides[0].rounds[POINT]) == 2
+
+
+def test_what_is_clear_ends_the_rounds_but_not_before_the_third(monkeypatch):
+    sides = [Subject("baseline", 1.0, noisy(0)), Subject("candidate", 0.5, noisy(0.3))]
+    session(sides, benchmark(rounds=9), monkeypatch, clear=lambda _: True)
+    assert len(sides[0].rounds[POINT]) == 3
+
+
+def test_a_disturbed_turn_is_taken_again_by_both_sides(monkeypatch):
+    sides = [Subject("baseline", 1.0, iter([1, 9, 1, 1, 1])), Subject("candidate", 0.5, noisy(0), disturbed=[2])]
+    made = session(sides, benchmark(rounds=2, turns=2, precision=None), monkeypatch)
+    assert [[turn[0][0] for turn in turns] for turns in sides[0].rounds[POINT]] == [[1, 1], [1, 1]]
+    assert [(t.round, t.turn, t.kept) for t in made.turns if t.role == "baseline"] == [
+        (0, 0, True), (0, 1, False), (0, 1, True), (1, 0, True), (1, 1, True),
+    ]  # fmt: skip
+
+
+def test_on_a_machine_that_never_rests_half_of_the_turns_again_are_tried(monkeypatch):
+    sides = [Subject("baseline", 1.0, noisy(0)), Subject("candidate", 0.5, noisy(0), disturbed=range(100))]
+    made = session(sides, benchmark(rounds=3, turns=2, precision=None), monkeypatch)
+    assert sum(turn.kept for turn in made.turns) == 2 * 6
+    assert [(t.round, t.turn) for t in made.turns if not t.kept and t.role == "baseline"] == [(0, 0), (0, 1), (1, 0)]
+    assert [len(turns) for turns in sides[1].rounds[POINT]] == [2, 2, 2]
+
+
+def test_a_shared_gpu_is_refused_where_that_is_asked_for(monkeypatch):
+    monkeypatch.setattr(isolate.Machine, "strangers", lambda *_: (4711,))
+    made = Session([Subject("candidate", 1.0, noisy(0))], type("Recipe", (), {"benchmark": benchmark()}), quiet, strict=True)
+    with pytest.raises(DeviceError, match="shared with process 4711, and --strict was given; end it, or choose another GPU"):
+        made.run([], lambda _: False)
