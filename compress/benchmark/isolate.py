@@ -194,8 +194,8 @@ def measure(
             _stop(subjects)
     environment: dict[str, Any] = next((s.loads[0]["environment"] for s in subjects if s.loads), {})
     outputs = {s.role: s.outputs for s in subjects if s.outputs is not None}
-    environment["foreign_gpu_bytes"] = max(subject.foreign_gpu_bytes for subject in subjects)
     environment |= facts()
+    environment["foreign_gpu_bytes"] = max(subject.foreign_gpu_bytes for subject in subjects)
     environment["inputs_cut"] = max((output["cut"] for output in outputs.values()), default=0)
     environment["generation_config"] = next((output["generation_config"] for output in outputs.values()), {})
     return session.sides(), outputs, environment, session.turns
