@@ -260,7 +260,7 @@ def parser() -> argparse.ArgumentParser:
     verb = add(plan)
     verb.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
     overriding(verb)
-    verb.add_argument("--gpu", metavar="NAME", help="a kind of GPU, such as h100-80gb; this machine's CPU where left out")
+    verb.add_argument("--gpu", metavar="NAME", help="a kind of GPU, such as h100-80gb; this machine's own, or its CPU, where left out")
     add(validate).add_argument("recipes", nargs="+", metavar="RECIPE")
     verb = add(compare)
     verb.add_argument("reports", nargs="+", metavar="REPORT", help="report folders, folders of reports, or patterns")

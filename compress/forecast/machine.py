@@ -1,7 +1,7 @@
 """The machines that a forecast is for: well-known GPUs by name, this machine's memory, and how fast they are, roughly."""
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import psutil
 
@@ -60,7 +60,23 @@ def named(gpu: str) -> Machine:
 
 
 def here(threads: int | None) -> Machine:
-    """This machine's CPU with so many threads, None for all that the process may use, and the main memory that is free now."""
+    """This machine's first GPU where NVML sees one, or its CPU with so many threads, None for all that the process may use; and what of the
+    memory is free now.
+    """
     cores = min(threads or 4096, len(os.sched_getaffinity(0)))
     free = psutil.virtual_memory().available
-    return Machine("this machine's CPU", "cpu", free, cores * CORE_BYTES_PER_S, cores * CORE_FLOPS)
+    return _own_gpu() or Machine("this machine's CPU", "cpu", free, cores * CORE_BYTES_PER_S, cores * CORE_FLOPS)
+
+
+def _own_gpu() -> Machine | None:
+    """The first GPU, as fast as the table's of that name, or as its slowest where it has none."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        device = pynvml.nvmlDeviceGetHandleByIndex(0)
+        name, free = str(pynvml.nvmlDeviceGetName(device)), int(pynvml.nvmlDeviceGetMemoryInfo(device).free)
+    except Exception:  # NVML isn't here, or has no device, and has an error class for each of its troubles
+        return None
+    known = (gpu for gpu in GPUS.values() if gpu.name.rpartition("-")[0].replace("-", " ") in name.lower())
+    return replace(next(known, GPUS["t4-16gb"]), name=f"this machine's {name}", memory_bytes=free)

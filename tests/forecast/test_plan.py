@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import sys
+import types
 
 import pytest
 import torch
@@ -62,6 +64,18 @@ def test_the_table_fits_80_and_120_columns(seven, monkeypatch):
 def test_an_unknown_gpu_is_refused_by_name():
     with pytest.raises(DeviceError, match="--gpu h100: its memory and speed aren't known here; known are t4-16gb"):
         machine.named("h100")
+
+
+def test_this_machines_own_gpu_is_found(monkeypatch):
+    told = types.SimpleNamespace(
+        nvmlInit=lambda: None, nvmlDeviceGetHandleByIndex=lambda number: number, nvmlDeviceGetName=lambda device: "NVIDIA H100 80GB HBM3",
+        nvmlDeviceGetMemoryInfo=lambda device: types.SimpleNamespace(free=70 * 10**9),
+    )  # fmt: skip
+    monkeypatch.setitem(sys.modules, "pynvml", told)
+    found = machine.here(None)
+    assert (found.device, found.memory_bytes, found.bytes_per_s) == ("cuda", 70 * 10**9, 3350e9)
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert machine.here(1).device == "cpu"
 
 
 def test_another_architecture_is_read_from_its_headers_or_refused(seven, tmp_path):
