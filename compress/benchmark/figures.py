@@ -34,7 +34,7 @@ def side(subject: Subject, common: list[Point], ceilings: dict[str, float]) -> S
             found += _speeds(rounds, _utilisations(steps[point], ceilings, explained["dtype"]), *point)
     return Side(
         role=subject.role, model=subject.source.id, dtype=explained["dtype"], measurements=found, steps=list(steps.values()),
-        failures=subject.failures, said=(subject.outputs or {}).get("said", []),
+        failures=subject.failures, said=[*(subject.outputs or {}).get("said", []), *subject.said],
     )  # fmt: skip
 
 

@@ -95,7 +95,7 @@ def comparison(loaded: Recipe, busy: bool, progress: Progress) -> dict[str, Any]
         subjects = [Subject("baseline", source, loaded, "cpu", log, log.parent, progress)]
         subjects += [Faulty(fault, source, loaded, log, progress) for fault in SUBJECTS.values()]
         for subject in subjects:
-            subject.outputs = {}  # speed and memory only
+            subject.outputs = subject.explanation = {}  # speed and memory only
         session = isolate.Session(subjects, loaded, progress, strict=False)
         try:
             session.run([], lambda _: False)

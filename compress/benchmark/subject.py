@@ -8,7 +8,7 @@ from compress.benchmark import outputs as kept
 from compress.benchmark.machine import Machine
 from compress.benchmark.outputs import Outputs
 from compress.benchmark.sampler import Sampler
-from compress.errors import Killed
+from compress.errors import ChildDied, Killed, RunError
 from compress.methods import Example
 from compress.model import Source
 from compress.process import Child, Progress
@@ -39,6 +39,7 @@ class Subject:
         self.outputs: Outputs | None = None
         self.explanation: dict[str, Any] | None = None  # what `Worker.explain` gives
         self.failures: list[str] = []
+        self.said: list[str] = []
         self.foreign_gpu_bytes = 0  # the most that processes of others held of the GPU
         self._interpreter = 0
 
@@ -155,8 +156,14 @@ class Subject:
         kept.keep(self._kept, name, self.outputs)
 
     def explain(self, usable: list[Point]) -> None:
-        """Look at what a step does at every point, after the last timing of a process."""
-        self.explanation = self.ask("explain", points=usable, new_tokens=self._recipe.benchmark.new_tokens)
+        """Look at what a step does at every point, after the last timing of a process. What can't be looked at is said; timings stand."""
+        try:
+            self.explanation = self.ask("explain", points=usable, new_tokens=self._recipe.benchmark.new_tokens)
+        except ChildDied:
+            raise
+        except RunError as error:
+            self.explanation = {}
+            self.said.append(f"where a step's time goes could not be looked at: {error}")
 
     def ask(self, request: str, **arguments: Any) -> Any:
         assert self._child is not None

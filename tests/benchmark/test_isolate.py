@@ -6,7 +6,7 @@ from scipy import stats
 
 from compress.benchmark import isolate, subject
 from compress.benchmark.isolate import Session
-from compress.errors import DeviceError
+from compress.errors import DeviceError, RunError
 from compress.methods import quiet
 from compress.recipe import Benchmark
 from compress.results import Conditions
@@ -118,3 +118,20 @@ def test_a_shared_gpu_is_refused_where_that_is_asked_for(monkeypatch):
     made = Session([Subject("candidate", 1.0, noisy(0))], type("Recipe", (), {"benchmark": benchmark()}), quiet, strict=True)
     with pytest.raises(DeviceError, match="shared with process 4711, and --strict was given; end it, or choose another GPU"):
         made.run([], lambda _: False)
+
+
+class Unexplained(Subject):
+    """Its step can't be looked at."""
+
+    _recipe = type("Recipe", (), {"benchmark": benchmark()})
+
+    def ask(self, request, **_):
+        raise RunError("the profiler is not here")
+
+
+def test_a_step_that_can_not_be_looked_at_costs_no_timings(monkeypatch):
+    side = Unexplained("candidate", 1.0, noisy(0))
+    side.explanation, side.said = None, []
+    session([side], benchmark(precision=None, rounds=2), monkeypatch)
+    assert (side.failures, len(side.rounds[POINT])) == ([], 2)
+    assert side.said == ["where a step's time goes could not be looked at: the profiler is not here"]
