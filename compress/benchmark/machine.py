@@ -17,6 +17,7 @@ from typing import Any
 
 import psutil
 
+from compress.benchmark import nvml
 from compress.process import Progress
 from compress.results import Conditions
 
@@ -143,10 +144,7 @@ def alone(progress: Progress) -> Iterator[None]:
 def gpu(uuid: str, ours: Sequence[int]) -> Gpu | None:
     """A GPU now; None where NVML is absent or doesn't say."""
     try:
-        import pynvml
-
-        pynvml.nvmlInit()
-        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+        pynvml, handle = nvml.device(uuid)
         reasons = pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle)
         throttled = dict.fromkeys(name for bit, name in THROTTLES.items() if reasons & bit)
         there = {process.pid for process in pynvml.nvmlDeviceGetComputeRunningProcesses(handle)}

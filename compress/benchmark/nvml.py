@@ -10,7 +10,7 @@ from typing import Any
 def process_bytes() -> int | None:
     """Bytes that this process holds on the GPU, its CUDA context included."""
     try:
-        nvml, handle = _device()
+        nvml, handle = device(gpu_uuid())
         held = [p.usedGpuMemory for p in nvml.nvmlDeviceGetComputeRunningProcesses(handle) if p.pid == os.getpid()]
     except Exception:  # NVML has an error class for each of its troubles; none of them may end a measurement
         return None
@@ -20,7 +20,7 @@ def process_bytes() -> int | None:
 def joules() -> float | None:
     """What the whole device has drawn since its driver was loaded (Volta and later); NVML counts in millijoules."""
     try:
-        nvml, handle = _device()
+        nvml, handle = device(gpu_uuid())
         return float(nvml.nvmlDeviceGetTotalEnergyConsumption(handle)) / 1000
     except Exception:  # as above
         return None
@@ -34,9 +34,9 @@ def gpu_uuid() -> str:
     return uuid if uuid.startswith("GPU-") else f"GPU-{uuid}"
 
 
-def _device() -> tuple[Any, Any]:
-    """NVML itself and its handle of that GPU."""
+def device(uuid: str) -> tuple[Any, Any]:
+    """NVML itself and its handle of a GPU; what NVML raises where it can't be had."""
     import pynvml
 
     pynvml.nvmlInit()
-    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(gpu_uuid())
+    return pynvml, pynvml.nvmlDeviceGetHandleByUUID(uuid)

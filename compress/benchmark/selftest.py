@@ -25,6 +25,7 @@ from typing import Any
 from compress import data, recipe, terminal
 from compress.benchmark import isolate, statistics
 from compress.benchmark.subject import Subject
+from compress.errors import RunError
 from compress.methods import Example
 from compress.model import BUILTIN, Source
 from compress.process import Progress
@@ -102,7 +103,9 @@ def comparison(loaded: Recipe, busy: bool, progress: Progress) -> dict[str, Any]
         finally:
             for subject in subjects:
                 subject.stop()
-    baseline, *others = session.sides()
+    baseline, *others = sides = session.sides()
+    if failures := [failure for side in sides for failure in side.failures]:
+        raise RunError(failures[0])
     found: dict[str, Any] = {
         "busy": busy, "minutes": round((time.monotonic() - start) / 60, 2), "rounds": 1 + max(turn.round for turn in session.turns),
         "disturbed": sum(bool(turn.disturbed) for turn in session.turns), "turns": len(session.turns),
