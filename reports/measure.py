@@ -31,8 +31,9 @@ HALF_BART = "prune: depth, by: spacing, drop: {decoder: 2}; distill: logits, epo
 HALF_BERT = "prune: depth, by: spacing, drop: 3"
 DISTILLED = {
     "t5": [
-        f"prune: structured, keep: 0.5, importance: taylor; {how}, steps: 1200, batch_size: 16, learning_rate: 7e-4, seed: {seed}"
-        for seed in (0, 1, 2) for how in ("distill: hidden, hidden_weight: 0.5", "finetune: full")
+        f"prune: structured, keep: 0.5, importance: taylor; {how}, {budget}, batch_size: 16, learning_rate: 7e-4, seed: {seed}"
+        for budget, seeds in (("samples: 1000, steps: 600", (0, 1, 2)), ("steps: 1200", (0,)))
+        for seed in seeds for how in ("distill: hidden, hidden_weight: 0.5", "finetune: full")
     ],
     "bart": [HALF_BART, HALF_BART.replace("decoder: 2", "decoder: 1")],
     "sst2": [f"{HALF_BERT}; distill: hidden, epochs: 1, batch_size: 32, learning_rate: 2e-4, max_tokens: 128, attention_weight: 1"],
@@ -105,7 +106,21 @@ def table(folder: Path) -> str:
 
 def said(stage: dict[str, object]) -> str:
     """A stage by its method and what matters most of its settings."""
-    keys = ["bits", "group_size", "average_bits", "pattern", "keep", "importance", "drop", "epochs", "steps", "rank", "top_k", "seed"]
+    keys = [
+        "bits",
+        "group_size",
+        "average_bits",
+        "pattern",
+        "keep",
+        "importance",
+        "drop",
+        "samples",
+        "epochs",
+        "steps",
+        "rank",
+        "top_k",
+        "seed",
+    ]
     keys += [] if stage.get("pattern") else ["sparsity"]
     return ", ".join([str(next(iter(stage.values()))), *(f"{key} {stage[key]}" for key in keys if stage.get(key))])
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress.benchmark import nvml
+from compress.benchmark.work import cache_bytes
 from compress.model import plain_tensors, storages
 
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h names them
 
 if TYPE_CHECKING:
-    import torch
     from transformers import PreTrainedModel
 
 
@@ -87,21 +87,14 @@ def cache_seen(model: "PreTrainedModel") -> Iterator[list[int]]:
     found: list[int] = []
 
     def look(module: Any, inputs: Any, output: Any) -> None:
-        found.append(sum(storages(_cached(getattr(output, "past_key_values", None))).values()))
+        cache = getattr(output, "past_key_values", None)
+        found.append(0 if cache is None else cache_bytes(cache))
 
     handle = model.register_forward_hook(look)
     try:
         yield found
     finally:
         handle.remove()
-
-
-def _cached(cache: Any) -> "Iterator[torch.Tensor]":
-    """The keys and values of a cache, those of both of an encoder-decoder's."""
-    parts = [getattr(cache, name, None) for name in ("self_attention_cache", "cross_attention_cache")]
-    for part in [cache, *parts]:
-        for layer in getattr(part, "layers", []):
-            yield from (held for held in (layer.keys, layer.values) if held is not None)
 
 
 @contextmanager
