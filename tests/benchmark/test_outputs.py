@@ -57,9 +57,10 @@ def test_a_second_run_takes_them_and_says_so(toys, rows, write_recipe, tmp_path)
     file = write_recipe(recipe_for("t5", toys["t5"], rows, data=data))
     first, again = (compress.bench(str(toys["t5"]), file, tmp_path / "out", device="cpu") for _ in range(2))
     (kept,) = (tmp_path / "out" / "artifacts" / "outputs").glob("*/outputs.json")
-    assert len(first.notes) == 1
-    assert first.notes[0].startswith("Candidate: 8 examples were written once more, each alone: ")
-    assert again.notes == [f"Candidate: outputs and scores were taken from a former run ({kept.parent.name}).", *first.notes]
+    (said,) = first.candidate.said
+    assert said.startswith("8 examples were written once more, each alone: ")
+    assert again.candidate.said == [f"outputs and scores were taken from a former run ({kept.parent.name})", said]
+    assert f"Candidate: {said}." in again.notes
     assert first.predictions == again.predictions
     figures = [{m.label: m for m in report.candidate.measurements} for report in (first, again)]
     assert figures[0]["rougeL"] == figures[1]["rougeL"]
