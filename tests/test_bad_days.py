@@ -90,7 +90,9 @@ def test_a_killed_stage_is_status_3_and_the_next_run_goes_on(recipe):
 
 
 def test_a_killed_measurement_is_a_row_in_the_report(recipe):
-    folder = recipe(benchmark={"batch_sizes": [1], "prompt_tokens": [8], "new_tokens": 4, "rounds": 2, "turns": 2, "iterations": 1})
+    folder = recipe(
+        benchmark={"batch_sizes": [1], "prompt_tokens": [8], "new_tokens": 4, "rounds": 2, "precision": None, "turns": 2, "iterations": 1}
+    )
     process = start(folder)
     wait_for(process, "timing in turns")
     workers(process)[0].kill()
@@ -105,7 +107,17 @@ def test_a_killed_measurement_is_a_row_in_the_report(recipe):
 
 
 def test_memory_that_runs_out_at_a_grid_point_is_a_row(recipe):
-    folder = recipe(benchmark={"batch_sizes": [1, 10**12], "prompt_tokens": [8], "new_tokens": 4, "rounds": 1, "turns": 2, "iterations": 1})
+    folder = recipe(
+        benchmark={
+            "batch_sizes": [1, 10**12],
+            "prompt_tokens": [8],
+            "new_tokens": 4,
+            "rounds": 1,
+            "precision": None,
+            "turns": 2,
+            "iterations": 1,
+        }
+    )
     done = program("run", "toy.yaml", "--json", cwd=folder)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout)
@@ -115,7 +127,17 @@ def test_memory_that_runs_out_at_a_grid_point_is_a_row(recipe):
 
 
 def test_prompts_longer_than_the_context_are_a_row(recipe):
-    folder = recipe(benchmark={"batch_sizes": [1], "prompt_tokens": [8, 500], "new_tokens": 4, "rounds": 1, "turns": 1, "iterations": 1})
+    folder = recipe(
+        benchmark={
+            "batch_sizes": [1],
+            "prompt_tokens": [8, 500],
+            "new_tokens": 4,
+            "rounds": 1,
+            "precision": None,
+            "turns": 1,
+            "iterations": 1,
+        }
+    )
     answer = json.loads(program("run", "toy.yaml", "--json", cwd=folder).stdout)
     assert "504 tokens don't fit the model's context of 64" in (folder / answer["report"] / "report.md").read_text()
 

@@ -68,6 +68,7 @@ class Session:
         self._random = random.Random(0)
         self._alone = False  # whether memory holds one side at a time only
         self._again = math.ceil(AGAIN * recipe.benchmark.rounds * recipe.benchmark.turns)
+        self._known: float | None = None  # half of the widest interval of a latency, as a share of it
         self.turns: list[Turn] = []
 
     def run(self, examples: list[Example], clear: Clear) -> None:
@@ -81,7 +82,8 @@ class Session:
                     self._again -= 1
                     self._take(number, turn, examples, last=True)
                 done = number * self._benchmark.turns + turn + 1
-                self._progress("timing in turns", done, max(done, self._benchmark.rounds * self._benchmark.turns))
+                known = "" if self._known is None else f"; latencies are known to {self._known:.1%}"
+                self._progress(f"timing in turns{known}", done, max(done, self._benchmark.rounds * self._benchmark.turns))
             _stop(self._subjects)
 
     def sides(self) -> list[Side]:
@@ -100,16 +102,16 @@ class Session:
 
     def _is_precise(self) -> bool:
         """Whether half of the interval of every latency, ratio or single one, is at most the wanted share of it."""
-        wanted, level = self._benchmark.precision, self._benchmark.confidence
+        halves = [0.0]
         for point in _common(self._subjects):
             series = [
                 [[quantile([marks[-1] for marks in turn], 0.5) for turn in turns] for turns in s.rounds[point]] for s in self._subjects
             ]
             for effect in [paired_ratio(series[0], other) for other in series[1:]] or [geometric_mean(series[0])]:
-                interval = effect.interval(level)
-                if wanted is not None and (interval is None or math.log(interval[1] / interval[0]) / 2 > wanted):
-                    return False
-        return True
+                interval = effect.interval(self._benchmark.confidence)
+                halves.append(math.inf if interval is None else math.log(interval[1] / interval[0]) / 2)
+        self._known = max(halves) if math.isfinite(max(halves)) else None
+        return max(halves) <= (self._benchmark.precision or math.inf)
 
     def _take(self, number: int, turn: int, examples: list[Example], last: bool) -> bool:
         """One turn of each side that has not failed. Whether it counts: where it was disturbed it doesn't, unless it is the `last` one."""
