@@ -1,6 +1,5 @@
 """The order of events: a recipe is refused or accepted, the smaller model made, both models measured, the verdict written."""
 
-import fcntl
 import os
 import secrets
 import shutil
@@ -24,7 +23,7 @@ from compress.inspection.findings import Inspection
 from compress.methods import Example, TrainSettings, TuneSettings, quiet
 from compress.metrics import TASK
 from compress.model import Source
-from compress.process import Child, Progress, Team
+from compress.process import Child, Progress, Team, take_lock
 from compress.recipe import Gate, Recipe, Stage, digest, load
 from compress.report import quality, verdict, why, write
 from compress.report.turns import disturbances
@@ -254,11 +253,7 @@ def _one_at_a_time(target: Path, progress: Progress) -> Iterator[None]:
     lock = target.with_name(f".{target.name}.lock")
     while True:
         with lock.open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                progress("waiting for another run that makes the same", 0, 1)
-                fcntl.flock(file, fcntl.LOCK_EX)
+            take_lock(file, "run that makes the same", progress)
             if not lock.exists() or lock.stat().st_ino != os.fstat(file.fileno()).st_ino:
                 continue  # it was another's, who removed it
             try:

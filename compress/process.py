@@ -9,6 +9,7 @@ several that work on one request together, as torch.distributed has it.
 import contextlib
 import ctypes
 import errno
+import fcntl
 import json
 import os
 import select
@@ -21,7 +22,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 from compress import errors
 from compress.errors import ChildDied, CompressError, InputError, Killed, RunError
@@ -320,6 +321,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 def is_disk_full(error: BaseException) -> bool:
     """Whether the error says that there is no space; safetensors wraps the system's error in its own."""
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+
+
+def take_lock(file: IO[Any], another: str, progress: Progress) -> None:
+    """Lock an open file for this process alone, saying that `another` is waited for where it is locked; the kernel frees a killed one's."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        progress(f"waiting for another {another}", 0, 1)
+        fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def _error(message: dict[str, Any]) -> CompressError:

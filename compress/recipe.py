@@ -149,6 +149,11 @@ class Benchmark(Settings):
     runtime: Runtime = Runtime()
     limit_minutes: float = Field(60, gt=0, le=100_000, description="the longest that one request to a measuring process may take")
 
+    @property
+    def points(self) -> list[tuple[int, int]]:
+        """The grid of batch sizes and prompt tokens, smallest first."""
+        return [(batch, prompt) for prompt in sorted(set(self.prompt_tokens)) for batch in sorted(set(self.batch_sizes))]
+
 
 class Gate(Settings):
     """Limits on one metric of the candidate. Differences are in the metric's unit, ratios are candidate / baseline."""

@@ -5,7 +5,6 @@ others, where the machine slept, where a GPU was throttled or another process wo
 again what was slow, and not what was disturbed, chooses the result.
 """
 
-import fcntl
 import os
 import tempfile
 import time
@@ -18,7 +17,7 @@ from typing import Any
 import psutil
 
 from compress.benchmark import nvml
-from compress.process import Progress
+from compress.process import Progress, take_lock
 from compress.results import Conditions
 
 WAITING = 0.05  # shares of a turn's time from which on it is disturbed
@@ -133,11 +132,7 @@ def alone(progress: Progress) -> Iterator[None]:
         place.touch(mode=0o666)
         place.chmod(0o666)  # whoever makes it, all may lock it
     with place.open("r") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            progress("waiting for another benchmark on this machine", 0, 1)
-            fcntl.flock(file, fcntl.LOCK_EX)
+        take_lock(file, "benchmark on this machine", progress)
         yield
 
 

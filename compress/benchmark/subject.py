@@ -12,7 +12,7 @@ from compress.errors import ChildDied, Killed, RunError
 from compress.methods import Example
 from compress.model import Source
 from compress.process import Child, Progress
-from compress.recipe import Benchmark, Recipe
+from compress.recipe import Recipe
 from compress.results import Conditions, Role
 
 Point = tuple[int, int]  # batch size, prompt tokens
@@ -33,7 +33,7 @@ class Subject:
         self.peaks: list[dict[Point, dict[str, int]]] = []
         self.compiling: list[float] = []  # seconds a round, where steps are compiled
         self.reasons: dict[Point, str] = {}
-        self.rounds: dict[Point, list[Round]] = {point: [] for point in points(recipe.benchmark)}
+        self.rounds: dict[Point, list[Round]] = {point: [] for point in recipe.benchmark.points}
         self._taken: dict[Point, tuple[list[list[float]], float | None]] = {}
         self.joules: dict[Point, list[list[float]]] = {point: [] for point in self.rounds}  # rounds x turns; nothing without NVML
         self.outputs: Outputs | None = None
@@ -176,8 +176,3 @@ class Subject:
 
     def _tell(self, what: str, done: int, total: int) -> None:
         self._progress(f"{self.role}: {what}", done, total)
-
-
-def points(benchmark: Benchmark) -> list[Point]:
-    """The grid, smallest first."""
-    return [(batch, prompt) for prompt in sorted(set(benchmark.prompt_tokens)) for batch in sorted(set(benchmark.batch_sizes))]

@@ -76,10 +76,9 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
             f"{shape.architecture!r} isn't known here: its weights are read from its files' headers, and what else it takes can't be told"
         )
     dtype = stored_dtype(config, recipe.model.dtype)
-    grid = [(batch, prompt) for prompt in sorted(set(benchmark.prompt_tokens)) for batch in sorted(set(benchmark.batch_sizes))]
     rows = []
     for name in DTYPES:
-        for batch, prompt in grid:
+        for batch, prompt in benchmark.points:
             weights = weight_bytes(shape, name)
             width = 4 if name == "FP32" else 2
             held = footprint(weights, shape, width, batch, prompt, benchmark.new_tokens, machine.device) if known else None
@@ -89,7 +88,7 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
         said.append(f"the rows of the train split weren't counted and are taken for {ROWS:,}")
     for side in ("baseline", "candidate"):
         seconds[f"measuring the {side}"] = _benchmark_seconds(recipe, shape, weight_bytes(shape, dtype), machine)
-    disk = sum(artifact for artifact in _artifacts(recipe, shape, dtype))
+    disk = sum(_artifacts(recipe, shape, dtype))
     return Plan(recipe.model.id, shape.architecture, shape.parameters, dtype, machine, rows, seconds, disk, said)
 
 
@@ -155,10 +154,7 @@ def _benchmark_seconds(recipe: Recipe, shape: Shape, weights: int, machine: Mach
     """One side's: process starts, every generation at every point, and the evaluation examples."""
     benchmark = recipe.benchmark
     times = max(2, 1 + benchmark.warmup) + benchmark.turns * benchmark.iterations
-    grid = sum(
-        _generation_seconds(shape, weights, machine, batch, prompt, benchmark.new_tokens)
-        for batch in set(benchmark.batch_sizes) for prompt in set(benchmark.prompt_tokens)
-    )  # fmt: skip
+    grid = sum(_generation_seconds(shape, weights, machine, batch, prompt, benchmark.new_tokens) for batch, prompt in benchmark.points)
     length = recipe.data.max_tokens or INPUT_TOKENS
     together = max(1, (benchmark.quality_batch_tokens or BATCH_TOKENS) // length)
     batches = -(-(recipe.data.samples or ROWS) // together)

@@ -1,9 +1,10 @@
-"""What disturbed a benchmark, in a sentence or none."""
+"""How the machine was while a benchmark ran, and what disturbed it."""
 
 from collections import Counter
 from collections.abc import Sequence
 
-from compress.results import Turn
+from compress.report.table import table
+from compress.results import Report, Turn
 
 
 def disturbances(turns: Sequence[Turn]) -> list[str]:
@@ -15,3 +16,21 @@ def disturbances(turns: Sequence[Turn]) -> list[str]:
     most, _ = Counter(turn.disturbed[0] for turn in disturbed).most_common(1)[0]
     count = f"{counted} of them count, since the machine never rested" if counted else "none of them counts"
     return [f"{len(disturbed)} of {len(turns)} turns were disturbed ({most}); {again} were taken again, {count}."]
+
+
+def section(report: Report) -> str:
+    """How the machine was while the sides took turns, in a line a round."""
+    if not report.turns:
+        return ""
+    rows = []
+    for number in range(max(turn.round for turn in report.turns) + 1):
+        inside = [turn for turn in report.turns if turn.round == number]
+        waiting = [turn.waiting for turn in inside if turn.waiting is not None]
+        counted = sum(turn.kept for turn in inside)
+        rows.append([
+            str(number + 1), f"{counted} of {len(inside)}", f"{sum(turn.seconds for turn in inside):.1f} s",
+            f"{max(waiting):.1%}" if waiting else "-", f"{max(turn.steal for turn in inside):.1%}",
+            f"{max(turn.others for turn in inside):.1f}", f"{max(turn.load for turn in inside):.1f}",
+        ])  # fmt: skip
+    header = ["round", "turns that count", "time", "waiting for a core", "stolen", "cores others used", "load"]
+    return "## Machine\n\nThe most in any turn of a round; every turn is in report.json.\n\n" + table(header, rows)

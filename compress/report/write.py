@@ -8,7 +8,7 @@ import yaml
 
 from compress.errors import printable
 from compress.metrics import METRICS, TASK
-from compress.report import memory, steps
+from compress.report import memory, steps, turns
 from compress.report.frame import curves, frame, layers, predictions
 from compress.report.layers import lost_most, remarkable, summary
 from compress.report.numbers import change, figure, percent, share, verdict_words
@@ -56,7 +56,7 @@ def markdown(report: Report) -> str:
         *(_layers(record) for record in report.stages),
         *(_curve(record) for record in report.stages),
         _worst(report),
-        _turns(report),
+        turns.section(report),
         _environment(report),
         f"## Recipe\n\nAs it was run, defaults filled in; digest {report.digest}, examples {report.examples_digest}.\n\n{_recipe(report)}",
     ]
@@ -195,24 +195,6 @@ def _worst(report: Report) -> str:
 
 def _shortened(text: str, limit: int = 1200) -> str:
     return text if len(text) <= limit else f"{text[:limit]} ... ({len(text) - limit:,} more characters)"
-
-
-def _turns(report: Report) -> str:
-    """How the machine was while the sides took turns, in a line a round."""
-    if not report.turns:
-        return ""
-    rows = []
-    for number in range(max(turn.round for turn in report.turns) + 1):
-        turns = [turn for turn in report.turns if turn.round == number]
-        waiting = [turn.waiting for turn in turns if turn.waiting is not None]
-        counted = sum(turn.kept for turn in turns)
-        rows.append([
-            str(number + 1), f"{counted} of {len(turns)}", f"{sum(turn.seconds for turn in turns):.1f} s",
-            f"{max(waiting):.1%}" if waiting else "-", f"{max(turn.steal for turn in turns):.1%}",
-            f"{max(turn.others for turn in turns):.1f}", f"{max(turn.load for turn in turns):.1f}",
-        ])  # fmt: skip
-    header = ["round", "turns that count", "time", "waiting for a core", "stolen", "cores others used", "load"]
-    return "## Machine\n\nThe most in any turn of a round; every turn is in report.json.\n\n" + table(header, rows)
 
 
 def _environment(report: Report) -> str:
