@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from compress import stage
+from compress.benchmark import memory
 from compress.errors import BrokenPromise
 from compress.methods import Context, Example, LayerSettings, quiet
 from compress.model import Bundle, Source
@@ -67,3 +68,14 @@ def visit(made, look, targets=False, ignore=None, seen=None):
     """look(block) for every block of a model as the pass comes to it; no layer is solved."""
     with pytest.raises(BrokenPromise, match="every layer was left out"):
         quantise(made, LayerSettings(ignore=ignore), seen or context(), Packed, look, targets)
+
+
+def cache_left(model, batch_size, prompt_tokens, new_tokens):
+    """Bytes of keys and values that a generation leaves; those of one pass of a model that doesn't generate."""
+    inputs = torch.randint(2, 64, (batch_size, prompt_tokens))
+    with memory.cache_seen(model) as seen:
+        if model.can_generate():
+            model.generate(inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
+        else:
+            model(inputs)
+    return seen[-1]

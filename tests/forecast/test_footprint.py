@@ -4,10 +4,10 @@ import pytest
 import torch
 
 from compress import model as models
-from compress.benchmark import memory
 from compress.forecast.footprint import cache_bytes, footprint, weight_bytes
 from compress.forecast.shape import read
 from compress.methods import quiet
+from tests.blocks import cache_left
 from tests.conftest import TASKS, make_model, make_tokenizer
 
 BATCH, PROMPT, NEW = 3, 8, 5
@@ -33,13 +33,7 @@ def test_fewer_bits_are_for_the_linear_layers_alone():
 @pytest.mark.parametrize("kind", TASKS)
 def test_the_cache_takes_what_a_generation_leaves(kind):
     model = make_model(kind).eval()
-    inputs = torch.randint(2, 64, (BATCH, PROMPT))
-    with memory.cache_seen(model) as seen:
-        if model.can_generate():
-            model.generate(inputs, max_new_tokens=NEW, min_new_tokens=NEW, do_sample=False)
-        else:
-            model(inputs)
-    assert cache_bytes(shape_of(model, kind), 4, BATCH, PROMPT, NEW) == seen[-1]
+    assert cache_bytes(shape_of(model, kind), 4, BATCH, PROMPT, NEW) == cache_left(model, BATCH, PROMPT, NEW)
 
 
 def test_more_tokens_take_more_and_a_gpu_has_no_heap():
