@@ -1,0 +1,35 @@
+"""What verbs answer with: a report with its exit status, one JSON document."""
+
+import json
+import os
+import sys
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from compress.results import Report
+
+EXIT = {"pass": 0, "fail": 1, "cannot_tell": 4}
+
+
+def finish(report: "Report", as_json: bool, measured_only: bool = False) -> int:
+    """Show a report; returns its exit status."""
+    from compress import terminal
+
+    try:
+        if as_json:
+            print_json(report.as_json())
+        else:
+            terminal.show_report(report)
+        sys.stdout.flush()
+    except BrokenPipeError:  # nobody reads on, and the exit status still counts
+        ignore_stdout()
+    failed = any(side.failures for side in report.sides)
+    return 3 if failed else 0 if measured_only else EXIT[report.verdict]
+
+
+def print_json(document: Any) -> None:
+    print(json.dumps(document, indent=1, allow_nan=False))
+
+
+def ignore_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,21 @@
+"""Arguments that several verbs take."""
+
+from argparse import ArgumentParser
+from pathlib import Path
+
+
+def on_a_device(parser: ArgumentParser) -> None:
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU where there is one")
+
+
+def overriding(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe: --set stages.0.bits=3"
+    )
+
+
+def measuring(parser: ArgumentParser) -> None:
+    overriding(parser)
+    parser.add_argument("--out", type=Path, default=Path("reports"), metavar="DIR", help="where reports and artifacts go (reports)")
+    parser.add_argument("--strict", action="store_true", help="refuse to measure on a GPU that another process uses")
+    on_a_device(parser)

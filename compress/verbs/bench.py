@@ -1,0 +1,29 @@
+"""Measure one model with the harness alone; no stages, no baseline.
+
+Exit status: 0 measured, 2 bad input, 3 the run failed.
+
+Example:  compress bench ./my-model --recipe recipes/quickstart.yaml
+"""
+
+import gc
+from argparse import ArgumentParser, Namespace
+
+from compress.verbs._answer import finish
+from compress.verbs._arguments import measuring
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a model folder, a hub id, or builtin")
+    parser.add_argument("--recipe", required=True, metavar="RECIPE", help="data, metrics and benchmark are taken from this recipe")
+    measuring(parser)
+
+
+def call(given: Namespace) -> int:
+    gc.enable()  # which `main` turned off, for verbs that answer at once
+    from compress import pipeline, terminal
+    from compress.recipe import load
+
+    loaded = load(given.recipe, given.set)
+    with terminal.bars() as progress:
+        report = pipeline.bench(given.model, loaded, given.out, given.device, progress, given.strict)
+    return finish(report, given.json, measured_only=True)

@@ -1,0 +1,31 @@
+"""List every method: family, what it needs, whether that is installed here, on which devices it works.
+
+Example:  compress methods
+"""
+
+from argparse import ArgumentParser, Namespace
+
+from compress.verbs._answer import print_json
+
+
+def arguments(parser: ArgumentParser) -> None:
+    """No arguments of its own."""
+
+
+def call(given: Namespace) -> int:
+    from compress import terminal
+    from compress.methods import everyone
+
+    found = [
+        {
+            "family": family, "method": name, "about": (method.__doc__ or "").split("\n")[0], "packages": list(method.ABOUT.packages),
+            "extra": method.ABOUT.extra, "installed": not method.ABOUT.missing(), "devices": list(method.ABOUT.devices),
+            "packs": method.ABOUT.packs, "calibrated": method.ABOUT.calibrated, "at_run_time": method.ABOUT.at_run_time,
+        }
+        for family, name, method in everyone()
+    ]  # fmt: skip
+    if given.json:
+        print_json(found)
+    else:
+        terminal.show_methods(found)
+    return 0

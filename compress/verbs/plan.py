@@ -1,0 +1,34 @@
+"""Foretell what a recipe takes, from its model's config.json alone: memory at each point and dtype, time and disk.
+
+Nothing is loaded. Sizes are told for this machine, or for a GPU of a known kind.
+
+Exit status: 0 foretold, 2 bad input.
+
+Example:  compress plan recipes/quickstart.yaml --gpu h100-80gb
+"""
+
+from argparse import ArgumentParser, Namespace
+
+from compress.verbs._answer import print_json
+from compress.verbs._arguments import overriding
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
+    overriding(parser)
+    parser.add_argument("--gpu", metavar="NAME", help="a kind of GPU, such as h100-80gb; this machine's own, or its CPU, where left out")
+
+
+def call(given: Namespace) -> int:
+    from compress import terminal
+    from compress.forecast import machine, plan
+    from compress.recipe import load
+
+    loaded = load(given.recipe, given.set)
+    place = machine.named(given.gpu) if given.gpu else machine.here(loaded.benchmark.threads)
+    found = plan.plan(loaded, place)
+    if given.json:
+        print_json(found.as_json())
+    else:
+        terminal.show_plan(found)
+    return 0

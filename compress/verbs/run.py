@@ -1,0 +1,39 @@
+"""Run a recipe: stages, benchmark of both sides, report and verdict.
+
+Stages that train do so in --processes of them, each on a GPU of its own where there are GPUs. Under torchrun or accelerate launch there
+are as many as were launched; the first copy runs the recipe, the others end at once.
+
+Exit status: 0 pass, 1 a gate failed, 2 bad input, 3 the run failed, 4 the data cannot tell yet.
+
+Example:  compress run recipes/quickstart.yaml --set data.samples=100
+"""
+
+import gc
+from argparse import ArgumentParser, Namespace
+
+from compress.errors import InputError
+from compress.verbs._answer import finish
+from compress.verbs._arguments import measuring
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
+    measuring(parser)
+    parser.add_argument("--processes", type=int, metavar="N", help="train in so many processes, whose batches make one step (1)")
+
+
+def call(given: Namespace) -> int:
+    gc.enable()  # which `main` turned off, for verbs that answer at once
+    from compress import pipeline, terminal
+    from compress.process import launched
+    from compress.recipe import load
+
+    copy, processes = launched() or (0, 1 if given.processes is None else given.processes)
+    if copy > 0:
+        return 0
+    if given.processes not in (None, processes):
+        raise InputError(f"--processes {given.processes}: {processes} were launched; leave one of the two out")
+    loaded = load(given.recipe, given.set)
+    with terminal.bars() as progress:
+        report = pipeline.run(loaded, given.out, given.device, progress, processes, given.strict)
+    return finish(report, given.json)

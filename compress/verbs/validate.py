@@ -1,0 +1,36 @@
+"""Read recipes and say all that is wrong with each, without loading anything.
+
+Exit status: 0 all are right, 2 some are not.
+
+Example:  compress validate recipes/*.yaml
+"""
+
+import sys
+from argparse import ArgumentParser, Namespace
+
+from compress.errors import CompressError, printable
+from compress.verbs._answer import print_json
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE")
+
+
+def call(given: Namespace) -> int:
+    from compress.recipe import load
+
+    mistakes: dict[str, list[str]] = {}
+    for recipe in given.recipes:
+        try:
+            load(recipe)
+            mistakes[recipe] = []
+        except CompressError as error:
+            mistakes[recipe] = str(error).split("\n")
+    if given.json:
+        print_json({"valid": not any(mistakes.values()), "recipes": mistakes})
+    for recipe, lines in mistakes.items():
+        for line in lines:
+            print(printable(line), file=sys.stderr)
+        if not lines and not given.json:
+            print(f"{printable(recipe)}: a valid recipe")
+    return 2 if any(mistakes.values()) else 0
