@@ -22,7 +22,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import IO, Any, Protocol
 
 from compress import errors
 from compress.errors import ChildDied, CompressError, InputError, Killed, RunError
@@ -45,6 +45,33 @@ LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_")
 SETTLE_S = 0.5  # by then a process that ended is seen to have ended
 
 
+class Process(Protocol):
+    """What a child needs to know of its process; `subprocess.Popen` is one."""
+
+    pid: int
+
+    def poll(self) -> int | None: ...
+    def wait(self) -> int: ...
+
+
+Start = Callable[[str, tuple[int, int], Path, Mapping[str, str]], Process]  # a module, its ends of pipes, a log, variables
+
+
+def fresh(module: str, pipes: tuple[int, int], log: Path, environment: Mapping[str, str]) -> Process:
+    """A new process that runs a module with these ends of pipes."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", module, *map(str, pipes)], pass_fds=pipes, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
+            env=environment, start_new_session=True,
+        )  # fmt: skip
+
+
+def environment_of(threads: int | None) -> dict[str, str]:
+    """The variables of a working process."""
+    limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    return {**_inherited(), **ENVIRONMENT, **limit}
+
+
 class Child:
     """A working process. Use it as a context; leaving it ends the process and its children.
 
@@ -52,23 +79,17 @@ class Child:
     log          a file for whatever the child prints
     threads      CPU threads for torch, None for all that the process may use
     environment  more variables for it
+    start        how the process comes to be
     """
 
     def __init__(
-        self, module: str, log: Path, progress: Progress, threads: int | None = None, environment: Mapping[str, str] | None = None
-    ):
+        self, module: str, log: Path, progress: Progress, threads: int | None = None, environment: Mapping[str, str] | None = None,
+        start: Start = fresh,
+    ):  # fmt: skip
         self._log, self._progress = log, progress
         request_read, self._request = os.pipe()
         self._reply, reply_write = os.pipe()
-        environment = {**_inherited(), **ENVIRONMENT, **(environment or {})}
-        if threads is not None:
-            environment["OMP_NUM_THREADS"] = str(threads)
-        with log.open("ab") as output:
-            self._process = subprocess.Popen(
-                [sys.executable, "-m", module, str(request_read), str(reply_write)],
-                pass_fds=(request_read, reply_write), stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-                env=environment, start_new_session=True,
-            )  # fmt: skip
+        self._process = start(module, (request_read, reply_write), log, {**environment_of(threads), **(environment or {})})
         os.close(request_read)
         os.close(reply_write)
         self._buffer = b""

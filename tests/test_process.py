@@ -9,11 +9,13 @@ import time
 
 import pytest
 
-from compress.errors import ChildDied, DataError, NoSpace, OutOfMemory, RunError
+from compress import nursery
+from compress.errors import ChildDied, DataError, Killed, NoSpace, OutOfMemory, RunError
+from compress.nursery import Nursery
 from compress.process import Child
 
 SERVER = """
-    import os, signal, time, errno
+    import os, signal, sys, time, errno
     from compress.errors import DataError
     from compress.process import serve
 
@@ -29,6 +31,9 @@ SERVER = """
     def killed(progress): os.kill(os.getpid(), signal.SIGKILL)
     def leaves(progress): print("last words"); os._exit(7)
     def sleeps(progress): time.sleep(60)
+    def is_imported(progress, name): return name in sys.modules
+    def remember(progress, what): os.environ["SEEN"] = str(what)
+    def recall(progress): return os.environ.get("SEEN")
 
     if __name__ == "__main__":
         serve(globals())
@@ -36,13 +41,46 @@ SERVER = """
 
 
 @pytest.fixture
-def child(tmp_path, monkeypatch):
+def server(tmp_path, monkeypatch):
     (tmp_path / "server.py").write_text(textwrap.dedent(SERVER))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
+
+
+@pytest.fixture(params=["fresh", "copied"])
+def child(server, tmp_path, monkeypatch, request):
+    monkeypatch.setattr(nursery, "GPUS", () if request.param == "copied" else ("/",))
     seen = []
-    with Child("server", tmp_path / "log", lambda *event: seen.append(event)) as process:
+    with (
+        Nursery(["server"], tmp_path / "log", None) as nest,
+        Child("server", tmp_path / "log", lambda *event: seen.append(event), start=nest.start) as process,
+    ):
+        assert isinstance(process._process, nursery.Copy if request.param == "copied" else subprocess.Popen)
         process.seen = seen
         yield process
+
+
+def test_copies_find_imported_what_they_need_and_share_nothing(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(nursery, "GPUS", ())
+    with Nursery(["json.tool"], tmp_path / "log", None) as nest:
+        first, second = (Child("server", tmp_path / "log", print, start=nest.start) for _ in range(2))
+        assert [child.ask("is_imported", name="json.tool") for child in (first, second)] == [True, True]
+        first.ask("remember", what=1)
+        assert second.ask("recall") is None
+        os.kill(first.pid, signal.SIGKILL)
+        with pytest.raises(Killed):
+            first.ask("recall")
+        assert second.ask("recall") is None
+
+
+def test_copies_end_with_their_nursery(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(nursery, "GPUS", ())
+    with Nursery(["server"], tmp_path / "log", None) as nest:
+        child = Child("server", tmp_path / "log", print, start=nest.start)
+        child.ask("add", a=1, b=1)
+    with pytest.raises(Killed):
+        child.ask("add", a=1, b=1)
+    with Child("server", tmp_path / "log", print, start=nest.start) as another:  # it does without
+        assert another.ask("add", a=1, b=1) == 2
 
 
 def test_an_answer_comes_back_with_progress_and_noise_stays_out(child, tmp_path):

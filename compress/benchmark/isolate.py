@@ -3,6 +3,10 @@
 A round starts new processes; within it the sides take turns in a random order, a block of timings each. Memory is read once a
 round, speed every turn, quality in the first round. Rounds follow until the latencies are known as precisely as is wanted. Nothing here
 needs torch.
+
+How many turns a round is best to have depends on how much of the noise lies between turns and how much between processes (Cochran 1977,
+chapter 10), which is not known before. A round that takes turns for as long as its processes took to start is never more than twice
+as long as the best one for the same precision.
 """
 
 import itertools
@@ -10,8 +14,9 @@ import math
 import random
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from compress.benchmark.figures import quantile, side
 from compress.benchmark.machine import Machine, alone, facts
@@ -21,13 +26,15 @@ from compress.benchmark.subject import Point, Subject
 from compress.errors import DeviceError, OutOfMemory, RunError
 from compress.methods import Example
 from compress.model import Source
+from compress.nursery import Nursery
 from compress.process import Progress
 from compress.recipe import Recipe
 from compress.results import Conditions, Role, Side, Turn
 
+T = TypeVar("T")
 Clear = Callable[[list[Side]], bool]  # whether nothing that could still be measured would change what the gates on speed say
 FEWEST = 3  # rounds, below which no gate is clear
-AGAIN = 0.5  # of the fewest turns, how many may be taken again, each once
+AGAIN = 0.5  # of the turns, how many may be taken again, each once
 
 
 def measure(
@@ -43,9 +50,9 @@ def measure(
     A side whose process dies or runs out of memory has the reason under `failures`; what it had measured until then stays. Raises
     DeviceError where `strict` refuses.
     """
-    subjects = [Subject(role, source, recipe, device, log, kept_outputs, progress) for role, source in sources.items()]
-    session = Session(subjects, recipe, progress, strict)
-    with alone(progress):
+    with alone(progress), Nursery([Subject.module], log, recipe.benchmark.threads) as nursery:
+        subjects = [Subject(role, source, recipe, device, log, kept_outputs, progress, nursery.start) for role, source in sources.items()]
+        session = Session(subjects, recipe, progress, strict)
         try:
             session.run(examples, clear)
         finally:
@@ -67,23 +74,28 @@ class Session:
         self._subjects, self._benchmark, self._progress, self._strict = subjects, recipe.benchmark, progress, strict
         self._random = random.Random(0)
         self._alone = False  # whether memory holds one side at a time only
-        self._again = math.ceil(AGAIN * recipe.benchmark.rounds * recipe.benchmark.turns)
+        self._starting = self._timing = 0.0  # seconds of this round
+        self._again = 0
         self._known: float | None = None  # half of the widest interval of a latency, as a share of it
         self.turns: list[Turn] = []
 
     def run(self, examples: list[Example], clear: Clear) -> None:
         """Round after round; the examples are done in the first."""
-        began = time.monotonic()
+        began, fewest, done = time.monotonic(), self._benchmark.rounds * self._benchmark.turns, 0
         for number in itertools.count():
             if self._is_enough(number, (time.monotonic() - began) / 60, clear):
                 return
-            for turn in range(self._benchmark.turns):
-                if not self._take(number, turn, examples, last=self._again <= 0):
-                    self._again -= 1
+            self._starting = self._timing = 0.0
+            for turn in itertools.count():
+                if self._ends(turn):
+                    break
+                if not self._take(number, turn, examples, last=self._again >= AGAIN * max(fewest, done)):
+                    self._again += 1
                     self._take(number, turn, examples, last=True)
-                done = number * self._benchmark.turns + turn + 1
+                done += 1
                 known = "" if self._known is None else f"; latencies are known to {self._known:.1%}"
-                self._progress(f"timing in turns{known}", done, max(done, self._benchmark.rounds * self._benchmark.turns))
+                self._progress(f"timing in turns{known}", done, max(fewest, done))
+            self._explain()
             _stop(self._subjects)
 
     def sides(self) -> list[Side]:
@@ -113,34 +125,55 @@ class Session:
         self._known = max(halves) if math.isfinite(max(halves)) else None
         return max(halves) <= (self._benchmark.precision or math.inf)
 
+    def _ends(self, turns: int) -> bool:
+        """Whether a round that has so many turns needs no more."""
+        if turns < self._benchmark.turns:
+            return False
+        failed = any(subject.failures for subject in self._subjects)
+        return self._benchmark.precision is None or failed or self._alone or self._timing >= self._starting
+
     def _take(self, number: int, turn: int, examples: list[Example], last: bool) -> bool:
         """One turn of each side that has not failed. Whether it counts: where it was disturbed it doesn't, unless it is the `last` one."""
         taken: list[tuple[Subject, Conditions]] = []
         for subject in self._random.sample(self._subjects, len(self._subjects)):
-            if subject.failures:
-                continue
-            others = [s for s in self._subjects if s is not subject and s.running]
-            try:
-                if self._alone:
-                    _stop(others)
-                if not subject.running:
-                    self._alone = _bring_up(subject, others) or self._alone
-                if subject.outputs is None:
-                    subject.answer(examples)
-                taken.append((subject, self._timed(subject)))
-                if turn == self._benchmark.turns - 1 and subject.explanation is None:
-                    subject.explain(_common(self._subjects))
-            except RunError as error:
-                subject.failures.append(f"{subject.role}: {error}")
-                subject.stop()
+            conditions = self._do(subject, partial(self._turn, subject, examples))
+            if conditions is not None:
+                taken.append((subject, conditions))
         kept = last or not any(conditions.disturbed for _, conditions in taken)
         for subject, conditions in taken:
+            self._timing += conditions.seconds
             self.turns.append(Turn(**conditions.model_dump(), role=subject.role, round=number, turn=turn, kept=kept))
             if kept:
                 subject.keep(number)
         return kept
 
-    def _timed(self, subject: Subject) -> Conditions:
+    def _explain(self) -> None:
+        """Look at what a step does, once; after the timings of a round, since a profiler may leave traces."""
+        for subject in self._subjects:
+            if subject.explanation is None:
+                self._do(subject, partial(subject.explain, _common(self._subjects)))
+
+    def _do(self, subject: Subject, work: Callable[[], T]) -> T | None:
+        """What work with a side gives, whose process runs then; None where the side has failed, or fails now."""
+        if subject.failures:
+            return None
+        others = [s for s in self._subjects if s is not subject and s.running]
+        began = time.monotonic()
+        try:
+            if self._alone:
+                _stop(others)
+            if not subject.running:
+                self._alone = _bring_up(subject, others) or self._alone
+                self._starting += time.monotonic() - began
+            return work()
+        except RunError as error:
+            subject.failures.append(f"{subject.role}: {error}")
+            subject.stop()
+            return None
+
+    def _turn(self, subject: Subject, examples: list[Example]) -> Conditions:
+        if subject.outputs is None:
+            subject.answer(examples)
         environment = subject.loads[-1]["environment"]
         ours = [s.pid for s in self._subjects if s.running]
         machine = Machine(environment["threads"], environment["gpu_uuid"])

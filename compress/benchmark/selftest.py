@@ -28,7 +28,8 @@ from compress.benchmark.subject import Subject
 from compress.errors import RunError
 from compress.methods import Example
 from compress.model import BUILTIN, Source
-from compress.process import Progress
+from compress.nursery import Nursery
+from compress.process import Progress, Start
 from compress.recipe import Gate, Recipe
 from compress.report import verdict
 from compress.report.table import table
@@ -56,8 +57,8 @@ class Faulty(Subject):
 
     module = "compress.benchmark.planted"
 
-    def __init__(self, fault: dict[str, float], source: Source, loaded: Recipe, log: Path, progress: Progress):
-        super().__init__("candidate", source, loaded, "cpu", log, log.parent, progress)
+    def __init__(self, fault: dict[str, float], source: Source, loaded: Recipe, log: Path, progress: Progress, start: Start):
+        super().__init__("candidate", source, loaded, "cpu", log, log.parent, progress, start)
         self._fault = {"slowdown": 0.0, "resident_bytes": 0, **fault}
 
     def ask(self, request: str, **arguments: Any) -> Any:
@@ -91,10 +92,13 @@ def main() -> None:
 def comparison(loaded: Recipe, busy: bool, progress: Progress) -> dict[str, Any]:
     """One baseline and its faulty likes in turns: of each the verdict of every gate with its interval."""
     source, start = Source(str(BUILTIN), loaded.model.task, "float32"), time.monotonic()
-    with tempfile.TemporaryDirectory() as folder, another_process(busy):
-        log = Path(folder) / "log"
-        subjects = [Subject("baseline", source, loaded, "cpu", log, log.parent, progress)]
-        subjects += [Faulty(fault, source, loaded, log, progress) for fault in SUBJECTS.values()]
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        Nursery([Faulty.module], log := Path(folder) / "log", 1) as nursery,
+        another_process(busy),
+    ):
+        subjects = [Subject("baseline", source, loaded, "cpu", log, log.parent, progress, nursery.start)]
+        subjects += [Faulty(fault, source, loaded, log, progress, nursery.start) for fault in SUBJECTS.values()]
         for subject in subjects:
             subject.outputs = subject.explanation = {}  # speed and memory only
         session = isolate.Session(subjects, loaded, progress, strict=False)

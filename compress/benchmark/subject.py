@@ -11,7 +11,7 @@ from compress.benchmark.sampler import Sampler
 from compress.errors import ChildDied, Killed, RunError
 from compress.methods import Example
 from compress.model import Source
-from compress.process import Child, Progress
+from compress.process import Child, Progress, Start, fresh
 from compress.recipe import Recipe
 from compress.results import Conditions, Role
 
@@ -25,8 +25,10 @@ class Subject:
 
     module = "compress.benchmark.worker"
 
-    def __init__(self, role: Role, source: Source, recipe: Recipe, device: str, log: Path, outputs: Path, progress: Progress):
-        self.role, self.source, self._recipe, self._device = role, source, recipe, device
+    def __init__(
+        self, role: Role, source: Source, recipe: Recipe, device: str, log: Path, outputs: Path, progress: Progress, start: Start = fresh
+    ):
+        self.role, self.source, self._recipe, self._device, self._start = role, source, recipe, device, start
         self._log, self._kept, self._progress = log, outputs, progress
         self._child: Child | None = None
         self.loads: list[dict[str, Any]] = []
@@ -79,7 +81,7 @@ class Subject:
     def _load(self) -> dict[str, Any]:
         """Load the model in a new process."""
         benchmark = self._recipe.benchmark
-        self._child = Child(self.module, self._log, self._tell, benchmark.threads)
+        self._child = Child(self.module, self._log, self._tell, benchmark.threads, start=self._start)
         with Sampler(self._child.pid) as sampler:
             loaded: dict[str, Any] = self.ask(
                 "load", source=asdict(self.source), device=self._device, threads=benchmark.threads, runtime=benchmark.runtime.model_dump()

@@ -77,11 +77,18 @@ def test_rounds_follow_until_the_ratio_is_precise(monkeypatch, spread, most):
 
 
 def test_no_round_begins_when_time_is_over(monkeypatch):
-    clock = iter(range(0, 10_000, 25))  # each look at it half a minute later
-    monkeypatch.setattr(isolate.time, "monotonic", lambda: next(clock))
-    sides = [Subject("baseline", 1.0, noisy(0)), Subject("candidate", 0.5, noisy(0.3))]
+    sides = [Subject("baseline", 1.0, noisy(0)), Subject("candidate", 0.5, np.random.default_rng(0).uniform(0.2, 5, 1000))]
+    monkeypatch.setattr(isolate.time, "monotonic", lambda: 30 * sides[0].starts)  # each round takes half a minute
     session(sides, benchmark(max_minutes=2), monkeypatch)
     assert len(sides[0].rounds[POINT]) == 4
+
+
+@pytest.mark.parametrize(("precision", "turns"), [(None, 2), (0.02, 7)])
+def test_a_round_takes_turns_for_as_long_as_its_processes_took_to_start(monkeypatch, precision, turns):
+    sides = [Subject("baseline", 1.0, noisy(0)), Subject("candidate", 0.5, noisy(0))]
+    monkeypatch.setattr(isolate.time, "monotonic", lambda: 7 * sum(side.starts for side in sides))  # and a turn of each takes two seconds
+    session(sides, benchmark(precision=precision, turns=2), monkeypatch)
+    assert [len(taken) for side in sides for taken in side.rounds[POINT]] == 6 * [turns]
 
 
 def test_without_a_precision_there_are_just_the_rounds(monkeypatch):

@@ -1,0 +1,162 @@
+"""A process that has imported what others need, and is copied for each of them: a copy starts in a tenth of a second, importing takes
+seconds. Whatever else a fresh process has, a copy has too: memory, threads and handles of its own, and nothing of any model.
+
+CUDA doesn't survive a copy made after its first use, and libraries may use it when they are imported. So where there is a GPU, every
+process imports for itself.
+
+    python -m compress.nursery CHANNEL_FD MODULE...     starts one, as `Nursery` does
+"""
+
+import contextlib
+import ctypes
+import gc
+import importlib
+import json
+import os
+import runpy
+import signal
+import socket
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+
+from compress.process import Process, environment_of, fresh
+
+GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, of either under Windows' Linux
+PIPES = 2
+
+
+class Copy:
+    """A copied process, as `subprocess.Popen` would have it."""
+
+    def __init__(self, pid: int, nursery: "Nursery"):
+        self.pid, self._nursery = pid, nursery
+        self._code: int | None = None
+
+    def poll(self) -> int | None:
+        return self._ended(os.WNOHANG)
+
+    def wait(self) -> int:
+        code = self._ended(0)
+        assert code is not None
+        return code
+
+    def _ended(self, options: int) -> int | None:
+        if self._code is None:
+            self._code = self._nursery.ended(self.pid, options)
+        return self._code
+
+
+class Nursery:
+    """Starts the processes of `Child`. A context; leaving it ends the nursery and with it all of its copies.
+
+    modules  what a copy finds imported
+    log      a file for whatever importing prints
+    threads  CPU threads for torch, None for all that the process may use
+    """
+
+    def __init__(self, modules: list[str], log: Path, threads: int | None):
+        self._channel: socket.socket | None = None
+        if any(Path(device).exists() for device in GPUS):
+            return
+        self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs, log.open("ab") as output:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", __name__, str(theirs.fileno()), *modules], pass_fds=(theirs.fileno(),),
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment_of(threads), start_new_session=True,
+            )  # fmt: skip
+
+    def start(self, module: str, pipes: tuple[int, int], log: Path, environment: Mapping[str, str]) -> Process:
+        """A process that runs a module with these ends of pipes: a copy, or a fresh one where there is none to be had."""
+        if self._channel is None:
+            return fresh(module, pipes, log, environment)
+        with log.open("ab") as output:
+            message = json.dumps({"module": module, "pipes": pipes}).encode()
+            with contextlib.suppress(OSError):
+                socket.send_fds(self._channel, [message], [*pipes, output.fileno()])
+        answer = self._answer()
+        return fresh(module, pipes, log, environment) if answer is None else Copy(answer, self)
+
+    def ended(self, pid: int, options: int) -> int | None:
+        """The exit code of a copy, negative for a signal; None while it runs."""
+        assert self._channel is not None
+        with contextlib.suppress(OSError):
+            self._channel.send(json.dumps({"wait": pid, "options": options}).encode())
+        answer = self._answer()
+        if answer is None:  # where this process has died, the kernel has killed its copies
+            return -signal.SIGKILL
+        return None if answer == RUNS else answer
+
+    def _answer(self) -> int | None:
+        assert self._channel is not None
+        with contextlib.suppress(OSError):
+            if said := self._channel.recv(64):
+                return int(said)
+        return None
+
+    def __enter__(self) -> "Nursery":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._channel is not None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+            self._channel.close()
+
+
+RUNS = 1 << 16  # no exit code
+
+
+def main() -> None:
+    """The nursery's own side: import, then copy itself whenever it is asked to, and say how copies ended."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    channel = socket.socket(fileno=int(sys.argv[1]))
+    for name in sys.argv[2:]:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()
+    while True:
+        message, handles, _, _ = socket.recv_fds(channel, 1 << 16, PIPES + 1)
+        if not message:
+            return
+        asked = json.loads(message)
+        if "wait" in asked:
+            pid, status = os.waitpid(asked["wait"], asked["options"])
+            channel.send(str(os.waitstatus_to_exitcode(status) if pid else RUNS).encode())
+        elif os.fork() == 0:
+            _become(asked["module"], handles, channel)
+        for handle in handles:
+            os.close(handle)
+
+
+def _become(module: str, handles: list[int], channel: socket.socket) -> None:
+    """In the copy: be the module's process."""
+    code = 1
+    try:
+        os.setsid()
+        for stream in (1, 2):
+            os.dup2(handles[PIPES], stream)
+        os.close(handles[PIPES])
+        channel.send(str(os.getpid()).encode())
+        channel.close()
+        sys.argv = [module, *map(str, handles[:PIPES])]
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # that the module is imported already
+            runpy.run_module(module, run_name="__main__", alter_sys=True)
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        for output in (sys.stdout, sys.stderr):
+            output.flush()
+        os._exit(code)
+
+
+if __name__ == "__main__":
+    main()
