@@ -139,8 +139,8 @@ class Benchmark(Settings):
     )
     max_minutes: float = Field(10, gt=0, le=100_000, description="no further round begins after so many minutes of rounds")
     confidence: float = Field(0.95, ge=0.5, lt=1, description="of intervals, and so of every gate")
-    turns: Count = 3
-    iterations: Count = 3
+    turns: Count = Field(9, description="the fewest of a round; with a precision it takes more, for as long as its processes took to start")
+    iterations: Count = Field(1, description="timings at each point that follow each other in a turn; what disturbs one disturbs the next")
     warmup: Annotated[int, Field(ge=0)] = 2
     quality_batch_tokens: Count | None = Field(
         None, description="tokens of one batch of quality examples, padding and output counted; null takes what free memory holds"

@@ -37,7 +37,7 @@ from compress.results import Measurement, Side
 
 RECIPE = "quickstart"
 BENCHMARK = {
-    "batch_sizes": [1], "prompt_tokens": [64], "new_tokens": 24, "rounds": 5, "turns": 3, "iterations": 3, "warmup": 1, "threads": 1,
+    "batch_sizes": [1], "prompt_tokens": [64], "new_tokens": 24, "rounds": 5, "turns": 9, "iterations": 1, "warmup": 1, "threads": 1,
     "precision": 0.02, "max_minutes": 6,
 }  # fmt: skip
 SUBJECTS: dict[str, dict[str, float]] = {

@@ -18,7 +18,7 @@ from compress.recipe import Recipe, Stage
 
 STORED = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
 ROWS = 1000  # what an uncounted train split is taken for
-START_S = 10  # a working process's start: imports and loading
+START_S = 2.0  # a copy of a process, the model read into it
 INPUT_TOKENS = 256  # an evaluation example's prompt, where nothing says how long it may be
 BATCH_TOKENS = 4096  # of the evaluation that are read together, where nothing says how many
 
