@@ -18,7 +18,8 @@ from compress.recipe import Recipe, Stage
 
 STORED = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
 ROWS = 1000  # what an uncounted train split is taken for
-START_S = 2.0  # a copy of a process, the model read into it
+START_S = 10  # a working process's start: imports and loading
+COPY_S = 2  # the same of a copy, which has imported
 INPUT_TOKENS = 256  # an evaluation example's prompt, where nothing says how long it may be
 BATCH_TOKENS = 4096  # of the evaluation that are read together, where nothing says how many
 
@@ -159,7 +160,7 @@ def _benchmark_seconds(recipe: Recipe, shape: Shape, weights: int, machine: Mach
     together = max(1, (benchmark.quality_batch_tokens or BATCH_TOKENS) // length)
     batches = -(-(recipe.data.samples or ROWS) // together)
     quality = batches * _generation_seconds(shape, weights, machine, together, length, recipe.generation.max_new_tokens)
-    return benchmark.rounds * (START_S + times * grid) + quality
+    return START_S + benchmark.rounds * (COPY_S + times * grid) + quality
 
 
 def _generation_seconds(shape: Shape, weights: int, machine: Machine, batch: int, prompt: int, new: int) -> float:
