@@ -5,6 +5,7 @@ and position determine, and the likeliest token is then a draw from the distribu
 the same in every batch, on every device, and on both sides, which makes their difference less noisy.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,17 +17,21 @@ from transformers import (
     LogitsProcessor,
     LogitsProcessorList,
     MinPLogitsWarper,
+    StoppingCriteria,
+    StoppingCriteriaList,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
     TypicalLogitsWarper,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from compress.benchmark.batching import Batches
 from compress.benchmark.quality import Reader, Texts
 from compress.errors import DataError
 
 CHECKED = 8  # examples that are written once more, alone
+ENDED = 0.25  # of a batch's rows, when the others go on without them; a row that has ended costs as much as one that has not
 WARPERS = {  # what bends a distribution before a draw, in transformers' order, with the value that changes nothing
     "temperature": (TemperatureLogitsWarper, 1.0),
     "top_k": (TopKLogitsWarper, 0),
@@ -55,6 +60,17 @@ class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
     def _exponential(self, example: int, position: int, size: int) -> "np.ndarray[Any, np.dtype[np.float32]]":
         stream = np.random.Philox(key=[self._seed, example], counter=[0, 0, 0, position])
         return np.random.Generator(stream).standard_exponential(size, dtype=np.float32)
+
+
+class Ended(StoppingCriteria):  # type: ignore[misc]
+    """Stops all rows when a part of them has written one of these tokens; `rows` says which have."""
+
+    def __init__(self, ends: set[int]):
+        self._ends, self.rows = torch.tensor(sorted(ends)), torch.zeros(1, dtype=torch.bool)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        self.rows = self.rows.to(input_ids.device) | torch.isin(input_ids[:, -1], self._ends.to(input_ids.device))
+        return (self.rows.float().mean() >= ENDED).expand(len(input_ids))
 
 
 @dataclass(frozen=True)
@@ -92,7 +108,11 @@ class Writer:
         self._encoded = reader.read(prompts, room=0 if both else self._new_tokens, unended=not both)
         self._warpers = _warpers(model.generation_config, settings) if settings["do_sample"] else None
         self._beams = settings["num_beams"]
-        self._settings = {key: value for key, value in settings.items() if value is not None and key not in ("seed", "do_sample", *WARPERS)}
+        self._settings = {
+            key: value
+            for key, value in settings.items()
+            if value is not None and key not in ("max_new_tokens", "seed", "do_sample", *WARPERS)
+        }
         ends = model.generation_config.eos_token_id
         self._stop = {reader.tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [])} | (
             {ends} if isinstance(ends, int) else set()
@@ -103,7 +123,8 @@ class Writer:
         outputs: list[list[int]] = [[] for _ in self._encoded]
 
         def work(examples: list[int]) -> None:
-            for example, row in zip(examples, self._rows(examples)[0], strict=True):
+            rows = self._leaving(examples) if self._beams == 1 else zip(examples, self._rows(examples)[0], strict=True)
+            for example, row in rows:
                 outputs[example] = self._until_end(row)
 
         batches.each([self._beams * (len(row) + self._new_tokens) for row in self._encoded], work, "generating")
@@ -129,18 +150,56 @@ class Writer:
         gap, size = scores.max() - scores[theirs].max(), scores[scores.isfinite()].abs().max()
         return bool(gap <= ROUNDING.get(self._reader.model.dtype, ROUNDING[torch.float32]) * size)
 
+    def _leaving(self, examples: list[int]) -> Iterator[tuple[int, list[int]]]:
+        """What is written to these prompts, as they come to their ends: whenever a part of them has, the others go on without."""
+        given, start = self._inputs(examples)
+        if self._both:
+            given["encoder_outputs"] = self._reader.model.get_encoder()(**given)
+        last = start + self._new_tokens
+        while examples:
+            ended = Ended(self._stop)
+            found = self._generate(examples, given, start, stopping_criteria=StoppingCriteriaList([ended]))
+            rows, over = found.sequences, ended.rows | (found.sequences.shape[1] >= last)
+            for row in over.nonzero().flatten().tolist():
+                yield examples[row], rows[row, start:].tolist()
+            left = (~over).nonzero().flatten()
+            examples = [examples[row] for row in left.tolist()]
+            given = self._going_on(given, found.past_key_values, rows, left)
+
+    def _going_on(self, given: dict[str, Any], cache: Any, rows: Tensor, left: Tensor) -> dict[str, Any]:
+        """The inputs with which the rows that are left are continued where they are."""
+        if cache is not None:
+            cache.batch_select_indices(left)
+        mask = given["attention_mask"][left]
+        written = mask.new_ones(len(left), rows.shape[1] - (0 if self._both else mask.shape[1]))
+        if not self._both:
+            return {"input_ids": rows[left], "attention_mask": torch.cat([mask, written], dim=1), "past_key_values": cache}
+        return {
+            "input_ids": given["input_ids"][left], "attention_mask": mask, "past_key_values": cache,
+            "encoder_outputs": BaseModelOutput(given["encoder_outputs"].last_hidden_state[left]),
+            "decoder_input_ids": rows[left], "decoder_attention_mask": written,
+        }  # fmt: skip
+
     def _rows(self, examples: list[int], scores: bool = False) -> tuple[list[list[int]], tuple[Tensor, ...]]:
         """What is written to these prompts, up to the longest's end; the scores (rows, vocabulary) of each step where they are wanted."""
-        reader = self._reader
-        inputs = reader.batch([self._encoded[i] for i in examples], left=not self._both)
-        start = 1 if self._both else inputs["input_ids"].shape[1]
-        drawing = None if self._warpers is None else LogitsProcessorList([*self._warpers, GumbelNoise(self._seed, examples, start)])
-        with torch.inference_mode():
-            found = reader.model.generate(
-                **inputs, **self._settings, do_sample=False, logits_processor=drawing, pad_token_id=reader.tokenizer.pad_token_id,
-                output_scores=scores, return_dict_in_generate=True,
-            )  # fmt: skip
+        given, start = self._inputs(examples)
+        found = self._generate(examples, given, start, output_scores=scores)
         return found.sequences[:, start:].tolist(), found.scores or ()
+
+    def _inputs(self, examples: list[int]) -> tuple[dict[str, Any], int]:
+        """The prompts as a batch, and how many tokens stand before the first that is written."""
+        inputs = self._reader.batch([self._encoded[i] for i in examples], left=not self._both)
+        return inputs, 1 if self._both else inputs["input_ids"].shape[1]
+
+    def _generate(self, examples: list[int], given: dict[str, Any], start: int, **wanted: Any) -> Any:
+        """transformers' generation of the tokens that are yet to be written."""
+        drawing = None if self._warpers is None else LogitsProcessorList([*self._warpers, GumbelNoise(self._seed, examples, start)])
+        before = given.get("decoder_input_ids", given["input_ids"]).shape[1] if "past_key_values" in given else start
+        with torch.inference_mode():
+            return self._reader.model.generate(
+                **given, **wanted, **self._settings, max_new_tokens=start + self._new_tokens - before, do_sample=False,
+                logits_processor=drawing, pad_token_id=self._reader.tokenizer.pad_token_id, return_dict_in_generate=True,
+            )  # fmt: skip
 
     def _until_end(self, tokens: list[int]) -> list[int]:
         return tokens[: next((index for index, token in enumerate(tokens) if token in self._stop), len(tokens))]

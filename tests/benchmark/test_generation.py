@@ -1,5 +1,7 @@
 """What is written in batches against plain transformers, one example at a time; sampling against its distribution; memory that runs out."""
 
+from collections import Counter
+
 import pytest
 import torch
 from scipy import stats
@@ -40,6 +42,23 @@ def test_draws_do_not_depend_on_the_batches(random_bundle):
     other = writer(random_bundle, {**SAMPLED, "seed": 4}, prompts).write(Batches(model, 1000, quiet))
     assert other != outputs[0]
     assert writer(random_bundle, SAMPLED, prompts).recheck(outputs[0]).differ == 0
+
+
+def test_rows_that_have_ended_leave_their_batch_and_the_others_go_on(random_bundle):
+    """An end token cuts what would be written without one, since draws depend on example and position alone; fewer rows are computed."""
+    model, prompts, computed = random_bundle.model, PROMPTS * 3, []
+    settings = {**SAMPLED, "max_new_tokens": 20, "temperature": 8.0, "top_k": None, "top_p": None}
+    model.generation_config.eos_token_id = None
+    whole = writer(random_bundle, settings, prompts).write(Batches(model, 1, quiet))
+    end = Counter(token for tokens in whole for token in set(tokens)).most_common(1)[0][0]
+    model.generation_config.eos_token_id = end
+    handle = model.lm_head.register_forward_hook(lambda module, inputs, output: computed.append(len(output)))
+    found = writer(random_bundle, settings, prompts).write(Batches(model, 10_000, quiet))
+    handle.remove()
+    assert found == [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in whole]
+    assert len({len(tokens) for tokens in found}) > 3
+    assert sum(computed) < 0.9 * len(prompts) * len(computed)
+    assert computed == sorted(computed, reverse=True)
 
 
 def test_noise_makes_draws_from_the_distribution():
