@@ -57,7 +57,7 @@ def _speed(stages: list[StageRecord], compared: list[Comparison], environment: d
         return []
     where = ", ".join(f"batch {c.batch_size} x prompt {c.prompt_tokens}: {change(c)}" for c in missed)
     reasons = reasons or [_at_run_time(stages)]
-    return [" ".join([f"{'Slower' if slower else 'Not measurably faster'} than the baseline at {where}.", *reasons])]
+    return [" ".join([f"{'Slower' if slower else 'Not shown to be faster'} than the baseline at {where}.", *reasons])]
 
 
 def at_run_time(record: StageRecord) -> str | None:

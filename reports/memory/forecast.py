@@ -3,8 +3,8 @@
     python reports/memory/forecast.py [--out reports/memory]
 
 For each model and batch size: what config.json foretells, what the harness measures (the process's own high-water mark, and samples from
-outside). For each model at the largest batch: the harness's peak with the interpreter's share, and what GNU time says of another process
-that does the same work and never sets a mark back. The models have other sizes than those that the forecast's constants were taken from.
+outside). For each model at the largest batch: what GNU time says of another process that does the same work and never sets a mark back, less
+what that held before the model. The models have other sizes than those that the forecast's constants were taken from.
 """
 
 import argparse
@@ -22,6 +22,7 @@ from compress.forecast.plan import read_config
 from compress.forecast.shape import read
 from compress.methods import quiet
 from compress.model import Source
+from compress.nursery import Nursery
 from compress.recipe import Benchmark, Data, Model, Recipe
 
 BATCHES, PROMPT, NEW = [1, 4, 16], 128, 24
@@ -57,6 +58,7 @@ worker, (folder, task, batch, prompt, new) = Worker(), sys.argv[1:]
 worker.load(lambda *_: None, {"id": folder, "task": task, "dtype": "float32"}, "cpu", 1, {"cpu_int8": False, "sparse_24": False})
 for batch in batch.split(","):
     worker.warm_up(lambda *_: None, (int(batch), int(prompt)), int(new), 0)
+print(worker.interpreter)
 """
 
 
@@ -74,27 +76,28 @@ def make(name: str, folder: Path) -> None:
     transformers.PreTrainedTokenizerFast(tokenizer_object=words, **SPECIAL).save_pretrained(folder)
 
 
-def measure(name: str, folder: Path) -> tuple[dict[int, dict[str, int]], int]:
-    """The peaks at each batch size, as the harness takes them, and the interpreter's bytes."""
+def measure(name: str, folder: Path) -> dict[int, dict[str, int]]:
+    """The peaks at each batch size, as the harness takes them."""
     task = MODELS[name][0]
     benchmark = Benchmark(batch_sizes=BATCHES, prompt_tokens=[PROMPT], new_tokens=NEW, rounds=1, warmup=0, threads=1)
     recipe = Recipe(
         version=1, model=Model(id=str(folder), task=task), data=Data(source="builtin", prompt="{dialogue}"), benchmark=benchmark
     )
-    subject = Subject("candidate", Source(str(folder), task, "float32"), recipe, "cpu", folder / "log", quiet)
-    try:
-        subject.start()
-    finally:
-        subject.stop()
-    return {batch: subject.peaks[0][(batch, PROMPT)] for batch in BATCHES}, subject.loads[0]["interpreter"]
+    with Nursery([Subject.module], folder / "log", 1) as nursery:
+        subject = Subject("candidate", Source(str(folder), task, "float32"), recipe, "cpu", folder / "log", folder, quiet, nursery.start)
+        try:
+            subject.start()
+        finally:
+            subject.stop()
+    return {batch: subject.peaks[0][(batch, PROMPT)] for batch in BATCHES}
 
 
 def by_time(name: str, folder: Path) -> int:
-    """Bytes of GNU time's maximum resident set of a process that does the same work."""
+    """GNU time's maximum resident set of a process that does the same work, less what it says it held before; in bytes."""
     work = [sys.executable, "-c", WORK, str(folder), MODELS[name][0], ",".join(map(str, BATCHES)), str(PROMPT), str(NEW)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    told = subprocess.run(["/usr/bin/time", "-v", *work], env=environment, capture_output=True, text=True, check=True).stderr
-    return int(re.search(r"Maximum resident set size \(kbytes\): (\d+)", told)[1]) * 1024
+    told = subprocess.run(["/usr/bin/time", "-v", *work], env=environment, capture_output=True, text=True, check=True)
+    return int(re.search(r"Maximum resident set size \(kbytes\): (\d+)", told.stderr)[1]) * 1024 - int(told.stdout)
 
 
 def rows(name: str) -> list[dict[str, object]]:
@@ -102,7 +105,7 @@ def rows(name: str) -> list[dict[str, object]]:
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         make(name, folder)
-        peaks, interpreter = measure(name, folder)
+        peaks = measure(name, folder)
         outside = by_time(name, folder)
         shape = read(read_config(folder), MODELS[name][0])
     found = []
@@ -114,8 +117,7 @@ def rows(name: str) -> list[dict[str, object]]:
             "forecast_run_bytes": foretold.peak, "forecast_error_percent": round(100 * (foretold.peak / peak["peak"] - 1), 1),
         }  # fmt: skip
         if batch == BATCHES[-1]:
-            row |= {"with_interpreter_bytes": peak["peak"] + interpreter, "gnu_time_bytes": outside}
-            row["harness_against_time_percent"] = round(100 * ((peak["peak"] + interpreter) / outside - 1), 2)
+            row |= {"gnu_time_bytes": outside, "harness_against_time_percent": round(100 * (peak["peak"] / outside - 1), 2)}
         found.append(row)
         print(row, flush=True)
     return found

@@ -73,7 +73,7 @@ def test_overhead_hides_smaller_weights():
     both = step(0.0125, overhead=0.7)
     found = said(side("baseline", both), side("candidate", both), compared("latency_p50", 1.0, 0.9, 1.1), SHRUNK)
     assert found == [
-        "Not measurably faster than the baseline at batch 1 x prompt 64: x1.000 (0.900 to 1.100). Of the baseline's step at batch 1, 70% lies "
+        "Not shown to be faster than the baseline at batch 1 x prompt 64: x1.000 (0.900 to 1.100). Of the baseline's step at batch 1, 70% lies "
         "outside kernels and reading the weights takes about 8%: smaller weights can hardly show."
     ]
 
