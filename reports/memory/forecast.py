@@ -3,8 +3,8 @@
     python reports/memory/forecast.py [--out reports/memory]
 
 For each model and batch size: what config.json foretells, what the harness measures (the process's own high-water mark, and samples from
-outside). For each model at the largest batch: what GNU time says of another process that does the same work and never sets a mark back, less
-what that held before the model. The models have other sizes than those that the forecast's constants were taken from.
+outside). For each model at the largest batch: what GNU time says of another process that does the same work and never sets a mark
+back, less what that held before the model. The models have other sizes than those that the forecast's constants were taken from.
 """
 
 import argparse
