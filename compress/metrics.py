@@ -86,21 +86,17 @@ METRICS: dict[str, Metric] = _Metrics(
             "memory",
             "the same seen every 10 ms from outside: RSS less the interpreter's, or NVML",
         ),
-        Metric("peak_run_bytes", "bytes", "lower", "memory", "peak while running the grid: the same"),
         Metric(
-            "sampled_run_bytes",
-            "bytes",
-            "lower",
-            "memory",
-            "the same seen every 10 ms from outside: RSS less the interpreter's, or NVML",
+            "peak_run_bytes", "bytes", "lower", "memory", "peak while running the grid: the same, tensors lying apart as on a GPU, no heap"
+        ),
+        Metric(
+            "sampled_run_bytes", "bytes", "lower", "memory", "seen every 10 ms from outside: RSS less the interpreter's, slack included; NVML"
         ),
         Metric("forecast_run_bytes", "bytes", "neither", "size", "what config.json alone foretells of peak_run_bytes"),
         Metric("forecast_error", "%", "neither", "size", "forecast_run_bytes over peak_run_bytes, less one"),
         Metric("kv_cache_bytes", "bytes", "lower", "memory", "of peak_run_bytes: keys and values that a generation leaves"),
         Metric("activation_bytes", "bytes", "lower", "memory", "of peak_run_bytes: the rest, which is what lives from layer to layer"),
-        Metric(
-            "allocator_slack_bytes", "bytes", "lower", "memory", "freed and not given back: in peak_run_bytes; GPU: reserved beside it"
-        ),
+        Metric("allocator_slack_bytes", "bytes", "lower", "memory", "beside peak_run_bytes: freed and not given back; GPU: reserved"),
         Metric("peak_reserved_bytes", "bytes", "lower", "memory", "GPU: peak of reserved memory while running"),
         Metric("process_gpu_bytes", "bytes", "lower", "memory", "GPU: what NVML says the process holds"),
         Metric("cuda_context_bytes", "bytes", "lower", "memory", "GPU: of process_gpu_bytes, what torch's allocator doesn't hold"),

@@ -54,8 +54,7 @@ def _memory(subject: Subject, common: list[Point]) -> list[Measurement]:
             run = dict(max((peaks[point] for point in common), key=lambda found: found["peak"]))
             for name in run.keys() & {"reserved", "process"}:  # these may be highest elsewhere
                 run[name] = max(peaks[point][name] for point in common if name in peaks[point])
-            slack_inside = 0 if "reserved" in run else run["slack"]  # a GPU's peak is what is allocated
-            run["activations"] = max(0, run["peak"] - held - run["cache"] - slack_inside)
+            run["activations"] = max(0, run["peak"] - held - run["cache"])
             runs.append(run)
     series = {
         "peak_load_bytes": ("peak", loads),

@@ -69,21 +69,25 @@ class Worker:
     def warm_up(self, progress: Progress, point: Point, new_tokens: int, repeats: int) -> dict[str, Any]:
         """Run a point twice, and on until it ran 1 + `repeats` times.
 
-        Returns the peaks of the later runs with the bytes of the `cache` and, on the CPU, the allocator's `slack` in them, and where steps
-        are compiled the seconds by which the first run was longer than the second; or the reason why the point can't be run.
+        Returns its peaks with the bytes of the `cache` and the allocator's `slack`, and where steps are compiled the seconds by which the first
+        run was longer than the second; or the reason why the point can't be run. On the CPU the peak is the first run's, whose tensors lie
+        apart; what the others' heap takes beyond it is the slack.
         """
         memory.reset_peak(self.device)
         with memory.cache_seen(self.model) as cache, memory.apart():
             reason, first = self._try(*point, new_tokens, 1)
         if reason is not None:
             return {"reason": reason}
-        alone = memory.peak(self.device, self.interpreter)["peak"]
+        apart = memory.peak(self.device, self.interpreter)
         memory.reset_peak(self.device)
         reason, seconds = self._try(*point, new_tokens, max(1, repeats))
         found = memory.peak(self.device, self.interpreter)
-        slack = found["reserved"] - found["peak"] if self.device == "cuda" else max(0, found["peak"] - alone)
+        if self.device == "cpu":
+            found = {**apart, "slack": max(0, found["peak"] - apart["peak"])}
+        else:
+            found["slack"] = found["reserved"] - found["peak"]
         compiling = max(0.0, first[0] - seconds[0]) if self.runtime.compile and reason is None else None
-        return {"reason": reason, "memory": {**found, "cache": cache[-1], "slack": slack}, "compile_seconds": compiling}
+        return {"reason": reason, "memory": {**found, "cache": cache[-1]}, "compile_seconds": compiling}
 
     def turn(self, progress: Progress, points: list[Point], new_tokens: int, iterations: int) -> dict[str, Any]:
         """For each point: `seconds` from the start to every token, a list an iteration; `joules` the GPU drew in all, or None."""

@@ -11,9 +11,7 @@ from compress.forecast.shape import Shape, Stack
 MIB = 1 << 20
 DTYPES = {"FP32": 32, "FP16": 16, "BF16": 16, "INT8": 8, "INT4": 4}  # bits of a weight of a linear layer
 GROUP = 128  # weights of 4 bits share a scale of 16 bits with so many
-# Beside the weights: the code of torch and its libraries that is read from disk when it first runs, and the model's own objects. Measured:
-# 8 MiB after loading, 15 after a first short generation, 20 after long ones.
-CODE = 16 * MIB
+OBJECTS = 6 * MIB  # what Python's objects for a model and the kernels' plans take on a CPU; measured on six models
 # What a CUDA context with torch's kernels takes of a GPU, which no tensor sees: some 500 MiB since CUDA 12's lazy loading.
 CONTEXT = 500 * MIB
 LARGE = 32 * MIB  # glibc takes larger blocks from the kernel and gives them back at once; smaller ones leave holes in its heap
@@ -25,7 +23,7 @@ class Footprint:
 
     cache         keys and values that a generation leaves
     activations   the rest of what is alive at once; little where the peak comes before the cache has filled
-    slack         what the allocator holds beyond what is alive, and the code that is read in
+    slack         what the allocator holds beyond what is alive; on a GPU the context
     """
 
     weights: int
@@ -35,7 +33,7 @@ class Footprint:
 
     @property
     def alive(self) -> int:
-        """Without what the allocator adds, which is what a GPU's peak of allocated memory is."""
+        """Without what the allocator adds, which is what `peak_run_bytes` is."""
         return self.weights + self.cache + self.activations
 
     @property
@@ -77,8 +75,9 @@ def footprint(weights: int, shape: Shape, width: int, batch_size: int, prompt_to
             read, kept = 1, tokens * shape.decoder.width * width
         inside = max(_alive(shape.decoder, batch_size, read, width), _logits(shape, batch_size, width))
         alive, passing = max(alive, cache + kept + inside), max(passing, inside)
-    slack = _slack(shape, passing, tokens * width) + CODE if device == "cpu" else CONTEXT
-    return Footprint(weights, cache, alive - cache, slack)
+    if device == "cpu":
+        return Footprint(weights, cache, alive - cache + OBJECTS, _slack(shape, passing, tokens * width))
+    return Footprint(weights, cache, alive - cache, CONTEXT)
 
 
 def _alive(stack: Stack, batch_size: int, tokens: int, width: int) -> int:

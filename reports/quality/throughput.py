@@ -2,9 +2,9 @@
 
     python reports/quality/throughput.py quickstart --set data.samples=200 [--set data.source=FOLDER] [--threads 1] [--repeats 3]
 
-Of a recipe's model on its examples: one example at a time; eight at a time in the data's order, padded; the harness (longest first, by tokens,
-rows leaving when they have ended). They take turns in a random order in one process, after a warm-up of each on a few examples. Outputs that
-differ from those of one at a time are counted.
+Of a recipe's model on its examples: one example at a time; eight at a time in the data's order, padded; the harness (longest first, by
+tokens, rows leaving when they have ended). They take turns in a random order in one process, after a warm-up of each on a few examples.
+Outputs that differ from those of one at a time are counted.
 """
 
 import argparse
@@ -64,8 +64,9 @@ def main() -> None:
                 seconds[name].append(time.perf_counter() - start)
     tokens = [len(ids) for ids in bundle.tokenizer(prompts)["input_ids"]]
     written = [len(row) for row in outputs["harness"]]
-    print(f"{Path(source.id).name}, {len(prompts)} examples, threads {given.threads}; tokens of a prompt: median {statistics.median(tokens):g}, most"
-          f" {max(tokens)}; written: median {statistics.median(written):g}, most {max(written)}")  # fmt: skip
+    print(f"{Path(source.id).name}, {len(prompts)} examples, threads {given.threads}")
+    for what, counts in (("of a prompt", tokens), ("written", written)):
+        print(f"tokens {what}: median {statistics.median(counts):g}, most {max(counts)}")
     for name, taken in seconds.items():
         other = sum(a != b for a, b in zip(outputs[name], outputs["one at a time"], strict=True))
         ratios = ", ".join(f"x{a / b:.2f}" for a, b in zip(taken, seconds["harness"], strict=True))

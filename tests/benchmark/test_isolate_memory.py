@@ -15,6 +15,7 @@ from compress.benchmark.subject import Subject
 from compress.benchmark.worker import Worker
 from compress.methods import quiet
 from compress.model import Source
+from compress.nursery import Nursery
 from compress.recipe import load
 from tests.blocks import cache_left
 from tests.conftest import TASKS, make_model, recipe_for
@@ -51,11 +52,11 @@ def test_what_holds_the_memory_adds_up(toys, rows, write_recipe, tmp_path):
     finally:
         measured.stop()
     found = {m.metric: m.value for m in [*_sizes(measured), *_memory(measured, measured.usable)]}
-    held = found["weight_bytes"] + found["kv_cache_bytes"] + found["activation_bytes"] + found["allocator_slack_bytes"]
+    held = found["weight_bytes"] + found["kv_cache_bytes"] + found["activation_bytes"]
     assert held == found["peak_run_bytes"]
     assert found["kv_cache_bytes"] == 4 * 2 * 2 * 2 * (8 + 3) * 2 * 16
     assert 0 < found["buffer_bytes"] < found["weight_bytes"]
-    assert found["sampled_run_bytes"] <= found["peak_run_bytes"] + MB
+    assert found["sampled_run_bytes"] <= found["peak_run_bytes"] + found["allocator_slack_bytes"] + MB
     assert found["sampled_load_bytes"] > 0.5 * found["peak_load_bytes"]
 
 
@@ -74,6 +75,18 @@ def test_a_point_whose_process_is_killed_is_out_of_memory_and_the_others_go_on(t
     assert measured.reasons == {(1, 8): "out of memory: its process was killed"}
     assert measured.short_of_memory
     assert list(measured.peaks[0]) == [(2, 8)]
+
+
+@pytest.mark.slow
+def test_the_peak_is_the_same_in_every_process(toys, rows, write_recipe, tmp_path):
+    with Nursery([Subject.module], tmp_path / "log", 1) as nursery:
+        measured = subject("t5", toys, rows, write_recipe, tmp_path / "log")
+        measured._start = nursery.start
+        for _ in range(3):
+            measured.start()
+            measured.stop()
+    peaks = [peaks[(2, 8)]["peak"] for peaks in measured.peaks]
+    assert max(peaks) - min(peaks) < MB / 4
 
 
 @pytest.mark.parametrize("when", ["loading", "running"])
