@@ -90,7 +90,7 @@ METRICS: dict[str, Metric] = _Metrics(
             "peak_run_bytes", "bytes", "lower", "memory", "peak while running the grid: the same, tensors lying apart as on a GPU, no heap"
         ),
         Metric(
-            "sampled_run_bytes", "bytes", "lower", "memory", "seen every 10 ms from outside: RSS less the interpreter's, slack included; NVML"
+            "sampled_run_bytes", "bytes", "lower", "memory", "seen every 10 ms from outside: RSS less the interpreter's, with slack; NVML"
         ),
         Metric("forecast_run_bytes", "bytes", "neither", "size", "what config.json alone foretells of peak_run_bytes"),
         Metric("forecast_error", "%", "neither", "size", "forecast_run_bytes over peak_run_bytes, less one"),

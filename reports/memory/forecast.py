@@ -115,8 +115,9 @@ def rows(name: str) -> list[dict[str, object]]:
         foretold = footprint(weight_bytes(shape, "FP32"), shape, 4, batch, PROMPT, NEW, "cpu")
         row = {
             "model": name, "parameters": shape.parameters, "batch_size": batch, "peak_run_bytes": peak["peak"],
-            "sampled_run_bytes": peak["sampled"], "kv_cache_bytes": peak["cache"], "forecast_kv_cache_bytes": foretold.cache,
-            "slack": peak["slack"], "forecast_run_bytes": foretold.alive, "forecast_error_percent": round(100 * (foretold.alive / peak["peak"] - 1), 1),
+            "sampled_run_bytes": peak["sampled"], "slack": peak["slack"], "kv_cache_bytes": peak["cache"],
+            "forecast_kv_cache_bytes": foretold.cache, "forecast_run_bytes": foretold.alive,
+            "forecast_error_percent": round(100 * (foretold.alive / peak["peak"] - 1), 1),
         }  # fmt: skip
         if batch == BATCHES[-1]:
             row |= {"gnu_time_bytes": outside, "harness_against_time_percent": round(100 * (peak["peak"] / outside - 1), 2)}
