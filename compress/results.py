@@ -47,8 +47,8 @@ class Measurement(Record):
     value: float | None
     batch_size: int | None = None
     prompt_tokens: int | None = None
-    samples: list[list[float]] = []
-    raw: list[list[float]] = []
+    samples: list[list[float]] = Field([], repr=False)
+    raw: list[list[float]] = Field([], repr=False)
     reason: str | None = None
     rows: int | None = Field(None, exclude=True, ge=0)
 
@@ -223,9 +223,9 @@ class StageRecord(Record):
     artifact: str
     seconds: float
     reused: bool
-    layers: list[Layer] = []
+    layers: list[Layer] = Field([], repr=False)
     said: list[str] = []
-    curve: list[Point] = []
+    curve: list[Point] = Field([], repr=False)
 
     @property
     def name(self) -> str:

@@ -62,7 +62,7 @@ def plot_tradeoff(frame: "pandas.DataFrame", x: str = "weight_bytes", y: str | N
     values = [
         {
             "model": printable(point["stages"] or point["role"]), "role": point["role"], "recipe": printable(point["recipe"]),
-            "run": point["run"], "verdict": point["verdict"] if point["role"] == "candidate" else "", "x": float(point[x]),
+            "report": printable(point["report"]), "verdict": point["verdict"] if point["role"] == "candidate" else "", "x": float(point[x]),
             "y": float(point[y]), "front": unbeaten,
         }
         for point, unbeaten in zip(points.to_dict("records"), front, strict=True)
@@ -77,7 +77,7 @@ def plot_tradeoff(frame: "pandas.DataFrame", x: str = "weight_bytes", y: str | N
     line = chart.transform_filter("datum.front").mark_line(
         interpolate="step-after" if figures["better"][x] == "lower" else "step-before", strokeDash=[4, 3], color="gray"
     )
-    tooltip = [altair.Tooltip(f"{name}:N") for name in ("model", "recipe", "run", "verdict")]
+    tooltip = [altair.Tooltip(f"{name}:N") for name in ("model", "recipe", "report", "verdict")]
     tooltip += [altair.Tooltip(f"{channel}:Q", title=name, format=".5~g") for channel, name in (("x", x), ("y", y))]
     dots = chart.mark_point(filled=True, size=90).encode(
         color=altair.Color("model:N", legend=altair.Legend(labelLimit=400)), shape="role:N", tooltip=tooltip,

@@ -16,8 +16,8 @@ from rich.cells import cell_len
 from compress import cli
 from compress.errors import ReportError
 from compress.report import compare, write
-from compress.report.verdict import pairs
 from compress.report.verdict import compare as compared
+from compress.report.verdict import pairs
 from compress.results import Measurement, Side, read_report
 from tests.report.test_files import made
 
