@@ -367,8 +367,9 @@ def _figures(content: bytes) -> dict[str, Any]:
 
     try:
         found: dict[str, Any] = msgspec.to_builtins(_few().decode(content), enc_hook=rows)
-    except msgspec.ValidationError:  # of another shape; what reads it all will say what is wrong
-        return json.loads(content)
+    except msgspec.MsgspecError:  # damaged, or of another shape; what reads it all will say how
+        whole: dict[str, Any] = json.loads(content)
+        return whole
     for side in found.get("sides", []):
         for measurement in side.get("measurements", []):
             measurement.update(rows=measurement.get("samples", 0), samples=[], raw=[])

@@ -28,7 +28,7 @@ HTML = """<!doctype html>
 :root { color-scheme: light dark } body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem 1rem }
 table { display: block; overflow-x: auto; border-collapse: collapse; font-variant-numeric: tabular-nums }
 th, td { padding: .3rem .8rem; border-bottom: 1px solid #8886; text-align: right; vertical-align: bottom }
-:is(th, td):nth-child(-n+2) { text-align: left }
+:is(th, td):nth-child(-n+2) { text-align: left } td:nth-child(n+3) { white-space: nowrap }
 </style>"""
 
 

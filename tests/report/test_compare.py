@@ -18,7 +18,7 @@ from compress.errors import ReportError
 from compress.report import compare, write
 from compress.report.verdict import compare as compared
 from compress.report.verdict import pairs
-from compress.results import Measurement, Side, read_report
+from compress.results import Comparison, Measurement, Side, read_report
 from tests.report.test_files import made
 
 COMMITTED = sorted((Path(__file__).parents[2] / "reports").glob("*/**/report.json"))
@@ -89,6 +89,24 @@ def test_missing_is_missing_in_every_format(three, capsys):
         (shown,) = [line for line in texts[style].splitlines() if "lost" in line]
         assert "out of memory" in shown
         assert "20.0 ms" in texts[style] and "10.0 ms (x0.500)" in texts[style]
+
+
+@pytest.mark.parametrize(
+    ("kind", "estimate", "low", "high", "shown"),
+    [
+        ("difference", -0.6, -1.1, -0.1, "70.90 (-0.60)"),
+        ("difference", -0.6, -1.1, 0.1, "70.90 (≈ -0.60)"),
+        ("ratio", 0.98, 0.96, 0.99, "70.90 (x0.980)"),
+        ("ratio", 0.98, 0.96, 1.01, "70.90 (≈ x0.980)"),
+        ("ratio", 1.0, 1.0, 1.0, "70.90 (x1.000)"),
+        ("difference", -0.6, None, None, "70.90 (-0.60)"),
+        ("difference", None, None, None, "70.90"),
+    ],
+)
+def test_a_change_that_may_be_none_is_marked(kind, estimate, low, high, shown):
+    change = Comparison(metric="rougeL", baseline=71.5, candidate=70.9, kind=kind, estimate=estimate, low=low, high=high)
+    _, body = compare.cells(compare.rows([made(comparisons=[change])]), ["rougeL"])
+    assert [row[-1] for row in body] == ["71.50", shown]
 
 
 @pytest.mark.parametrize(
