@@ -4,6 +4,7 @@
     report = compress.run(recipe)
     report.verdict, report.decided_by
     frame = compress.load_reports("reports")
+    compress.pivot(frame), compress.plot_tradeoff(frame)
 
 Names are imported when first used, so that `import compress` costs nothing.
 """
@@ -12,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "CompressError", "Inspection", "Recipe", "Report", "bench", "check", "inspect", "load_recipe", "load_reports", "read_report", "run",
-    "use_cpu_int8",
+    "CompressError", "Inspection", "Recipe", "Report", "bench", "check", "inspect", "load_recipe", "load_reports", "pivot", "plot_tradeoff",
+    "read_report", "run", "use_cpu_int8",
     "use_sparse_24",
 ]  # fmt: skip
 
@@ -23,7 +24,8 @@ if TYPE_CHECKING:
     from compress.pipeline import bench, check, inspect, run
     from compress.recipe import Recipe
     from compress.recipe import load as load_recipe
-    from compress.report.frame import load_reports
+    from compress.report.frame import load_reports, pivot
+    from compress.report.tradeoff import plot_tradeoff
     from compress.results import Report, read_report
     from compress.runtime import use_cpu_int8, use_sparse_24
 
@@ -37,6 +39,8 @@ _HOMES = {
     "inspect": ("compress.pipeline", "inspect"),
     "load_recipe": ("compress.recipe", "load"),
     "load_reports": ("compress.report.frame", "load_reports"),
+    "pivot": ("compress.report.frame", "pivot"),
+    "plot_tradeoff": ("compress.report.tradeoff", "plot_tradeoff"),
     "read_report": ("compress.results", "read_report"),
     "run": ("compress.pipeline", "run"),
     "use_cpu_int8": ("compress.runtime", "use_cpu_int8"),

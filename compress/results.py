@@ -6,20 +6,25 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from compress.errors import NoSpace, ReportError
 from compress.metrics import METRICS, Better
 from compress.process import is_disk_full
 from compress.recipe import Benchmark, Gate
 
+if TYPE_CHECKING:
+    import msgspec
+
 FORMAT = 1
 NOTES = "compress_notes.json"  # in an artifact: what a stage did to each layer and what it has to say
 Verdict = Literal["pass", "fail", "cannot_tell"]
 Role = Literal["baseline", "candidate"]
+FIGURES_ONLY = {"samples": "not read"}  # the context in which a report is validated without them
 
 
 class Record(BaseModel):
@@ -35,15 +40,17 @@ class Measurement(Record):
     samples  what it was made from, in the same order on both sides: a row of sufficient statistics an example (quality), or a row
              a round with a number a turn (speed) or one number (memory); empty for exact figures
     raw      every single timing in seconds, a row a round (speed only)
+    rows     how many samples there are, where they were not read
     """
 
     metric: str
     value: float | None
     batch_size: int | None = None
     prompt_tokens: int | None = None
-    samples: list[list[float]] = []
-    raw: list[list[float]] = []
+    samples: list[list[float]] = Field([], repr=False)
+    raw: list[list[float]] = Field([], repr=False)
     reason: str | None = None
+    rows: int | None = Field(None, exclude=True, ge=0)
 
     @property
     def unit(self) -> str:
@@ -216,9 +223,9 @@ class StageRecord(Record):
     artifact: str
     seconds: float
     reused: bool
-    layers: list[Layer] = []
+    layers: list[Layer] = Field([], repr=False)
     said: list[str] = []
-    curve: list[Point] = []
+    curve: list[Point] = Field([], repr=False)
 
     @property
     def name(self) -> str:
@@ -267,7 +274,7 @@ class Report(Record):
         return ", ".join(record.name for record in self.stages)
 
     @model_validator(mode="after")
-    def _complete(self) -> "Report":
+    def _complete(self, info: ValidationInfo) -> "Report":
         roles = [side.role for side in self.sides]
         if roles not in (["candidate"], ["baseline", "candidate"]):
             raise ValueError(f"a candidate is wanted, with or without a baseline before it; it has {', '.join(roles) or 'nothing'}")
@@ -275,6 +282,8 @@ class Report(Record):
             for one in side.measurements:
                 if one.metric not in METRICS:
                     raise ValueError(f"there is no metric {one.metric!r}")
+                if info.context is FIGURES_ONLY:
+                    continue
                 widths = {len(row) for row in one.samples}
                 if METRICS[one.metric].kind != "size" and one.value is not None and (0 in widths or not widths):
                     raise ValueError(f"{one.metric} has no samples")
@@ -301,6 +310,12 @@ class Report(Record):
     def side(self, role: Role) -> Side | None:
         return next((side for side in self.sides if side.role == role), None)
 
+    def _repr_html_(self) -> str:
+        """What a notebook shows."""
+        from compress.report.notebook import as_html
+
+        return as_html(self)
+
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints."""
         sides = {role: side.values() if (side := self.side(role)) else {} for role in ("baseline", "candidate")}
@@ -312,20 +327,23 @@ class Report(Record):
         }  # fmt: skip
 
 
-def read_report(path: str | Path) -> Report:
+def read_report(path: str | Path, figures_only: bool = False) -> Report:
     """The report in a folder, or in a report.json.
+
+    figures_only   leave out samples, timings, steps, turns, examples, layers and curves: a tenth of the time, for tables of many
 
     Raises ReportError when it is missing, damaged or of another format.
     """
     file = Path(path)
     file = file / "report.json" if file.is_dir() else file
     try:
-        data = json.loads(file.read_text(encoding="utf-8"))
+        content = file.read_bytes()
+        data = _figures(content) if figures_only else json.loads(content)
         if not isinstance(data, dict) or "format" not in data:
             raise ReportError(f"{file}: not a report of this program")
         if data["format"] is not FORMAT:
             raise ReportError(f"{file}: report format {data['format']!r}; this version reads format {FORMAT}")
-        return Report.model_validate({**data, "folder": file.parent})
+        return Report.model_validate({**data, "folder": file.parent}, context=FIGURES_ONLY if figures_only else None)
     except FileNotFoundError:
         raise ReportError(f"{file}: there is no report here") from None
     except ValidationError as error:
@@ -335,6 +353,42 @@ def read_report(path: str | Path) -> Report:
         raise ReportError(f"{file}: damaged, not JSON: {error}") from None
     except OSError as error:
         raise ReportError(f"{file}: can't be read: {error.strerror}") from None
+
+
+def _figures(content: bytes) -> dict[str, Any]:
+    """The parts of a report.json that a table of figures needs. The rest is passed over, though its syntax is still checked.
+
+    Raises ValueError.
+    """
+    import msgspec
+
+    def rows(samples: Any) -> int:  # a list of lists of numbers
+        return bytes(samples).count(b"[") - 1
+
+    try:
+        found: dict[str, Any] = msgspec.to_builtins(_few().decode(content), enc_hook=rows)
+    except msgspec.MsgspecError:  # damaged, or of another shape; what reads it all will say how
+        whole: dict[str, Any] = json.loads(content)
+        return whole
+    for side in found.get("sides", []):
+        for measurement in side.get("measurements", []):
+            measurement.update(rows=measurement.get("samples", 0), samples=[], raw=[])
+    return found
+
+
+@cache
+def _few() -> "msgspec.json.Decoder[Any]":
+    import msgspec
+
+    def without(model: type[Record], *left_out: str, **nested: Any) -> Any:
+        kept = [(name, nested.get(name, Any), msgspec.UNSET) for name in model.model_fields if name not in left_out]
+        return msgspec.defstruct(model.__name__, kept)
+
+    measurement = without(Measurement, "raw", "rows", samples=msgspec.Raw)
+    side = without(Side, "steps", measurements=list[measurement])  # type: ignore[valid-type]
+    stage = without(StageRecord, "layers", "curve")
+    nested = {"sides": list[side], "stages": list[stage]}  # type: ignore[valid-type]
+    return msgspec.json.Decoder(without(Report, "turns", "predictions", "folder", **nested))
 
 
 @contextmanager

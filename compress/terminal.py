@@ -16,7 +16,7 @@ from compress import process
 from compress.errors import printable
 from compress.forecast.plan import Plan
 from compress.inspection.findings import NORMAL, Inspection, Part, grouped
-from compress.report.compare import cells, columns, rows
+from compress.report.compare import as_text, labels, rows
 from compress.report.layers import line
 from compress.report.numbers import change, count, duration, figure, percent, scaled, verdict_words
 from compress.report.write import shown
@@ -92,16 +92,9 @@ def show_report(report: Report) -> None:
 
 
 def show_comparison(reports: Sequence[Report]) -> None:
-    """One table over reports; turned on its side where a row a model would not fit."""
-    found, labels = rows(reports), columns(reports)
-    header, body = cells(found, labels)
-    console = _Console()
-    if len(header) * 16 > console.width:
-        header, *body = [list(row) for row in zip(header, *body, strict=True)]
-    display = _table(*header, right=range(1, len(header)))
-    for row in body:
-        display.add_row(*(_shown(cell) for cell in row))
-    console.print(display)
+    """One table over reports."""
+    found = rows(reports)
+    print(as_text(found, labels(found), "table", _Console().width))
 
 
 def show_plan(found: Plan) -> None:

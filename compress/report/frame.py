@@ -1,20 +1,22 @@
 """Reports as pandas frames: tidy, one row a figure, with unit and direction in columns of their own."""
 
 import glob
-from collections.abc import Iterable
+import warnings
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import ReportError
-from compress.results import Report, read_report
+from compress.results import GateResult, Report, read_report
 
 if TYPE_CHECKING:
     import pandas
 
 COLUMNS = {
-    "recipe": "string", "run": "string", "created": "string", "verdict": "string", "role": "string", "model": "string",
+    "recipe": "string", "run": "string", "created": "datetime64[us, UTC]", "verdict": "string", "role": "string", "model": "string",
     "stages": "string", "metric": "string", "batch_size": "Int64", "prompt_tokens": "Int64", "value": "Float64", "unit": "string",
-    "better": "string", "samples": "Int64", "reason": "string", "device": "string", "report": "string",
+    "better": "string", "samples": "Int64", "reason": "string", "kind": "string", "estimate": "Float64", "low": "Float64",
+    "high": "Float64", "gate": "string", "device": "string", "digest": "string", "examples": "string", "report": "string",
 }  # fmt: skip
 CURVE_COLUMNS = {
     "stage": "string", "step": "Int64", "tokens": "Int64", "loss": "Float64", "learning_rate": "Float64", "grad_norm": "Float64",
@@ -28,13 +30,32 @@ def load_reports(*places: str | Path) -> "pandas.DataFrame":
 
     places   report folders, report.json files, folders that hold reports at any depth, or glob patterns of these
 
-    Columns: recipe, run, created, verdict (of the run), role (baseline, candidate), model, stages (what made it), metric, batch_size and
-    prompt_tokens (of speed figures), value, unit, better (higher, lower, neither), samples (how many the value rests on), reason (why
-    there is no value), device, report (its folder). A missing value is NA, never zero.
+    What was run: recipe and run (strings), created (a time in UTC), verdict (of the run: pass, fail, cannot_tell), device, digest (of
+    the recipe), examples (their digest), report (its folder). What was measured: role (baseline, candidate), model, stages (what made
+    it), metric, batch_size and prompt_tokens (of speed figures), value, unit (base units: s, bytes, points), better (higher, lower,
+    neither), samples (how many the value rests on), reason (why there is no value). How a candidate compares with its run's baseline:
+    kind (difference, ratio), estimate, low and high (the interval), gate (the worst verdict of the gates at this figure). A missing
+    value is NA, never zero.
 
-    Raises ReportError when a report can't be read, or when there is none.
+    A report that can't be read is warned of and left out. Raises ReportError when there is none, or none can be read.
     """
-    return frame(read_report(file) for file in find_reports(places))
+    reports, damaged = read_reports(find_reports(places))
+    for problem in damaged:
+        warnings.warn(problem, stacklevel=2)
+    return frame(reports)
+
+
+def read_reports(files: Sequence[Path]) -> tuple[list[Report], list[str]]:
+    """Reports without their raw numbers, and what is wrong with those that can't be read. Raises ReportError where none can."""
+    reports, damaged = [], []
+    for file in files:
+        try:
+            reports.append(read_report(file, figures_only=True))
+        except ReportError as error:
+            damaged.append(str(error))
+    if not reports:
+        raise ReportError("\n".join(damaged[:10]))
+    return reports, damaged
 
 
 def find_reports(places: Iterable[str | Path]) -> list[Path]:
@@ -56,27 +77,63 @@ def find_reports(places: Iterable[str | Path]) -> list[Path]:
     return list(files)
 
 
+def newest(recipe: str, out: Path) -> Path | None:
+    """The newest report of a recipe, a file or a bare name, under `out`; its runs are named by their time."""
+    return max((out / Path(recipe).stem).glob("*/report.json"), default=None)
+
+
 def frame(reports: Iterable[Report]) -> "pandas.DataFrame":
     """The tidy frame of reports in memory."""
     import pandas
 
     rows = [row for report in reports for row in _rows(report)]
-    return pandas.DataFrame(rows, columns=list(COLUMNS)).astype(COLUMNS)
+    found = pandas.DataFrame(rows, columns=list(COLUMNS))
+    return found.assign(created=pandas.to_datetime(found["created"], utc=True, errors="coerce", format="ISO8601")).astype(COLUMNS)
+
+
+def pivot(frame: "pandas.DataFrame") -> "pandas.DataFrame":
+    """A row a model, a column a figure: `rougeL`, `latency_p50 [batch 1, prompt 64]`. Values are in base units, NA where there is none.
+
+    frame   what load_reports gives, or some of its rows
+    """
+    model = ["recipe", "run", "role", "model", "stages", "verdict", "report"]
+    labelled = frame.assign(figure=labels(frame))
+    wide = labelled.set_index([*model, "figure"])["value"].unstack("figure")
+    return wide[labelled["figure"].unique()].reindex(labelled.set_index(model).index.unique())
+
+
+def labels(frame: "pandas.DataFrame") -> "pandas.Series[str]":
+    """What each row's figure is called: its metric, and its grid point where it has one."""
+    point = " [batch " + frame["batch_size"].astype("string") + ", prompt " + frame["prompt_tokens"].astype("string") + "]"
+    return frame["metric"] + point.fillna("")
 
 
 def _rows(report: Report) -> list[dict[str, object]]:
     shared = {
-        "recipe": report.recipe, "run": report.run, "created": report.created, "verdict": report.verdict,
-        "device": report.environment.get("gpu") or report.environment.get("device"), "report": str(report.folder),
+        "recipe": report.recipe, "run": report.run, "created": report.created, "verdict": report.verdict, "digest": report.digest,
+        "examples": report.examples_digest, "device": report.environment.get("gpu") or report.environment.get("device"),
+        "report": str(report.folder),
     }  # fmt: skip
-    return [
-        {
-            **shared, "role": side.role, "model": side.model, "stages": report.line if side.role == "candidate" else "",
-            "metric": m.metric, "batch_size": m.batch_size, "prompt_tokens": m.prompt_tokens, "value": m.value, "unit": m.unit,
-            "better": m.better, "samples": len(m.samples) or 1, "reason": m.reason,
-        }
-        for side in report.sides for m in side.measurements
-    ]  # fmt: skip
+    rows = []
+    for side in report.sides:
+        candidate = side.role == "candidate"
+        compared = {c.point: c.model_dump(include={"kind", "estimate", "low", "high"}) for c in report.comparisons if candidate}
+        gates = [gate for gate in report.gates if candidate]
+        rows += [
+            {
+                **shared, "role": side.role, "model": side.model, "stages": report.line if candidate else "", "metric": m.metric,
+                "batch_size": m.batch_size, "prompt_tokens": m.prompt_tokens, "value": m.value, "unit": m.unit, "better": m.better,
+                "samples": (len(m.samples) if m.rows is None else m.rows) or 1, "reason": m.reason, **compared.get(m.point, {}),
+                "gate": _worst([gate for gate in gates if (gate.metric, gate.batch_size, gate.prompt_tokens) == m.point]),
+            }
+            for m in side.measurements
+        ]  # fmt: skip
+    return rows
+
+
+def _worst(gates: Sequence[GateResult]) -> str | None:
+    verdicts = [gate.verdict for gate in gates]
+    return next((verdict for verdict in ("fail", "cannot_tell", "pass") if verdict in verdicts), None)
 
 
 def layers(report: Report) -> "pandas.DataFrame":

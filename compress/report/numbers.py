@@ -60,11 +60,13 @@ def percent(report: Report) -> str:
     return f"{100 * report.confidence:g} %"
 
 
-def change(compared: Comparison | None) -> str:
-    """-0.21 (-0.60 to +0.15) for a difference, x0.32 or x1.05 (0.98 to 1.12) for a ratio."""
+def change(compared: Comparison | None, interval: bool = True) -> str:
+    """-0.21 (-0.60 to +0.15) for a difference, x0.32 or x1.05 (0.98 to 1.12) for a ratio; without the interval where it isn't wanted."""
     if compared is None or compared.estimate is None:
         return "-"
     estimate, low, high = compared.estimate, compared.low, compared.high
+    if not interval:
+        low = high = None
     if compared.kind == "difference":
         digits = ".3f" if METRICS[compared.metric].unit == "1" else ".2f"
         text = f"{estimate:+{digits}}"

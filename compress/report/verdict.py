@@ -11,6 +11,7 @@ gates pass by chance together no more easily than each of them alone (an interse
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from compress.benchmark import statistics
 from compress.benchmark.statistics import Effect
@@ -154,25 +155,39 @@ def decide(results: Sequence[GateResult], failures: Sequence[str]) -> tuple[Verd
 
 def require_comparable(ours: Report, theirs: Report) -> None:
     """Raise ReportError unless both were measured alike: same examples, same generation, same benchmark, same machine."""
-    mine, other = (_measured_how(report) for report in (ours, theirs))
-    for what in mine:
-        if mine[what] != other[what]:
-            raise ReportError(
-                f"{ours.folder} and {theirs.folder} were not measured alike: {what} is {mine[what]!r} in one, {other[what]!r} in the "
-                "other; measure one again as the other was"
-            )
+    mine, other = measured_how(ours), measured_how(theirs)
+    if unlike := differing(mine, other):
+        what = unlike[0]
+        raise ReportError(
+            f"{ours.folder} and {theirs.folder} were not measured alike: {what} is {mine.get(what)!r} in one, {other.get(what)!r} in the "
+            "other; measure one again as the other was"
+        )
 
 
-def _measured_how(report: Report) -> dict[str, object]:
-    data, environment = report.settings["data"], report.environment
-    return {
+def measured_how(report: Report) -> dict[str, Any]:
+    """All that two reports must share for their figures to be comparable, by name. What is off isn't said, as in reports that are older."""
+    settings, environment = report.settings, report.environment
+    said = {
         "the digest of the examples": report.examples_digest,
-        "data.chat": data.get("chat"),
-        "data.max_tokens": data.get("max_tokens"),
-        "generation": report.settings["generation"],
-        "benchmark": report.settings["benchmark"],
+        **{f"data.{key}": settings["data"].get(key) for key in ("chat", "max_tokens", "stride")},
+        **_flat("generation", settings["generation"]),
+        **_flat("benchmark", settings["benchmark"]),
+        "benchmark.confidence": report.confidence,
         **{what: environment.get(what) for what in ("device", "gpu", "cpu", "threads", "cores")},
     }
+    return {what: value for what, value in said.items() if value}
+
+
+def differing(mine: dict[str, Any], other: dict[str, Any]) -> list[str]:
+    """The names of what differs."""
+    return [what for what in {**mine, **other} if mine.get(what) != other.get(what)]
+
+
+def _flat(name: str, value: Any) -> dict[str, Any]:
+    """{benchmark: {rounds: 2}} as {benchmark.rounds: 2}."""
+    if not isinstance(value, dict):
+        return {name: value}
+    return {path: one for key, inner in value.items() for path, one in _flat(f"{name}.{key}", inner).items()}
 
 
 def _claim(figure: Measurement, pair: Pair | None, ours: Measurement | None, kind: str, limit: float) -> Claim | GateResult:

@@ -48,7 +48,7 @@ def markdown(report: Report) -> str:
         f"# {cell(report.recipe)}: {verdict_words(report.verdict)}",
         f"{cell(report.decided_by)}.",
         _gates(report),
-        _sides(report),
+        "## Figures\n\n" + table(*sides(report)),
         _memory(report),
         _notes(report),
         steps.section(report),
@@ -94,14 +94,15 @@ def _gates(report: Report) -> str:
     return "## Gates\n\n" + table(["verdict", "what was found"], rows)
 
 
-def _sides(report: Report) -> str:
+def sides(report: Report) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of the figures of both sides."""
     rows = []
     for theirs, ours, compared in shown(report):
         one = theirs or ours
         assert one is not None
         rows.append([one.label, figure(theirs), figure(ours), change(compared), METRICS[one.metric].better])
     header = ["figure", "baseline", "candidate", f"change ({percent(report)} interval)", "better"]
-    return "## Figures\n\n" + table(header, rows)
+    return header, rows
 
 
 def _memory(report: Report) -> str:

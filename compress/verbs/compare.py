@@ -1,26 +1,63 @@
-"""One table over reports: a row a model, baselines first, ratios beside figures.
+"""One table over reports: a row a model, baselines first, and beside each figure how it compares with the model's own baseline.
 
-Example:  compress compare reports/quickstart --format md
+A recipe, as a file or by its name, means its newest report under --out. Reports that were not measured alike (examples, generation,
+benchmark, machine) are refused unless --unlike is given; the table then says which differ, and in what. A report that can't be read is
+named on stderr, and the others go on.
+
+Exit status: 0 compared, 2 bad input.
+
+Example:  compress compare reports/quickstart other-recipe --columns rougeL weight_bytes --pareto
 """
 
+import glob
+import shutil
+import sys
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from compress.errors import ReportError, printable
+
+FORMATS = ("table", "md", "csv", "json", "latex", "html")
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("reports", nargs="+", metavar="REPORT", help="report folders, folders of reports, or patterns")
-    parser.add_argument("--format", choices=("table", "md", "csv", "json"), default="table")
+    parser.add_argument("reports", nargs="+", metavar="REPORT", help="report folders, folders of reports, patterns, or recipes")
+    parser.add_argument("--out", type=Path, default=Path("reports"), metavar="DIR", help="where recipes' reports are (reports)")
+    parser.add_argument("--columns", nargs="+", default=[], metavar="FIGURE", help="the figures to show: rougeL weight_bytes latency_p50")
+    parser.add_argument("--sort", metavar="FIGURE", help="the best in this figure first; FIGURE:reverse turns that round")
+    parser.add_argument("--pareto", action="store_true", help="only models that no other beats on the figures shown")
+    parser.add_argument("--unlike", action="store_true", help="compare what was not measured alike too, and say what differs")
+    parser.add_argument("--format", choices=FORMATS, default="table")
 
 
 def call(given: Namespace) -> int:
-    from compress import terminal
-    from compress.report.compare import as_text
-    from compress.report.frame import find_reports
-    from compress.results import read_report
+    from compress.report import compare
+    from compress.report.frame import find_reports, read_reports
 
-    found = [read_report(file) for file in find_reports(given.reports)]
-    style = "json" if given.json else given.format
-    if style == "table":
-        terminal.show_comparison(found)
-    else:
-        print(as_text(found, style))
+    reports, damaged = read_reports(find_reports(_place(place, given.out) for place in given.reports))
+    for problem in damaged:
+        print(f"compress: left out: {printable(problem)}", file=sys.stderr)
+    found = compare.rows(reports)
+    if not given.unlike:
+        compare.require_alike(found)
+    figures = compare.labels(found, given.columns)
+    if given.sort:
+        found = compare.ranked(found, given.sort)
+    if given.pareto:
+        found = compare.unbeaten(found, figures)
+    width = shutil.get_terminal_size((0, 0)).columns or None  # no limit in a pipe
+    print(compare.as_text(found, figures, "json" if given.json else given.format, width))
     return 0
+
+
+def _place(place: str, out: Path) -> str | Path:
+    """A place of reports as it is; for a recipe that of its newest report."""
+    is_recipe = place.endswith((".yaml", ".yml"))
+    if not is_recipe and (glob.glob(place, recursive=True) or Path(place).name != place):
+        return place
+    from compress.report.frame import newest
+
+    found = newest(place, out)
+    if found is None:
+        raise ReportError(f"{place}: there is no report here, and none of such a recipe in {out / Path(place).stem}; name --out, or run it")
+    return found

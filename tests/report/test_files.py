@@ -7,7 +7,7 @@ import pytest
 
 import compress
 from compress.errors import NoSpace, ReportError
-from compress.report import compare, write
+from compress.report import write
 from compress.results import Measurement, Point, Prediction, Report, Side, StageRecord, read_report, whole_folder
 
 
@@ -169,15 +169,3 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
     with pytest.raises(NoSpace, match="free some space and run again"), whole_folder(tmp_path / "x"):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
-
-
-def test_many_candidates_share_one_baseline(tmp_path):
-    reports = [write.write(made(name, run="r"), tmp_path / name) for name in ("one", "two")]
-    found = compare.rows(reports)
-    assert [row["role"] for row in found] == ["baseline", "candidate", "candidate"]
-    assert found[1]["ratios"]["weight_bytes"] == 0.25
-    text = compare.as_text(reports, "md")
-    assert "1.00 MB (x0.25)" in text
-    assert len(json.loads(compare.as_text(reports, "json"))) == 3
-    csv = pandas.read_csv(__import__("io").StringIO(compare.as_text(reports, "csv")))
-    assert csv["weight_bytes ratio"].tolist()[1:] == [0.25, 0.25]

@@ -118,7 +118,10 @@ def test_sides_on_different_examples_are_refused():
     [
         ({"examples_digest": "other"}, "the digest of the examples is 'e' in one, 'other'"),
         ({"environment": {"device": "cuda"}}, "device is 'cpu' in one, 'cuda'"),
-        ({"settings": {"check": {}, "data": {}, "benchmark": {"new_tokens": 9}, "generation": {}}}, "benchmark is "),
+        (
+            {"settings": {"check": {}, "data": {}, "benchmark": {"new_tokens": 9}, "generation": {}}},
+            "benchmark.new_tokens is None in one, 9 in the other",
+        ),
     ],
 )
 def test_reports_that_were_not_measured_alike_are_refused(change, message):
