@@ -70,8 +70,8 @@ class Worker:
         """Run a point twice, and on until it ran 1 + `repeats` times.
 
         Returns its peaks with the bytes of the `cache` and the allocator's `slack`, and where steps are compiled the seconds by which the
-        first run was longer than the second; or the reason why the point can't be run. On the CPU the peak is the first run's, whose tensors
-        lie apart; what the others' heap takes beyond it is the slack.
+        first run was longer than the second; or the reason why the point can't be run. On the CPU the peak is the first run's, whose
+        tensors lie apart; what the others' heap takes beyond it is the slack.
         """
         memory.reset_peak(self.device)
         with memory.cache_seen(self.model) as cache, memory.apart():
