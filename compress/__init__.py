@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "CompressError", "Inspection", "Recipe", "Report", "bench", "check", "inspect", "load_recipe", "load_reports", "read_report", "run",
-    "use_cpu_int8",
+    "CompressError", "Inspection", "Recipe", "Report", "bench", "check", "inspect", "load_recipe", "load_reports", "log", "read_report",
+    "run", "use_cpu_int8",
     "use_sparse_24",
 ]  # fmt: skip
 
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from compress.report.frame import load_reports
     from compress.results import Report, read_report
     from compress.runtime import use_cpu_int8, use_sparse_24
+    from compress.trackers import log
 
 _HOMES = {
     "CompressError": ("compress.errors", "CompressError"),
@@ -37,6 +38,7 @@ _HOMES = {
     "inspect": ("compress.pipeline", "inspect"),
     "load_recipe": ("compress.recipe", "load"),
     "load_reports": ("compress.report.frame", "load_reports"),
+    "log": ("compress.trackers", "log"),
     "read_report": ("compress.results", "read_report"),
     "run": ("compress.pipeline", "run"),
     "use_cpu_int8": ("compress.runtime", "use_cpu_int8"),
