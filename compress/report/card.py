@@ -90,13 +90,13 @@ def write(recipe: Recipe, source: Source, stages: list[StageRecord], report: Rep
 def text(recipe: Recipe, source: Source, stages: list[StageRecord], report: Report | None) -> str:
     """The card, metadata and all. Absolute paths are cut to their last names: the machine's folders are nobody's business."""
     origins = _origins(recipe, source, len(stages))
-    packing = json.loads((Path(stages[-1].artifact) / "config.json").read_text(encoding="utf-8")).get("quantization_config", {})
+    config = json.loads((Path(stages[-1].artifact) / "config.json").read_text(encoding="utf-8"))
     title = f"{origins[0].name.rsplit('/', 1)[-1]}, {', '.join(record.name for record in stages)}"
     parts = [
         f"# {cell(title)}",
         f"Made from {cell(origins[0].name)} by the recipe {cell(recipe.name)} (digest {recipe.digest}) with compress {__version__}.",
         _verdict(report),
-        _loading(recipe.model.task, packing.get("quant_method")),
+        _loading(recipe.model.task, (config.get("quantization_config") or {}).get("quant_method")),
         _done(stages),
         *([] if report is None else [tables.figures(report), tables.gates(report), _notes(report)]),
         _provenance(origins),
@@ -131,10 +131,10 @@ def _metadata(recipe: Recipe, origins: list[Origin], stages: list[StageRecord], 
         families = {next(iter(record.stage)) for record in stages}
         relation = "quantized" if "quantize" in families else "finetune" if families & {"finetune", "distill"} else None
     licence = {key: first.stated(key) for key in LICENCE}
-    if (link := licence["license_link"]) and "://" not in link:  # a file beside the base model
+    if (link := licence["license_link"]) and "://" not in str(link):  # a file beside the base model
         place = first.source
         licence["license_link"] = None if place.is_folder else f"https://huggingface.co/{place.id}/blob/{place.revision}/{link}"
-    if len({origin.stated("license") for origin in origins}) > 1:
+    if len({str(origin.stated("license")) for origin in origins}) > 1:
         licence = {}
     task = first.stated("pipeline_tag") or PIPELINES.get(recipe.model.task)
     measured = {} if report is None else {m.metric: m.value for m in report.candidate.measurements if m.metric in METRIC}

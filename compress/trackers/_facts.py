@@ -22,10 +22,7 @@ def params(report: Report) -> dict[str, str | int | float]:
         elif block == "stages":
             parts = {f"{block}.{number}.{key}": inner for number, stage in enumerate(value) for key, inner in stage.items()}
         found.update(parts)
-    return {
-        key: value if isinstance(value, str | int | float) else json.dumps(value, ensure_ascii=False)
-        for key, value in found.items() if value is not None
-    }  # fmt: skip
+    return {key: value if isinstance(value, str | int | float) else _json(value) for key, value in found.items() if value is not None}
 
 
 def figures(side: Side) -> dict[str, float]:
@@ -48,6 +45,11 @@ def curves(report: Report) -> Iterator[tuple[str, int, dict[str, float]]]:
     for number, record in enumerate(report.stages):
         for point in record.curve:
             yield f"stages.{number}", point.step, point.model_dump(exclude={"step"}, exclude_none=True)
+
+
+def _json(value: Any) -> str:
+    kept = {key: inner for key, inner in value.items() if inner is not None} if isinstance(value, dict) else value
+    return json.dumps(kept, ensure_ascii=False)
 
 
 def _point(one: Measurement | GateResult) -> str:

@@ -81,6 +81,14 @@ def test_what_nobody_states_is_not_made_up(run):
     assert "not stated" in read(records).text
 
 
+@pytest.mark.parametrize("odd", ["license: [mit, other]\nlicense_link: 7", "license: {a: 1}\nlanguage: 3", "[", "- a"])
+def test_an_odd_card_of_the_base_model_stops_nothing(run, odd):
+    found, source, records = run()
+    (Path(source.id) / CARD).write_text(f"---\n{odd}\n---\n")
+    card.write(found, source, records, measured(found))
+    assert "## How to load it" in read(records).text
+
+
 def test_a_base_model_on_the_hub_is_named(run, monkeypatch):
     found, _, records = run("llama", data={"source": "someone/texts", "prompt": "{said}", "target": "{short}"})
     monkeypatch.setattr(card.Origin, "card", {"license": "mit", "license_link": "LICENSE"})
