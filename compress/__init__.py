@@ -13,8 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 __all__ = [
-    "CompressError", "Inspection", "Recipe", "Report", "bench", "check", "inspect", "load_recipe", "load_reports", "pivot", "plot_tradeoff",
-    "read_report", "run", "use_cpu_int8",
+    "CompressError", "Inspection", "Recipe", "Report", "bench", "check", "inspect", "load_recipe", "load_reports", "log", "pivot",
+    "plot_tradeoff", "read_report", "run", "use_cpu_int8",
     "use_sparse_24",
 ]  # fmt: skip
 
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from compress.report.tradeoff import plot_tradeoff
     from compress.results import Report, read_report
     from compress.runtime import use_cpu_int8, use_sparse_24
+    from compress.trackers import log
 
 _HOMES = {
     "CompressError": ("compress.errors", "CompressError"),
@@ -39,6 +40,7 @@ _HOMES = {
     "inspect": ("compress.pipeline", "inspect"),
     "load_recipe": ("compress.recipe", "load"),
     "load_reports": ("compress.report.frame", "load_reports"),
+    "log": ("compress.trackers", "log"),
     "pivot": ("compress.report.frame", "pivot"),
     "plot_tradeoff": ("compress.report.tradeoff", "plot_tradeoff"),
     "read_report": ("compress.results", "read_report"),

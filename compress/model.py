@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+CARD = "README.md"  # says what a model is, and is no part of it
 BUILTIN = Path(__file__).parent / "builtin" / "model"
 AUTO = {
     "seq2seq": "AutoModelForSeq2SeqLM",
@@ -163,11 +164,11 @@ def tensor_headers(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
-    """What tells one model from another: the content of a folder's files; id and commit of a hub's."""
+    """What tells one model from another: the content of a folder's files but its card; id and commit of a hub's."""
     if not source.is_folder:
         return asdict(source)
     content = {}
-    for file in sorted(f for f in Path(source.id).iterdir() if f.is_file()):
+    for file in sorted(f for f in Path(source.id).iterdir() if f.is_file() and f.name != CARD):
         with file.open("rb") as stream:
             content[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"files": content, "task": source.task, "dtype": source.dtype, "bits": source.bits}

@@ -25,7 +25,7 @@ from compress.metrics import TASK
 from compress.model import Source
 from compress.process import Child, Progress, Team, take_lock
 from compress.recipe import Gate, Recipe, Stage, digest, load
-from compress.report import quality, verdict, why, write
+from compress.report import card, quality, verdict, why, write
 from compress.report.turns import disturbances
 from compress.results import Prediction, Report, Role, Side, StageRecord
 
@@ -55,7 +55,9 @@ def run(
         candidate = Source(str(Path(stages[-1].artifact).resolve()), wanted.task) if stages else baseline
         names: dict[Role, str] = {"baseline": wanted.id, "candidate": stages[-1].artifact if stages else wanted.id}
         report = _measured({"baseline": baseline, "candidate": candidate}, names, recipe, examples, stages, device, log, progress, strict)
-        return write.write(report.model_copy(update={"run": place.name}), place)
+        report = write.write(report.model_copy(update={"run": place.name}), place)
+        card.write(recipe, baseline, stages, report)
+        return report
 
 
 def bench(
@@ -204,6 +206,7 @@ def _stages(
         seconds = time.monotonic() - start
         noted = write.read_notes(target)
         records.append(StageRecord(stage=stage.as_written(), artifact=str(target), seconds=seconds, reused=reused, **noted))
+        card.write(recipe, original, records)
         source = Source(str(target.resolve()), source.task)
     return records
 

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 import compress
+from compress import publish
 from compress.recipe import shipped
 from tests.conftest import recipe_for
 
@@ -55,7 +56,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_every_verb_has_help_with_an_example():
-    for verb in ("run", "bench", "inspect", "plan", "validate", "compare", "check", "methods", "schema"):
+    for verb in ("run", "bench", "inspect", "plan", "validate", "compare", "check", "publish", "methods", "schema"):
         done = program(verb, "--help")
         assert done.returncode == 0
         assert "Example:" in done.stdout
@@ -148,6 +149,15 @@ def test_run_prints_one_document_and_leaves_a_report(finished):
     latency = next(m for m in raw["sides"][0]["measurements"] if m["metric"] == "latency_p50")
     assert [len(timings) for timings in latency["raw"]] == [4], "one round of two turns of two generations"
     assert raw["environment"]["threads"] == 1
+
+
+@pytest.mark.slow
+def test_the_artifact_has_the_card_of_a_run_by_which_it_can_be_published(finished):
+    folder, answer, _ = finished
+    card = (folder / answer["artifact"] / "README.md").read_text()
+    assert "compress_run: toy/" in card and "| rougeL |" in card and "AutoModelForSeq2SeqLM" in card
+    assert str(folder) not in card and "dtype: bfloat16" in card
+    assert "README.md" in publish.pack(folder / answer["artifact"], failed_too=True).files
 
 
 @pytest.mark.slow

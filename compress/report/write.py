@@ -47,8 +47,8 @@ def markdown(report: Report) -> str:
     parts = [
         f"# {cell(report.recipe)}: {verdict_words(report.verdict)}",
         f"{cell(report.decided_by)}.",
-        _gates(report),
-        "## Figures\n\n" + table(*sides(report)),
+        gates(report),
+        figures(report),
         _memory(report),
         _notes(report),
         steps.section(report),
@@ -58,7 +58,8 @@ def markdown(report: Report) -> str:
         _worst(report),
         turns.section(report),
         _environment(report),
-        f"## Recipe\n\nAs it was run, defaults filled in; digest {report.digest}, examples {report.examples_digest}.\n\n{_recipe(report)}",
+        f"## Recipe\n\nAs it was run, defaults filled in; digest {report.digest}, examples {report.examples_digest}.",
+        indented(report.settings),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -81,17 +82,21 @@ def read_notes(artifact: Path) -> dict[str, Any]:
     return {"layers": layers, "said": noted["said"], "curve": curve}
 
 
-def _recipe(report: Report) -> str:
-    """The recipe as an indented block, which nothing in it can end."""
-    text = yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=110)
+def indented(settings: dict[str, Any]) -> str:
+    """A recipe as an indented block, which nothing in it can end."""
+    text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True, width=110)
     return "\n".join(f"    {line}" for line in printable(text).splitlines())
 
 
-def _gates(report: Report) -> str:
+def gates(report: Report) -> str:
     if not report.gates:
         return ""
     rows = [[verdict_words(gate.verdict), gate.sentence] for gate in report.gates]
     return "## Gates\n\n" + table(["verdict", "what was found"], rows)
+
+
+def figures(report: Report) -> str:
+    return "## Figures\n\n" + table(*sides(report))
 
 
 def sides(report: Report) -> tuple[list[str], list[list[str]]]:

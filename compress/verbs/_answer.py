@@ -3,7 +3,11 @@
 import json
 import os
 import sys
+from collections.abc import Sequence
+from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
+
+from compress.errors import CompressError, printable
 
 if TYPE_CHECKING:
     from compress.results import Report
@@ -25,6 +29,18 @@ def finish(report: "Report", as_json: bool, measured_only: bool = False) -> int:
         ignore_stdout()
     failed = any(side.failures for side in report.sides)
     return 3 if failed else 0 if measured_only else EXIT[report.verdict]
+
+
+def log(report: "Report", wanted: Sequence[str]) -> None:
+    """Log a report that was shown. A tracker that doesn't take it is named, and changes nothing else."""
+    from compress import trackers
+
+    for tracker in wanted:
+        try:
+            with redirect_stdout(sys.stderr):  # where --json has a document
+                trackers.log(report, tracker)
+        except CompressError as error:
+            print(f"compress: --log {tracker}: {printable(str(error))}", file=sys.stderr)
 
 
 def print_json(document: Any) -> None:

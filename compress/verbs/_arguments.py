@@ -3,6 +3,8 @@
 from argparse import ArgumentParser
 from pathlib import Path
 
+from compress import trackers
+
 
 def on_a_device(parser: ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU where there is one")
@@ -18,4 +20,7 @@ def measuring(parser: ArgumentParser) -> None:
     overriding(parser)
     parser.add_argument("--out", type=Path, default=Path("reports"), metavar="DIR", help="where reports and artifacts go (reports)")
     parser.add_argument("--strict", action="store_true", help="refuse to measure on a GPU that another process uses")
+    parser.add_argument(
+        "--log", action="append", default=[], choices=trackers.names(), help="log the report there too, as that tracker is set up"
+    )
     on_a_device(parser)

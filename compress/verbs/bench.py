@@ -8,7 +8,7 @@ Example:  compress bench ./my-model --recipe recipes/quickstart.yaml
 import gc
 from argparse import ArgumentParser, Namespace
 
-from compress.verbs._answer import finish
+from compress.verbs._answer import finish, log
 from compress.verbs._arguments import measuring
 
 
@@ -20,10 +20,13 @@ def arguments(parser: ArgumentParser) -> None:
 
 def call(given: Namespace) -> int:
     gc.enable()  # which `main` turned off, for verbs that answer at once
-    from compress import pipeline, terminal
+    from compress import pipeline, terminal, trackers
     from compress.recipe import load
 
+    trackers.require(given.log)
     loaded = load(given.recipe, given.set)
     with terminal.bars() as progress:
         report = pipeline.bench(given.model, loaded, given.out, given.device, progress, given.strict)
-    return finish(report, given.json, measured_only=True)
+    status = finish(report, given.json, measured_only=True)
+    log(report, given.log)
+    return status

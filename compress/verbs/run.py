@@ -12,7 +12,7 @@ import gc
 from argparse import ArgumentParser, Namespace
 
 from compress.errors import InputError
-from compress.verbs._answer import finish
+from compress.verbs._answer import finish, log
 from compress.verbs._arguments import measuring
 
 
@@ -24,7 +24,7 @@ def arguments(parser: ArgumentParser) -> None:
 
 def call(given: Namespace) -> int:
     gc.enable()  # which `main` turned off, for verbs that answer at once
-    from compress import pipeline, terminal
+    from compress import pipeline, terminal, trackers
     from compress.process import launched
     from compress.recipe import load
 
@@ -33,7 +33,10 @@ def call(given: Namespace) -> int:
         return 0
     if given.processes not in (None, processes):
         raise InputError(f"--processes {given.processes}: {processes} were launched; leave one of the two out")
+    trackers.require(given.log)
     loaded = load(given.recipe, given.set)
     with terminal.bars() as progress:
         report = pipeline.run(loaded, given.out, given.device, progress, processes, given.strict)
-    return finish(report, given.json)
+    status = finish(report, given.json)
+    log(report, given.log)
+    return status

@@ -1,0 +1,47 @@
+"""Reports in experiment trackers.
+
+The folder is the registry: `--log mlflow` is compress/trackers/mlflow.py, which imports the package of its own name, which the extra
+of that name installs (`compress[mlflow]`). It has `log(report)`; where to, the tracker's own settings say (MLFLOW_TRACKING_URI,
+WANDB_PROJECT ...). A file with a leading underscore is shared.
+"""
+
+import pkgutil
+from collections.abc import Sequence
+from importlib import import_module
+from importlib.util import find_spec
+from typing import TYPE_CHECKING
+
+from compress.errors import InputError, MissingPackage, RunError
+
+if TYPE_CHECKING:
+    from compress.results import Report
+
+
+def names() -> tuple[str, ...]:
+    """The trackers there are."""
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
+
+
+def require(wanted: Sequence[str]) -> None:
+    """Raise InputError for a tracker that there isn't, MissingPackage with the line that installs what one needs."""
+    for name in wanted:
+        if name not in names():
+            raise InputError(f"log: there is no tracker {name!r}; allowed are {', '.join(names())}")
+        if find_spec(name) is None:
+            raise MissingPackage(f"log: {name} isn't installed here. Install with: pip install 'compress[{name}]'")
+
+
+def log(report: "Report", tracker: str) -> None:
+    """Log a report that lies on disk into `mlflow`, `wandb` or `tensorboard`.
+
+    The recipe's settings become parameters, the figures of both sides metrics with their units, gates and verdict tags; curves of
+    training go step by step, and the report's files go along.
+
+    Raises InputError or MissingPackage before anything is logged, RunError where the tracker doesn't take it.
+    """
+    require([tracker])
+    try:
+        import_module(f"compress.trackers.{tracker}").log(report)
+    except Exception as error:  # each has errors of its own, and those of its network
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        raise RunError(f"{tracker} did not take the report, which stands in {report.folder}: {said}") from None

@@ -1,0 +1,61 @@
+"""What trackers are told of a report. Names keep to the characters that all of them allow."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from compress.report.numbers import verdict_words
+from compress.results import GateResult, Measurement, Report, Side
+
+
+def title(report: Report) -> str:
+    return f"{report.recipe}/{report.run}"
+
+
+def params(report: Report) -> dict[str, str | int | float]:
+    """The recipe's settings, a key a line of it: data.samples, stages.0.bits. What is null there is left out, what has parts is JSON."""
+    found: dict[str, Any] = {}
+    for block, value in report.settings.items():
+        parts = {block: value}
+        if isinstance(value, dict):
+            parts = {f"{block}.{key}": inner for key, inner in value.items()}
+        elif block == "stages":
+            parts = {f"{block}.{number}.{key}": inner for number, stage in enumerate(value) for key, inner in stage.items()}
+        found.update(parts)
+    return {key: value if isinstance(value, str | int | float) else _json(value) for key, value in found.items() if value is not None}
+
+
+def figures(side: Side) -> dict[str, float]:
+    """What a side measured, by name with unit; what is missing is left out."""
+    return {f"{_point(m)}{_unit(m.unit)}": m.value for m in side.measurements if m.value is not None}
+
+
+def tags(report: Report) -> dict[str, str]:
+    """What the run was, and what came of it gate by gate."""
+    gates = {f"gate {_point(gate)} {gate.limit_kind}": f"{verdict_words(gate.verdict)}: {gate.sentence}" for gate in report.gates}
+    machine = report.environment.get("gpu") or report.environment.get("cpu") or report.environment.get("device")
+    return {
+        "recipe": report.recipe, "run": report.run, "digest": report.digest, "stages": report.line, "machine": str(machine),
+        "verdict": report.verdict, "decided by": report.decided_by, **gates,
+    }  # fmt: skip
+
+
+def curves(report: Report) -> Iterator[tuple[str, int, dict[str, float]]]:
+    """How trainings went: stage (stages.0), step, and what was taken there."""
+    for number, record in enumerate(report.stages):
+        for point in record.curve:
+            yield f"stages.{number}", point.step, point.model_dump(exclude={"step"}, exclude_none=True)
+
+
+def _json(value: Any) -> str:
+    kept = {key: inner for key, inner in value.items() if inner is not None} if isinstance(value, dict) else value
+    return json.dumps(kept, ensure_ascii=False)
+
+
+def _point(one: Measurement | GateResult) -> str:
+    return one.metric if one.batch_size is None else f"{one.metric} batch {one.batch_size} prompt {one.prompt_tokens}"
+
+
+def _unit(unit: str) -> str:
+    """As MLflow allows it: no signs, and a slash only between groups."""
+    return "" if unit == "1" else f" in {unit.replace('%', 'percent').replace('/', ' per ')}"
