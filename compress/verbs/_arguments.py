@@ -19,3 +19,9 @@ def measuring(parser: ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("reports"), metavar="DIR", help="where reports and artifacts go (reports)")
     parser.add_argument("--strict", action="store_true", help="refuse to measure on a GPU that another process uses")
     on_a_device(parser)
+
+
+def spreading(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--on", choices=("here", "ray"), default="here", help="ray: every recipe is a task of its cluster, with a GPU of its own (here)"
+    )
