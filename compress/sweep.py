@@ -96,7 +96,7 @@ def run(
 ) -> list[Outcome]:  # fmt: skip
     """Run recipes, going on past those that fail. Their reports are in `out`/<recipe>/<run>.
 
-    workers   a cluster, on which each is a task of its own; None runs them here
+    workers   a cluster, on which each is a task of its own; None runs them here, those that can be with one baseline
 
     Raises InputError before anything runs where that can be seen.
     """
@@ -119,7 +119,7 @@ def run(
             else:
                 if report is not None:
                     outcomes[number] = Outcome(recipe, report)
-                    forecast.seconds[number] = 0  # it took no time, and says nothing of the others'
+                    forecast.seconds[number] = 0  # it took no time, and says nothing of the others
                 else:
                     ready.append((number, prepared))
             progress(what, 1, 1)
@@ -150,14 +150,12 @@ def failure(report: Report) -> str | None:
 
 
 def attempt(recipe: Recipe, out: Path, device: str, strict: bool) -> Report:
-    """One recipe of a sweep as a task of its own."""
+    """One recipe of a sweep as a task of its own. Raises CompressError."""
     prepared = pipeline.prepare(recipe, out, device)
     return former(prepared, out) or pipeline.measure([prepared], out, device, strict=strict)[0]
 
 
-def _spread(
-    recipes: Sequence[Recipe], out: Path, device: str, progress: Progress, strict: bool, workers: Workers
-) -> list[Outcome]:  # fmt: skip
+def _spread(recipes: Sequence[Recipe], out: Path, device: str, progress: Progress, strict: bool, workers: Workers) -> list[Outcome]:
     begun = {workers.start(attempt, recipe, out, device, strict): number for number, recipe in enumerate(recipes)}
     outcomes: dict[int, Outcome] = {}
     start = time.monotonic()
@@ -172,13 +170,13 @@ def _spread(
 
 
 def _measured(prepared: list[Prepared], out: Path, device: str, progress: Progress, strict: bool) -> list[Outcome]:
-    """Measured together, or each alone where one of them keeps the others from it."""
+    """Measured together, or each alone where one of them is a model that can't be measured so."""
     try:
         reports = pipeline.measure(prepared, out, device, progress, strict)
     except CompressError as error:
-        if len(prepared) == 1:
-            return [Outcome(prepared[0].recipe, None, str(error))]
-        return [outcome for one in prepared for outcome in _measured([one], out, device, progress, strict)]
+        if isinstance(error, InputError) and len(prepared) > 1:
+            return [outcome for one in prepared for outcome in _measured([one], out, device, progress, strict)]
+        return [Outcome(one.recipe, None, str(error)) for one in prepared]
     return [_outcome(one.recipe, report) for one, report in zip(prepared, reports, strict=True)]
 
 

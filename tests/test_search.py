@@ -132,14 +132,14 @@ def test_a_killed_search_goes_on_where_it_was(toy, pretend, tmp_path):
 
 
 def test_in_a_range_the_search_closes_in_on_the_edge_of_what_keeps_the_gates(toy, pretend, tmp_path):
-    """Sparser is better up to 0.4: of 30 recipes one comes closer to that than 30 at random would in nine searches of ten."""
+    """Sparser is better up to 0.4: of 20 recipes one comes closer to that than of 20 at random in nine searches of ten."""
     key = "stages.0.sparsity"
     asked = pretend(lambda choice: 1 - choice[key], lambda choice: choice[key] <= 0.4)
-    found = Search(toy, ["rougeL:-1"], "weight_bytes", [f"{key}=0.01..0.99"]).run(tmp_path, trials=30)
-    assert len(asked) == len(found.tried) == 30
+    found = Search(toy, ["rougeL:-1"], "weight_bytes", [f"{key}=0.01..0.99"]).run(tmp_path, trials=20)
+    assert len(asked) == len(found.tried) == 20
     assert all(0.01 <= choice[key] <= 0.99 and choice[key] == float(f"{choice[key]:.4g}") for choice in asked)
     assert found.best.choice[key] == max(choice[key] for choice in asked if choice[key] <= 0.4)
-    assert 0.4 - found.best.choice[key] < 0.02
+    assert 0.4 - found.best.choice[key] < 0.005
 
 
 class Answering:
