@@ -22,7 +22,7 @@ import yaml
 
 from compress import pipeline, sweep
 from compress.cluster import Here, Workers
-from compress.errors import CompressError, MissingPackage, RecipeError
+from compress.errors import CompressError, InputError, MissingPackage, RecipeError
 from compress.methods import quiet
 from compress.metrics import METRICS
 from compress.mistakes import suggest
@@ -246,7 +246,7 @@ def _value(report: Report, metric: str) -> float | None:
 
 @contextmanager
 def _study(place: Path, progress: Progress) -> Iterator[Any]:
-    """The study in a folder, for this process alone. What a killed search was about comes first."""
+    """The study in a folder, for this process alone. What a killed search was about comes first. Raises InputError."""
     try:
         import optuna
         from optuna.trial import TrialState
@@ -258,8 +258,12 @@ def _study(place: Path, progress: Progress) -> Iterator[Any]:
         take_lock(lock, "start of the same search", progress)
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=5)
-        storage = f"sqlite:///{place.absolute() / 'study.sqlite'}"
-        study = optuna.create_study(storage=storage, sampler=sampler, study_name="search", load_if_exists=True)
+        file = place.absolute() / "study.sqlite"
+        try:
+            study = optuna.create_study(storage=f"sqlite:///{file}", sampler=sampler, study_name="search", load_if_exists=True)
+        except Exception as error:  # of Optuna, SQLAlchemy or sqlite3
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(f"{file}: the study can't be read: {first}; move it away to search anew") from None
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
             study.tell(trial.number, state=TrialState.FAIL)
             if trial.params:

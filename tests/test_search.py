@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from compress import recipe, screening, search
-from compress.errors import RecipeError, RunError
+from compress.errors import InputError, RecipeError, RunError
 from compress.methods import Example, quiet
 from compress.model import Source
 from compress.pipeline import Prepared
@@ -127,6 +127,10 @@ def test_a_killed_search_goes_on_where_it_was(toy, pretend, tmp_path):
     assert found.best.choice == {"stages.1.bits": 2}
     wanted.run(tmp_path)
     assert len(second) == 2, "nothing is left"
+    study = wanted.place(tmp_path) / "study.sqlite"
+    study.write_bytes(study.read_bytes()[:1000])
+    with pytest.raises(InputError, match=r"study\.sqlite: the study can't be read: .*; move it away to search anew"):
+        wanted.run(tmp_path)
     Search(toy, ["rougeL:-2"], "weight_bytes", [BITS]).run(tmp_path)
     assert len(second) == 6, "other gates are another search"
 

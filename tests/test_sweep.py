@@ -196,9 +196,9 @@ def test_six_recipes_that_share_a_stage_make_it_once_and_take_less_than_7_tenths
     started = []
 
     class Counted(process.Child):
-        def __init__(self, module, *rest):
+        def __init__(self, module, *rest, **named):
             started.append(module)
-            super().__init__(module, *rest)
+            super().__init__(module, *rest, **named)
 
     monkeypatch.setattr("compress.pipeline.Child", Counted)
     monkeypatch.setattr("compress.benchmark.subject.Child", Counted)
