@@ -6,8 +6,8 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
 from pathlib import Path
@@ -33,6 +33,21 @@ OUTPUTS = Path("artifacts") / "outputs"  # below a run's `out`: what models made
 HEADLINE = ("rougeL", "perplexity", "accuracy")  # the metric by which single examples are ranked
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What is to be measured: a recipe's smaller model with its baseline, or a model alone, and the examples.
+
+    name   what the report calls the candidate
+    """
+
+    recipe: Recipe
+    baseline: Source | None
+    candidate: Source
+    name: str
+    examples: list[Example]
+    stages: list[StageRecord]
+
+
 def run(
     recipe: Recipe | str | Path, out: str | Path = "reports", device: str = "auto", progress: Progress = quiet, processes: int = 1,
     strict: bool = False,
@@ -46,18 +61,35 @@ def run(
     measured to the end doesn't raise; the report has the reason and the verdict `cannot_tell`.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
-    _refuse(recipe, device, processes)
+    return measure([prepare(recipe, out, device, progress, processes)], out, device, progress, strict)[0]
+
+
+def prepare(recipe: Recipe, out: str | Path, device: str = "auto", progress: Progress = quiet, processes: int = 1) -> Prepared:
+    """The first half of a run: make the smaller model, or find it made. Raises CompressError."""
+    refuse(recipe, device, processes)
     wanted = recipe.model
     baseline = model.pinned(Source(model.locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
-    with _place(recipe, Path(out)) as (place, log):
+    with _place(recipe, Path(out)) as (_, log):
         stages = _stages(recipe, baseline, Path(out) / "artifacts", device, log, progress, processes)
-        candidate = Source(str(Path(stages[-1].artifact).resolve()), wanted.task) if stages else baseline
-        names: dict[Role, str] = {"baseline": wanted.id, "candidate": stages[-1].artifact if stages else wanted.id}
-        report = _measured({"baseline": baseline, "candidate": candidate}, names, recipe, examples, stages, device, log, progress, strict)
-        report = write.write(report.model_copy(update={"run": place.name}), place)
-        card.write(recipe, baseline, stages, report)
-        return report
+    candidate = Source(str(Path(stages[-1].artifact).resolve()), wanted.task) if stages else baseline
+    return Prepared(recipe, baseline, candidate, stages[-1].artifact if stages else wanted.id, examples, stages)
+
+
+def measure(
+    prepared: Sequence[Prepared], out: str | Path, device: str = "auto", progress: Progress = quiet, strict: bool = False
+) -> list[Report]:
+    """The second half: measure, and write a report of each. Several take turns with one baseline; they have the same model, data, metrics,
+    generation and benchmark. Raises CompressError.
+    """
+    with ExitStack() as stack:
+        places, logs = zip(*(stack.enter_context(_place(one.recipe, Path(out))) for one in prepared), strict=True)
+        reports = _measured(prepared, device, logs[0], progress, strict)
+        written = []
+        for one, report, place in zip(prepared, reports, places, strict=True):
+            written.append(write.write(report.model_copy(update={"run": place.name}), place))
+            card.write(one.recipe, one.baseline or one.candidate, one.stages, written[-1])
+        return written
 
 
 def bench(
@@ -72,9 +104,7 @@ def bench(
     _require_packages(recipe)
     source = model.pinned(Source(model.locate(model_id, Path()), recipe.model.task))
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
-    with _place(recipe, Path(out)) as (place, log):
-        report = _measured({"candidate": source}, {"candidate": model_id}, recipe, examples, [], device, log, progress, strict)
-        return write.write(report.model_copy(update={"run": place.name}), place)
+    return measure([Prepared(recipe, None, source, model_id, examples, [])], out, device, progress, strict)[0]
 
 
 def check(report: Report, against: Report | None = None) -> Report:
@@ -110,7 +140,7 @@ def inspect(
     return Inspection.model_validate({"model": model_id, **found})
 
 
-def _refuse(recipe: Recipe, device: str, processes: int) -> None:
+def refuse(recipe: Recipe, device: str, processes: int) -> None:
     """What can be seen to go wrong before anything is loaded."""
     if processes < 1:
         raise InputError(f"--processes {processes}: a number from 1 on is wanted")
@@ -268,37 +298,43 @@ def _one_at_a_time(target: Path, progress: Progress) -> Iterator[None]:
             return
 
 
-def _measured(
-    sources: dict[Role, Source], names: dict[Role, str], recipe: Recipe, examples: list[Example], stages: list[StageRecord],
-    device: str, log: Path, progress: Progress, strict: bool,
-) -> Report:  # fmt: skip
-    """Measure the sources; `names` is what the report calls them, as the person wrote them."""
+def _measured(prepared: Sequence[Prepared], device: str, log: Path, progress: Progress, strict: bool) -> list[Report]:
+    first = prepared[0]
+    baseline: list[tuple[Role, Source]] = [] if first.baseline is None else [("baseline", first.baseline)]
+    sources = [*baseline, *(("candidate", one.candidate) for one in prepared)]
 
     def clear(sides: list[Side]) -> bool:
-        return verdict.is_clear(recipe.check, sides)
+        candidates = zip(prepared, sides[len(baseline) :], strict=True)
+        return all(verdict.is_clear(one.recipe.check, [*sides[: len(baseline)], side]) for one, side in candidates)
 
-    sides, outputs, environment, turns = isolate.measure(
-        sources, recipe, examples, device, log, log.parent.parent / OUTPUTS, progress, clear, strict
+    found, environment = isolate.measure(
+        sources, first.recipe, first.examples, device, log, log.parent.parent / OUTPUTS, progress, clear, strict
     )
-    sides = [
-        side.model_copy(
+    return [_reported(one, measured, environment) for one, measured in zip(prepared, found, strict=True)]
+
+
+def _reported(one: Prepared, measured: isolate.Measured, environment: dict[str, Any]) -> Report:
+    recipe = one.recipe
+    names = {"baseline": recipe.model.id, "candidate": one.name}
+    sources = {"baseline": one.baseline or one.candidate, "candidate": one.candidate}
+    sides = {
+        side.role: side.model_copy(
             update={
                 "model": names[side.role],
                 "measurements": [*side.measurements, *foretold(side, sources[side.role], recipe, environment.get("device", "cpu"))],
             }
         )
-        for side in sides
-    ]
-    score = next((name for name in HEADLINE if any(name in o["samples"] for o in outputs.values())), None)
+        for side in measured.sides
+    }
+    score = next((name for name in HEADLINE if any(name in o["samples"] for o in measured.outputs.values())), None)
     report = Report(
         recipe=recipe.name, run="", created=datetime.now(UTC).isoformat(timespec="seconds"),
         digest=recipe.digest,
-        examples_digest=data.examples_digest(examples), settings=recipe.as_written(), environment=environment, stages=stages, sides=sides,
-        turns=turns,
-        verdict="cannot_tell", decided_by="", score=score, predictions=_predictions(examples, outputs, score),
+        examples_digest=data.examples_digest(one.examples), settings=recipe.as_written(), environment=environment, stages=one.stages,
+        sides=list(sides.values()), turns=measured.turns,
+        verdict="cannot_tell", decided_by="", score=score, predictions=_predictions(one.examples, measured.outputs, score),
     )  # fmt: skip
-    by_role = {side.role: side for side in sides}
-    return _judged(report, by_role.get("baseline"), by_role["candidate"], same_run=True)
+    return _judged(report, sides.get("baseline"), sides["candidate"], same_run=True)
 
 
 def _judged(report: Report, baseline: Side | None, candidate: Side, same_run: bool) -> Report:

@@ -7,6 +7,7 @@ line and key. `Recipe.digest` names a run, since what a run depends on is all in
 import hashlib
 import json
 import os
+from copy import copy
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
@@ -217,6 +218,12 @@ class Recipe(Settings):
         """Where relative paths begin; no part of the digest."""
         return self._file.parent
 
+    def called(self, name: str) -> "Recipe":
+        """The same under another name."""
+        found = self.model_copy()
+        found._file = self._file.resolve().with_name(f"{name}.yaml")
+        return found
+
     def as_written(self) -> dict[str, Any]:
         """The recipe as plain data, defaults filled in."""
         return {**self.model_dump(mode="json"), "stages": [stage.as_written() for stage in self.stages]}
@@ -290,7 +297,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recip
 
 def _named(key: str, document: yamlfile.Document, folder: Path, problems: Problems) -> Any:
     """A block of the recipe; a name stands for <key>s/<name>.yaml beside the recipe or among the shipped ones."""
-    value = document.data.get(key, NAMED[key])
+    value = document.data.get(key, copy(NAMED[key]))  # an override writes into it
     if not isinstance(value, str):
         return value
     places = [folder / f"{key}s", shipped() / f"{key}s"]

@@ -97,6 +97,14 @@ def show_comparison(reports: Sequence[Report]) -> None:
     print(as_text(found, labels(found), "table", _Console().width))
 
 
+def show_reasons(what: str, reasons: Sequence[tuple[str, str]]) -> None:
+    """A row for each that has no figures: what it is, and why."""
+    display = _table(what, "why")
+    for name, reason in reasons:
+        display.add_row(_shown(name), _shown(reason))
+    _Console().print(display)
+
+
 def show_plan(found: Plan) -> None:
     """What a recipe will take: a row a dtype and grid point, then time and disk."""
     console = _Console()

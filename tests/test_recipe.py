@@ -197,3 +197,9 @@ def test_any_mapping_gives_a_recipe_or_named_mistakes(tmp_path_factory, data):
         recipe.load(path)
     except RecipeError as error:
         assert all(line.startswith(str(path)) for line in str(error).split("\n"))
+
+
+def test_what_one_reading_overrides_another_does_not_see(tmp_path):
+    text = GOOD[: GOOD.index("check:")]
+    assert load(tmp_path, text, "check.rougeL.max_drop=1").check
+    assert load(tmp_path, text).check == {}

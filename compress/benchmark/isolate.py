@@ -13,10 +13,10 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from compress.benchmark.figures import quantile, side
 from compress.benchmark.machine import Machine, alone, facts
@@ -37,11 +37,20 @@ FEWEST = 3  # rounds, below which no gate is clear
 AGAIN = 0.5  # of the turns, how many may be taken again, each once
 
 
+class Measured(NamedTuple):
+    """A candidate with its baseline where there is one: the sides, their outputs on the examples, how each turn went."""
+
+    sides: list[Side]
+    outputs: dict[Role, Outputs]
+    turns: list[Turn]
+
+
 def measure(
-    sources: dict[Role, Source], recipe: Recipe, examples: list[Example], device: str, log: Path, kept_outputs: Path, progress: Progress,
-    clear: Clear = lambda _: False, strict: bool = False,
-) -> tuple[list[Side], dict[Role, Outputs], dict[str, Any], list[Turn]]:  # fmt: skip
-    """Measure one model or two alike. Returns the sides, their outputs on the examples, the environment, and how each turn went.
+    sources: Sequence[tuple[Role, Source]], recipe: Recipe, examples: list[Example], device: str, log: Path, kept_outputs: Path,
+    progress: Progress, clear: Clear = lambda _: False, strict: bool = False,
+) -> tuple[list[Measured], dict[str, Any]]:  # fmt: skip
+    """Measure models alike: one alone, or a baseline and candidates, of which each is compared with it. Returns what was found of each
+    candidate, and the environment.
 
     kept_outputs   a folder where outputs are kept for later runs
     clear          may end the rounds early
@@ -51,7 +60,7 @@ def measure(
     DeviceError where `strict` refuses.
     """
     with alone(progress), Nursery([Subject.module], log, recipe.benchmark.threads) as nursery:
-        subjects = [Subject(role, source, recipe, device, log, kept_outputs, progress, nursery.start) for role, source in sources.items()]
+        subjects = [Subject(role, source, recipe, device, log, kept_outputs, progress, nursery.start) for role, source in sources]
         session = Session(subjects, recipe, progress, strict)
         try:
             session.run(examples, clear)
@@ -59,12 +68,12 @@ def measure(
             _stop(subjects)
     environment: dict[str, Any] = next((s.loads[0]["environment"] for s in subjects if s.loads), {})
     environment |= _ceilings(subjects)
-    outputs = {s.role: s.outputs for s in subjects if s.outputs is not None}
+    outputs = [s.outputs for s in subjects if s.outputs is not None]
     environment |= facts()
     environment["foreign_gpu_bytes"] = max(subject.foreign_gpu_bytes for subject in subjects)
-    environment["inputs_cut"] = max((output["cut"] for output in outputs.values()), default=0)
-    environment["generation_config"] = next((output["generation_config"] for output in outputs.values()), {})
-    return session.sides(), outputs, environment, session.turns
+    environment["inputs_cut"] = max((output["cut"] for output in outputs), default=0)
+    environment["generation_config"] = next((output["generation_config"] for output in outputs), {})
+    return [session.measured(pair) for pair in _pairs(subjects)], environment
 
 
 class Session:
@@ -77,7 +86,7 @@ class Session:
         self._starting = self._timing = 0.0  # seconds of this round
         self._again = 0
         self._known: float | None = None  # half of the widest interval of a latency, as a share of it
-        self.turns: list[Turn] = []
+        self._turns: list[tuple[Subject, Turn]] = []
 
     def run(self, examples: list[Example], clear: Clear) -> None:
         """Round after round; the examples are done in the first."""
@@ -98,9 +107,21 @@ class Session:
             self._explain()
             _stop(self._subjects)
 
+    @property
+    def turns(self) -> list[Turn]:
+        return [turn for _, turn in self._turns]
+
     def sides(self) -> list[Side]:
+        return self._sides(self._subjects)
+
+    def measured(self, pair: list[Subject]) -> Measured:
+        """What was found of some of the subjects."""
+        outputs = {subject.role: subject.outputs for subject in pair if subject.outputs is not None}
+        return Measured(self._sides(pair), outputs, [turn for subject, turn in self._turns if subject in pair])
+
+    def _sides(self, subjects: list[Subject]) -> list[Side]:
         ceilings = _ceilings(self._subjects)
-        return [side(subject, _common(self._subjects), ceilings) for subject in self._subjects]
+        return [side(subject, _common(subjects), ceilings) for subject in subjects]
 
     def _is_enough(self, rounds: int, minutes: float, clear: Clear) -> bool:
         """Whether so many rounds say what is wanted, or there is no time for another."""
@@ -108,18 +129,18 @@ class Session:
             return False
         if rounds >= self._benchmark.rounds and (self._benchmark.precision is None or minutes >= self._benchmark.max_minutes):
             return True
-        if any(subject.failures for subject in self._subjects):
+        well = [subject for subject in self._subjects if not subject.failures]
+        if self._subjects[0] not in well or len(well) < min(2, len(self._subjects)):
             return rounds >= self._benchmark.rounds
-        return (rounds >= self._benchmark.rounds and self._is_precise()) or clear(self.sides())
+        return (rounds >= self._benchmark.rounds and self._is_precise(well)) or clear(self.sides())
 
-    def _is_precise(self) -> bool:
+    def _is_precise(self, subjects: list[Subject]) -> bool:
         """Whether half of the interval of every latency, ratio or single one, is at most the wanted share of it."""
         halves = [0.0]
-        for point in _common(self._subjects):
-            series = [
-                [[quantile([marks[-1] for marks in turn], 0.5) for turn in turns] for turns in s.rounds[point]] for s in self._subjects
-            ]
-            for effect in [paired_ratio(series[0], other) for other in series[1:]] or [geometric_mean(series[0])]:
+        for pair in _pairs(subjects):
+            for point in _common(pair):
+                series = [[[quantile([marks[-1] for marks in turn], 0.5) for turn in turns] for turns in s.rounds[point]] for s in pair]
+                effect = paired_ratio(*series) if len(series) > 1 else geometric_mean(series[0])
                 interval = effect.interval(self._benchmark.confidence)
                 halves.append(math.inf if interval is None else math.log(interval[1] / interval[0]) / 2)
         self._known = max(halves) if math.isfinite(max(halves)) else None
@@ -142,7 +163,7 @@ class Session:
         kept = last or not any(conditions.disturbed for _, conditions in taken)
         for subject, conditions in taken:
             self._timing += conditions.seconds
-            self.turns.append(Turn(**conditions.model_dump(), role=subject.role, round=number, turn=turn, kept=kept))
+            self._turns.append((subject, Turn(**conditions.model_dump(), role=subject.role, round=number, turn=turn, kept=kept)))
             if kept:
                 subject.keep(number)
         return kept
@@ -151,7 +172,7 @@ class Session:
         """Look at what a step does, once; after the timings of a round, since a profiler may leave traces."""
         for subject in self._subjects:
             if subject.explanation is None:
-                self._do(subject, partial(subject.explain, _common(self._subjects)))
+                self._do(subject, partial(subject.explain, self._points(subject)))
 
     def _do(self, subject: Subject, work: Callable[[], T]) -> T | None:
         """What work with a side gives, whose process runs then; None where the side has failed, or fails now."""
@@ -182,7 +203,12 @@ class Session:
                 f"the GPU is shared with process {', '.join(map(str, foreign))}, and --strict was given;"
                 " end it, or choose another GPU by CUDA_VISIBLE_DEVICES"
             )
-        return subject.take_turn(machine, _common(self._subjects), ours)
+        return subject.take_turn(machine, self._points(subject), ours)
+
+    def _points(self, subject: Subject) -> list[Point]:
+        """Those that it and one that it is compared with are not known to fail at."""
+        pairs = [pair for pair in _pairs(self._subjects) if subject in pair]
+        return [point for point in subject.rounds if any(point in _common(pair) for pair in pairs)]
 
 
 def _bring_up(subject: Subject, others: list[Subject]) -> bool:
@@ -207,6 +233,11 @@ def _bring_up(subject: Subject, others: list[Subject]) -> bool:
 def _stop(subjects: list[Subject]) -> None:
     for subject in subjects:
         subject.stop()
+
+
+def _pairs(subjects: list[Subject]) -> list[list[Subject]]:
+    """Each candidate with the baseline, which is the first; one alone with nothing."""
+    return [[subjects[0], other] for other in subjects[1:]] or [subjects]
 
 
 def _common(subjects: list[Subject]) -> list[Point]:

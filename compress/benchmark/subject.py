@@ -58,11 +58,11 @@ class Subject:
     def usable(self) -> list[Point]:
         return [point for point in self.rounds if point not in self.reasons]
 
-    def start(self) -> None:
-        """A fresh process with the model loaded and warmed up."""
+    def start(self, warm: bool = True) -> None:
+        """A fresh process with the model loaded and, unless it is asked about examples alone, warmed up."""
         try:
             loaded, peaks, compiling = self._load(), {}, 0.0
-            for number, point in enumerate(self.usable):
+            for number, point in enumerate(self.usable if warm else []):
                 self._tell("warming up", number, len(self.usable))
                 found = self._warm_up(point)
                 if found["reason"] is None:

@@ -24,3 +24,9 @@ def measuring(parser: ArgumentParser) -> None:
         "--log", action="append", default=[], choices=trackers.names(), help="log the report there too, as that tracker is set up"
     )
     on_a_device(parser)
+
+
+def spreading(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--on", choices=("here", "ray"), default="here", help="ray: every recipe is a task of its cluster, with a GPU of its own (here)"
+    )

@@ -1,0 +1,285 @@
+"""The best recipe under gates: Optuna proposes, examples judge, and what is hopeless ends early.
+
+A proposed recipe's model is made and asked about a few of the evaluation's examples, then about more of them. It is given up where a gate
+on quality is broken beyond doubt by these already; only what is left is measured in full, as an ordinary run. The study is kept on disk
+after every step, so a search that was killed goes on.
+"""
+
+import itertools
+import json
+import math
+import re
+import time
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import yaml
+
+from compress import pipeline, sweep
+from compress.cluster import Here, Workers
+from compress.errors import CompressError, InputError, MissingPackage, RecipeError
+from compress.methods import quiet
+from compress.metrics import METRICS
+from compress.mistakes import suggest
+from compress.model import user_path
+from compress.process import Progress, take_lock
+from compress.recipe import Recipe, digest
+from compress.report.numbers import duration
+from compress.results import Report, read_report
+from compress.screening import hopeless
+
+NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
+RANGE = re.compile(rf"{NUMBER}\.\.{NUMBER}(:log)?")
+WEIGHT = {"pass": 0, "cannot_tell": 1, "fail": 2}  # what a gate adds to how far a recipe is from keeping them
+
+
+@dataclass(frozen=True)
+class Range:
+    """Numbers from `low` to `high`, whole ones where both are; `log` draws each power of ten as often."""
+
+    low: float
+    high: float
+    log: bool = False
+
+
+Space = dict[str, list[Any] | Range]
+
+
+@dataclass(frozen=True)
+class Tried:
+    """One recipe of a search.
+
+    choice   the values that it has
+    report   where its report lies; None where it was not measured in full, `reason` then says why
+    verdict  None where it could not be made or measured
+    value    what is minimised: over the baseline's, or for quality less the baseline's
+    """
+
+    choice: dict[str, Any]
+    report: str | None = None
+    verdict: str | None = None
+    value: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a search came to. `best` is None where no recipe was shown to keep the gates."""
+
+    tried: list[Tried]
+    best: Tried | None
+    file: Path
+
+
+def gate(kept: str) -> str:
+    """The override that sets a gate: `rougeL:-1.0` may drop by a point at most, `latency_p50:+5%` rise by 5 %. Raises RecipeError."""
+    metric, colon, text = kept.rpartition(":")  # metrics of lm_eval's tasks have colons too
+    try:
+        change, relative = float(text.removesuffix("%")), text.endswith("%")
+    except ValueError:
+        change = math.nan
+    if not colon or not math.isfinite(change):
+        raise RecipeError(f"--keep {kept}: a metric and how much it may change are wanted, as in rougeL:-1.0 or latency_p50:+5%")
+    if relative:
+        return f"check.{metric}=" + json.dumps({"max_ratio" if change > 0 else "min_ratio": 1 + change / 100})
+    return f"check.{metric}=" + json.dumps({"max_rise" if change > 0 else "max_drop": abs(change)})
+
+
+def space(over: Sequence[str]) -> Space:
+    """What may be chosen: `stages.0.bits=2,3,4` of these, `stages.0.sparsity=0.1..0.7` any between, `...=1e-5..1e-3:log` by powers of ten.
+
+    Raises RecipeError.
+    """
+    found: Space = {}
+    for assignment in over:
+        key, _, text = assignment.partition("=")
+        if ends := RANGE.fullmatch(text.strip()):
+            low, high = (int(end) if end.lstrip("+-").isdecimal() else float(end) for end in ends.group(1, 2))
+            if low >= high or (ends[3] and low <= 0):
+                raise RecipeError(f"--over {assignment}: no range; such are 0.1..0.7, 2..8 and 1e-5..1e-3:log, from low to high")
+            found[key.strip()] = Range(low, high, bool(ends[3]))
+        else:
+            found |= [sweep.values(assignment, "--over")]
+    return found
+
+
+class Search:
+    """A recipe, what may be changed in it, and what is wanted.
+
+    file       of the recipe, or its name
+    keep       gates, `rougeL:-1.0`, beside those of the recipe
+    minimise   a metric
+    over       the space, `stages.0.bits=2,3,4`
+    overrides  `stages.0.group_size=64`
+
+    Raises RecipeError where the recipe, or one with a value of the space, is wrong.
+    """
+
+    def __init__(self, file: str | Path, keep: Sequence[str], minimise: str, over: Sequence[str], overrides: Sequence[str] = ()):
+        self.file, self.minimise, self.space = str(file), minimise, space(over)
+        self.overrides = [*overrides, *map(gate, keep)]
+        if minimise not in METRICS:
+            raise RecipeError(f"--minimise {minimise}: there is no such metric{suggest(minimise, tuple(METRICS))}")
+        if METRICS[minimise].better == "higher":
+            raise RecipeError(f"--minimise {minimise}: it is better higher; name one that is better lower, or give it to --keep")
+        ends = {key: [one.low, one.high] if isinstance(one, Range) else one for key, one in self.space.items()}
+        first = {key: each[0] for key, each in ends.items()}
+        self.recipes = [self.variant({**first, key: value}) for key, each in ends.items() for value in each]
+        if not self.recipes[0].check:
+            raise RecipeError(f"{file}: has no gates; name what is to be kept, as in --keep rougeL:-1.0")
+
+    def variant(self, choice: Mapping[str, Any]) -> Recipe:
+        return sweep.variant(self.file, self.overrides, choice)
+
+    def place(self, out: Path) -> Path:
+        """The search's folder."""
+        base = sweep.variant(self.file, self.overrides, {})
+        spaces = {key: str(one) for key, one in self.space.items()}
+        return out / "searches" / f"{base.name}-{digest([base.digest, str(base.folder), spaces, self.minimise])}"
+
+    def run(
+        self, out: Path = Path("reports"), trials: int = 20, device: str = "auto", progress: Progress = quiet, strict: bool = False,
+        workers: Workers | None = None,
+    ) -> Found:  # fmt: skip
+        """Try recipes, `trials` with those of former starts, or all there are; the best is written as a recipe.
+
+        Raises InputError before anything runs where that can be seen.
+        """
+        sweep.refuse(self.recipes, device)
+        out, workers, place = out.absolute(), workers or Here(), self.place(out)
+        with _study(place, progress) as study:
+            self._go_on(study, trials, (out, device, strict), progress, workers)
+            tried = _tried(study)
+        best = min((one for one in tried if one.verdict == "pass" and one.value is not None), key=lambda one: one.value or 0, default=None)
+        file = place / "best.yaml"
+        if best is not None:
+            file.write_text(_as_yaml(self.variant(best.choice)), encoding="utf-8")
+        return Found(tried, best, file)
+
+    def _go_on(self, study: Any, trials: int, how: tuple[Path, str, bool], progress: Progress, workers: Workers) -> None:
+        """Ask, try and tell until so many are tried."""
+        everyone = self._everyone(trials)
+        wanted, start, before = len(everyone) or trials, time.monotonic(), len(_tried(study))
+        running: dict[Any, tuple[Any, dict[str, Any], str]] = {}
+        done = before
+        while done < wanted:
+            while len(running) < workers.room and done + len(running) < wanted:
+                taken = [*(one.choice for one in _tried(study)), *(choice for _, choice, _ in running.values())]
+                trial = self._asked(study, [choice for choice in everyone if choice not in taken])
+                choice = {key: _suggested(trial, key, one) for key, one in self.space.items()}
+                each = (time.monotonic() - start) / (done - before) if done > before else 0
+                left = f", about {duration(each * (wanted - done))} left" if each else ""
+                what = f"recipe {done + len(running) + 1} of {wanted}: {', '.join(f'{key}={value}' for key, value in choice.items())}{left}"
+                progress(what, 0, 1)
+                arguments = (*how, progress) if isinstance(workers, Here) else how
+                running[workers.start(_attempt, self, choice, *arguments)] = trial, choice, what
+            task, one = workers.first(list(running))
+            trial, choice, what = running.pop(task)
+            _tell(study, trial, Tried(choice, reason=str(one)) if isinstance(one, CompressError) else one)
+            done += 1
+            progress(what, 1, 1)
+
+    def _asked(self, study: Any, left: list[dict[str, Any]]) -> Any:
+        """The next trial: one that a killed search was about, the next of those left where all are tried, or what Optuna proposes."""
+        from optuna.trial import TrialState
+
+        if left and not study.get_trials(states=(TrialState.WAITING,)):
+            study.enqueue_trial({key: json.dumps(value) for key, value in left[0].items()})
+        return study.ask()
+
+    def _everyone(self, most: int) -> list[dict[str, Any]]:
+        """Every choice that there is; none where they are more than `most`."""
+        each = [one for one in self.space.values() if isinstance(one, list)]
+        if len(each) < len(self.space) or math.prod(map(len, each)) > most:
+            return []
+        return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*each)]
+
+
+def _suggested(trial: Any, key: str, one: list[Any] | Range) -> Any:
+    if isinstance(one, list):
+        return json.loads(trial.suggest_categorical(key, [json.dumps(value) for value in one]))
+    if isinstance(one.low, int) and isinstance(one.high, int):
+        return trial.suggest_int(key, one.low, one.high, log=one.log)
+    return float(f"{trial.suggest_float(key, one.low, one.high, log=one.log):.4g}")
+
+
+def _tell(study: Any, trial: Any, one: Tried) -> None:
+    from optuna.trial import TrialState
+
+    trial.set_user_attr("tried", json.dumps(asdict(one)))
+    if one.value is None or one.report is None:
+        study.tell(trial, state=TrialState.PRUNED)
+    else:
+        trial.set_constraint("gates", sum(WEIGHT[gate.verdict] for gate in read_report(one.report).gates))
+        study.tell(trial, one.value)
+
+
+def _tried(study: Any) -> list[Tried]:
+    return [Tried(**json.loads(trial.user_attrs["tried"])) for trial in study.get_trials() if "tried" in trial.user_attrs]
+
+
+def _attempt(search: Search, choice: dict[str, Any], out: Path, device: str, strict: bool, progress: Progress = quiet) -> Tried:
+    """Make and judge one recipe."""
+    prepared = pipeline.prepare(search.variant(choice), out, device, progress)
+    report = sweep.former(prepared, out)
+    if report is None:
+        if (why := hopeless(prepared, out, device, progress)) is not None:
+            return Tried(choice, verdict="fail", reason=f"given up {why}")
+        report = pipeline.measure([prepared], out, device, progress, strict)[0]
+    return Tried(choice, str(report.folder), report.verdict, _value(report, search.minimise), sweep.failure(report))
+
+
+def _value(report: Report, metric: str) -> float | None:
+    """What is minimised: the mean over grid points of the ratio to the baseline, geometric; of quality the difference."""
+    found = [one for one in report.comparisons if one.metric == metric and one.estimate is not None]
+    if not found:
+        return None
+    if found[0].kind == "difference":
+        return found[0].estimate
+    return math.exp(fmean(math.log(one.estimate) for one in found if one.estimate))
+
+
+@contextmanager
+def _study(place: Path, progress: Progress) -> Iterator[Any]:
+    """The study in a folder, for this process alone. What a killed search was about comes first. Raises InputError."""
+    try:
+        import optuna
+        from optuna.trial import TrialState
+    except ImportError:
+        raise MissingPackage("compress search: Optuna isn't installed here. Install with: pip install 'compress[search]'") from None
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    place.mkdir(parents=True, exist_ok=True)
+    with (place / "lock").open("a") as lock, warnings.catch_warnings():
+        take_lock(lock, "start of the same search", progress)
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        sampler = optuna.samplers.TPESampler(seed=0, n_startup_trials=5)
+        file = place.absolute() / "study.sqlite"
+        try:
+            study = optuna.create_study(storage=f"sqlite:///{file}", sampler=sampler, study_name="search", load_if_exists=True)
+        except Exception as error:  # of Optuna, SQLAlchemy or sqlite3
+            first = next(iter(str(error).splitlines()), type(error).__name__)
+            raise InputError(f"{file}: the study can't be read: {first}; move it away to search anew") from None
+        for trial in study.get_trials(states=(TrialState.RUNNING,)):
+            study.tell(trial.number, state=TrialState.FAIL)
+            if trial.params:
+                study.enqueue_trial(trial.params)
+        yield study
+
+
+def _as_yaml(recipe: Recipe) -> str:
+    """The recipe with defaults filled in, which may lie anywhere: its folders are absolute."""
+    written = recipe.as_written()
+    models = [
+        written["model"],
+        *(block for stage in written["stages"] for block in stage.values() if isinstance(block, dict) and "id" in block),
+    ]
+    for block, key in [(written["data"], "source"), *((one, "id") for one in models)]:
+        place = recipe.folder / user_path(str(block[key]))
+        if place.exists():
+            block[key] = str(place.resolve())
+    return yaml.safe_dump(written, sort_keys=False, allow_unicode=True, width=110)

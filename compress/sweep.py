@@ -1,0 +1,217 @@
+"""Many recipes at once: each an ordinary run with its own report, sharing what they have in common.
+
+Stages are shared by their digests. Candidates of one model that are measured alike take turns with one baseline, as many as memory holds.
+A recipe that was measured before has its report in the same folder, and is found there by what it was made from; so a sweep that
+was interrupted goes on where it was.
+"""
+
+import itertools
+import json
+import re
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress import pipeline
+from compress.cluster import Workers
+from compress.data import examples_digest
+from compress.errors import CompressError, InputError, RecipeError, ReportError
+from compress.forecast import machine, plan
+from compress.methods import quiet
+from compress.pipeline import Prepared
+from compress.process import Progress
+from compress.recipe import Recipe, digest, load
+from compress.report.numbers import duration
+from compress.results import Report, read_report
+from compress.yamlfile import Document
+
+TOGETHER = 6  # candidates with one baseline: they take 7 measurements where pairs take 12; more would save little, and be lost at once
+OWN = {"stages", "check", "calibration"}  # blocks in which recipes that are measured alike may differ
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How one recipe of a sweep went: its report, or the reason why it has none or not all of it."""
+
+    recipe: Recipe
+    report: Report | None
+    reason: str | None = None
+
+
+def expand(files: Sequence[str | Path], grid: Sequence[str], overrides: Sequence[str] = ()) -> list[Recipe]:
+    """Every recipe with every combination of the grid's values, which are in its name: quickstart+bits=4.
+
+    grid   `stages.0.bits=3,4,8`, values as YAML
+
+    Raises RecipeError with every mistake of all of them.
+    """
+    keys = dict(values(assignment, "--grid") for assignment in grid)
+    chosen = [dict(zip(keys, one, strict=True)) for one in itertools.product(*keys.values())]
+    found, mistakes = [], list[str]()
+    for file, choice in itertools.product(files, chosen):
+        try:
+            found.append(variant(file, overrides, choice))
+        except RecipeError as error:
+            mistakes += str(error).split("\n")
+    if mistakes:
+        raise RecipeError("\n".join(dict.fromkeys(mistakes)))
+    return found
+
+
+def values(assignment: str, option: str) -> tuple[str, list[Any]]:
+    """The key and the values of `stages.0.bits=3,4,8`. Raises RecipeError."""
+    key, equals, text = assignment.partition("=")
+    if not equals or not key.strip() or not text.strip():
+        raise RecipeError(f"{option} {assignment}: a key and values are wanted, as in {option} stages.0.bits=3,4,8")
+    return key.strip(), Document(f"{option} {assignment[:200]}", f"values: [{text}]").data["values"]
+
+
+def variant(file: str | Path, overrides: Sequence[str], choice: Mapping[str, Any]) -> Recipe:
+    """A recipe with these values, named by them. Raises RecipeError."""
+    recipe = load(file, [*overrides, *(f"{key}={json.dumps(value, default=str)}" for key, value in choice.items())])
+    last = [key.rpartition(".")[2] for key in choice]
+    names = [short if last.count(short) == 1 else key for short, key in zip(last, choice, strict=True)]
+    parts = [f"{name}={value}" for name, value in zip(names, choice.values(), strict=True)]
+    return recipe.called("+".join([recipe.name, *(re.sub(r"[^\w.=-]+", "_", part) for part in parts)])[:150])
+
+
+def refuse(recipes: Iterable[Recipe], device: str) -> None:
+    """What can be seen to go wrong before anything runs. Raises InputError with all of it, a line a recipe."""
+    mistakes = []
+    for recipe in recipes:
+        try:
+            pipeline.refuse(recipe, device, 1)
+        except CompressError as error:
+            mistakes.append(f"{recipe.name}: {error}")
+    if mistakes:
+        raise InputError("\n".join(mistakes))
+
+
+def run(
+    recipes: Sequence[Recipe], out: Path = Path("reports"), device: str = "auto", progress: Progress = quiet, strict: bool = False,
+    workers: Workers | None = None,
+) -> list[Outcome]:  # fmt: skip
+    """Run recipes, going on past those that fail. Their reports are in `out`/<recipe>/<run>.
+
+    workers   a cluster, on which each is a task of its own; None runs them here, those that can be with one baseline
+
+    Raises InputError before anything runs where that can be seen.
+    """
+    refuse(recipes, device)
+    if workers is not None:
+        return _spread(recipes, out.absolute(), device, progress, strict, workers)
+    outcomes: dict[int, Outcome] = {}
+    forecast = _Forecast(recipes)
+    for group in _groups(recipes, forecast):
+        ready: list[tuple[int, Prepared]] = []
+        for number in group:
+            recipe = recipes[number]
+            what = f"recipe {number + 1} of {len(recipes)}: {recipe.name}{forecast.left(outcomes)}"
+            progress(what, 0, 1)
+            try:
+                prepared = pipeline.prepare(recipe, out, device, progress)
+                report = former(prepared, out)
+            except CompressError as error:
+                outcomes[number] = Outcome(recipe, None, str(error))
+            else:
+                if report is not None:
+                    outcomes[number] = Outcome(recipe, report)
+                    forecast.seconds[number] = 0  # it took no time, and says nothing of the others
+                else:
+                    ready.append((number, prepared))
+            progress(what, 1, 1)
+        if ready:
+            what = f"measuring {len(ready)} of {len(recipes)} in turns with their baseline{forecast.left(outcomes)}"
+            progress(what, 0, 1)
+            measured = _measured([prepared for _, prepared in ready], out, device, progress, strict)
+            outcomes.update(zip((number for number, _ in ready), measured, strict=True))
+            progress(what, 1, 1)
+    return [outcomes[number] for number in range(len(recipes))]
+
+
+def former(prepared: Prepared, out: Path) -> Report | None:
+    """The report of the same recipe, on the same examples and of the same artifacts, where it was measured to the end before."""
+    made = [Path(record.artifact).name for record in prepared.stages]
+    for file in sorted((out / prepared.recipe.name).glob("*/report.json"), reverse=True):
+        with suppress(ReportError):
+            report = read_report(file)
+            same = report.digest == prepared.recipe.digest and report.examples_digest == examples_digest(prepared.examples)
+            if same and [Path(record.artifact).name for record in report.stages] == made and failure(report) is None:
+                return report
+    return None
+
+
+def failure(report: Report) -> str | None:
+    """Why a report doesn't hold all that was to be measured."""
+    return next((failure for side in report.sides for failure in side.failures), None)
+
+
+def attempt(recipe: Recipe, out: Path, device: str, strict: bool) -> Report:
+    """One recipe of a sweep as a task of its own. Raises CompressError."""
+    prepared = pipeline.prepare(recipe, out, device)
+    return former(prepared, out) or pipeline.measure([prepared], out, device, strict=strict)[0]
+
+
+def _spread(recipes: Sequence[Recipe], out: Path, device: str, progress: Progress, strict: bool, workers: Workers) -> list[Outcome]:
+    begun = {workers.start(attempt, recipe, out, device, strict): number for number, recipe in enumerate(recipes)}
+    outcomes: dict[int, Outcome] = {}
+    start = time.monotonic()
+    while begun:
+        each = (time.monotonic() - start) / max(1, len(outcomes))
+        left = f", about {duration(each * len(begun))} left" if outcomes else ""
+        progress(f"{len(outcomes)} of {len(recipes)} recipes done{left}", len(outcomes), len(recipes))
+        task, found = workers.first(list(begun))
+        number = begun.pop(task)
+        outcomes[number] = _outcome(recipes[number], found)
+    return [outcomes[number] for number in range(len(recipes))]
+
+
+def _measured(prepared: list[Prepared], out: Path, device: str, progress: Progress, strict: bool) -> list[Outcome]:
+    """Measured together, or each alone where one of them is a model that can't be measured so."""
+    try:
+        reports = pipeline.measure(prepared, out, device, progress, strict)
+    except CompressError as error:
+        if isinstance(error, InputError) and len(prepared) > 1:
+            return [outcome for one in prepared for outcome in _measured([one], out, device, progress, strict)]
+        return [Outcome(one.recipe, None, str(error)) for one in prepared]
+    return [_outcome(one.recipe, report) for one, report in zip(prepared, reports, strict=True)]
+
+
+def _outcome(recipe: Recipe, found: Report | CompressError) -> Outcome:
+    if isinstance(found, CompressError):
+        return Outcome(recipe, None, str(found))
+    return Outcome(recipe, found, failure(found))
+
+
+class _Forecast:
+    """How long is left: the forecast of what remains, times by how much it was off so far."""
+
+    def __init__(self, recipes: Sequence[Recipe]):
+        self.start, self.together = time.monotonic(), [1] * len(recipes)
+        self.seconds = [0.0] * len(recipes)
+        for number, recipe in enumerate(recipes):
+            with suppress(CompressError):  # its run says why
+                found = plan.plan(recipe, machine.here(recipe.benchmark.threads))
+                peak = max(row.peak or row.weights for row in found.rows if row.dtype == found.dtype)
+                self.together[number] = max(1, min(TOGETHER, found.machine.memory_bytes // peak - 1))
+                self.seconds[number] = sum(found.seconds.values())
+
+    def left(self, outcomes: Mapping[int, Outcome]) -> str:
+        done = sum(self.seconds[number] for number in outcomes)
+        rate = (time.monotonic() - self.start) / done if done else 1
+        left = rate * sum(seconds for number, seconds in enumerate(self.seconds) if number not in outcomes)
+        return f", about {duration(left)} left" if left else ""
+
+
+def _groups(recipes: Sequence[Recipe], forecast: _Forecast) -> Iterator[list[int]]:
+    """Which are measured together, by number: they say the same of the model and of how it is measured, and fit into memory."""
+    alike: dict[str, list[int]] = {}
+    for number, recipe in enumerate(recipes):
+        measured = {key: block for key, block in recipe.as_written().items() if key not in OWN}
+        alike.setdefault(digest([str(recipe.folder), measured]), []).append(number)
+    for numbers in alike.values():
+        size = forecast.together[numbers[0]]
+        yield from (numbers[start : start + size] for start in range(0, len(numbers), size))

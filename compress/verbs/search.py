@@ -1,0 +1,64 @@
+"""Look for the best recipe under gates, among values of some of its keys; write it as a recipe.
+
+Optuna proposes. A recipe whose whole interval breaks a gate on quality on a few examples already is given up; the others are measured in
+full, and of those that keep every gate, the recipe's own too, the best is the one with the least of what is minimised. A search that was
+interrupted goes on where it was when it is started again.
+
+A gate is METRIC:CHANGE, the change in the metric's unit or in per cent: rougeL:-1.0 may be lower by a point, latency_p50:+5% higher by 5 %.
+
+Exit status: 0 found, 1 no recipe keeps the gates, 2 bad input, 3 none could be measured, 4 the data cannot tell yet.
+
+Example:  compress search quickstart-rtn --keep rougeL:-2.0 --minimise file_bytes --over stages.0.bits=2,3,4,8
+"""
+
+import gc
+from argparse import ArgumentParser, Namespace
+from contextlib import nullcontext
+from dataclasses import asdict
+
+from compress.errors import InputError
+from compress.verbs._answer import print_json
+from compress.verbs._arguments import measuring, spreading
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
+    parser.add_argument("--keep", action="append", default=[], metavar="METRIC:CHANGE", help="a gate: how much a metric may change")
+    parser.add_argument("--minimise", required=True, metavar="METRIC", help="what is to be as low as may be, such as file_bytes")
+    parser.add_argument(
+        "--over", action="append", required=True, metavar="KEY=VALUES",
+        help="what may be chosen: bits=2,3,4,8 of these, 0.1..0.7 any between, 1e-5..1e-3:log any power of ten as often",
+    )  # fmt: skip
+    parser.add_argument("--trials", type=int, default=20, metavar="N", help="recipes to try, those of former starts with them (20)")
+    measuring(parser)
+    spreading(parser)
+
+
+def call(given: Namespace) -> int:
+    gc.enable()  # which `main` turned off, for verbs that answer at once
+    if given.trials < 1:
+        raise InputError(f"--trials {given.trials}: a number from 1 on is wanted")
+    from compress import terminal
+    from compress.cluster import cluster
+    from compress.metrics import METRICS
+    from compress.results import read_report
+    from compress.search import Search
+
+    search = Search(given.recipe, given.keep, given.minimise, given.over, given.set)
+    with terminal.bars() as progress, cluster() if given.on == "ray" else nullcontext() as workers:
+        found = search.run(given.out, given.trials, given.device, progress, given.strict, workers)
+    best, verdicts = found.best, [one.verdict for one in found.tried]
+    if given.json:
+        print_json({"best": best and {**asdict(best), "recipe": str(found.file)}, "tried": [asdict(one) for one in found.tried]})
+    else:
+        if reports := [read_report(one.report) for one in found.tried if one.report]:
+            terminal.show_comparison(reports)
+        if left := [(search.variant(one.choice).name, one.reason) for one in found.tried if one.reason]:
+            terminal.show_reasons("left out", left)
+        if best is None:
+            print("no recipe was shown to keep the gates")
+        else:
+            name = search.variant(best.choice).name
+            change = f"x{best.value:.3f}" if METRICS[given.minimise].kind != "quality" else f"{best.value:+.3g}"
+            print(f"best: {name}, {given.minimise} {change}\nrecipe    {found.file}\nreport    {best.report}")
+    return 0 if best else 4 if "cannot_tell" in verdicts else 1 if "fail" in verdicts else 3

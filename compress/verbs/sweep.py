@@ -1,0 +1,47 @@
+"""Run many recipes, or one with every combination of some values; one table of all.
+
+All are checked before anything runs. Stages that several have in common are made once, and candidates take turns with one baseline. Each
+gets a report of its own; one that fails is named with its reason, and the others go on. What was measured before into the same folder is
+found there: an interrupted sweep goes on where it was, and gets further values.
+
+Exit status: 0 all were measured, 2 bad input, 3 some could not be.
+
+Example:  compress sweep quickstart-rtn --grid stages.0.bits=3,4,8 --grid stages.0.group_size=32,64
+"""
+
+import gc
+from argparse import ArgumentParser, Namespace
+from contextlib import nullcontext
+
+from compress.verbs._answer import print_json
+from compress.verbs._arguments import measuring, spreading
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("recipes", nargs="+", metavar="RECIPE", help="recipe files, or names of shipped ones")
+    parser.add_argument(
+        "--grid", action="append", default=[], metavar="KEY=VALUE,...", help="values of a key of each recipe; several keys are combined"
+    )
+    measuring(parser)
+    spreading(parser)
+
+
+def call(given: Namespace) -> int:
+    gc.enable()  # which `main` turned off, for verbs that answer at once
+    from compress import sweep, terminal
+    from compress.cluster import cluster
+
+    recipes = sweep.expand(given.recipes, given.grid, given.set)
+    with terminal.bars() as progress, cluster() if given.on == "ray" else nullcontext() as workers:
+        outcomes = sweep.run(recipes, given.out, given.device, progress, given.strict, workers)
+    reports = [one.report for one in outcomes if one.report]
+    failed = [(one.recipe.name, one.reason) for one in outcomes if one.reason]
+    if given.json:
+        failures = [{"recipe": name, "reason": reason} for name, reason in failed]
+        print_json({"reports": [{"recipe": report.recipe, **report.as_json()} for report in reports], "failed": failures})
+        return 3 if failed else 0
+    if reports:
+        terminal.show_comparison(reports)
+    if failed:
+        terminal.show_reasons("failed", failed)
+    return 3 if failed else 0
