@@ -6,7 +6,7 @@ Each comparison is a benchmark of the package's own model by its own processes, 
 the same with every step 5 % slower, the same 10 % slower and with 8 MB more in memory. All gates have no margin, so the smallest
 regression counts. In every second comparison another process keeps one core busy. Predictions are damaged after they were made once.
 
-Each comparison is written when it ends, and one that is there is not measured again; so a selftest that was stopped goes on.
+Each part is written when it ends, and one that is there is not measured again; so a selftest that was stopped goes on.
 """
 
 import argparse
@@ -75,28 +75,37 @@ def main() -> None:
     given.out.mkdir(parents=True, exist_ok=True)
     loaded = recipe.load(RECIPE, [f"benchmark={json.dumps(BENCHMARK)}"])
     with terminal.bars() as progress:
-        file = given.out / "comparisons.jsonl"
-        done = len(file.read_text().splitlines()) if file.exists() else 0
-        for number in range(done, given.comparisons):
-            progress("comparisons", number, given.comparisons)
-            found = comparison(loaded, busy=number % 2 == 1, progress=progress)
-            with file.open("a") as stream:
-                stream.write(json.dumps({"number": number, **found}) + "\n")
-        summary = report(
-            [json.loads(line) for line in file.read_text().splitlines()], damages(loaded, given.comparisons, progress), coverage()
-        )
+        damaged = _kept(given.out / "damages.json", lambda: damages(loaded, given.comparisons, progress))
+        covered = _kept(given.out / "coverage.json", coverage)
+        found = comparisons(loaded, given.out / "comparisons.jsonl", given.comparisons, progress)
+    summary = report(found, damaged, covered)
     (given.out / "README.md").write_text(summary, encoding="utf-8")
     print(summary)
 
 
-def comparison(loaded: Recipe, busy: bool, progress: Progress) -> dict[str, Any]:
+def _kept(file: Path, make: Callable[[], Any]) -> Any:
+    """What a file holds, or what is made now and put there."""
+    if not file.exists():
+        file.write_text(json.dumps(make()) + "\n")
+    return json.loads(file.read_text())
+
+
+def comparisons(loaded: Recipe, file: Path, wanted: int, progress: Progress) -> list[dict[str, Any]]:
+    """As many as are wanted, those in the file with them; each new one is added there."""
+    done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+    with tempfile.TemporaryDirectory() as folder, Nursery([Faulty.module], Path(folder) / "log", 1) as nursery:
+        for number in range(len(done), wanted):
+            progress("comparisons", number, wanted)
+            done.append({"number": number, **comparison(loaded, number % 2 == 1, Path(folder) / "log", nursery, progress)})
+            with file.open("a") as stream:
+                stream.write(json.dumps(done[-1]) + "\n")
+    return done
+
+
+def comparison(loaded: Recipe, busy: bool, log: Path, nursery: Nursery, progress: Progress) -> dict[str, Any]:
     """One baseline and its faulty likes in turns: of each the verdict of every gate with its interval."""
     source, start = Source(str(BUILTIN), loaded.model.task, "float32"), time.monotonic()
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        Nursery([Faulty.module], log := Path(folder) / "log", 1) as nursery,
-        another_process(busy),
-    ):
+    with another_process(busy):
         subjects = [Subject("baseline", source, loaded, "cpu", log, log.parent, progress, nursery.start)]
         subjects += [Faulty(fault, source, loaded, log, progress, nursery.start) for fault in SUBJECTS.values()]
         for subject in subjects:
