@@ -105,7 +105,8 @@ def _sides(report: Report) -> str:
 
 
 def _memory(report: Report) -> str:
-    held, checked = memory.held(report), memory.checked(report)
+    sides = [report.side(role) for role in ("baseline", "candidate")]
+    held, checked = memory.held(sides), memory.checked(sides)
     if not held:
         return ""
     parts = ["## Memory: what holds it", table(["at the most demanding point", "baseline", "candidate"], held)]

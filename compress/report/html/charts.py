@@ -1,0 +1,83 @@
+"""What the plots of a page are drawn from."""
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from compress.report import memory, plots
+from compress.report.html.sections import Column
+from compress.report.layers import summary
+from compress.results import Layer
+
+TIMED = ("latency_p50", "ttft", "tpot")
+TICKS = 100  # of a side's timings at one point; the page holds every one of them besides
+CURVES = ("loss", "validation", "learning_rate", "grad_norm")
+
+
+def of(columns: Sequence[Column]) -> dict[str, Any]:
+    """Vega-Lite by name of the chart, of those that there is something to draw for."""
+    names = [column.name for column in columns]
+    found: dict[str, Any] = {}
+    if rows := _timings(columns):
+        found["latency"] = plots.latencies(rows, names)
+    if held := [{"name": c.name, "part": part, "bytes": size} for c in columns for part, size in memory.parts(c.side).items() if part != memory.ALL]:
+        found["memory"] = plots.memory(held, names, list(memory.PARTS))
+    if rows := _layers(columns):
+        found["layers"] = plots.sensitivity(rows)
+    if rows := _curves(columns):
+        found["training"] = plots.curves(rows, list(dict.fromkeys(row["name"] for row in rows)))
+    points = [{"name": c.name, "role": c.side.role, "figures": c.side.values()} for c in columns]
+    try:
+        found["tradeoff"] = plots.tradeoff(points)
+    except ValueError:
+        pass  # too little was measured
+    return {name: chart.to_dict() for name, chart in found.items()}
+
+
+def _timings(columns: Sequence[Column]) -> list[dict[str, Any]]:
+    rows = []
+    for column in columns:
+        for m in column.side.measurements:
+            if m.metric in TIMED and m.raw:
+                timings = sorted(1000 * seconds for turn in m.raw for seconds in turn)
+                rows += [{"what": m.label, "name": column.name, "ms": float(f"{ms:.4g}")} for ms in _spread(timings)]
+    return rows
+
+
+def _spread(values: list[float]) -> list[float]:
+    """At most TICKS of sorted values, from the least to the most."""
+    last = len(values) - 1
+    return values if last < TICKS else [values[round(place * last / (TICKS - 1))] for place in range(TICKS)]
+
+
+def _layers(columns: Sequence[Column]) -> list[dict[str, Any]]:
+    several = sum(column.candidate for column in columns) > 1
+    return [
+        {"stage": f"{column.name}: {record.name}" if several else record.name, "layer": layer.name, **_place(layer.name), "error": layer.error, "text": _now(layer)}
+        for column in columns if column.candidate
+        for record in column.report.stages
+        for layer in record.layers if layer.error is not None
+    ]  # fmt: skip
+
+
+def _place(name: str) -> dict[str, Any]:
+    """The number of a layer's block, which is the first in its name, and the name without it."""
+    number = re.search(r"(?<![^.])\d+(?![^.])", name)
+    if number is None:
+        return {"kind": name, "block": None}
+    return {"kind": f"{name[: number.start()]}*{name[number.end() :]}", "block": int(number[0])}
+
+
+def _now(layer: Layer) -> str:
+    return summary([layer]).partition(": ")[2].removeprefix("1 ") + (f"; {layer.remark}" if layer.remark else "")
+
+
+def _curves(columns: Sequence[Column]) -> list[dict[str, Any]]:
+    several = sum(column.candidate for column in columns) > 1
+    return [
+        {"what": what, "name": f"{column.name}: {record.name}" if several else record.name, "step": point.step, "value": float(f"{value:.5g}")}
+        for what in CURVES
+        for column in columns if column.candidate
+        for record in column.report.stages
+        for point in record.curve if (value := getattr(point, what)) is not None
+    ]  # fmt: skip
