@@ -1,74 +1,97 @@
-"""The plots of a report, as Vega-Lite charts by Altair: they take rows of plain values and no colours, which the page or notebook brings."""
+"""The plots of a report, made with Altair: from rows of plain values, without colours, which the page or notebook brings.
 
+`tradeoff` is an Altair chart, for notebooks too. The others are Vega-Lite: their rows are many, and Altair would look at each value.
+"""
+
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from compress.metrics import METRICS
+from compress.metrics import METRICS, Metric
 from compress.report.numbers import scaled
 
 if TYPE_CHECKING:
     import altair
 
 Row = Mapping[str, Any]
+Spec = dict[str, Any]
 ACROSS, UP = ("peak_run_bytes", "weight_bytes", "file_bytes", "latency_p50"), ("rougeL", "bleu", "accuracy", "perplexity")  # shown first
+DATA = "rows"
 NAMED = 12  # models; among more, only those on the front have their names beside them
+
+
+def axes(points: Sequence[Row]) -> list[str]:
+    """The labels of the figures that any of the models has and that have a better side, quality first."""
+    labels = dict.fromkeys(label for point in points for label, value in point["figures"].items() if value is not None)
+    return sorted((label for label in labels if _metric(label).better != "neither"), key=lambda label: _metric(label).kind != "quality")
 
 
 def tradeoff(points: Sequence[Row]) -> "altair.LayerChart":
     """One figure of each model against another, both to be chosen, with the Pareto front: the models that no other beats in both.
 
     points   a mapping each: `name`, `role` (baseline or candidate), `figures` (label, as a Measurement has it -> value in the metric's
-             unit, or None where it is missing)
+             unit, or None where it is missing), and where they are known `ranges` (label -> lowest and highest it may be)
 
-    A model without one of the two figures is not drawn. Raises ValueError where fewer than two figures have a value and a better side.
+    A model without one of the two figures is not drawn. Raises ValueError where `axes` finds fewer than two.
     """
     import altair as alt
 
-    labels = list(dict.fromkeys(label for p in points for label, v in p["figures"].items() if v is not None and _metric(label).better != "neither"))
+    labels = axes(points)
     if len(labels) < 2:
-        raise ValueError("a trade-off needs two figures with a better side")
-    labels.sort(key=lambda label: _metric(label).kind != "quality")
-    titles = {label: f"{label} ({_unit(label)[0]}, {_metric(label).better} is better)" for label in labels}
-    up = _first(labels, UP, labels[0])
-    across = _first([label for label in labels if label != up], ACROSS, labels[-1] if labels[-1] != up else labels[0])
+        raise ValueError(f"a trade-off needs two figures with a better side; there are {', '.join(labels) or 'none'}")
+    titles = {label: f"{label} ({', '.join(filter(None, (_unit(label)[0], f'{_metric(label).better} is better')))})" for label in labels}
+    up = _first(labels, UP)
+    across = _first([label for label in labels if label != up], ACROSS)
     chosen = [
-        alt.param(name=name, value=titles[label], bind=alt.binding_select(options=list(titles.values()), name=words))
-        for name, label, words in (("up", up, "up"), ("across", across, "across"))
+        alt.param(name=name, value=titles[label], bind=alt.binding_select(options=list(titles.values()), name=name))
+        for name, label in (("up", up), ("across", across))
     ]
-    cheapest = [alt.SortField("x_cost"), alt.SortField("y_cost")]
+    picked = {
+        f"{axis}_{part}": f"datum['{part} of ' + {chosen}]"
+        for axis, chosen in (("x", "across"), ("y", "up")) for part in ("value", "cost", "text", "low", "high")
+    }  # fmt: skip
+    cheapest: list[alt.SortField | dict[str, str]] = [alt.SortField("x_cost"), alt.SortField("y_cost")]
     base = (
         alt.Chart()
-        .transform_filter("isValid(datum[up]) && isValid(datum[across])")
-        .transform_calculate(
-            x="datum[across]", y="datum[up]", x_cost="datum['cost of ' + across]", y_cost="datum['cost of ' + up]",
-            x_text="datum['text of ' + across]", y_text="datum['text of ' + up]",
-        )
+        .transform_calculate(**picked)
+        .transform_filter("isValid(datum.x_value) && isValid(datum.y_value)")
         # the cheapest come first, and each is held against the best of those before it
         .transform_window(least="min(y_cost)", frame=[None, 0], sort=cheapest)
         .transform_window(before="lag(least)", sort=cheapest)
         .transform_calculate(front="!isValid(datum.before) || datum.y_cost < datum.before")
         .encode(
-            alt.X("x:Q", title=None, scale=alt.Scale(zero=False, padding=48)), alt.Y("y:Q", title=None, scale=alt.Scale(zero=False, padding=28)),
+            alt.X("x_value:Q", title=None, scale=alt.Scale(zero=False, padding=36), axis=alt.Axis(tickCount=6)),
+            alt.Y("y_value:Q", title=None, scale=alt.Scale(zero=False, padding=28), axis=alt.Axis(tickCount=6)),
             tooltip=[alt.Tooltip("name:N", title="model"), alt.Tooltip("y_text:N", title="up"), alt.Tooltip("x_text:N", title="across")],
         )
-    )  # fmt: skip
-    front = base.transform_filter("datum.front")
-    line = front.mark_line(interpolate="step-after", strokeDash=[5, 4], color="#888", tooltip=None).encode(order="x_cost:Q")
-    dots = base.mark_point(size=130, filled=True, opacity=1).encode(
-        alt.Color("role:N", legend=None, scale=alt.Scale(domain=["baseline", "candidate"])),
-        alt.Shape("role:N", legend=None, scale=alt.Scale(domain=["baseline", "candidate"], range=["diamond", "circle"])),
     )
-    names = (base if len(points) <= NAMED else front).mark_text(dy=-14, limit=170).encode(text="name:N")
-    below = alt.Chart(alt.Data(values=[{}])).mark_text(align="right", baseline="top", style="guide-title", text=alt.expr("across"))
-    below = below.encode(x=alt.value("width"), y=alt.value(alt.expr("height + 28")))
-    return alt.layer(line, dots, names, below, data=alt.Data(values=[_point(point, titles) for point in points])).add_params(*chosen).properties(
-        width="container", height=340, padding={"left": 5, "right": 5, "top": 5, "bottom": 30},
+    roles, right = ["baseline", "candidate"], "scale('x', datum.x_value) > 0.6 * width"  # on the right a name would run out of the plot
+    front = base.transform_filter("datum.front")
+    dots = base.mark_point(size=130, filled=True, opacity=1).encode(
+        alt.Color("role:N", legend=None, scale=alt.Scale(domain=roles)),
+        alt.Shape("role:N", legend=None, scale=alt.Scale(domain=roles, range=["diamond", "circle"])),
+    )
+    layers = [
+        front.mark_line(interpolate="step-after", strokeDash=[5, 4], color="#888", tooltip=None).encode(order="x_cost:Q"),
+        base.mark_rule(opacity=0.6, tooltip=None).transform_filter("isValid(datum.x_low)").encode(x="x_low:Q", x2="x_high:Q"),
+        base.mark_rule(opacity=0.6, tooltip=None).transform_filter("isValid(datum.y_low)").encode(y="y_low:Q", y2="y_high:Q"),
+        dots,
+        (base if len(points) <= NAMED else front)
+        .mark_text(dy=-12, dx=alt.expr(f"{right} ? -9 : 9"), align=alt.expr(f"{right} ? 'right' : 'left'"), limit=200)
+        .encode(text="name:N"),
+        alt.Chart(alt.InlineData(values=[{}]))
+        .mark_text(align="right", baseline="top", style="guide-title", text=alt.expr("across"))
+        .encode(x=alt.value("width"), y=alt.value(alt.expr("height + 28"))),
+    ]
+    return alt.LayerChart(
+        layer=layers, data=alt.InlineData(values=[_point(point, titles) for point in points]), width="container", height=340,
+        padding={"left": 5, "right": 5, "top": 5, "bottom": 30},
         title=alt.TitleParams(text=alt.expr("up"), anchor="start", frame="group", style="guide-title"),
         description="Each model by two of its figures; a dashed line joins those that no other model beats in both.",
-    )  # fmt: skip
+    ).add_params(*chosen)  # fmt: skip
 
 
-def latencies(rows: Sequence[Row], names: Sequence[str]) -> "altair.LayerChart":
+def latencies(rows: Sequence[Row], names: Sequence[str]) -> Spec:
     """Every timing of every side, a tick each, with the median.
 
     rows    `what` (label of the figure), `name` (of the side), `ms`
@@ -77,19 +100,19 @@ def latencies(rows: Sequence[Row], names: Sequence[str]) -> "altair.LayerChart":
     import altair as alt
 
     base = _chosen(rows, "what", "timed").encode(
-        alt.X("ms:Q", title="milliseconds", scale=alt.Scale(zero=False, nice=True)), alt.Y("name:N", title=None, sort=list(names)),
+        alt.X("ms:Q", title="milliseconds", scale=alt.Scale(zero=False, nice=True), axis=alt.Axis(tickCount=8)),
+        alt.Y("name:N", title=None, sort=list(names)),
         alt.Color("name:N", legend=None, scale=alt.Scale(domain=list(names))),
     )  # fmt: skip
-    ticks = base.mark_tick(thickness=1.5, size=22, opacity=0.45).encode(tooltip=[alt.Tooltip("name:N"), alt.Tooltip("ms:Q", format=".4~g")])
+    ticks = base.mark_tick(thickness=2, size=22, opacity=0.55).encode(tooltip=[alt.Tooltip("name:N"), alt.Tooltip("ms:Q", format=".4~g")])
     median = base.mark_tick(thickness=4, size=40, opacity=1).encode(
         alt.X("median(ms):Q"), tooltip=[alt.Tooltip("name:N"), alt.Tooltip("median(ms):Q", title="median, ms", format=".4~g")]
     )
-    return alt.layer(ticks, median).properties(
-        width="container", height={"step": 52}, autosize="fit-x", description="Timings of each side; a long tick is the median."
-    )
+    chart = alt.LayerChart(layer=[ticks, median]).properties(width="container", height=52 * len(names))
+    return _drawn(chart, rows, "Timings of each side; a long tick is the median.")
 
 
-def memory(rows: Sequence[Row], names: Sequence[str], parts: Sequence[str]) -> "altair.Chart":
+def memory(rows: Sequence[Row], names: Sequence[str], parts: Sequence[str]) -> Spec:
     """What holds each side's memory at its peak, stacked.
 
     rows    `name` (of the side), `part`, `bytes`
@@ -99,45 +122,43 @@ def memory(rows: Sequence[Row], names: Sequence[str], parts: Sequence[str]) -> "
 
     kept = [part for part in parts if any(row["part"] == part for row in rows)]
     values = [{**row, "order": kept.index(row["part"]), "text": scaled(row["bytes"], "bytes")} for row in rows]
-    return (
-        alt.Chart(alt.Data(values=values))
+    chart = (
+        alt.Chart(alt.NamedData(DATA))
         .mark_bar(size=26)
         .encode(
             alt.X("bytes:Q", title="bytes", axis=alt.Axis(format="~s", tickCount=6)), alt.Y("name:N", title=None, sort=list(names)),
-            alt.Color("part:N", title=None, sort=kept, scale=alt.Scale(domain=kept), legend=alt.Legend(orient="bottom", columns=3)),
-            order="order:Q",
-            tooltip=[alt.Tooltip("name:N"), alt.Tooltip("part:N"), alt.Tooltip("text:N", title="bytes")],
+            alt.Color("part:N", title=None, scale=alt.Scale(domain=kept), legend=alt.Legend(orient="bottom", columns=3)),
+            order="order:Q", tooltip=[alt.Tooltip("name:N"), alt.Tooltip("part:N"), alt.Tooltip("text:N", title="bytes")],
         )
-        .properties(width="container", height={"step": 42}, autosize="fit-x", description="Bytes of each side's memory by what holds them.")
+        .properties(width="container", height=42 * len(names))
     )  # fmt: skip
+    return _drawn(chart, values, "Bytes of each side's memory by what holds them.")
 
 
-def sensitivity(rows: Sequence[Row]) -> "altair.Chart":
+def sensitivity(rows: Sequence[Row]) -> Spec:
     """What each layer lost: a cell a layer, its block across, its kind up.
 
     rows   `stage`, `layer`, `kind` (its name without the block), `block` (or None), `error` (a share), `text` (what was done to it)
     """
     import altair as alt
 
-    narrow = len({row["block"] for row in rows}) <= 12
+    narrow, kinds = len({row["block"] for row in rows}) <= 12, Counter(stage for stage, _ in {(row["stage"], row["kind"]) for row in rows})
     values = [{**row, "block": "-" if row["block"] is None else row["block"]} for row in rows]
-    return (
-        _chosen(values, "stage", "stage")
+    chart = (
+        _chosen(rows, "stage", "stage")
         .mark_rect()
         .encode(
-            alt.X("block:O", title="block", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
-            alt.Y("kind:N", title=None, sort=None, axis=alt.Axis(labelLimit=260)),
-            alt.Color("error:Q", title="error", scale=alt.Scale(range="ramp", zero=True), legend=alt.Legend(format=".2~%", orient="bottom", gradientLength=180)),
+            alt.X("block:O", title="block", axis=alt.Axis(labelAngle=0, labelOverlap=True)), alt.Y("kind:N", title=None, sort=None),
+            alt.Color("error:Q", title="error", scale=alt.Scale(range="ramp", zero=True),
+                      legend=alt.Legend(format=".2~%", orient="bottom", gradientLength=180)),
             tooltip=[alt.Tooltip("layer:N"), alt.Tooltip("error:Q", format=".3~%"), alt.Tooltip("text:N", title="now")],
         )
-        .properties(
-            width={"step": 30} if narrow else "container", height={"step": 22}, autosize="pad" if narrow else "fit-x",
-            description="The share of each layer's output that its stage changed.",
-        )
+        .properties(width={"step": 30} if narrow else "container", height=22 * max(kinds.values()))
     )  # fmt: skip
+    return _drawn(chart, values, "The share of each layer's output that its stage changed.")
 
 
-def curves(rows: Sequence[Row], names: Sequence[str]) -> "altair.LayerChart":
+def curves(rows: Sequence[Row], names: Sequence[str]) -> Spec:
     """How each training went.
 
     rows    `what` (loss, validation ...), `name` (of the training), `step`, `value`
@@ -145,40 +166,50 @@ def curves(rows: Sequence[Row], names: Sequence[str]) -> "altair.LayerChart":
     """
     import altair as alt
 
+    few = alt.Axis(tickCount=6)
+    named = alt.Legend(orient="bottom", columns=1, values=list(names), symbolType="stroke")
     base = _chosen(rows, "what", "up").encode(
-        alt.X("step:Q", title="step"), alt.Y("value:Q", title=None, scale=alt.Scale(zero=False)),
-        alt.Color("name:N", title=None, sort=list(names), scale=alt.Scale(domain=list(names)), legend=alt.Legend(orient="bottom", columns=1, labelLimit=0)),
+        alt.X("step:Q", title="step", axis=few), alt.Y("value:Q", title=None, scale=alt.Scale(zero=False), axis=few),
+        alt.Color("name:N", title=None, scale=alt.Scale(domain=["", *names]), legend=named),  # the first colour is the baseline's
         tooltip=[alt.Tooltip("name:N"), alt.Tooltip("step:Q"), alt.Tooltip("value:Q", format=".4~g")],
     )  # fmt: skip
     dots = base.mark_point(size=60, opacity=0)  # to point at
-    return alt.layer(base.mark_line(strokeWidth=2), dots).properties(width="container", height=260, description="Training, step by step.")
+    chart = alt.LayerChart(layer=[base.mark_line(strokeWidth=2), dots]).properties(width="container", height=260)
+    return _drawn(chart, rows, "Training, step by step.")
 
 
 def _chosen(rows: Iterable[Row], field: str, words: str) -> "altair.Chart":
     """The rows with one value of a field, which people choose; where there is but one, no choice is offered."""
     import altair as alt
 
-    values = list(rows)
-    options = list(dict.fromkeys(row[field] for row in values))
-    chart = alt.Chart(alt.Data(values=values))
+    options = list(dict.fromkeys(row[field] for row in rows))
+    chart = alt.Chart(alt.NamedData(DATA))
     if len(options) < 2:
         return chart
     param = alt.param(name="chosen", value=options[0], bind=alt.binding_select(options=options, name=words))
     return chart.transform_filter(f"datum.{field} === chosen").add_params(param)
 
 
+def _drawn(chart: "altair.Chart | altair.LayerChart", rows: Iterable[Row], description: str) -> Spec:
+    """The chart with its rows."""
+    return {**chart.to_dict(validate=False), "datasets": {DATA: list(rows)}, "description": description}
+
+
 def _point(point: Row, titles: Mapping[str, str]) -> dict[str, Any]:
-    """A model as one flat row: its figures by title, the same as costs (less is better), and as text."""
+    """A model as one flat row: under each figure's title its value, the same as a cost (less is better), as text, and its range."""
     row: dict[str, Any] = {"name": point["name"], "role": point["role"]}
     for label, title in titles.items():
-        if (value := point["figures"].get(label)) is not None:
-            row[title] = value / _unit(label)[1]
+        value, scale = point["figures"].get(label), _unit(label)[1]
+        if value is not None:
+            row[f"value of {title}"] = value / scale
             row[f"cost of {title}"] = -value if _metric(label).better == "higher" else value
             row[f"text of {title}"] = f"{label} {scaled(value, _metric(label).unit)}"
+            if label in point.get("ranges", {}):
+                row[f"low of {title}"], row[f"high of {title}"] = (end / scale for end in point["ranges"][label])
     return row
 
 
-def _metric(label: str) -> Any:
+def _metric(label: str) -> Metric:
     return METRICS[label.partition(" [")[0]]
 
 
@@ -188,6 +219,6 @@ def _unit(label: str) -> tuple[str, float]:
     return {"bytes": ("MB", 1e6), "s": ("ms", 1e-3), "1": ("", 1.0)}.get(unit, (unit, 1.0))
 
 
-def _first(labels: Sequence[str], wanted: Sequence[str], otherwise: str) -> str:
+def _first(labels: Sequence[str], wanted: Sequence[str]) -> str:
     """The label of the metric that is wanted most."""
-    return next((label for metric in wanted for label in labels if label.partition(" [")[0] == metric), otherwise)
+    return next((label for metric in wanted for label in labels if label.partition(" [")[0] == metric), labels[0])

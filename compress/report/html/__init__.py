@@ -19,7 +19,14 @@ from compress.report.html import charts, examples, sections
 from compress.results import Report
 
 ROOM = 1_800_000  # bytes for the data; the drawing library takes 0.9 MB, and a page is to stay under 3 MB
-CUTS = [(1000, True), (500, True), (200, True), (200, False), (50, False), (0, False)]  # examples, whether with samples: the first that fits
+CUTS = [
+    (1000, True),
+    (500, True),
+    (200, True),
+    (200, False),
+    (50, False),
+    (0, False),
+]  # examples, whether with samples: the first that fits
 SAMPLES = {"sides": {"__all__": {"measurements": {"__all__": {"samples", "raw"}}}}}
 
 
@@ -49,11 +56,13 @@ def render(reports: Sequence[Report]) -> str:
 def _packed(reports: Sequence[Report], drawn: dict[str, Any]) -> tuple[str, int, str]:
     """What the script reads, as gzipped JSON in base64; how many examples that holds; what was left out for want of room, if anything."""
     score, found = examples.merged(reports)
+    most = examples.ranked(found, score)[: CUTS[0][0]]
+    texts = {place: examples.compared(found[place]) for place in most}
     for number, samples in CUTS:
-        kept = examples.changed_most(found, score, number)
+        kept = [texts[place] for place in sorted(most[:number])]
         numbers = [report.model_dump(mode="json", exclude={"predictions": True, **({} if samples else SAMPLES)}) for report in reports]
-        data = {"charts": drawn, "score": score, "examples": [examples.compared(example) for example in kept], "reports": numbers}
-        packed = base64.b64encode(gzip.compress(json.dumps(data, separators=(",", ":")).encode(), mtime=0)).decode()
+        data = {"charts": drawn, "score": score, "examples": kept, "reports": numbers}
+        packed = base64.b64encode(gzip.compress(json.dumps(data, separators=(",", ":")).encode(), 6, mtime=0)).decode()
         if len(packed) <= ROOM:
             break
     left_out = [] if len(kept) == len(found) else [f"{len(found) - len(kept):,} of {len(found):,} examples, those that changed least"]

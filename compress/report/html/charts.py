@@ -7,7 +7,7 @@ from typing import Any
 from compress.report import memory, plots
 from compress.report.html.sections import Column
 from compress.report.layers import summary
-from compress.results import Layer
+from compress.results import Layer, StageRecord
 
 TIMED = ("latency_p50", "ttft", "tpot")
 TICKS = 100  # of a side's timings at one point; the page holds every one of them besides
@@ -20,18 +20,30 @@ def of(columns: Sequence[Column]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     if rows := _timings(columns):
         found["latency"] = plots.latencies(rows, names)
-    if held := [{"name": c.name, "part": part, "bytes": size} for c in columns for part, size in memory.parts(c.side).items() if part != memory.ALL]:
+    if held := [
+        {"name": c.name, "part": part, "bytes": size} for c in columns for part, size in memory.parts(c.side).items() if part != memory.ALL
+    ]:
         found["memory"] = plots.memory(held, names, list(memory.PARTS))
     if rows := _layers(columns):
         found["layers"] = plots.sensitivity(rows)
     if rows := _curves(columns):
         found["training"] = plots.curves(rows, list(dict.fromkeys(row["name"] for row in rows)))
-    points = [{"name": c.name, "role": c.side.role, "figures": c.side.values()} for c in columns]
-    try:
-        found["tradeoff"] = plots.tradeoff(points)
-    except ValueError:
-        pass  # too little was measured
-    return {name: chart.to_dict() for name, chart in found.items()}
+    points = [{"name": c.name, "role": c.side.role, "figures": c.side.values(), "ranges": _ranges(c)} for c in columns]
+    if len(plots.axes(points)) > 1:
+        found["tradeoff"] = plots.tradeoff(points).to_dict(validate=False)
+    return found
+
+
+def _ranges(column: Column) -> dict[str, tuple[float, float]]:
+    """Where a candidate's figures may lie: the intervals of its changes, set upon its baseline's figures."""
+    found = {}
+    for m in column.side.measurements:
+        c = column.compared(m.point)
+        if c and c.low is not None and c.high is not None and c.low < c.high:
+            found[m.label] = (
+                (c.baseline + c.low, c.baseline + c.high) if c.kind == "difference" else (c.baseline * c.low, c.baseline * c.high)
+            )
+    return found
 
 
 def _timings(columns: Sequence[Column]) -> list[dict[str, Any]]:
@@ -51,12 +63,9 @@ def _spread(values: list[float]) -> list[float]:
 
 
 def _layers(columns: Sequence[Column]) -> list[dict[str, Any]]:
-    several = sum(column.candidate for column in columns) > 1
     return [
-        {"stage": f"{column.name}: {record.name}" if several else record.name, "layer": layer.name, **_place(layer.name), "error": layer.error, "text": _now(layer)}
-        for column in columns if column.candidate
-        for record in column.report.stages
-        for layer in record.layers if layer.error is not None
+        {"stage": stage, "layer": layer.name, **_place(layer.name), "error": layer.error, "text": _now(layer)}
+        for stage, record in _stages(columns) for layer in record.layers if layer.error is not None
     ]  # fmt: skip
 
 
@@ -73,11 +82,14 @@ def _now(layer: Layer) -> str:
 
 
 def _curves(columns: Sequence[Column]) -> list[dict[str, Any]]:
-    several = sum(column.candidate for column in columns) > 1
     return [
-        {"what": what, "name": f"{column.name}: {record.name}" if several else record.name, "step": point.step, "value": float(f"{value:.5g}")}
+        {"what": what, "name": stage, "step": point.step, "value": float(f"{value:.5g}")}
         for what in CURVES
-        for column in columns if column.candidate
-        for record in column.report.stages
-        for point in record.curve if (value := getattr(point, what)) is not None
+        for stage, record in _stages(columns) for point in record.curve if (value := getattr(point, what)) is not None
     ]  # fmt: skip
+
+
+def _stages(columns: Sequence[Column]) -> list[tuple[str, StageRecord]]:
+    """Every stage of every candidate, by a name that says whose it is where there are several."""
+    candidates = [column for column in columns if column.candidate]
+    return [(r.name if len(candidates) == 1 else f"{c.name}: {r.name}", r) for c in candidates for r in c.report.stages]

@@ -10,6 +10,8 @@ from compress.errors import printable
 from compress.metrics import METRICS
 from compress.results import Prediction, Report
 
+COMPARED = 1500  # words of a text; the time that more take grows with their square
+
 
 @dataclass
 class Example:
@@ -31,22 +33,21 @@ def merged(reports: Sequence[Report]) -> tuple[dict[str, Any] | None, list[Examp
     return ({"name": name, "lower": METRICS[name].better == "lower"} if name else None), list(found.values())
 
 
-def changed_most(found: Sequence[Example], score: dict[str, Any] | None, number: int) -> list[Example]:
-    """That many of the examples, in their order: those whose scores changed most on any candidate, then those whose outputs did."""
+def ranked(found: Sequence[Example], score: dict[str, Any] | None) -> list[int]:
+    """The places of the examples, first those whose scores changed most on any candidate, then those whose outputs did."""
 
-    def change(example: Example) -> tuple[float, bool]:
-        there = [p for p in example.by_report if p]
+    def change(place: int) -> tuple[float, bool]:
+        there = [p for p in found[place].by_report if p]
         moved = [abs(p.candidate_score - p.baseline_score) for p in there if p.candidate_score is not None and p.baseline_score is not None]
         return max(moved, default=0.0) if score else 0.0, any(p.candidate != p.baseline for p in there)
 
-    kept = {id(example) for example in sorted(found, key=change, reverse=True)[:number]}
-    return [example for example in found if id(example) in kept]
+    return sorted(range(len(found)), key=change, reverse=True)
 
 
 def compared(example: Example) -> dict[str, Any]:
     """The example as the page's script reads it. `outputs` has for each report the scores, the texts as `marked` returns them, and the
     share of words that changed."""
-    outputs = []
+    outputs: list[dict[str, Any] | None] = []
     for p in example.by_report:
         if p is None:
             outputs.append(None)
@@ -66,9 +67,11 @@ def compared(example: Example) -> dict[str, Any]:
 def marked(theirs: str, ours: str) -> tuple[list[str], list[str], float]:
     """Both texts in pieces, of which every second differs from the other text, and the share of words that do (from 0).
 
-    Words count, not the space between them. Joined, the pieces are the text.
+    Words count, not the space between them. Joined, the pieces are the text. What is beyond `COMPARED` words differs, if anything does.
     """
-    a, b = (re.findall(r"\w+\s*|[^\w\s]+\s*|^\s+", text) for text in (theirs, ours))
+    if theirs == ours:
+        return [theirs], [ours], 0.0
+    a, b = (_words(text) for text in (theirs, ours))
     matcher = SequenceMatcher(None, [word.strip() for word in a], [word.strip() for word in b])
     left: list[str] = []
     right: list[str] = []
@@ -78,3 +81,9 @@ def marked(theirs: str, ours: str) -> tuple[list[str], list[str], float]:
         left.append("".join(a[i1:i2]))
         right.append("".join(b[j1:j2]))
     return left, right, round(1 - matcher.ratio(), 4)
+
+
+def _words(text: str) -> list[str]:
+    """Words and runs of other signs, each with the space behind it; at the end all that is too much."""
+    words = re.findall(r"\w+\s*|[^\w\s]+\s*|^\s+", text)
+    return [*words[:COMPARED], *filter(None, ["".join(words[COMPARED:])])]

@@ -8,12 +8,13 @@
   function look() {
     const style = getComputedStyle(document.documentElement);
     const [ink, muted, line, low, high] = ["ink", "muted", "line", "ramp-low", "ramp-high"].map((name) => style.getPropertyValue(`--${name}`).trim());
-    const narrow = document.documentElement.clientWidth < 600;
+    const width = document.querySelector("main").clientWidth;
+    const narrow = width < 600;
     const words = { labelColor: muted, titleColor: ink, labelFontSize: 12, titleFontSize: 12, titleFontWeight: 500 };
     return {
       background: null, font: getComputedStyle(document.body).fontFamily, view: { stroke: null },
-      axis: { ...words, gridColor: line, domainColor: line, tickColor: line, labelLimit: narrow ? 120 : 260 },
-      legend: { ...words, columns: narrow ? 1 : undefined }, title: { color: ink }, text: { color: ink, fontSize: 12 }, rule: { color: muted },
+      axis: { ...words, gridColor: line, domainColor: line, tickColor: line, labelLimit: 0.35 * width },
+      legend: { ...words, columns: narrow ? 2 : undefined, labelLimit: 0.8 * width }, title: { color: ink }, text: { color: ink, fontSize: 12 }, rule: { color: muted },
       style: { "guide-title": { fill: ink, fontSize: 12, fontWeight: 500 } },
       range: { category: style.getPropertyValue("--series").split(",").map((colour) => colour.trim()), ramp: [low, high] },
     };
@@ -40,7 +41,11 @@
     if (pieces === null) return [made("p", "text missing", "no output")];
     const shown = made("p", "text");
     shown.dir = "auto";
-    pieces.forEach((piece, number) => piece && shown.append(number % 2 ? made(tag, "", piece) : piece));
+    pieces.forEach((piece, number) => {
+      const words = number % 2 ? piece.trimEnd() : "";
+      if (words) shown.append(made(tag, "", words));
+      shown.append(piece.slice(words.length));
+    });
     const whole = pieces.join("");
     const lines = whole.split("\n").length;
     if (whole === "") shown.append(made("span", "missing", "empty"));

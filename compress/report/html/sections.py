@@ -1,6 +1,5 @@
 """What the sections of a page say, as plain rows for its template."""
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -52,24 +51,23 @@ def columns(reports: Sequence[Report]) -> list[Column]:
 def of(columns: Sequence[Column]) -> dict[str, Any]:
     """Everything that the template shows."""
     candidates = [column for column in columns if column.candidate]
-    first = candidates[0].report
-    environment = first.environment
+    first, sides = candidates[0].report, [column.side for column in columns]
     return {
         "title": _title(candidates), "created": first.created[:16].replace("T", " "), "several": len(candidates) > 1,
-        "machine": ", ".join(str(environment[key]) for key in ("gpu", "cpu") if environment.get(key)),
+        "machine": ", ".join(str(first.environment[key]) for key in ("gpu", "cpu") if first.environment.get(key)),
         "names": [column.name for column in columns], "percent": percent(first),
         "cards": [_card(column) for column in candidates],
-        "gates": [{"name": c.name, "gate": gate, "words": verdict_words(gate.verdict), "picture": picture(gate)} for c in candidates for gate in c.report.gates],
-        "notes": [(c.name, _notes(c.report)) for c in candidates if _notes(c.report)],
+        "gates": [(c.name, [(g, verdict_words(g.verdict), picture(g)) for g in c.report.gates]) for c in candidates if c.report.gates],
+        "notes": [(c.name, said) for c in candidates if (said := _notes(c.report))],
         "figures": figures(columns),
-        "memory": memory.held([column.side for column in columns]), "checks": memory.checked([column.side for column in columns]),
+        "memory": memory.held(sides), "checks": memory.checked(sides),
         "step_head": steps.HEAD, "step_said": steps.SAID,
-        "steps": [(c.name, found, steps.ceilings(c.report.environment)) for c in candidates if (found := steps.rows(c.report))],
+        "steps": [(c.name, rows, steps.ceilings(c.report.environment)) for c in candidates if (rows := steps.rows(c.report))],
         "stages": [(c.name, [_stage(record) for record in c.report.stages], _bought(c)) for c in candidates if c.report.stages],
-        "layers": [(c.name, record.name, *_layers(record)) for c in candidates for record in c.report.stages if record.layers],
-        "turn_head": turns.HEAD, "turns": [(c.name, found) for c in candidates if (found := turns.rows(c.report))],
-        "recipes": [(c.name, c.report, yaml.safe_dump(c.report.settings, sort_keys=False, allow_unicode=True, width=100)) for c in candidates],
-        "environments": [(c.name, [(key, _value(key, value)) for key, value in c.report.environment.items() if value is not None]) for c in candidates],
+        "layers": [(c.name, r.name, *_layers(r)) for c in candidates for r in c.report.stages if r.layers],
+        "turn_head": turns.HEAD, "turns": [(c.name, rows) for c in candidates if (rows := turns.rows(c.report))],
+        "recipes": [(c.name, c.report, _recipe(c.report)) for c in candidates],
+        "environments": [(c.name, [(k, _value(k, v)) for k, v in c.report.environment.items() if v is not None]) for c in candidates],
     }  # fmt: skip
 
 
@@ -103,7 +101,10 @@ def picture(gate: GateResult) -> dict[str, float] | None:
     low, high = gate.interval or (gate.estimate, gate.estimate)
     least, most = min(low, gate.limit), max(high, gate.limit)
     room = 0.15 * (most - least) or abs(gate.limit) or 1.0
-    at = {name: 100 * (value - least + room) / (most - least + 2 * room) for name, value in (("low", low), ("high", high), ("at", gate.estimate), ("limit", gate.limit))}
+    at = {
+        name: 100 * (value - least + room) / (most - least + 2 * room)
+        for name, value in (("low", low), ("high", high), ("at", gate.estimate), ("limit", gate.limit))
+    }
     begin, end = (0.0, at["limit"]) if gate.limit_kind.startswith("max") else (at["limit"], 100.0)
     return {**at, "begin": begin, "end": end}
 
@@ -130,16 +131,10 @@ def _change(column: Column, point: tuple[str, int | None, int | None]) -> dict[s
 
 
 def _names(reports: Sequence[Report]) -> list[str]:
-    """A name a report: its recipe, with its stages or at last its run where others have the same."""
-    names = [report.recipe for report in reports]
-    for more in ([report.line or "as it is" for report in reports], [report.run for report in reports]):
-        common = Counter(names)
-        names = [f"{name} ({extra})" if common[name] > 1 else name for name, extra in zip(names, more, strict=True)]
-    common, seen = Counter(names), Counter[str]()
-    for number, name in enumerate(names):
-        seen[name] += 1
-        names[number] = f"{name} #{seen[name]}" if common[name] > 1 else name
-    return names
+    """A name a report: its recipe, its stages or its run, whichever tells them all apart."""
+    kinds = ([r.recipe for r in reports], [r.line for r in reports], [f"{r.recipe} {r.run}" for r in reports])
+    numbered = [f"{report.recipe} #{number}" for number, report in enumerate(reports, 1)]
+    return next((names for names in kinds if all(names) and len(set(names)) == len(names)), numbered)
 
 
 def _title(candidates: Sequence[Column]) -> str:
@@ -159,8 +154,9 @@ def _card(column: Column) -> dict[str, Any]:
         if one := min(found, key=lambda m: (m.prompt_tokens or 0, m.batch_size or 0), default=None):
             gist.append({"label": one.label, "value": figure(one), **_change(column, one.point)})
     return {
-        "name": column.name, "verdict": report.verdict, "words": verdict_words(report.verdict), "sentence": sentence(report), "line": report.line,
-        "gist": gist, "artifact": report.stages[-1].artifact if report.stages else None,
+        "name": column.name, "verdict": report.verdict, "words": verdict_words(report.verdict), "sentence": sentence(report),
+        "line": "" if report.line == column.name else report.line,
+        "gist": gist,
     }  # fmt: skip
 
 
@@ -168,16 +164,12 @@ def _notes(report: Report) -> list[str]:
     return [*(failure for side in report.sides for failure in side.failures), *report.notes]
 
 
-def _stage(record: StageRecord) -> dict[str, str]:
+def _stage(record: StageRecord) -> dict[str, Any]:
     """What a stage cost, and what is known of what it bought."""
-    losses = [point.loss for point in record.curve if point.loss is not None]
-    bought = [summary(record.layers)] if record.layers else []
-    if losses:
-        bought.append(f"loss {losses[0]:.4g} to {losses[-1]:.4g} in {record.curve[-1].step:,} steps")
+    bought = [*([summary(record.layers)] if record.layers else []), *record.said]
     return {
-        "stage": ", ".join(f"{key}: {value}" for key, value in record.stage.items()),
-        "took": "reused" if record.reused else duration(record.seconds),
-        "bought": "; ".join([*bought, *record.said]) or "–", "in_use": at_run_time(record) or "–",
+        "name": record.name, "settings": ", ".join(f"{key}: {value}" for key, value in list(record.stage.items())[1:] if value is not None),
+        "took": "reused" if record.reused else duration(record.seconds), "bought": bought or ["–"], "in_use": at_run_time(record),
     }  # fmt: skip
 
 
@@ -196,6 +188,10 @@ def _layers(record: StageRecord) -> tuple[str, list[list[str]], list[list[str]]]
         for layer in lost_most(record.layers, WORST)
     ]
     return summary(record.layers), odd, worst
+
+
+def _recipe(report: Report) -> str:
+    return yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=100)
 
 
 def _value(key: str, value: Any) -> str:
