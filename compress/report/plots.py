@@ -58,10 +58,13 @@ def tradeoff(points: Sequence[Row]) -> "altair.LayerChart":
         # the cheapest come first, and each is held against the best of those before it
         .transform_window(least="min(y_cost)", frame=[None, 0], sort=cheapest)
         .transform_window(before="lag(least)", sort=cheapest)
-        .transform_calculate(front="!isValid(datum.before) || datum.y_cost < datum.before")
+        .transform_calculate(
+            front="!isValid(datum.before) || datum.y_cost < datum.before", said="datum.name + ': ' + datum.y_text + ', ' + datum.x_text"
+        )
         .encode(
             alt.X("x_value:Q", title=None, scale=alt.Scale(zero=False, padding=36), axis=alt.Axis(tickCount=6)),
             alt.Y("y_value:Q", title=None, scale=alt.Scale(zero=False, padding=28), axis=alt.Axis(tickCount=6)),
+            description="said:N",
             tooltip=[alt.Tooltip("name:N", title="model"), alt.Tooltip("y_text:N", title="up"), alt.Tooltip("x_text:N", title="across")],
         )
     )
@@ -72,9 +75,9 @@ def tradeoff(points: Sequence[Row]) -> "altair.LayerChart":
         alt.Shape("role:N", legend=None, scale=alt.Scale(domain=roles, range=["diamond", "circle"])),
     )
     layers = [
-        front.mark_line(interpolate="step-after", strokeDash=[5, 4], color="#888", tooltip=None).encode(order="x_cost:Q"),
-        base.mark_rule(opacity=0.6, tooltip=None).transform_filter("isValid(datum.x_low)").encode(x="x_low:Q", x2="x_high:Q"),
-        base.mark_rule(opacity=0.6, tooltip=None).transform_filter("isValid(datum.y_low)").encode(y="y_low:Q", y2="y_high:Q"),
+        front.mark_line(interpolate="step-after", strokeDash=[5, 4], color="#888", tooltip=None, aria=False).encode(order="x_cost:Q"),
+        base.mark_rule(opacity=0.6, tooltip=None, aria=False).encode(x="x_low:Q", x2="x_high:Q"),
+        base.mark_rule(opacity=0.6, tooltip=None, aria=False).encode(y="y_low:Q", y2="y_high:Q"),
         dots,
         (base if len(points) <= NAMED else front)
         .mark_text(dy=-12, dx=alt.expr(f"{right} ? -9 : 9"), align=alt.expr(f"{right} ? 'right' : 'left'"), limit=200)
@@ -104,7 +107,9 @@ def latencies(rows: Sequence[Row], names: Sequence[str]) -> Spec:
         alt.Y("name:N", title=None, sort=list(names)),
         alt.Color("name:N", legend=None, scale=alt.Scale(domain=list(names))),
     )  # fmt: skip
-    ticks = base.mark_tick(thickness=2, size=22, opacity=0.55).encode(tooltip=[alt.Tooltip("name:N"), alt.Tooltip("ms:Q", format=".4~g")])
+    ticks = base.mark_tick(thickness=2, size=22, opacity=0.55, aria=False).encode(
+        tooltip=[alt.Tooltip("name:N"), alt.Tooltip("ms:Q", format=".4~g")]
+    )
     median = base.mark_tick(thickness=4, size=40, opacity=1).encode(
         alt.X("median(ms):Q"), tooltip=[alt.Tooltip("name:N"), alt.Tooltip("median(ms):Q", title="median, ms", format=".4~g")]
     )
@@ -142,7 +147,7 @@ def sensitivity(rows: Sequence[Row]) -> Spec:
     """
     import altair as alt
 
-    narrow, kinds = len({row["block"] for row in rows}) <= 12, Counter(stage for stage, _ in {(row["stage"], row["kind"]) for row in rows})
+    narrow, kinds = len({row["block"] for row in rows}) <= 6, Counter(stage for stage, _ in {(row["stage"], row["kind"]) for row in rows})
     values = [{**row, "block": "-" if row["block"] is None else row["block"]} for row in rows]
     chart = (
         _chosen(rows, "stage", "stage")
@@ -173,7 +178,7 @@ def curves(rows: Sequence[Row], names: Sequence[str]) -> Spec:
         alt.Color("name:N", title=None, scale=alt.Scale(domain=["", *names]), legend=named),  # the first colour is the baseline's
         tooltip=[alt.Tooltip("name:N"), alt.Tooltip("step:Q"), alt.Tooltip("value:Q", format=".4~g")],
     )  # fmt: skip
-    dots = base.mark_point(size=60, opacity=0)  # to point at
+    dots = base.mark_point(size=60, opacity=0, aria=False)  # to point at
     chart = alt.LayerChart(layer=[base.mark_line(strokeWidth=2), dots]).properties(width="container", height=260)
     return _drawn(chart, rows, "Training, step by step.")
 
@@ -204,8 +209,8 @@ def _point(point: Row, titles: Mapping[str, str]) -> dict[str, Any]:
             row[f"value of {title}"] = value / scale
             row[f"cost of {title}"] = -value if _metric(label).better == "higher" else value
             row[f"text of {title}"] = f"{label} {scaled(value, _metric(label).unit)}"
-            if label in point.get("ranges", {}):
-                row[f"low of {title}"], row[f"high of {title}"] = (end / scale for end in point["ranges"][label])
+            low, high = point.get("ranges", {}).get(label, (value, value))
+            row[f"low of {title}"], row[f"high of {title}"] = low / scale, high / scale
     return row
 
 

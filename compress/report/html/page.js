@@ -20,8 +20,10 @@
     };
   }
 
+  // One at a time, so that the page can be read and used meanwhile.
   async function draw() {
     for (const place of document.querySelectorAll("[data-chart]")) {
+      await new Promise((resolve) => setTimeout(resolve));
       await vegaEmbed(place, data.charts[place.dataset.chart], {
         actions: false, ast: true, config: look(), defaultStyle: false, renderer: "svg", tooltip: { disableDefaultStyle: true },
       });
