@@ -126,12 +126,12 @@ def memory(rows: Sequence[Row], names: Sequence[str], parts: Sequence[str]) -> S
     import altair as alt
 
     kept = [part for part in parts if any(row["part"] == part for row in rows)]
-    values = [{**row, "order": kept.index(row["part"]), "text": scaled(row["bytes"], "bytes")} for row in rows]
+    values = [{**row, "order": kept.index(row["part"]), "size": row["bytes"] / 1e6, "text": scaled(row["bytes"], "bytes")} for row in rows]
     chart = (
         alt.Chart(alt.NamedData(DATA))
         .mark_bar(size=26)
         .encode(
-            alt.X("bytes:Q", title="bytes", axis=alt.Axis(format="~s", tickCount=6)), alt.Y("name:N", title=None, sort=list(names)),
+            alt.X("size:Q", title="MB", axis=alt.Axis(tickCount=6)), alt.Y("name:N", title=None, sort=list(names)),
             alt.Color("part:N", title=None, scale=alt.Scale(domain=kept), legend=alt.Legend(orient="bottom", columns=3)),
             order="order:Q", tooltip=[alt.Tooltip("name:N"), alt.Tooltip("part:N"), alt.Tooltip("text:N", title="bytes")],
         )
