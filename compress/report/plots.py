@@ -149,11 +149,13 @@ def sensitivity(rows: Sequence[Row]) -> Spec:
 
     narrow, kinds = len({row["block"] for row in rows}) <= 6, Counter(stage for stage, _ in {(row["stage"], row["kind"]) for row in rows})
     values = [{**row, "block": "-" if row["block"] is None else row["block"]} for row in rows]
+    ending = "truncate(datum.label, containerSize()[0] < 600 ? 16 : 44, 'left')"  # which tells kinds apart
     chart = (
         _chosen(rows, "stage", "stage")
         .mark_rect()
         .encode(
-            alt.X("block:O", title="block", axis=alt.Axis(labelAngle=0, labelOverlap=True)), alt.Y("kind:N", title=None, sort=None),
+            alt.X("block:O", title="block", axis=alt.Axis(labelAngle=0, labelOverlap=True)),
+            alt.Y("kind:N", title=None, sort=None, axis=alt.Axis(labelExpr=ending)),
             alt.Color("error:Q", title="error", scale=alt.Scale(range="ramp", zero=True),
                       legend=alt.Legend(format=".2~%", orient="bottom", gradientLength=180)),
             tooltip=[alt.Tooltip("layer:N"), alt.Tooltip("error:Q", format=".3~%"), alt.Tooltip("text:N", title="now")],
