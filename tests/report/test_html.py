@@ -119,6 +119,7 @@ def test_markup_and_controls_are_shown_as_text_wherever_they_stand():
     assert "<img" not in shown(page) and page.count("<script") == 3, "the data and two scripts, as ever"
     assert "\x1b" not in page and "\u202e" not in page
     assert "{{ 7*7 }}" in shown(page)
+    assert not re.search("u001b|\u202e", json.dumps(embedded(page)["charts"], ensure_ascii=False))
     example = embedded(page)["examples"][0]
     assert example["prompt"].startswith("<img") and "\x1b" not in example["prompt"]
     assert "".join(example["outputs"][0]["candidate"]) == HEBREW.replace("\u202e", "\N{REPLACEMENT CHARACTER}")

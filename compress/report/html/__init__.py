@@ -19,14 +19,8 @@ from compress.report.html import charts, examples, sections
 from compress.results import Report
 
 ROOM = 1_800_000  # bytes for the data; the drawing library takes 0.9 MB, and a page is to stay under 3 MB
-CUTS = [
-    (1000, True),
-    (500, True),
-    (200, True),
-    (200, False),
-    (50, False),
-    (0, False),
-]  # examples, whether with samples: the first that fits
+# examples, and whether with samples: the first that fits
+CUTS = ((1000, True), (500, True), (200, True), (200, False), (50, False), (0, False))
 SAMPLES = {"sides": {"__all__": {"measurements": {"__all__": {"samples", "raw"}}}}}
 
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
+from compress.errors import printable
 from compress.report import memory, plots
 from compress.report.html.sections import Column
 from compress.report.layers import summary
@@ -64,8 +65,8 @@ def _spread(values: list[float]) -> list[float]:
 
 def _layers(columns: Sequence[Column]) -> list[dict[str, Any]]:
     return [
-        {"stage": stage, "layer": layer.name, **_place(layer.name), "error": layer.error, "text": _now(layer)}
-        for stage, record in _stages(columns) for layer in record.layers if layer.error is not None
+        {"stage": stage, "layer": name, **_place(name), "error": layer.error, "text": printable(_now(layer))}
+        for stage, record in _stages(columns) for layer in record.layers if layer.error is not None and (name := printable(layer.name))
     ]  # fmt: skip
 
 
@@ -92,4 +93,4 @@ def _curves(columns: Sequence[Column]) -> list[dict[str, Any]]:
 def _stages(columns: Sequence[Column]) -> list[tuple[str, StageRecord]]:
     """Every stage of every candidate, by a name that says whose it is where there are several."""
     candidates = [column for column in columns if column.candidate]
-    return [(r.name if len(candidates) == 1 else f"{c.name}: {r.name}", r) for c in candidates for r in c.report.stages]
+    return [(printable(r.name if len(candidates) == 1 else f"{c.name}: {r.name}"), r) for c in candidates for r in c.report.stages]

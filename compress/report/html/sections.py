@@ -7,6 +7,7 @@ from typing import Any
 
 import yaml
 
+from compress.errors import printable
 from compress.metrics import METRICS
 from compress.report import memory, steps, turns
 from compress.report.layers import lost_most, remarkable, summary
@@ -41,11 +42,11 @@ def columns(reports: Sequence[Report]) -> list[Column]:
     baselines: dict[tuple[str, str], Column] = {}
     for report in reports:
         if side := report.side("baseline"):
-            baselines.setdefault((side.model, report.examples_digest), Column(f"baseline {short(side)}", report, side))
+            baselines.setdefault((side.model, report.examples_digest), Column(f"baseline {printable(short(side))}", report, side))
     found = list(baselines.values())
     if len(found) == 1:
         found = [Column("baseline", found[0].report, found[0].side)]
-    return found + [Column(name, report, report.candidate) for name, report in zip(_names(reports), reports, strict=True)]
+    return found + [Column(printable(name), report, report.candidate) for name, report in zip(_names(reports), reports, strict=True)]
 
 
 def of(columns: Sequence[Column]) -> dict[str, Any]:
