@@ -132,6 +132,20 @@ def run(
     return [outcomes[number] for number in range(len(recipes))]
 
 
+def page(outcomes: Sequence[Outcome], out: Path) -> Path | None:
+    """Write one page of all reports; the same recipes' later one takes its place. None where there is no report."""
+    from compress.report import html
+
+    reports = [one.report for one in outcomes if one.report]
+    if not reports:
+        return None
+    file = out / "sweeps" / f"{outcomes[0].recipe.name.partition('+')[0]}-{digest([one.recipe.digest for one in outcomes])}.html"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fresh = file.with_suffix(".partial")
+    fresh.write_text(html.render(reports), encoding="utf-8")
+    return fresh.replace(file)
+
+
 def former(prepared: Prepared, out: Path) -> Report | None:
     """The report of the same recipe, on the same examples and of the same artifacts, where it was measured to the end before."""
     made = [Path(record.artifact).name for record in prepared.stages]

@@ -143,7 +143,8 @@ def test_run_prints_one_document_and_leaves_a_report(finished):
     for metric in ("rouge1", "bleu", "perplexity", "generated_tokens", "peak_load_bytes", "peak_run_bytes", "ttft [batch 2, prompt 8]"):
         assert answer["candidate"][metric] is not None
     report = folder / answer["report"]
-    assert sorted(f.name for f in report.iterdir()) == ["measurements.parquet", "predictions.parquet", "report.json", "report.md"]
+    files = ["measurements.parquet", "predictions.parquet", "report.html", "report.json", "report.md"]
+    assert sorted(f.name for f in report.iterdir()) == files
     assert sorted(f.name for f in folder.iterdir()) == ["reports", "toy.yaml"]
     raw = json.loads((report / "report.json").read_text())
     latency = next(m for m in raw["sides"][0]["measurements"] if m["metric"] == "latency_p50")

@@ -1,28 +1,30 @@
 """What holds a side's memory at its peak, part by part, and what checks that: another reading, and the forecast."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from compress.report.numbers import scaled, share
-from compress.results import Report, Side
+from compress.results import Side
 
 Values = dict[str, float]
 
 
-def held(report: Report) -> list[list[str]]:
-    """Rows of name, baseline, candidate: bytes of each part with their share of the whole. None without a peak."""
-    sides = [_values(report.side(role)) for role in ("baseline", "candidate")]
-    return [
-        [name, *(_part(values, size(values)) for values in sides)]
-        for name, size in PARTS.items()
-        if any(size(values) is not None for values in sides)
-    ]
+def parts(side: Side | None) -> dict[str, float]:
+    """Bytes by what holds them, and all of them under `ALL`; empty without a peak."""
+    values = _values(side)
+    return {name: size for name, of in PARTS.items() if (size := of(values)) is not None}
 
 
-def checked(report: Report) -> list[list[str]]:
-    """Rows of name, baseline, candidate: the high-water marks with what was sampled from outside, and with what was foretold."""
+def held(sides: Sequence[Side | None]) -> list[list[str]]:
+    """Rows of a name and a cell a side: bytes of each part with their share of the whole. None without a peak."""
+    found = [parts(side) for side in sides]
+    return [[name, *(_part(of, name) for of in found)] for name in PARTS if any(name in of for of in found)]
+
+
+def checked(sides: Sequence[Side | None]) -> list[list[str]]:
+    """Rows of a name and a cell a side: the high-water marks with what was sampled from outside, and with what was foretold."""
     rows = []
     for name, metric, unit in CHECKS:
-        cells = [_values(report.side(role)).get(metric) for role in ("baseline", "candidate")]
+        cells = [_values(side).get(metric) for side in sides]
         if any(cell is not None for cell in cells):
             rows.append([name, *("-" if cell is None else f"{cell:+.1f} %" if unit == "%" else scaled(cell, unit) for cell in cells)])
     return rows
@@ -34,10 +36,10 @@ def _values(side: Side | None) -> Values:
     return found if "peak_run_bytes" in found else {}
 
 
-def _part(values: Values, size: float | None) -> str:
-    if size is None:
+def _part(of: dict[str, float], name: str) -> str:
+    if name not in of:
         return "-"
-    return f"{scaled(size, 'bytes')} ({share(size / whole) if (whole := _whole(values)) else '-'})"
+    return f"{scaled(of[name], 'bytes')} ({share(of[name] / of[ALL]) if of[ALL] else '-'})"
 
 
 def _whole(values: Values) -> float:
@@ -51,6 +53,7 @@ def _less(values: Values) -> float | None:
     return values["weight_bytes"] - values["buffer_bytes"] if "weight_bytes" in values and "buffer_bytes" in values else None
 
 
+ALL = "all"
 PARTS: dict[str, Callable[[Values], float | None]] = {
     "weights": _less,
     "buffers": lambda values: values.get("buffer_bytes"),
@@ -58,7 +61,7 @@ PARTS: dict[str, Callable[[Values], float | None]] = {
     "activations": lambda values: values.get("activation_bytes"),
     "allocator's slack": lambda values: values.get("allocator_slack_bytes"),
     "CUDA context": lambda values: values.get("cuda_context_bytes"),
-    "all": lambda values: _whole(values) if values else None,
+    ALL: lambda values: _whole(values) if values else None,
 }
 CHECKS = [
     ("peak while running", "peak_run_bytes", "bytes"),

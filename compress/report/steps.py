@@ -10,6 +10,11 @@ from compress.results import Comparison, Report, Side, Step
 TAKES_MORE = 0.1  # of the candidate's step: less is no explanation
 MOSTLY = 0.5  # of a step
 BOUND = 0.6  # of what the machine multiplies at best; kernels hardly come nearer on what a model multiplies
+HEAD = ["point", "side", "step", *KERNELS.values()]
+SAID = (
+    "One decode step, of a classifier one forward pass. Its time is the median of the timings; the shares are those that torch's "
+    "profiler sees apart from these, its own time taken out."
+)
 DOING = {
     "matrix_products": "matrix products",
     "attention": "attention",
@@ -31,23 +36,21 @@ def reasons(sides: list[Side], where: Comparison, environment: dict[str, Any]) -
 
 
 def section(report: Report) -> str:
-    """The shares of a step by kind of kernel, a row a side and grid point, and what the machine can do at best."""
+    """The shares in Markdown, and what the machine can do at best."""
+    found = rows(report)
+    return "\n\n".join(["## Where a step's time goes", SAID, table(HEAD, found), ceilings(report.environment)]) if found else ""
+
+
+def rows(report: Report) -> list[list[str]]:
+    """The shares of a step by kind of kernel, a row a side and grid point, under `HEAD`."""
     profiled = [(_timed(side, step), side.role) for side in report.sides for step in side.steps if step.shares]
-    if not profiled:
-        return ""
     profiled.sort(key=lambda one: (one[0].prompt_tokens, one[0].batch_size, one[1]))
-    rows = [
+    return [
         [f"batch {s.batch_size}, prompt {s.prompt_tokens}", role, scaled(s.seconds or 0, "s"), *_percentages(s)] for s, role in profiled
     ]
-    said = (
-        "One decode step, of a classifier one forward pass. Its time is the median of the timings; the shares are those that torch's "
-        "profiler sees apart from these, its own time taken out."
-    )
-    shares = table(["point", "side", "step", *KERNELS.values()], rows)
-    return "\n\n".join(["## Where a step's time goes", said, shares, _ceilings(report.environment)])
 
 
-def _ceilings(environment: dict[str, Any]) -> str:
+def ceilings(environment: dict[str, Any]) -> str:
     """What utilisation is held against."""
     ending = "_flops_per_second"
     products = [f"{v / 1e9:,.3g} GFLOP/s in {k.removesuffix(ending)}" for k, v in environment.items() if k.endswith(ending)]

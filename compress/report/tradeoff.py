@@ -1,17 +1,15 @@
 """What is gained against what is given up: the models that no other beats, and the picture of it."""
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from compress.errors import MissingPackage, ReportError, printable
+from compress.errors import ReportError, printable
 from compress.metrics import Better
 from compress.mistakes import suggest
 
 if TYPE_CHECKING:
     import altair
     import pandas
-
-QUALITY = ("rougeL", "perplexity", "accuracy", "bleu")
 
 
 def pareto(rows: Sequence[Sequence[float | None]], better: Sequence[Better]) -> list[bool]:
@@ -35,53 +33,32 @@ def pareto(rows: Sequence[Sequence[float | None]], better: Sequence[Better]) -> 
 
 
 def plot_tradeoff(frame: "pandas.DataFrame", x: str = "weight_bytes", y: str | None = None) -> "altair.LayerChart":
-    """A point a model, and the Pareto front as a line: what is the best to be had in one figure at each value of the other.
+    """A point a model, and the Pareto front as a line; below it other figures can be chosen.
 
     frame   what load_reports gives, or some of its rows
     x, y    figures as compress.pivot calls them; y is the quality that was measured where left out
 
     Whether the models were measured alike is not looked at, as `compress compare` does. Those that lack one of the two figures are left
-    out. Needs compress[plot]. Raises ReportError for a figure that no model has, or of which neither more nor less is better.
+    out. Raises ReportError for a figure that no model has, or of which neither more nor less is better.
     """
-    from compress.report.frame import labels, pivot
+    from compress.report import plots
+    from compress.report.frame import labels
 
-    try:
-        import altair
-    except ImportError:
-        raise MissingPackage("plot_tradeoff needs altair, not installed here. Install with: pip install 'compress[plot]'") from None
-
-    figures = frame.assign(figure=labels(frame)).drop_duplicates("figure").set_index("figure")
-    y = y or next((name for name in QUALITY if name in figures.index), QUALITY[0])
-    for name in (x, y):
-        if name not in figures.index:
-            raise ReportError(f"no report has a figure {name!r}{suggest(name, list(figures.index))}")
-        if figures["better"][name] == "neither":
-            raise ReportError(f"neither more nor less of {name} is better, so there is no trade-off")
-    points = pivot(frame)[[x, y]].dropna().reset_index()
-    front = pareto(points[[x, y]].to_numpy().tolist(), figures["better"][[x, y]].tolist())
-    values = [
+    rows = frame.assign(figure=labels(frame)).dropna(subset="value")
+    points = [
         {
-            "model": printable(point["stages"] or point["role"]), "role": point["role"], "recipe": printable(point["recipe"]),
-            "report": printable(point["report"]), "verdict": point["verdict"] if point["role"] == "candidate" else "", "x": float(point[x]),
-            "y": float(point[y]), "front": unbeaten,
+            "name": printable(f"{recipe}: {stages}" if stages else f"{recipe}: {role}"),
+            "role": role,
+            "figures": dict(zip(own["figure"], own["value"].astype(float).tolist(), strict=True)),
         }
-        for point, unbeaten in zip(points.to_dict("records"), front, strict=True)
-    ]  # fmt: skip
-
-    def axis(name: str) -> dict[str, Any]:
-        unit = figures["unit"][name]
-        title = name if unit == "1" else f"{name} ({unit})"
-        return {"title": title, "scale": altair.Scale(zero=False), "axis": altair.Axis(format="~s") if unit == "bytes" else altair.Axis()}
-
-    chart = altair.Chart(altair.InlineData(values=values)).encode(x=altair.X("x:Q", **axis(x)), y=altair.Y("y:Q", **axis(y)))
-    line = chart.transform_filter("datum.front").mark_line(
-        interpolate="step-after" if figures["better"][x] == "lower" else "step-before", strokeDash=[4, 3], color="gray"
-    )
-    tooltip = [altair.Tooltip(f"{name}:N") for name in ("model", "recipe", "report", "verdict")]
-    tooltip += [altair.Tooltip(f"{channel}:Q", title=name, format=".5~g") for channel, name in (("x", x), ("y", y))]
-    dots = chart.mark_point(filled=True, size=90).encode(
-        color=altair.Color("model:N", legend=altair.Legend(labelLimit=400)), shape="role:N", tooltip=tooltip,
-        opacity=altair.condition("datum.front", altair.value(1), altair.value(0.45)),
-    )  # fmt: skip
-    layers: altair.LayerChart = (line + dots).properties(width=480, height=320).interactive()
-    return layers
+        for (_, recipe, stages, role), own in rows.groupby(["report", "recipe", "stages", "role"], sort=False)
+    ]
+    drawn = plots.axes(points)
+    for name in (x, y):
+        if name not in {None, *drawn}:
+            if name in set(rows["figure"]):
+                raise ReportError(f"neither more nor less of {name} is better, so there is no trade-off")
+            raise ReportError(f"no report has a figure {name!r}{suggest(str(name), drawn)}")
+    if len(drawn) < 2:
+        raise ReportError(f"a trade-off needs two figures; there are {', '.join(drawn) or 'none'}")
+    return plots.tradeoff(points, x, y).properties(width=480)

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from compress.report.table import table
 from compress.results import Report, Turn
 
+HEAD = ["round", "turns that count", "time", "waiting for a core", "stolen", "cores others used", "load"]
+
 
 def disturbances(turns: Sequence[Turn]) -> list[str]:
     """How many turns were disturbed, by what most of all, and whether they count."""
@@ -18,19 +20,22 @@ def disturbances(turns: Sequence[Turn]) -> list[str]:
     return [f"{len(disturbed)} of {len(turns)} turns were disturbed ({most}); {again} were taken again, {count}."]
 
 
-def section(report: Report) -> str:
-    """How the machine was while the sides took turns, in a line a round."""
-    if not report.turns:
-        return ""
-    rows = []
-    for number in range(max(turn.round for turn in report.turns) + 1):
+def rows(report: Report) -> list[list[str]]:
+    """How the machine was while the sides took turns, a row a round under `HEAD`: the most in any turn of it."""
+    found = []
+    for number in range(max((turn.round for turn in report.turns), default=-1) + 1):
         inside = [turn for turn in report.turns if turn.round == number]
         waiting = [turn.waiting for turn in inside if turn.waiting is not None]
         counted = sum(turn.kept for turn in inside)
-        rows.append([
+        found.append([
             str(number + 1), f"{counted} of {len(inside)}", f"{sum(turn.seconds for turn in inside):.1f} s",
             f"{max(waiting):.1%}" if waiting else "-", f"{max(turn.steal for turn in inside):.1%}",
             f"{max(turn.others for turn in inside):.1f}", f"{max(turn.load for turn in inside):.1f}",
         ])  # fmt: skip
-    header = ["round", "turns that count", "time", "waiting for a core", "stolen", "cores others used", "load"]
-    return "## Machine\n\nThe most in any turn of a round; every turn is in report.json.\n\n" + table(header, rows)
+    return found
+
+
+def section(report: Report) -> str:
+    """The rounds in Markdown."""
+    found = rows(report)
+    return "## Machine\n\nThe most in any turn of a round; every turn is in report.json.\n\n" + table(HEAD, found) if found else ""

@@ -1,4 +1,5 @@
-"""A report on disk, all files or none: report.json, report.md, and as parquet measurements, predictions, layers, curves of training."""
+"""A report on disk, all files or none: report.json, report.md, report.html, and as parquet measurements, predictions, layers, curves of
+training."""
 
 import json
 from pathlib import Path
@@ -29,6 +30,8 @@ SHOWN = (
 
 def write(report: Report, folder: Path) -> Report:
     """Write all files of a report into `folder`, which appears whole or not at all. Returns the report with its place."""
+    from compress.report import html
+
     placed = report.model_copy(update={"folder": folder})
     with whole_folder(folder) as partial:
         (partial / "report.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
@@ -39,6 +42,7 @@ def write(report: Report, folder: Path) -> Report:
         if any(record.curve for record in report.stages):
             curves(report).to_parquet(partial / "curves.parquet", index=False)
         (partial / "report.md").write_text(markdown(report), encoding="utf-8")
+        (partial / "report.html").write_text(html.render([report]), encoding="utf-8")
     return placed
 
 
@@ -111,7 +115,8 @@ def sides(report: Report) -> tuple[list[str], list[list[str]]]:
 
 
 def _memory(report: Report) -> str:
-    held, checked = memory.held(report), memory.checked(report)
+    sides = [report.side(role) for role in ("baseline", "candidate")]
+    held, checked = memory.held(sides), memory.checked(sides)
     if not held:
         return ""
     parts = ["## Memory: what holds it", table(["at the most demanding point", "baseline", "candidate"], held)]

@@ -1,6 +1,6 @@
-"""Run many recipes, or one with every combination of some values; one table of all.
+"""Run many recipes, or one with every combination of some values; one table and one page of all.
 
-All are checked before anything runs. Stages that several have in common are made once, and candidates take turns with one baseline. Each
+All are checked before anything runs; at the end there is a table, and a page of all in DIR/sweeps. Stages that several have in common are made once, and candidates take turns with one baseline. Each
 gets a report of its own; one that fails is named with its reason, and the others go on. What was measured before into the same folder is
 found there: an interrupted sweep goes on where it was, and gets further values.
 
@@ -34,14 +34,18 @@ def call(given: Namespace) -> int:
     recipes = sweep.expand(given.recipes, given.grid, given.set)
     with terminal.bars() as progress, cluster() if given.on == "ray" else nullcontext() as workers:
         outcomes = sweep.run(recipes, given.out, given.device, progress, given.strict, workers)
+        page = sweep.page(outcomes, given.out)
     reports = [one.report for one in outcomes if one.report]
     failed = [(one.recipe.name, one.reason) for one in outcomes if one.reason]
     if given.json:
         failures = [{"recipe": name, "reason": reason} for name, reason in failed]
-        print_json({"reports": [{"recipe": report.recipe, **report.as_json()} for report in reports], "failed": failures})
+        shown = [{"recipe": report.recipe, **report.as_json()} for report in reports]
+        print_json({"reports": shown, "failed": failures, "page": page and str(page)})
         return 3 if failed else 0
     if reports:
         terminal.show_comparison(reports)
     if failed:
         terminal.show_reasons("failed", failed)
+    if page:
+        print(f"page      {page}")
     return 3 if failed else 0

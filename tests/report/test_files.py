@@ -38,6 +38,7 @@ def test_a_report_is_read_back_as_it_was_written(tmp_path):
     assert sorted(f.name for f in (tmp_path / "r1").iterdir()) == [
         "measurements.parquet",
         "predictions.parquet",
+        "report.html",
         "report.json",
         "report.md",
     ]

@@ -98,21 +98,20 @@ def values(drawn):
     return drawn["datasets"][drawn["data"]["name"]]
 
 
-def test_the_trade_off_draws_the_front(loaded):
+def test_the_trade_off_has_a_point_a_model(loaded):
+    x, y = "weight_bytes (MB, lower is better)", "rougeL (points, higher is better)"
     drawn = compress.plot_tradeoff(loaded).to_dict()
-    line, dots = drawn["layer"]
-    points = {(p["recipe"], p["role"]): (p["x"], p["y"], p["front"]) for p in values(drawn)}
-    assert points["small", "candidate"] == (1e6, 68.0, True)
-    assert points["worse", "candidate"] == (3e6, 70.0, False)
-    assert points["good", "baseline"] == (4e6, 71.5, False)
-    assert (line["mark"]["type"], line["mark"]["interpolate"], line["transform"]) == ("line", "step-after", [{"filter": "datum.front"}])
-    assert dots["encoding"]["x"]["title"] == "weight_bytes (bytes)"
+    points = {point["name"]: (point[f"value of {x}"], point[f"value of {y}"]) for point in values(drawn)}
+    assert points["small: quantize: bnb_nf4"] == (1.0, 68.0)
+    assert points["good: baseline"] == (4.0, 71.5)
+    assert {param["name"]: param.get("value") for param in drawn["params"] if param["name"] in ("across", "up")} == {"across": x, "up": y}
     fast = compress.plot_tradeoff(loaded, x="latency_p50 [batch 1, prompt 64]", y="weight_bytes").to_dict()
-    assert ("worse", "candidate") not in {(p["recipe"], p["role"]) for p in values(fast)}, "it has no latency"
+    timed = {point["name"] for point in values(fast) if any("latency" in key for key in point)}
+    assert "small: quantize: bnb_nf4" in timed and "worse: quantize: toy" not in timed, "it has no latency"
     with pytest.raises(ReportError, match="no report has a figure 'rouge'; did you mean 'rougeL'"):
         compress.plot_tradeoff(loaded, y="rouge")
-    with pytest.raises(ReportError, match="no trade-off"):
-        compress.plot_tradeoff(loaded.assign(better="neither"))
+    with pytest.raises(ReportError, match="neither more nor less of generated_tokens is better"):
+        compress.plot_tradeoff(loaded.assign(metric=loaded.metric.replace("rougeL", "generated_tokens")), y="generated_tokens")
 
 
 def test_a_report_shows_itself_as_text_in_a_table(tmp_path):

@@ -1,0 +1,89 @@
+"""The examples of a page: both outputs of each, with what differs between them marked."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from difflib import SequenceMatcher
+from typing import Any
+
+from compress.errors import printable
+from compress.metrics import METRICS
+from compress.results import Prediction, Report
+
+COMPARED = 1500  # words of a text; the time that more take grows with their square
+
+
+@dataclass
+class Example:
+    """An example with what each report says of it, None where one lacks it."""
+
+    prediction: Prediction
+    by_report: list[Prediction | None] = field(default_factory=list)
+
+
+def merged(reports: Sequence[Report]) -> tuple[dict[str, Any] | None, list[Example]]:
+    """The score that examples have (its `name`, whether `lower` is better), and every example of any report once, in order."""
+    found: dict[tuple[str, str], Example] = {}
+    for number, report in enumerate(reports):
+        for prediction in report.predictions:
+            example = found.setdefault((prediction.id, prediction.prompt), Example(prediction, [None] * len(reports)))
+            example.by_report[number] = prediction
+    names = {report.score for report in reports if report.score}
+    name = names.pop() if len(names) == 1 else None  # scores of several kinds can't be sorted together
+    return ({"name": name, "lower": METRICS[name].better == "lower"} if name else None), list(found.values())
+
+
+def ranked(found: Sequence[Example], score: dict[str, Any] | None) -> list[int]:
+    """The places of the examples, first those whose scores changed most on any candidate, then those whose outputs did."""
+
+    def change(place: int) -> tuple[float, bool]:
+        there = [p for p in found[place].by_report if p]
+        moved = [abs(p.candidate_score - p.baseline_score) for p in there if p.candidate_score is not None and p.baseline_score is not None]
+        return max(moved, default=0.0) if score else 0.0, any(p.candidate != p.baseline for p in there)
+
+    return sorted(range(len(found)), key=change, reverse=True)
+
+
+def compared(example: Example) -> dict[str, Any]:
+    """The example as the page's script reads it. `outputs` has for each report the scores, the texts as `marked` returns them, and the
+    share of words that changed."""
+    outputs: list[dict[str, Any] | None] = []
+    for p in example.by_report:
+        if p is None:
+            outputs.append(None)
+            continue
+        theirs, ours = (None if text is None else printable(text) for text in (p.baseline, p.candidate))
+        both = marked(theirs, ours) if theirs is not None and ours is not None else None
+        outputs.append({
+            "scores": [p.baseline_score, p.candidate_score],
+            "baseline": both[0] if both else theirs and [theirs], "candidate": both[1] if both else ours and [ours],
+            "changed": both[2] if both else None,
+        })  # fmt: skip
+    first = example.prediction
+    texts = {"id": printable(first.id), "prompt": printable(first.prompt), "references": [printable(text) for text in first.references]}
+    return {**texts, "outputs": outputs}
+
+
+def marked(theirs: str, ours: str) -> tuple[list[str], list[str], float]:
+    """Both texts in pieces, of which every second differs from the other text, and the share of words that do (from 0).
+
+    Words count, not the space between them. Joined, the pieces are the text. What is beyond `COMPARED` words differs, if anything does.
+    """
+    if theirs == ours:
+        return [theirs], [ours], 0.0
+    a, b = (_words(text) for text in (theirs, ours))
+    matcher = SequenceMatcher(None, [word.strip() for word in a], [word.strip() for word in b])
+    left: list[str] = []
+    right: list[str] = []
+    for tag, i1, i2, j1, j2 in matcher.get_opcodes():
+        if not left and tag != "equal":
+            left, right = [""], [""]
+        left.append("".join(a[i1:i2]))
+        right.append("".join(b[j1:j2]))
+    return left, right, round(1 - matcher.ratio(), 4)
+
+
+def _words(text: str) -> list[str]:
+    """Words and runs of other signs, each with the space behind it; at the end all that is too much."""
+    words = re.findall(r"\w+\s*|[^\w\s]+\s*|^\s+", text)
+    return [*words[:COMPARED], *filter(None, ["".join(words[COMPARED:])])]

@@ -1,0 +1,199 @@
+"""What the sections of a page say, as plain rows for its template."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any
+
+import yaml
+
+from compress.errors import printable
+from compress.metrics import METRICS
+from compress.report import memory, steps, turns
+from compress.report.layers import lost_most, remarkable, summary
+from compress.report.numbers import change, duration, figure, percent, scaled, share, verdict_words
+from compress.report.why import at_run_time
+from compress.report.write import shown
+from compress.results import Comparison, GateResult, Measurement, Report, Side, StageRecord
+
+GIST = ("weight_bytes", "peak_run_bytes", "latency_p50")  # beside the headline metric
+WORST = 10
+
+
+@dataclass(frozen=True)
+class Column:
+    """A model of the page: its name there, its side of the report that measured it."""
+
+    name: str
+    report: Report
+    side: Side
+
+    @property
+    def candidate(self) -> bool:
+        return self.side.role == "candidate"
+
+    def compared(self, point: tuple[str, int | None, int | None]) -> Comparison | None:
+        """With its own baseline; None for a baseline."""
+        return next((c for c in self.report.comparisons if c.point == point), None) if self.candidate else None
+
+
+def columns(reports: Sequence[Report]) -> list[Column]:
+    """Baselines, of which the same model on the same examples stands once, and then candidates."""
+    baselines: dict[tuple[str, str], Column] = {}
+    for report in reports:
+        if side := report.side("baseline"):
+            baselines.setdefault((side.model, report.examples_digest), Column(f"baseline {printable(short(side))}", report, side))
+    found = list(baselines.values())
+    if len(found) == 1:
+        found = [Column("baseline", found[0].report, found[0].side)]
+    return found + [Column(printable(name), report, report.candidate) for name, report in zip(_names(reports), reports, strict=True)]
+
+
+def of(columns: Sequence[Column]) -> dict[str, Any]:
+    """Everything that the template shows."""
+    candidates = [column for column in columns if column.candidate]
+    first, sides = candidates[0].report, [column.side for column in columns]
+    return {
+        "title": _title(candidates), "created": first.created[:16].replace("T", " "), "several": len(candidates) > 1,
+        "machine": ", ".join(str(first.environment[key]) for key in ("gpu", "cpu") if first.environment.get(key)),
+        "names": [column.name for column in columns], "percent": percent(first),
+        "cards": [_card(column) for column in candidates],
+        "gates": [(c.name, [(g, verdict_words(g.verdict), picture(g)) for g in c.report.gates]) for c in candidates if c.report.gates],
+        "notes": [(c.name, said) for c in candidates if (said := _notes(c.report))],
+        "figures": figures(columns),
+        "memory": memory.held(sides), "checks": memory.checked(sides),
+        "step_head": steps.HEAD, "step_said": steps.SAID,
+        "steps": [(c.name, rows, steps.ceilings(c.report.environment)) for c in candidates if (rows := steps.rows(c.report))],
+        "stages": [(c.name, [_stage(record) for record in c.report.stages], _bought(c)) for c in candidates if c.report.stages],
+        "layers": [(c.name, r.name, *_layers(r)) for c in candidates for r in c.report.stages if r.layers],
+        "turn_head": turns.HEAD, "turns": [(c.name, rows) for c in candidates if (rows := turns.rows(c.report))],
+        "recipes": [(c.name, c.report, _recipe(c.report)) for c in candidates],
+        "environments": [(c.name, [(k, _value(k, v)) for k, v in c.report.environment.items() if v is not None]) for c in candidates],
+    }  # fmt: skip
+
+
+def short(side: Side) -> str:
+    """A model's name without the folders that it lies in."""
+    return PurePath(side.model).name or side.model
+
+
+def sentence(report: Report) -> str:
+    """What decided, with its interval: of a pass the first gate on quality."""
+    if report.verdict != "pass":
+        return report.decided_by
+    quality = [gate for gate in report.gates if gate.interval and METRICS[gate.metric].kind == "quality"]
+    return "; ".join([report.decided_by, *(gate.sentence for gate in (quality or report.gates)[:1])])
+
+
+def mark(compared: Comparison | None) -> str:
+    """`better` or `worse` where the interval leaves no doubt."""
+    if compared is None or compared.low is None or compared.high is None:
+        return ""
+    none, better = (0 if compared.kind == "difference" else 1), METRICS[compared.metric].better
+    if better == "neither" or compared.low <= none <= compared.high:
+        return ""
+    return "better" if (compared.low > none) == (better == "higher") else "worse"
+
+
+def picture(gate: GateResult) -> dict[str, float] | None:
+    """Where estimate, interval and limit lie on a line, in per cent of its length, with what is allowed; None without an estimate."""
+    if gate.estimate is None:
+        return None
+    low, high = gate.interval or (gate.estimate, gate.estimate)
+    least, most = min(low, gate.limit), max(high, gate.limit)
+    room = 0.15 * (most - least) or abs(gate.limit) or 1.0
+    at = {
+        name: 100 * (value - least + room) / (most - least + 2 * room)
+        for name, value in (("low", low), ("high", high), ("at", gate.estimate), ("limit", gate.limit))
+    }
+    begin, end = (0.0, at["limit"]) if gate.limit_kind.startswith("max") else (at["limit"], 100.0)
+    return {**at, "begin": begin, "end": end}
+
+
+def figures(columns: Sequence[Column]) -> list[tuple[str, list[dict[str, Any]]]]:
+    """The figures of all columns in groups: those of the model as a whole, then those of each grid point."""
+    groups: dict[str, dict[str, Measurement]] = {}
+    for column in columns:
+        for theirs, ours, _ in shown(column.report):
+            if one := theirs or ours:
+                point = "" if one.batch_size is None else f"batch {one.batch_size}, prompt {one.prompt_tokens}"
+                groups.setdefault(point, {}).setdefault(one.metric, one)
+    return [(point, [_row(one, columns) for one in group.values()]) for point, group in groups.items()]
+
+
+def _row(one: Measurement, columns: Sequence[Column]) -> dict[str, Any]:
+    cells = [{**_change(column, one.point), "value": figure(column.side.figure(one.point))} for column in columns]
+    return {"metric": one.metric, "better": one.better, "about": METRICS[one.metric].about, "cells": cells}
+
+
+def _change(column: Column, point: tuple[str, int | None, int | None]) -> dict[str, str]:
+    compared = column.compared(point)
+    return {"change": change(compared) if compared else "", "mark": mark(compared)}
+
+
+def _names(reports: Sequence[Report]) -> list[str]:
+    """A name a report: its recipe, its stages or its run, whichever tells them all apart."""
+    kinds = ([r.recipe for r in reports], [r.line for r in reports], [f"{r.recipe} {r.run}" for r in reports])
+    numbered = [f"{report.recipe} #{number}" for number, report in enumerate(reports, 1)]
+    return next((names for names in kinds if all(names) and len(set(names)) == len(names)), numbered)
+
+
+def _title(candidates: Sequence[Column]) -> str:
+    baseline, alone = candidates[0].report.side("baseline"), len(candidates) == 1
+    if baseline is None:
+        return f"{candidates[0].name if alone else f'{len(candidates)} models'}, without a baseline"
+    return f"May {candidates[0].name if alone else f'any of these {len(candidates)}'} replace {short(baseline)}?"
+
+
+def _card(column: Column) -> dict[str, Any]:
+    """The verdict on one candidate with the figures that matter most."""
+    report = column.report
+    quality = [report.score] if report.score else [m.metric for m in column.side.measurements if METRICS[m.metric].kind == "quality"][:1]
+    gist = []
+    for metric in [*quality, *GIST]:
+        found = [m for m in column.side.measurements if m.metric == metric]
+        if one := min(found, key=lambda m: (m.prompt_tokens or 0, m.batch_size or 0), default=None):
+            gist.append({"label": one.label, "value": figure(one), **_change(column, one.point)})
+    return {
+        "name": column.name, "verdict": report.verdict, "words": verdict_words(report.verdict), "sentence": sentence(report),
+        "line": "" if report.line == column.name else report.line,
+        "gist": gist,
+    }  # fmt: skip
+
+
+def _notes(report: Report) -> list[str]:
+    return [*(failure for side in report.sides for failure in side.failures), *report.notes]
+
+
+def _stage(record: StageRecord) -> dict[str, Any]:
+    """What a stage cost, and what is known of what it bought."""
+    bought = [*([summary(record.layers)] if record.layers else []), *record.said]
+    return {
+        "name": record.name, "settings": ", ".join(f"{key}: {value}" for key, value in list(record.stage.items())[1:] if value is not None),
+        "took": "reused" if record.reused else duration(record.seconds), "bought": bought or ["–"], "in_use": at_run_time(record),
+    }  # fmt: skip
+
+
+def _bought(column: Column) -> str:
+    """What all stages together changed."""
+    compared = {c.metric: c for c in column.report.comparisons if c.batch_size is None}
+    metrics = [metric for metric in (column.report.score, "weight_bytes", "file_bytes") if metric in compared]
+    return "; ".join(f"{metric} {change(compared[metric])}" for metric in metrics if metric)
+
+
+def _layers(record: StageRecord) -> tuple[str, list[list[str]], list[list[str]]]:
+    """The summary, the layers to remark upon, those that lost most."""
+    odd = [[name, "full" if bits is None else str(bits), remark] for name, bits, remark in remarkable(record.layers)]
+    worst = [
+        [layer.name, share(layer.sparsity) if layer.sparsity is not None else f"{layer.bits} bits", share(layer.error)]
+        for layer in lost_most(record.layers, WORST)
+    ]
+    return summary(record.layers), odd, worst
+
+
+def _recipe(report: Report) -> str:
+    return yaml.safe_dump(report.settings, sort_keys=False, allow_unicode=True, width=100)
+
+
+def _value(key: str, value: Any) -> str:
+    return scaled(value, "bytes") if key.endswith("_bytes") and isinstance(value, (int, float)) else str(value)
