@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import data, methods, model
-from compress.benchmark import isolate
+from compress.benchmark import isolate, machine
 from compress.benchmark.outputs import Outputs
 from compress.benchmark.statistics import corpus_value
 from compress.errors import DeviceError, InputError, MissingPackage, ModelError, RunError
@@ -24,7 +24,7 @@ from compress.methods import Example, TrainSettings, TuneSettings, quiet
 from compress.metrics import TASK
 from compress.model import Source
 from compress.process import Child, Progress, Team, take_lock
-from compress.recipe import Gate, Recipe, Stage, digest, load
+from compress.recipe import Gate, Recipe, Stage, digest, load, load_gates
 from compress.report import quality, verdict, why, write
 from compress.report.turns import disturbances
 from compress.results import Prediction, Report, Role, Side, StageRecord
@@ -47,7 +47,7 @@ def run(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     _refuse(recipe, device, processes)
-    wanted = recipe.model
+    wanted, commit = recipe.model, machine.commit(recipe.folder)
     baseline = model.pinned(Source(model.locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
     with _place(recipe, Path(out)) as (place, log):
@@ -55,7 +55,7 @@ def run(
         candidate = Source(str(Path(stages[-1].artifact).resolve()), wanted.task) if stages else baseline
         names: dict[Role, str] = {"baseline": wanted.id, "candidate": stages[-1].artifact if stages else wanted.id}
         report = _measured({"baseline": baseline, "candidate": candidate}, names, recipe, examples, stages, device, log, progress, strict)
-        return write.write(report.model_copy(update={"run": place.name}), place)
+        return _written(report, commit, place)
 
 
 def bench(
@@ -68,23 +68,28 @@ def bench(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     _require_packages(recipe)
-    source = model.pinned(Source(model.locate(model_id, Path()), recipe.model.task))
+    source, commit = model.pinned(Source(model.locate(model_id, Path()), recipe.model.task)), machine.commit(recipe.folder)
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
     with _place(recipe, Path(out)) as (place, log):
         report = _measured({"candidate": source}, {"candidate": model_id}, recipe, examples, [], device, log, progress, strict)
-        return write.write(report.model_copy(update={"run": place.name}), place)
+        return _written(report, commit, place)
 
 
-def check(report: Report, against: Report | None = None) -> Report:
+def check(report: Report, against: Report | None = None, gates: str | Path | None = None) -> Report:
     """The gates of a report's recipe again; with `against`, this report's candidate is held against that one's.
 
-    Raises ReportError when the two were not measured alike.
+    gates   a YAML file of limits by metric, or the name of a shipped one, instead of the recipe's gates
+
+    Raises ReportError when the two were not measured alike, RecipeError for mistakes in the file.
     """
-    baseline = report.side("baseline")
-    if against is not None:
-        verdict.require_comparable(report, against)
-        baseline = against.candidate.model_copy(update={"role": "baseline"})
-    return _judged(report, baseline, report.candidate, same_run=against is None)
+    if gates is not None:
+        limits = {metric: gate.model_dump() for metric, gate in load_gates(gates).items()}
+        report = report.model_copy(update={"settings": {**report.settings, "check": limits}})
+    if against is None:
+        return _judged(report, report.side("baseline"), report.candidate, same_run=True)
+    verdict.require_comparable(report, against)
+    found = _judged(report, against.candidate.model_copy(update={"role": "baseline"}), report.candidate, same_run=False)
+    return found.model_copy(update={"notes": [f"The baseline is the candidate of {against.folder}.", *found.notes]})
 
 
 def inspect(
@@ -142,11 +147,12 @@ def _place(recipe: Recipe, out: Path) -> Iterator[tuple[Path, Path]]:
     The log is kept only when the run fails, and the error then names it.
     """
     place = out / recipe.name / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    log = place.with_name(f"{place.name}.log")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()  # what can't be written to is said now
     except OSError as error:
         raise InputError(f"--out {out}: can't be written to: {error.strerror}") from None
-    log = place.with_name(f"{place.name}.log")
     keep = False
     try:
         yield place, log
@@ -296,6 +302,11 @@ def _measured(
     )  # fmt: skip
     by_role = {side.role: side for side in sides}
     return _judged(report, by_role.get("baseline"), by_role["candidate"], same_run=True)
+
+
+def _written(report: Report, commit: str | None, place: Path) -> Report:
+    """The report in its place, with what git says of its recipe."""
+    return write.write(report.model_copy(update={"run": place.name, "environment": {**report.environment, "commit": commit}}), place)
 
 
 def _judged(report: Report, baseline: Side | None, candidate: Side, same_run: bool) -> Report:

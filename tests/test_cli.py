@@ -55,7 +55,7 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_every_verb_has_help_with_an_example():
-    for verb in ("run", "bench", "inspect", "plan", "validate", "compare", "check", "methods", "schema"):
+    for verb in ("run", "bench", "inspect", "plan", "validate", "compare", "check", "history", "methods", "schema"):
         done = program(verb, "--help")
         assert done.returncode == 0
         assert "Example:" in done.stdout

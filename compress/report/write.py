@@ -45,12 +45,8 @@ def write(report: Report, folder: Path) -> Report:
 def markdown(report: Report) -> str:
     """The report for people who read text."""
     parts = [
-        f"# {cell(report.recipe)}: {verdict_words(report.verdict)}",
-        f"{cell(report.decided_by)}.",
-        _gates(report),
-        _sides(report),
+        brief(report),
         _memory(report),
-        _notes(report),
         steps.section(report),
         _stages(report),
         *(_layers(record) for record in report.stages),
@@ -61,6 +57,13 @@ def markdown(report: Report) -> str:
         f"## Recipe\n\nAs it was run, defaults filled in; digest {report.digest}, examples {report.examples_digest}.\n\n{_recipe(report)}",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def brief(report: Report) -> str:
+    """How the report for people who read text begins: the verdict, the gates, the figures, what is to be said of them."""
+    heading = f"# {cell(report.recipe)}: {verdict_words(report.verdict)}"
+    parts = [heading, f"{cell(report.decided_by)}.", _gates(report), _sides(report), _notes(report)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def shown(report: Report) -> list[tuple[Measurement | None, Measurement | None, Comparison | None]]:
