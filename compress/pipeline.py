@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -162,8 +162,6 @@ def _place(recipe: Recipe, out: Path) -> Iterator[tuple[Path, Path]]:
     finally:
         if not keep:
             log.unlink(missing_ok=True)
-        with suppress(OSError):  # other runs' reports are there
-            place.parent.rmdir()
 
 
 def _stages(

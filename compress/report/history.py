@@ -155,7 +155,7 @@ def _line(found: Sequence[tuple[Report, Measurement]], first: Report) -> Line:
     report, figure = found[0]
     machine = next((str(name) for key in ("gpu", "cpu", "device") if (name := report.environment.get(key))), "an unknown machine")
     how, usual = _measured_how(report), _measured_how(first)
-    apart = [what for what in how if how[what] != usual[what]]
+    apart = [what for what in {**usual, **how} if how.get(what) != usual.get(what)]
     return Line(report.recipe, figure.label, figure.unit, figure.better, machine, apart, runs, _changes(runs))
 
 

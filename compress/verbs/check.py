@@ -33,15 +33,13 @@ def call(given: Namespace) -> int:
     from compress.results import read_report
 
     refuse(given)
-    report, against = read_report(given.report), None
+    report, place = read_report(given.report), given.against
     if given.best and not given.against:
         raise InputError("--best says which of the reports under --against counts; give --against DIR with it")
     if given.best:
         others, damaged = history.readable([given.against])
         complain(damaged)
-        against = history.best(report, others, given.best)
-    elif given.against:
-        against = read_report(given.against)
-    checked = pipeline.check(report, against, given.gates)
+        place = history.best(report, others, given.best).folder
+    checked = pipeline.check(report, read_report(place) if place else None, given.gates)
     tell(checked, given)
     return finish(checked, given.json)
