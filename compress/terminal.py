@@ -123,7 +123,7 @@ def show_history(lines: Sequence[Line]) -> None:
         console.print(display)
         for found in one.changes or []:
             run, before, since = one.runs[found.first], scaled(found.before, one.unit), scaled(found.since, one.unit)
-            console.print(f"a change at {_minute(run)}, commit {_commit(run)}: {before} on average before, {since} since", style="yellow")
+            console.print(f"a change at {_minute(run)}, commit {_commit(run)}: from {before} to {since} (medians)", style="yellow")
         if not one.changes:
             console.print("no change" if one.changes is not None else f"changes are looked for from {FEWEST} runs on", style="dim")
         console.print()

@@ -109,7 +109,10 @@ def test_the_workflow_ends_as_the_gates_say(drop, noise, status, annotation, sen
 def test_the_workflow_runs_a_recipe(toys, rows, tmp_path):
     checkout = tmp_path / "a checkout"
     checkout.mkdir()
-    data = recipe_for("llama", toys["llama"], rows, stages=[{"quantize": "cast"}], check={"weight_bytes": {"max_ratio": 0.6}})
+    benchmark = {"batch_sizes": [1], "prompt_tokens": [8], "new_tokens": 4, "rounds": 1, "precision": None, "turns": 1, "iterations": 1}
+    data = recipe_for(
+        "llama", toys["llama"], rows, benchmark=benchmark, stages=[{"quantize": "cast"}], check={"weight_bytes": {"max_ratio": 0.6}}
+    )
     (checkout / "toy.yaml").write_text(yaml.safe_dump(data))
     commit = committed(checkout)
     step, done, summary, _ = run_workflow(tmp_path, f'exec "{sys.executable}" -m compress "$@"', {"RECIPE": "toy.yaml"})
@@ -122,7 +125,7 @@ def test_the_workflow_runs_a_recipe(toys, rows, tmp_path):
 
 def committed(folder):
     git = ["git", "-C", folder, "-c", "user.name=a", "-c", "user.email=a@b"]
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a"], ["tag", "v1"]):
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "a"], ["tag", "-am", "v1", "v1"]):
         subprocess.run([*git, *command], check=True)
     return subprocess.run([*git, "rev-parse", "HEAD"], check=True, capture_output=True, text=True).stdout.strip()
 
