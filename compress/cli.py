@@ -15,18 +15,7 @@ from typing import NoReturn
 from compress.errors import CompressError, printable
 from compress.verbs._answer import ignore_stdout
 
-VERBS = (
-    "run",
-    "bench",
-    "inspect",
-    "plan",
-    "validate",
-    "compare",
-    "check",
-    "history",
-    "methods",
-    "schema",
-)  # in the order that help has them
+VERBS = ("run", "bench", "inspect", "plan", "validate", "compare", "check", "history", "methods", "schema")  # in help's order
 
 # Validation answers at once only if pydantic doesn't search every installed package for plugins, of which we have none.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")
