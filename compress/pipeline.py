@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import data, methods, model
-from compress.benchmark import isolate
+from compress.benchmark import isolate, machine
 from compress.benchmark.outputs import Outputs
 from compress.benchmark.statistics import corpus_value
 from compress.errors import DeviceError, InputError, MissingPackage, ModelError, RunError
@@ -24,7 +24,7 @@ from compress.methods import Example, TrainSettings, TuneSettings, quiet
 from compress.metrics import TASK
 from compress.model import Source
 from compress.process import Child, Progress, Team, take_lock
-from compress.recipe import Gate, Recipe, Stage, digest, load
+from compress.recipe import Gate, Recipe, Stage, digest, load, load_gates
 from compress.report import card, quality, verdict, why, write
 from compress.report.turns import disturbances
 from compress.results import Prediction, Report, Role, Side, StageRecord
@@ -37,7 +37,8 @@ HEADLINE = ("rougeL", "perplexity", "accuracy")  # the metric by which single ex
 class Prepared:
     """What is to be measured: a recipe's smaller model with its baseline, or a model alone, and the examples.
 
-    name   what the report calls the candidate
+    name     what the report calls the candidate
+    commit   git's, of the recipe
     """
 
     recipe: Recipe
@@ -46,6 +47,7 @@ class Prepared:
     name: str
     examples: list[Example]
     stages: list[StageRecord]
+    commit: str | None
 
 
 def run(
@@ -67,13 +69,13 @@ def run(
 def prepare(recipe: Recipe, out: str | Path, device: str = "auto", progress: Progress = quiet, processes: int = 1) -> Prepared:
     """The first half of a run: make the smaller model, or find it made. Raises CompressError."""
     refuse(recipe, device, processes)
-    wanted = recipe.model
+    wanted, commit = recipe.model, machine.commit(recipe.folder)
     baseline = model.pinned(Source(model.locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
     with _place(recipe, Path(out)) as (_, log):
         stages = _stages(recipe, baseline, Path(out) / "artifacts", device, log, progress, processes)
     candidate = Source(str(Path(stages[-1].artifact).resolve()), wanted.task) if stages else baseline
-    return Prepared(recipe, baseline, candidate, stages[-1].artifact if stages else wanted.id, examples, stages)
+    return Prepared(recipe, baseline, candidate, stages[-1].artifact if stages else wanted.id, examples, stages, commit)
 
 
 def measure(
@@ -87,7 +89,7 @@ def measure(
         reports = _measured(prepared, device, logs[0], progress, strict)
         written = []
         for one, report, place in zip(prepared, reports, places, strict=True):
-            written.append(write.write(report.model_copy(update={"run": place.name}), place))
+            written.append(_written(report, one.commit, place))
             card.write(one.recipe, one.baseline or one.candidate, one.stages, written[-1])
         return written
 
@@ -102,21 +104,26 @@ def bench(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     _require_packages(recipe)
-    source = model.pinned(Source(model.locate(model_id, Path()), recipe.model.task))
+    source, commit = model.pinned(Source(model.locate(model_id, Path()), recipe.model.task)), machine.commit(recipe.folder)
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
-    return measure([Prepared(recipe, None, source, model_id, examples, [])], out, device, progress, strict)[0]
+    return measure([Prepared(recipe, None, source, model_id, examples, [], commit)], out, device, progress, strict)[0]
 
 
-def check(report: Report, against: Report | None = None) -> Report:
+def check(report: Report, against: Report | None = None, gates: str | Path | None = None) -> Report:
     """The gates of a report's recipe again; with `against`, this report's candidate is held against that one's.
 
-    Raises ReportError when the two were not measured alike.
+    gates   a YAML file of limits by metric, or the name of a shipped one, instead of the recipe's gates
+
+    Raises ReportError when the two were not measured alike, RecipeError for mistakes in the file.
     """
-    baseline = report.side("baseline")
-    if against is not None:
-        verdict.require_comparable(report, against)
-        baseline = against.candidate.model_copy(update={"role": "baseline"})
-    return _judged(report, baseline, report.candidate, same_run=against is None)
+    if gates is not None:
+        limits = {metric: gate.model_dump() for metric, gate in load_gates(gates).items()}
+        report = report.model_copy(update={"settings": {**report.settings, "check": limits}})
+    if against is None:
+        return _judged(report, report.side("baseline"), report.candidate, same_run=True)
+    verdict.require_comparable(report, against)
+    found = _judged(report, against.candidate.model_copy(update={"role": "baseline"}), report.candidate, same_run=False)
+    return found.model_copy(update={"notes": [f"The baseline is the candidate of {against.folder}.", *found.notes]})
 
 
 def inspect(
@@ -174,11 +181,12 @@ def _place(recipe: Recipe, out: Path) -> Iterator[tuple[Path, Path]]:
     The log is kept only when the run fails, and the error then names it.
     """
     place = out / recipe.name / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+    log = place.with_name(f"{place.name}.log")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
+        log.touch()  # what can't be written to is said now
     except OSError as error:
         raise InputError(f"--out {out}: can't be written to: {error.strerror}") from None
-    log = place.with_name(f"{place.name}.log")
     keep = False
     try:
         yield place, log
@@ -188,8 +196,6 @@ def _place(recipe: Recipe, out: Path) -> Iterator[tuple[Path, Path]]:
     finally:
         if not keep:
             log.unlink(missing_ok=True)
-        with suppress(OSError):  # other runs' reports are there
-            place.parent.rmdir()
 
 
 def _stages(
@@ -335,6 +341,11 @@ def _reported(one: Prepared, measured: isolate.Measured, environment: dict[str, 
         verdict="cannot_tell", decided_by="", score=score, predictions=_predictions(one.examples, measured.outputs, score),
     )  # fmt: skip
     return _judged(report, sides.get("baseline"), sides["candidate"], same_run=True)
+
+
+def _written(report: Report, commit: str | None, place: Path) -> Report:
+    """The report in its place, with what git says of its recipe."""
+    return write.write(report.model_copy(update={"run": place.name, "environment": {**report.environment, "commit": commit}}), place)
 
 
 def _judged(report: Report, baseline: Side | None, candidate: Side, same_run: bool) -> Report:

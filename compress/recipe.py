@@ -270,11 +270,8 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recip
 
     Raises RecipeError with every mistake, a line each.
     """
-    file = Path(path)
-    if not os.path.exists(file) and file.name == str(file) and os.path.exists(shipped() / f"{file}.yaml"):  # noqa: PTH110 - no error for odd names
-        file = shipped() / f"{file}.yaml"
-    document = yamlfile.read(file)
-    problems = Problems()
+    file = _found(path, shipped())
+    document, problems = yamlfile.read(file), Problems()
     for assignment in overrides:
         for key in NAMED:
             if assignment.startswith(f"{key}."):  # one key of a block that is given by its name
@@ -293,6 +290,30 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     _agree(recipe, document, problems)
     problems.end()
     return recipe
+
+
+def load_gates(path: str | Path) -> dict[str, Gate]:
+    """Gates from a file of their own, metric: limits, or shipped ones by their bare name (`mlperf-99`).
+
+    Raises RecipeError with every mistake, a line each.
+    """
+    document, problems = yamlfile.read(_found(path, shipped() / "checks")), Problems()
+    found: dict[str, Gate] = {}
+    for name, block in document.data.items():
+        if gate := problems.validate(Gate, block, document, (name,)):
+            found[name] = gate
+            if problem := _gate_problem(name, gate):
+                problems.add(document, (name,), problem)
+    problems.end()
+    return found
+
+
+def _found(path: str | Path, among: Path) -> Path:
+    """The file itself, or where there is none the shipped one of that bare name."""
+    file = Path(path)
+    if not os.path.exists(file) and file.name == str(file) and os.path.exists(among / f"{file}.yaml"):  # noqa: PTH110 - no error for odd names
+        return among / f"{file}.yaml"
+    return file
 
 
 def _named(key: str, document: yamlfile.Document, folder: Path, problems: Problems) -> Any:
@@ -384,7 +405,7 @@ def _agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> N
         problems.add(document, ("data",), f"target is missing; {', '.join(sorted(needs_target))} can't be measured without")
     measured = {name for group in recipe.groups for name in GROUPS.get(group, ())}
     for name, gate in recipe.check.items():
-        if problem := _gate_problem(name, gate, measured, recipe.groups):
+        if problem := _gate_problem(name, gate) or _unmeasured(name, measured, recipe.groups):
             problems.add(document, ("check", name), problem)
 
 
@@ -399,16 +420,22 @@ def _runtime_problem(runtime: Runtime, task: Task) -> str | None:
     return None
 
 
-def _gate_problem(name: str, gate: Gate, measured: set[str], groups: tuple[str, ...]) -> str | None:
-    if name not in METRICS:
-        return f"{name!r} is not a metric{suggest(name, tuple(METRICS))}"
-    metric = METRICS[name]
+def _unmeasured(name: str, measured: set[str], groups: tuple[str, ...]) -> str | None:
+    """A gate on what a recipe doesn't measure."""
     if name.startswith(TASK):
         if not any(name.startswith(f"{group}:") for group in groups):
             return f"{name} isn't measured by this recipe; put {':'.join(name.split(':')[:2])} under metrics"
-    elif metric.kind == "quality" and name not in measured:
+    elif METRICS[name].kind == "quality" and name not in measured:
         group = next(group for group, names in GROUPS.items() if name in names)
         return f"{name} isn't measured by this recipe; put {group} under metrics"
+    return None
+
+
+def _gate_problem(name: str, gate: Gate) -> str | None:
+    """What is wrong with a gate whatever is measured."""
+    if name not in METRICS:
+        return f"{name!r} is not a metric{suggest(name, tuple(METRICS))}"
+    metric = METRICS[name]
     if metric.better == "lower" and gate.max_drop is not None:
         return f"max_drop makes no sense, {name} is better lower; use max_rise or max_ratio"
     if metric.better == "higher" and gate.max_rise is not None:

@@ -109,6 +109,12 @@ class GateResult(Record):
     batch_size: int | None = None
     prompt_tokens: int | None = None
 
+    @property
+    def label(self) -> str:
+        """latency_p50 [batch 8, prompt 128]: max_ratio 1.05"""
+        figure = Measurement(metric=self.metric, value=None, batch_size=self.batch_size, prompt_tokens=self.prompt_tokens)
+        return f"{figure.label}: {self.limit_kind} {self.limit:g}"
+
 
 class Step(Record):
     """One decode step at a grid point, looked at apart from the timed turns; of a classifier one forward pass.

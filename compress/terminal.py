@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -17,6 +18,7 @@ from compress.errors import printable
 from compress.forecast.plan import Plan
 from compress.inspection.findings import NORMAL, Inspection, Part, grouped
 from compress.report.compare import as_text, labels, rows
+from compress.report.history import FEWEST, Line, Run
 from compress.report.layers import line
 from compress.report.numbers import change, count, duration, figure, percent, scaled, verdict_words
 from compress.report.write import shown
@@ -85,7 +87,7 @@ def show_report(report: Report) -> None:
             console.print(_shown(f"{record.name}: {line(record.layers)}"))
     for note in [*(f for side in report.sides for f in side.failures), *report.notes]:
         console.print(_shown(note), style="yellow")
-    console.print(f"[bold {colour}]{verdict_words(report.verdict)}[/]: {_shown(report.decided_by)}")
+    console.print(f"{_shown(report.recipe)}: [bold {colour}]{verdict_words(report.verdict)}[/]: {_shown(report.decided_by)}")
     if report.stages:
         console.print(f"artifact  {_shown(report.stages[-1].artifact)}", soft_wrap=True)
     console.print(f"report    {_shown(str(report.folder))}", soft_wrap=True)
@@ -103,6 +105,29 @@ def show_reasons(what: str, reasons: Sequence[tuple[str, str]]) -> None:
     for name, reason in reasons:
         display.add_row(_shown(name), _shown(reason))
     _Console().print(display)
+
+
+def show_history(lines: Sequence[Line]) -> None:
+    """A table a line, a row a run; below it where the level changed."""
+    console = _Console()
+    for one in lines:
+        apart = f"; measured otherwise than the first line: {', '.join(one.apart)}" if one.apart else ""
+        console.print(f"[bold]{_shown(one.recipe)}: {_shown(one.figure)}[/], better {one.better}; on {_shown(one.machine)}{apart}")
+        changed = [found.first for found in one.changes or []]
+        display = _table("run at", "commit", one.figure.partition(" ")[0], "verdict", "report", right=(2,))
+        for number, run in enumerate(one.runs):
+            if number in changed:
+                display.add_section()
+            value = (run.reason or "-") if run.value is None else scaled(run.value, one.unit)
+            verdict = f"[{COLOURS[run.verdict]}]{verdict_words(run.verdict)}[/]"
+            display.add_row(_minute(run), _commit(run), _shown(value), verdict, _shown(Path(run.report).name))
+        console.print(display)
+        for found in one.changes or []:
+            run, before, since = one.runs[found.first], scaled(found.before, one.unit), scaled(found.since, one.unit)
+            console.print(f"a change at {_minute(run)}, commit {_commit(run)}: from {before} to {since} (medians)", style="yellow")
+        if not one.changes:
+            console.print("no change" if one.changes is not None else f"changes are looked for from {FEWEST} runs on", style="dim")
+        console.print()
 
 
 def show_plan(found: Plan) -> None:
@@ -173,6 +198,15 @@ def show_inspection(found: Inspection, every: bool) -> None:
         console.print(_shown(remark), style="yellow")
     for sentence in found.said:
         console.print(_shown(sentence))
+
+
+def _minute(run: Run) -> str:
+    return _shown(run.created[:16].replace("T", " "))
+
+
+def _commit(run: Run) -> str:
+    """A commit in short: 4f2a9c1, 4f2a9c1-dirty."""
+    return _shown(re.sub(r"^(\w{7})\w*", r"\1", run.commit or "-"))
 
 
 def _percent(share: float | None) -> str:

@@ -56,7 +56,21 @@ def test_importing_the_package_imports_nothing_heavy():
 
 
 def test_every_verb_has_help_with_an_example():
-    for verb in ("run", "bench", "inspect", "plan", "validate", "compare", "check", "publish", "methods", "schema"):
+    for verb in (
+        "run",
+        "sweep",
+        "search",
+        "bench",
+        "inspect",
+        "plan",
+        "validate",
+        "compare",
+        "check",
+        "history",
+        "publish",
+        "methods",
+        "schema",
+    ):
         done = program(verb, "--help")
         assert done.returncode == 0
         assert "Example:" in done.stdout

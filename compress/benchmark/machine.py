@@ -6,6 +6,7 @@ again what was slow, and not what was disturbed, chooses the result.
 """
 
 import os
+import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -118,6 +119,14 @@ def facts() -> dict[str, Any]:
     """What stays the same throughout a benchmark, for the report's environment."""
     governors = {file.read_text().strip() for file in CPUFREQ.glob("cpu*/cpufreq/scaling_governor")}
     return {"affinity": sorted(os.sched_getaffinity(0)), "governor": ", ".join(sorted(governors)) or None}
+
+
+def commit(folder: Path) -> str | None:
+    """The git commit that a folder is at, with -dirty behind it where files differ from it; None where git doesn't say."""
+    command = ["git", "-C", str(folder), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    with suppress(OSError, subprocess.SubprocessError):
+        return subprocess.run(command, capture_output=True, check=True, timeout=60).stdout.decode().strip()
+    return None
 
 
 @contextmanager

@@ -49,12 +49,8 @@ def write(report: Report, folder: Path) -> Report:
 def markdown(report: Report) -> str:
     """The report for people who read text."""
     parts = [
-        f"# {cell(report.recipe)}: {verdict_words(report.verdict)}",
-        f"{cell(report.decided_by)}.",
-        gates(report),
-        figures(report),
+        brief(report),
         _memory(report),
-        _notes(report),
         steps.section(report),
         _stages(report),
         *(_layers(record) for record in report.stages),
@@ -66,6 +62,13 @@ def markdown(report: Report) -> str:
         indented(report.settings),
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def brief(report: Report) -> str:
+    """How the report for people who read text begins: the verdict, the gates, the figures, what is to be said of them."""
+    heading = f"# {cell(report.recipe)}: {verdict_words(report.verdict)}"
+    parts = [heading, f"{cell(report.decided_by)}.", gates(report), figures(report), _notes(report)]
+    return "\n\n".join(part for part in parts if part)
 
 
 def shown(report: Report) -> list[tuple[Measurement | None, Measurement | None, Comparison | None]]:

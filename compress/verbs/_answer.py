@@ -3,16 +3,37 @@
 import json
 import os
 import sys
-from collections.abc import Sequence
+from argparse import Namespace
+from collections.abc import Iterable, Sequence
 from contextlib import redirect_stdout
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import CompressError, printable
+from compress.errors import CompressError, InputError, printable
 
 if TYPE_CHECKING:
     from compress.results import Report
 
 EXIT = {"pass": 0, "fail": 1, "cannot_tell": 4}
+
+
+def refuse(given: Namespace) -> None:
+    """See before any work that `tell` can write its files."""
+    for flag, file in (("--junit", given.junit), ("--markdown", given.markdown)):
+        if file and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
+            raise InputError(f"{flag} {file}: can't be written to")
+
+
+def tell(report: "Report", given: Namespace) -> None:
+    """Tell a pipeline: the files of `_arguments.telling`, and on GitHub's runners annotations, which they read on stderr too."""
+    from compress.report import ci, write
+
+    if given.junit:
+        given.junit.write_text(ci.junit(report), encoding="utf-8")
+    if given.markdown:
+        given.markdown.write_text(write.brief(report) + "\n", encoding="utf-8")
+    if os.environ.get("GITHUB_ACTIONS") == "true":
+        for line in ci.annotations(report):
+            print(line, file=sys.stderr)
 
 
 def finish(report: "Report", as_json: bool, measured_only: bool = False) -> int:
@@ -41,6 +62,12 @@ def log(report: "Report", wanted: Sequence[str]) -> None:
                 trackers.log(report, tracker)
         except CompressError as error:
             print(f"compress: --log {tracker}: {printable(str(error))}", file=sys.stderr)
+
+
+def complain(messages: Iterable[str]) -> None:
+    """Name what is passed over."""
+    for message in messages:
+        print(f"compress: {printable(message)}; it is passed over", file=sys.stderr)
 
 
 def print_json(document: Any) -> None:

@@ -16,6 +16,11 @@ def overriding(parser: ArgumentParser) -> None:
     )
 
 
+def telling(parser: ArgumentParser) -> None:
+    parser.add_argument("--junit", type=Path, metavar="FILE", help="write the gates as JUnit XML, a test case each")
+    parser.add_argument("--markdown", type=Path, metavar="FILE", help="write verdict, gates and figures as Markdown")
+
+
 def measuring(parser: ArgumentParser) -> None:
     overriding(parser)
     parser.add_argument("--out", type=Path, default=Path("reports"), metavar="DIR", help="where reports and artifacts go (reports)")

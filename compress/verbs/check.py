@@ -1,23 +1,46 @@
-"""Check the gates of a report again, or one report against another.
+"""Check the gates of a report again, gates of a file, or one report against another.
+
+With --against, the candidate of another report is the baseline; the two must have been measured alike. With --best, the other one is
+found: of all reports in a place that passed and were measured alike, the one with the best figure.
+
+On GitHub's runners (GITHUB_ACTIONS=true) every gate that doesn't pass becomes an annotation.
 
 Exit status: 0 pass, 1 a gate failed, 2 bad input, 4 the data cannot tell yet.
 
-Example:  compress check reports/quickstart/20261120-101500-ab12cd --against reports/quickstart/20261101-090000-ab12cd
+Example:  compress check reports/quickstart/20261120-101500-ab12cd --gates mlperf-99 --against reports/quickstart --best rougeL
 """
 
 from argparse import ArgumentParser, Namespace
 
-from compress.verbs._answer import finish
+from compress.errors import InputError
+from compress.verbs._answer import complain, finish, refuse, tell
+from compress.verbs._arguments import telling
 
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("report", metavar="REPORT", help="a report folder or its report.json")
-    parser.add_argument("--against", metavar="REPORT", help="take this report's candidate as the baseline")
+    parser.add_argument("--gates", metavar="FILE", help="limits by metric, as under a recipe's check; or mlperf-99, mlperf-99.9")
+    parser.add_argument(
+        "--against", metavar="REPORT", help="take this report's candidate as the baseline; with --best, a folder of reports"
+    )
+    parser.add_argument("--best", metavar="METRIC", help="against which of them: rougeL, weight_bytes, 'ttft [batch 1, prompt 64]'")
+    telling(parser)
 
 
 def call(given: Namespace) -> int:
     from compress import pipeline
+    from compress.report import history
+    from compress.report.frame import find_reports, read_reports
     from compress.results import read_report
 
-    against = read_report(given.against) if given.against else None
-    return finish(pipeline.check(read_report(given.report), against), given.json)
+    refuse(given)
+    report, place = read_report(given.report), given.against
+    if given.best and not given.against:
+        raise InputError("--best says which of the reports under --against counts; give --against DIR with it")
+    if given.best:
+        others, damaged = read_reports(find_reports([given.against]))
+        complain(damaged)
+        place = history.best(report, others, given.best).folder
+    checked = pipeline.check(report, read_report(place) if place else None, given.gates)
+    tell(checked, given)
+    return finish(checked, given.json)

@@ -11,11 +11,11 @@ Example:  compress compare reports/quickstart other-recipe --columns rougeL weig
 
 import glob
 import shutil
-import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
-from compress.errors import ReportError, printable
+from compress.errors import ReportError
+from compress.verbs._answer import complain
 
 FORMATS = ("table", "md", "csv", "json", "latex", "html")
 
@@ -35,8 +35,7 @@ def call(given: Namespace) -> int:
     from compress.report.frame import find_reports, read_reports
 
     reports, damaged = read_reports(find_reports(_place(place, given.out) for place in given.reports))
-    for problem in damaged:
-        print(f"compress: left out: {printable(problem)}", file=sys.stderr)
+    complain(damaged)
     found = compare.rows(reports)
     if not given.unlike:
         compare.require_alike(found)

@@ -3,6 +3,8 @@
 Stages that train do so in --processes of them, each on a GPU of its own where there are GPUs. Under torchrun or accelerate launch there
 are as many as were launched; the first copy runs the recipe, the others end at once.
 
+On GitHub's runners (GITHUB_ACTIONS=true) every gate that doesn't pass becomes an annotation.
+
 Exit status: 0 pass, 1 a gate failed, 2 bad input, 3 the run failed, 4 the data cannot tell yet.
 
 Example:  compress run recipes/quickstart.yaml --set data.samples=100
@@ -12,13 +14,14 @@ import gc
 from argparse import ArgumentParser, Namespace
 
 from compress.errors import InputError
-from compress.verbs._answer import finish, log
-from compress.verbs._arguments import measuring
+from compress.verbs._answer import finish, log, refuse, tell
+from compress.verbs._arguments import measuring, telling
 
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
     measuring(parser)
+    telling(parser)
     parser.add_argument("--processes", type=int, metavar="N", help="train in so many processes, whose batches make one step (1)")
 
 
@@ -33,10 +36,12 @@ def call(given: Namespace) -> int:
         return 0
     if given.processes not in (None, processes):
         raise InputError(f"--processes {given.processes}: {processes} were launched; leave one of the two out")
+    refuse(given)
     trackers.require(given.log)
     loaded = load(given.recipe, given.set)
     with terminal.bars() as progress:
         report = pipeline.run(loaded, given.out, given.device, progress, processes, given.strict)
+    tell(report, given)
     status = finish(report, given.json)
     log(report, given.log)
     return status

@@ -1,8 +1,8 @@
 """Run many recipes, or one with every combination of some values; one table and one page of all.
 
-All are checked before anything runs; at the end there is a table, and a page of all in DIR/sweeps. Stages that several have in common are made once, and candidates take turns with one baseline. Each
+All are checked before anything runs. Stages that several have in common are made once, and candidates take turns with one baseline. Each
 gets a report of its own; one that fails is named with its reason, and the others go on. What was measured before into the same folder is
-found there: an interrupted sweep goes on where it was, and gets further values.
+found there: an interrupted sweep goes on where it was, and gets further values. The page of all lies in DIR/sweeps.
 
 Exit status: 0 all were measured, 2 bad input, 3 some could not be.
 

@@ -1,0 +1,48 @@
+"""What a pipeline is told of a verdict: JUnit XML, and annotations for GitHub's runners."""
+
+from collections import Counter
+from xml.etree import ElementTree as xml
+
+from compress.errors import printable
+from compress.report.numbers import verdict_words
+from compress.results import Report, Verdict
+
+
+def junit(report: Report) -> str:
+    """JUnit's XML: a test case a gate, a failure where it fails, an error where the data cannot tell."""
+    rows = _findings(report)
+    verdicts = Counter(verdict for _, verdict, _ in rows)
+    counts = {"tests": str(len(rows)), "failures": str(verdicts["fail"]), "errors": str(verdicts["cannot_tell"])}
+    root = xml.Element("testsuites", {"name": "compress", **counts})
+    suite = xml.SubElement(root, "testsuite", {"name": printable(report.recipe), **counts, "timestamp": report.created})
+    for name, verdict, sentence in rows:
+        case = xml.SubElement(suite, "testcase", classname=printable(report.recipe), name=printable(name))
+        if verdict != "pass":
+            said = printable(sentence)
+            found = xml.SubElement(case, "failure" if verdict == "fail" else "error", type=verdict_words(verdict), message=said)
+            found.text = f"{said}\n{printable(str(report.folder))}"
+    xml.indent(root)
+    return xml.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def annotations(report: Report) -> list[str]:
+    """Workflow commands that make GitHub show what doesn't pass, failures first: the recipe in the title, the interval in the message."""
+    found = []
+    for name, verdict, sentence in sorted(_findings(report), key=lambda row: row[1] != "fail"):
+        title = _escaped(f"{report.recipe}: {verdict_words(verdict)}: {name}").replace(":", "%3A").replace(",", "%2C")
+        if verdict != "pass":
+            found.append(f"::{'error' if verdict == 'fail' else 'warning'} title={title}::{_escaped(sentence)}")
+    return found
+
+
+def _findings(report: Report) -> list[tuple[str, Verdict, str]]:
+    """Name, verdict and sentence of every gate, and of the whole where that says what no gate does."""
+    found: list[tuple[str, Verdict, str]] = [(gate.label, gate.verdict, gate.sentence) for gate in report.gates]
+    if report.verdict not in {verdict for _, verdict, _ in found}:
+        found.append(("verdict", report.verdict, report.decided_by))
+    return found
+
+
+def _escaped(text: str) -> str:
+    """Text that can't end its command (GitHub's workflow commands, toolkit's escapeData)."""
+    return printable(text).replace("%", "%25").replace("\r", "%0D").replace("\n", "%0A")

@@ -1,0 +1,36 @@
+"""A metric over runs in time order, with the commit of each and where it changed.
+
+Only runs that were measured alike are one line: the same recipe, examples, benchmark and machine. Reports that can't be read are named on
+stderr and passed over.
+
+Exit status: 0 shown, 2 bad input.
+
+Example:  compress history reports --metric rougeL --recipe quickstart
+"""
+
+from argparse import ArgumentParser, Namespace
+
+from compress.verbs._answer import complain, print_json
+
+
+def arguments(parser: ArgumentParser) -> None:
+    parser.add_argument("reports", nargs="+", metavar="REPORT", help="report folders, folders of reports, or patterns")
+    parser.add_argument("--metric", required=True, metavar="METRIC", help="rougeL, weight_bytes, latency_p50, 'ttft [batch 1, prompt 64]'")
+    parser.add_argument("--recipe", metavar="NAME", help="this recipe's runs alone")
+
+
+def call(given: Namespace) -> int:
+    from dataclasses import asdict
+
+    from compress import terminal
+    from compress.report import history
+    from compress.report.frame import find_reports, read_reports
+
+    found, damaged = read_reports(find_reports(given.reports))
+    complain(damaged)
+    lines = history.lines(found, given.metric, given.recipe)
+    if given.json:
+        print_json({"metric": given.metric, "lines": [asdict(line) for line in lines], "damaged": damaged})
+    else:
+        terminal.show_history(lines)
+    return 0
