@@ -66,7 +66,9 @@ def find_reports(places: Iterable[str | Path]) -> list[Path]:
         for path in matched:
             inside = [path / "report.json"] if (path / "report.json").is_file() else []
             if path.is_dir() and not inside:
-                inside = sorted(f for f in path.rglob("report.json") if not any(part.endswith(".partial") for part in f.parts))
+                inside = [
+                    Path(file) for file in sorted(glob.glob(f"{glob.escape(str(path))}/**/report.json", recursive=True))
+                ]  # no hidden ones
             if path.is_file() and path.suffix == ".json":
                 inside = [path]
             if path.suffix == ".log" and len(matched) > 1:
