@@ -197,12 +197,12 @@ def test_what_is_minimised_is_a_ratio_over_all_points():
 @pytest.mark.slow
 @pytest.mark.parametrize("where", ["here", "ray"])
 def test_a_search_from_the_command_line(toy, toys, rows, tmp_path, monkeypatch, where):
-    """Of pruning nearly nothing and nearly all, the latter is given up after 20 of the 24 examples."""
+    """Of pruning nearly nothing and nearly all, the latter is given up after 20 of the 24 examples: it guesses evenly, which a random model is no better than."""
     pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     monkeypatch.chdir(tmp_path)
     done = subprocess.run(
-        [sys.executable, "-m", "compress", "search", toy, "--keep", "perplexity:+0.5", "--minimise", "latency_p50", "--over",
+        [sys.executable, "-m", "compress", "search", toy, "--keep", "perplexity:-1%", "--minimise", "latency_p50", "--over",
          "stages.0.sparsity=0.01,0.98", "--set", "metrics=[perplexity]", "--set", "benchmark.turns=1", "--set", "stages.1.bits=8",
          "--on", where, "--json"],
         capture_output=True, text=True, timeout=400,
@@ -211,6 +211,6 @@ def test_a_search_from_the_command_line(toy, toys, rows, tmp_path, monkeypatch, 
     found = json.loads(done.stdout)
     tried = {one["choice"]["stages.0.sparsity"]: one for one in found["tried"]}
     assert tried[0.98]["report"] is None
-    assert tried[0.98]["reason"].startswith("given up after 20 examples: perplexity rise is ")
+    assert tried[0.98]["reason"].startswith("given up after 20 examples: perplexity ratio is ")
     assert found["best"]["report"] == tried[0.01]["report"]
     assert recipe.load(found["best"]["recipe"]).stages[0].settings.sparsity == 0.01
