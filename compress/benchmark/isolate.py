@@ -129,10 +129,14 @@ class Session:
             return False
         if rounds >= self._benchmark.rounds and (self._benchmark.precision is None or minutes >= self._benchmark.max_minutes):
             return True
-        well = [subject for subject in self._subjects if not subject.failures]
-        if self._subjects[0] not in well or len(well) < min(2, len(self._subjects)):
+        if not self._well():
             return rounds >= self._benchmark.rounds
-        return (rounds >= self._benchmark.rounds and self._is_precise(well)) or clear(self.sides())
+        return (rounds >= self._benchmark.rounds and self._is_precise(self._well())) or clear(self.sides())
+
+    def _well(self) -> list[Subject]:
+        """The sides that have not failed, where some of them can still be compared."""
+        well = [subject for subject in self._subjects if not subject.failures]
+        return well if self._subjects[0] in well and len(well) >= min(2, len(self._subjects)) else []
 
     def _is_precise(self, subjects: list[Subject]) -> bool:
         """Whether half of the interval of every latency, ratio or single one, is at most the wanted share of it."""
@@ -150,8 +154,7 @@ class Session:
         """Whether a round that has so many turns needs no more."""
         if turns < self._benchmark.turns:
             return False
-        failed = any(subject.failures for subject in self._subjects)
-        return self._benchmark.precision is None or failed or self._alone or self._timing >= self._starting
+        return self._benchmark.precision is None or not self._well() or self._alone or self._timing >= self._starting
 
     def _take(self, number: int, turn: int, examples: list[Example], last: bool) -> bool:
         """One turn of each side that has not failed. Whether it counts: where it was disturbed it doesn't, unless it is the `last` one."""
