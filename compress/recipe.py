@@ -453,7 +453,9 @@ def schema() -> dict[str, Any]:
         block["properties"] = {family: {"const": name}, **block.get("properties", {})}
         block["required"] = [family, *block.get("required", [])]
         stages.append({**block, "title": f"{family}: {name}", "description": (method.__doc__ or "").split("\n")[0]})
-    document["properties"]["stages"] = {"type": "array", "items": {"anyOf": stages}, "default": []}
+    document["properties"]["stages"] = {
+        "type": "array", "items": {"anyOf": stages}, "default": [], "description": "what is done to the model, in this order",
+    }  # fmt: skip
     for key, default in NAMED.items():
         document["properties"][key] = {
             "anyOf": [document["properties"][key], {"type": "string"}],

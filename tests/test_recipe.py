@@ -165,6 +165,9 @@ def test_the_schema_knows_every_method_and_refuses_unknown_keys():
     stages = schema["properties"]["stages"]["items"]["anyOf"]
     assert {s["title"] for s in stages} == {f"{family}: {name}" for family, name, _ in methods.everyone()}
     assert schema["additionalProperties"] is False
+    for family, name, method in methods.everyone():  # of two blocks with one name, one would stand for both
+        for part, block in method.Settings.model_json_schema().get("$defs", {}).items():
+            assert schema["$defs"][part] == block, f"{family}: {name}"
     assert not {"name", "folder", "text"} & schema["properties"].keys()
 
 

@@ -30,12 +30,14 @@ Layers = dict[Number, Number]
 PREFIXES = {"encoder": "encoder_", "decoder": "decoder_", "blocks": ""}  # of what a model's output calls the states of a stack
 
 
-class Stacks(methods.Settings):
+class StackLayers(methods.Settings):
+    """Which layers learn from which, in either stack of an encoder-decoder."""
+
     encoder: Layers = Field({}, description="layers of the student's encoder: of the teacher's")
     decoder: Layers = Field({}, description="layers of the student's decoder: of the teacher's")
 
     @model_validator(mode="after")
-    def _some(self) -> "Stacks":
+    def _some(self) -> "StackLayers":
         if not self.encoder and not self.decoder:
             raise ValueError("names no layer: give encoder, decoder or both a map such as {1: 2}")
         return self
@@ -44,7 +46,7 @@ class Stacks(methods.Settings):
 class Settings(LogitsSettings):
     hidden_weight: float = Field(1.0, ge=0, description="of the hidden states' mean squared error, the mean over the layers")
     attention_weight: float = Field(0.0, ge=0, description="of the attention maps' divergence, the mean over the layers")
-    layers: Annotated[Layers, Field(min_length=1)] | Stacks | None = Field(
+    layers: Annotated[Layers, Field(min_length=1)] | StackLayers | None = Field(
         None,
         description="a layer of the student: the teacher's that it learns from, counted from 1, 0 being the embedding; of an"
         " encoder-decoder as {encoder: {1: 2}, decoder: {1: 3}}; null spreads the student's evenly over the teacher's",
@@ -161,10 +163,10 @@ def linked(mine: dict[str, tuple[int, int | None]], known: dict[str, tuple[int, 
         if heads != others:
             raise ModelError(f"attention_weight: maps of {heads} heads can't be held against the teacher's {others}; leave it at 0")
         pairs = {number: max(1, round(number * most / blocks)) for number in range(1, blocks + 1)}
-        if isinstance(settings.layers, Stacks) and role != "blocks":
+        if isinstance(settings.layers, StackLayers) and role != "blocks":
             pairs = settings.layers.encoder if role == "encoder" else settings.layers.decoder
         elif settings.layers is not None:
-            if isinstance(settings.layers, Stacks) or role != "blocks":
+            if isinstance(settings.layers, StackLayers) or role != "blocks":
                 form = "{1: 2}" if role == "blocks" else "{encoder: {1: 2}, decoder: {1: 2}}"
                 raise InputError(f"layers: this model has {' and '.join(mine)}; what is wanted looks like {form}")
             pairs = settings.layers

@@ -27,6 +27,8 @@ ABOUT = About(at_run_time="fewer blocks one after the other; embeddings and the 
 
 
 class Stacks(methods.Settings):
+    """How many blocks go of either stack of an encoder-decoder."""
+
     encoder: int = Field(0, ge=0, description="blocks of the encoder that go")
     decoder: int = Field(0, ge=0, description="blocks of the decoder that go")
 

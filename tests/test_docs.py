@@ -1,0 +1,271 @@
+"""README and docs: every command in them is run, every recipe validated, every Python block run, and a stranger's path walked.
+
+Commands are the lines of a code block that begin with a program's name; what others answer may stand between them. A page's commands and Python
+blocks are run in their order, in a copy of the repository with stand-ins for what the pages speak of: small random models and few examples,
+and a benchmark of moments in place of `quick` and `standard`. A YAML or Python block whose first line is `# path` is that file. YAML without a
+`version` is part of a recipe, and validated within the README's.
+"""
+
+import json
+import os
+import re
+import runpy
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from markdown_it import MarkdownIt
+
+from compress import cli, methods
+from compress.recipe import load
+from compress.results import read_report
+from tests.conftest import WORDS
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+PROGRAMS = ("accelerate", "compress", "lint-imports", "mypy", "pip", "pytest", "python", "ruff", "torchrun")
+RUN = {"run": {0, 1, 4}, "check": {0, 1, 4}, "search": {0, 1, 4}}  # a random model may fail; all other verbs end with 0
+NOT_RUN = {  # what begins so isn't run, and why
+    "pip install -e . &&": "the stranger's path has it; installing is .ci/run's",
+    "pip install -e '.[test]' &&": "these are the tests",
+    "ruff check": "is .ci/run's",
+    "accelerate launch": "wants two GPUs; tests/test_processes.py launches torchrun's way",
+    "torchrun": "tests/test_processes.py launches",
+    "compress sweep recipes/quickstart-rtn.yaml": "wants Ray; tests/test_sweep.py starts one",
+    "compress publish": "wants the hub; tests/test_publish.py has a stand-in",
+    "python -m compress.benchmark.selftest": "takes hours",
+}
+MOMENT = """\
+batch_sizes: [1]
+prompt_tokens: [8]
+new_tokens: 4
+rounds: 1
+precision: null
+turns: 2
+warmup: 0
+threads: 1
+"""
+STAMP, MADE = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}"), re.compile(r"artifacts/([\w-]+-)[0-9a-f]{12}")
+
+
+def blocks(page):
+    """Code blocks in order: language ('' for none), text."""
+    return [(token.info.strip(), token.content) for token in MarkdownIt().parse(page.read_text()) if token.type in ("fence", "code_block")]
+
+
+def lines(text):
+    return [line.removeprefix("$ ") for line in text.splitlines() if line.removeprefix("$ ").split(" ")[0] in PROGRAMS]
+
+
+def commands(page):
+    return [line for language, text in blocks(page) if language not in ("yaml", "python") for line in lines(text)]
+
+
+def named(text):
+    """The path that a block's first line names."""
+    found = re.match(r"# ([\w./-]+\.\w+)\n", text)
+    return found and found[1]
+
+
+EVERY = [pytest.param(page, line, id=f"{page.name}: {line}") for page in PAGES for line in commands(page)]
+MINE = next(text for _, text in blocks(ROOT / "README.md") if named(text) == "mine.yaml")
+
+
+def arguments(line):
+    """What a line gives the program, behind its name; [] where it is another program's."""
+    words = shlex.split(line.split(">")[0], comments=True)
+    return words[1:] if words[0] == "compress" else []
+
+
+def test_every_page_is_linked_and_every_link_leads_somewhere():
+    linked = set()
+    for page in PAGES:
+        for place in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text()):
+            assert (page.parent / place).exists(), f"{page.name}: {place}"
+            linked.add((page.parent / place).resolve())
+    assert {page for page in PAGES if page.parent.name == "docs"} <= linked
+
+
+def test_the_readme_tells_of_every_verb_and_every_method():
+    readme = (ROOT / "README.md").read_text()
+    assert set(cli.VERBS) == set(re.findall(r"^\| `compress (\w+)", readme, re.M))
+    table = readme[readme.index("## Methods") : readme.index("## In a pipeline")]
+    assert {f"`{name}`" for _, name, _ in methods.everyone()} <= set(re.findall(r"`\w+`", table))
+
+
+def test_concepts_tell_of_every_method_with_figures_from_the_reports():
+    page = (ROOT / "docs" / "concepts.md").read_text()
+    assert {f"| `{name}` |" for family, name, _ in methods.everyone() if family != "finetune"} <= set(re.findall(r"\| `\w+` \|", page))
+    measured = "".join(file.read_text() for file in [ROOT / "recipes" / "README.md", *(ROOT / "reports").rglob("report.md")])
+    missing = [figure for figure in re.findall(r"x\d\d?\.\d{3,}|\(\d[\d.]+ to [\d.]+|ROUGE-L \d+\.\d|BLEU of \d+\.\d+", page)
+               if figure.split()[-1].strip("(") not in measured]  # fmt: skip
+    assert missing == []
+
+
+def test_the_reference_of_a_recipe_is_up_to_date():
+    made = runpy.run_path(str(ROOT / "docs" / "make_recipe_reference.py"))["page"]()
+    assert (ROOT / "docs" / "recipe.md").read_text() == made, "run: python docs/make_recipe_reference.py"
+
+
+def test_what_is_not_run_is_there():
+    for begin in NOT_RUN:
+        assert any(param.values[1].startswith(begin) for param in EVERY), begin
+
+
+@pytest.mark.parametrize(("page", "line"), EVERY)
+def test_every_command_is_one_that_the_program_knows(page, line):
+    if words := arguments(line):
+        cli.parser().parse_args(words)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_commands_within_the_text_are_ones_that_the_program_knows(page):
+    for token in MarkdownIt().enable("table").parse(page.read_text()):
+        for part in token.children or []:
+            if part.type == "code_inline" and re.match(r"compress \w+ ", part.content):
+                cli.parser().parse_args(shlex.split(part.content.replace("...", ""))[1:])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_recipe_in_a_page_is_valid(page, tmp_path):
+    for language, text in blocks(page):
+        if language == "yaml" and "repos" not in (written := yaml.safe_load(text)) and named(text) != "gates.yaml":
+            whole = written if "version" in written else yaml.safe_load(MINE)
+            for key, value in written.items():
+                whole[key] = {**whole[key], **value} if key == "data" else value
+            file = tmp_path / "page.yaml"
+            file.write_text(yaml.safe_dump(whole))
+            if methods_known(whole):
+                load(file)
+
+
+def methods_known(recipe):
+    """Whether a recipe's methods are there: that of the page on adding one is, where that page is run."""
+    return all(any(stage.get(family) in methods.names(family) for family in methods.FAMILIES) for stage in recipe.get("stages", []))
+
+
+@pytest.fixture(scope="session")
+def shelf(toys, tmp_path_factory):
+    """A copy of the repository with stand-ins, and a run of the README's recipe in it."""
+    folder = tmp_path_factory.mktemp("shelf") / "compress"
+    shutil.copytree(ROOT, folder, ignore=lambda place, names: left_out(Path(place), names))
+    for file in (folder / "recipes").glob("*.yaml"):
+        small = re.sub(r"samples: \d+", "samples: 24", re.sub(r"(?m)^benchmark: .*", "benchmark: quick", file.read_text()))
+        file.write_text(re.sub(r"epochs: \d+", "epochs: 1", small))
+    for place in (folder / "benchmarks", folder / "recipes" / "benchmarks"):
+        place.mkdir(exist_ok=True)
+        for name in ("quick", "standard"):
+            (place / f"{name}.yaml").write_text(MOMENT)
+    stand_ins(folder, toys)
+    (folder / "mine.yaml").write_text(MINE)
+    walk(folder, "compress run mine.yaml")
+    return folder
+
+
+def left_out(place, names):
+    """Neither what git ignores nor kept reports, but for those that pages speak of."""
+    kept = {"reference"} if place.name == "reports" else set(names)
+    return [name for name in names if name.startswith(".") or name == "__pycache__" or name not in kept]
+
+
+def stand_ins(folder, toys):
+    """A model and dialogues of the names that pages give them."""
+    shutil.copytree(toys["t5"], folder / "my-flan-t5")
+    (folder / "dialogues").mkdir()
+    rows = [{"dialogue": " ".join(WORDS[n % 7 :]), "summary": "the cat sat on the red mat"} for n in range(24)]
+    for split in ("train", "test"):
+        (folder / "dialogues" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def walk(folder, line):
+    """Run a line of a page as a person would who stands in the folder; `compress`, `python` and `pytest` are this environment's."""
+    tools = folder / ".tools"
+    if not tools.exists():
+        tools.mkdir()
+        for name, what in (("compress", "-m compress"), ("python", ""), ("pytest", "-m pytest -p no:cacheprovider -q")):
+            (tools / name).write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} {what} "$@"\n')
+            (tools / name).chmod(0o755)
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("PYTEST_")}
+    environment |= {
+        "PATH": f"{tools}:{os.environ['PATH']}",
+        "PYTHONPATH": str(folder),
+        "MLFLOW_TRACKING_URI": f"sqlite:///{folder}/mlflow.db",
+    }
+    done = subprocess.run(["bash", "-c", line], cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+    verb = line.split()[1] if line.startswith("compress ") else ""
+    assert done.returncode in RUN.get(verb, {0}), f"{line}: {done.returncode}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+    return done
+
+
+def provide(folder, text):
+    """The runs and artifacts that a block names: copies of the newest."""
+    for name in STAMP.findall(text):
+        place = folder / "reports" / "mine"
+        if not (place / name).exists():
+            shutil.copytree(max(run for run in place.iterdir() if STAMP.fullmatch(run.name)), place / name)
+    for found in MADE.finditer(text):
+        place = folder / "reports" / found[0]
+        if not place.exists():
+            shutil.copytree(next(place.parent.glob(f"{found[1]}*")), place)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "page", [page for page in PAGES if any(not line.startswith(tuple(NOT_RUN)) for line in commands(page))], ids=lambda page: page.name
+)
+def test_every_command_and_every_python_block_of_a_page_runs(page, shelf, tmp_path):
+    folder = tmp_path / "compress"
+    shutil.copytree(shelf, folder)
+    for language, text in blocks(page):
+        if name := named(text):
+            (folder / name).write_text(MOMENT if name.startswith("benchmarks/") else text.replace("samples: 200", "samples: 24"))
+        elif language == "python":
+            provide(folder, text)
+            (folder / "block.py").write_text(text)
+            walk(folder, "python block.py")
+        elif language == "yaml":
+            continue
+        else:
+            for line in lines(text):
+                provide(folder, line)
+                if not line.startswith(tuple(NOT_RUN)):
+                    walk(folder, line)
+
+
+def test_the_hooks_find_mistakes(tmp_path):
+    """The README's pre-commit example: what it runs, on the files that it says."""
+    text = next(text for _, text in blocks(ROOT / "README.md") if named(text) == ".pre-commit-config.yaml")
+    (hook,) = yaml.safe_load(text)["repos"][0]["hooks"]
+    files = [
+        str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml") if re.search(hook["files"], str(path.relative_to(ROOT)))
+    ]
+    assert sorted(files) == sorted(f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml"))
+    bad = tmp_path / "bad.yaml"
+    bad.write_text("version: 2\n")
+    for given, status in (([*files], 0), ([*files, str(bad)], 2)):
+        done = subprocess.run([sys.executable, "-m", *hook["entry"].split(), *given], cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+
+
+@pytest.mark.slow
+def test_a_strangers_path_from_a_fresh_clone_to_a_verdict(toys, tmp_path):
+    """The README's two lines without installing, which .ci/run does, then a recipe for a model of one's own as the README has it."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no repository to clone")
+    clone = tmp_path / "a clone"
+    subprocess.run(["git", "clone", "--quiet", str(ROOT), str(clone)], check=True, capture_output=True)
+    main, tests = (line for line in commands(clone / "README.md") if line.startswith("pip install"))
+    done = walk(clone, main.partition(" && ")[2] + " --set benchmark.max_minutes=0.1")
+    assert "pass: every gate holds" in done.stdout
+    walk(clone, tests.partition(" && ")[2].replace("pytest -n auto", "pytest --collect-only -m 'not slow'"))
+    stand_ins(clone, toys)
+    (clone / "mine.yaml").write_text(next(text for _, text in blocks(clone / "README.md") if named(text) == "mine.yaml"))
+    walk(clone, "compress validate mine.yaml")
+    done = walk(clone, "compress run mine.yaml")
+    (report,) = (clone / "reports" / "mine").glob("*/report.json")
+    assert {"pass": 0, "fail": 1, "cannot_tell": 4}[read_report(report).verdict] == done.returncode
+    assert {"report.md", "measurements.parquet"} <= {file.name for file in report.parent.iterdir()}
