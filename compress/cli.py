@@ -46,6 +46,10 @@ def main() -> NoReturn:
     gc.disable()  # imports make many objects and no rubbish: a tenth of the time that validation takes
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _on_signal)
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # it was closed
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123 for as long as the program runs
+        getattr(sys, name).reconfigure(errors="replace")  # an encoding without a sign must not cost the rest
     try:
         given = parser().parse_args()
         code = given.call(given)

@@ -47,7 +47,8 @@ class Cluster:
         machines = [node["Resources"] for node in ray.nodes() if node["Alive"]]
         gpus = sum(int(resources.get("GPU", 0)) for resources in machines)
         cores = [resources["CPU"] for resources in machines if resources.get("CPU")]
-        self._needs = {"num_gpus": 1, "num_cpus": 1} if gpus else {"num_cpus": min(cores)}
+        shares = [max(1, resources["CPU"] // resources["GPU"]) for resources in machines if resources.get("GPU") and resources.get("CPU")]
+        self._needs = {"num_gpus": 1, "num_cpus": min(shares, default=1)} if gpus else {"num_cpus": min(cores)}  # as many threads
         self.room = gpus or len(cores)
 
     def start(self, work: Callable[..., Any], *arguments: Any) -> Any:

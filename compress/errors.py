@@ -21,11 +21,12 @@ working process to the parent by class name, so every class is made from its mes
 
 import re
 
-CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
 
 
 def printable(text: str) -> str:
-    """Text from a file, a model or a command line, without the control characters that a terminal or a browser would act upon."""
+    """Text from a file, a model or a command line, without the control characters that a terminal or a browser would act upon, and
+    what no encoding has."""
     return CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 

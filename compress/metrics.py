@@ -73,8 +73,8 @@ METRICS: dict[str, Metric] = _Metrics(
         Metric("tpot", "s", "lower", "speed", "time per output token after the first, median"),
         Metric("tokens_per_second", "tokens/s", "higher", "speed", "output tokens of the batch over whole latency, median"),
         Metric("examples_per_second", "1/s", "higher", "speed", "examples classified over whole latency, median"),
-        Metric("mbu", "1", "neither", "speed", "model bandwidth utilisation of a decode step: see below"),
-        Metric("mfu", "1", "neither", "speed", "model FLOP utilisation of prefill, or of a classification: see below"),
+        Metric("mbu", "1", "neither", "speed", "of a decode step: what it must read, over what the machine copies at best"),
+        Metric("mfu", "1", "neither", "speed", "of prefill or a classification: what it must compute, over the machine's best"),
         Metric(
             "energy_per_token", "J", "lower", "speed", "GPU: what NVML counts for the device, its idle draw too, over tokens written"
         ),

@@ -37,17 +37,9 @@ class Copy:
         self.pid, self._nursery = pid, nursery
         self._code: int | None = None
 
-    def poll(self) -> int | None:
-        return self._ended(os.WNOHANG)
-
     def wait(self) -> int:
-        code = self._ended(0)
-        assert code is not None
-        return code
-
-    def _ended(self, options: int) -> int | None:
         if self._code is None:
-            self._code = self._nursery.ended(self.pid, options)
+            self._code = self._nursery.ended(self.pid)
         return self._code
 
 
@@ -71,7 +63,10 @@ class Nursery:
             )  # fmt: skip
 
     def start(self, module: str, pipes: tuple[int, int], log: Path, environment: Mapping[str, str]) -> Process:
-        """A process that runs a module with these ends of pipes: a copy, or a fresh one where there is none to be had."""
+        """A process that runs a module with these ends of pipes: a copy, or a fresh one where there is none to be had.
+
+        environment   of a fresh one; a copy has this process's
+        """
         if self._channel is None:
             return fresh(module, pipes, log, environment)
         with log.open("ab") as output:
@@ -81,15 +76,13 @@ class Nursery:
         answer = self._answer()
         return fresh(module, pipes, log, environment) if answer is None else Copy(answer, self)
 
-    def ended(self, pid: int, options: int) -> int | None:
-        """The exit code of a copy, negative for a signal; None while it runs."""
+    def ended(self, pid: int) -> int:
+        """The exit code of a copy once it has ended, negative for a signal."""
         assert self._channel is not None
         with contextlib.suppress(OSError):
-            self._channel.send(json.dumps({"wait": pid, "options": options}).encode())
+            self._channel.send(json.dumps({"wait": pid}).encode())
         answer = self._answer()
-        if answer is None:  # where this process has died, the kernel has killed its copies
-            return -signal.SIGKILL
-        return None if answer == RUNS else answer
+        return -signal.SIGKILL if answer is None else answer  # where this process has died, the kernel has killed its copies
 
     def _answer(self) -> int | None:
         assert self._channel is not None
@@ -109,9 +102,6 @@ class Nursery:
             self._channel.close()
 
 
-RUNS = 1 << 16  # no exit code
-
-
 def main() -> None:
     """The nursery's own side: import, then copy itself whenever it is asked to, and say how copies ended."""
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
@@ -127,8 +117,8 @@ def main() -> None:
             return
         asked = json.loads(message)
         if "wait" in asked:
-            pid, status = os.waitpid(asked["wait"], asked["options"])
-            channel.send(str(os.waitstatus_to_exitcode(status) if pid else RUNS).encode())
+            _, status = os.waitpid(asked["wait"], 0)
+            channel.send(str(os.waitstatus_to_exitcode(status)).encode())
         elif os.fork() == 0:
             _become(asked["module"], handles, channel)
         for handle in handles:

@@ -87,10 +87,9 @@ def measure(
     with ExitStack() as stack:
         places, logs = zip(*(stack.enter_context(_place(one.recipe, Path(out))) for one in prepared), strict=True)
         reports = _measured(prepared, device, logs[0], progress, strict)
-        written = []
-        for one, report, place in zip(prepared, reports, places, strict=True):
-            written.append(_written(report, one.commit, place))
-            card.write(one.recipe, one.baseline or one.candidate, one.stages, written[-1])
+        written = [_written(report, one.commit, place) for one, report, place in zip(prepared, reports, places, strict=True)]
+        for one, report in zip(prepared, written, strict=True):
+            card.write(one.recipe, one.baseline or one.candidate, one.stages, report)
         return written
 
 

@@ -1,6 +1,7 @@
 """Working processes: all that needs torch runs in one, and the parent stays light and whole.
 
-The parent starts `python -m MODULE REQUEST_FD REPLY_FD` and asks it one thing at a time, a JSON line each way over two
+The parent starts `python -m MODULE REQUEST_FD REPLY_FD`, or a copy of a process that has imported (compress/nursery.py), and asks it one
+thing at a time, a JSON line each way over two
 pipes of their own, so that nothing a library prints can be mistaken for an answer. While it works, the child sends progress.
 A child whose parent dies is killed by the kernel; a child that dies leaves the parent a `ChildDied` with the reason. A `Team` is
 several that work on one request together, as torch.distributed has it.
@@ -50,7 +51,6 @@ class Process(Protocol):
 
     pid: int
 
-    def poll(self) -> int | None: ...
     def wait(self) -> int: ...
 
 
@@ -89,9 +89,15 @@ class Child:
         self._log, self._progress = log, progress
         request_read, self._request = os.pipe()
         self._reply, reply_write = os.pipe()
-        self._process = start(module, (request_read, reply_write), log, {**environment_of(threads), **(environment or {})})
-        os.close(request_read)
-        os.close(reply_write)
+        try:
+            self._process = start(module, (request_read, reply_write), log, {**environment_of(threads), **(environment or {})})
+        except BaseException:
+            os.close(self._request)
+            os.close(self._reply)
+            raise
+        finally:
+            os.close(request_read)
+            os.close(reply_write)
         self._buffer = b""
 
     @property
@@ -144,7 +150,13 @@ class Child:
 
     @property
     def has_ended(self) -> bool:
-        return self._process.poll() is not None
+        """Whether it has; what it said before is still heard."""
+        while select.select([self._reply], [], [], 0)[0]:
+            chunk = os.read(self._reply, 1 << 20)
+            if not chunk:
+                return True
+            self._buffer += chunk
+        return False
 
     def fileno(self) -> int:
         """What `select` waits on for messages."""

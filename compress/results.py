@@ -298,6 +298,8 @@ class Report(Record):
         for key in ("check", "data", "generation", "benchmark"):
             if not isinstance(self.settings.get(key), dict):
                 raise ValueError(f"settings.{key} is missing")
+        if not isinstance(level := self.settings["benchmark"].get("confidence", 0.95), float) or not 0 < level < 1:
+            raise ValueError(f"settings.benchmark.confidence is {level!r}, no share between 0 and 1")
         for gate in self.settings["check"].values():
             Gate.model_validate(gate)
         if not all(record.stage for record in self.stages):
@@ -395,6 +397,19 @@ def _few() -> "msgspec.json.Decoder[Any]":
     stage = without(StageRecord, "layers", "curve")
     nested = {"sides": list[side], "stages": list[stage]}  # type: ignore[valid-type]
     return msgspec.json.Decoder(without(Report, "turns", "predictions", "folder", **nested))
+
+
+def write_whole(file: Path, text: str) -> None:
+    """Put a text into a file at once, or not at all. Raises NoSpace when the disk fills, OSError where it can't be written to."""
+    fresh = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    try:
+        fresh.write_text(text, encoding="utf-8")
+        fresh.replace(file)
+    except OSError as error:
+        fresh.unlink(missing_ok=True)
+        if is_disk_full(error):
+            raise NoSpace(f"the disk filled while {file} was written; free some space and run again") from None
+        raise
 
 
 @contextmanager

@@ -24,13 +24,13 @@ from compress import pipeline, sweep
 from compress.cluster import Here, Workers
 from compress.errors import CompressError, InputError, MissingPackage, RecipeError
 from compress.methods import quiet
-from compress.metrics import METRICS
+from compress.metrics import GROUPS, METRICS
 from compress.mistakes import suggest
 from compress.model import user_path
 from compress.process import Progress, take_lock
 from compress.recipe import Recipe, digest
 from compress.report.numbers import duration
-from compress.results import Report, read_report
+from compress.results import Report, read_report, write_whole
 from compress.screening import hopeless
 
 NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
@@ -98,6 +98,8 @@ def space(over: Sequence[str]) -> Space:
     found: Space = {}
     for assignment in over:
         key, _, text = assignment.partition("=")
+        if key.strip() in found:
+            raise RecipeError(f"--over {assignment}: {key.strip()} is given twice; give all of its values once")
         if ends := RANGE.fullmatch(text.strip()):
             low, high = (int(end) if end.lstrip("+-").isdecimal() else float(end) for end in ends.group(1, 2))
             if low >= high or (ends[3] and low <= 0):
@@ -130,6 +132,9 @@ class Search:
         ends = {key: [one.low, one.high] if isinstance(one, Range) else one for key, one in self.space.items()}
         first = {key: each[0] for key, each in ends.items()}
         self.recipes = [self.variant({**first, key: value}) for key, each in ends.items() for value in each]
+        measured = {name for group in self.recipes[0].groups for name in GROUPS.get(group, ())}
+        if METRICS[minimise].kind == "quality" and minimise not in measured:
+            raise RecipeError(f"--minimise {minimise}: the recipe doesn't measure it; its metrics are {', '.join(sorted(measured))}")
         if not self.recipes[0].check:
             raise RecipeError(f"{file}: has no gates; name what is to be kept, as in --keep rougeL:-1.0")
 
@@ -158,13 +163,14 @@ class Search:
         best = min((one for one in tried if one.verdict == "pass" and one.value is not None), key=lambda one: one.value or 0, default=None)
         file = place / "best.yaml"
         if best is not None:
-            file.write_text(_as_yaml(self.variant(best.choice)), encoding="utf-8")
+            write_whole(file, _as_yaml(self.variant(best.choice)))
         return Found(tried, best, file)
 
     def _go_on(self, study: Any, trials: int, how: tuple[Path, str, bool], progress: Progress, workers: Workers) -> None:
         """Ask, try and tell until so many are tried."""
-        everyone = self._everyone(trials)
-        wanted, start, before = len(everyone) or trials, time.monotonic(), len(_tried(study))
+        everyone, start, known = self._everyone(trials), time.monotonic(), [one.choice for one in _tried(study)]
+        before = len(known)
+        wanted = before + sum(choice not in known for choice in everyone) if everyone else trials
         running: dict[Any, tuple[Any, dict[str, Any], str]] = {}
         done = before
         while done < wanted:
@@ -215,7 +221,7 @@ def _tell(study: Any, trial: Any, one: Tried) -> None:
     if one.value is None or one.report is None:
         study.tell(trial, state=TrialState.PRUNED)
     else:
-        trial.set_constraint("gates", sum(WEIGHT[gate.verdict] for gate in read_report(one.report).gates))
+        trial.set_constraint("gates", sum(WEIGHT[gate.verdict] for gate in read_report(one.report, figures_only=True).gates))
         study.tell(trial, one.value)
 
 

@@ -7,8 +7,10 @@ was interrupted goes on where it was.
 
 import itertools
 import json
+import math
 import re
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,9 +27,10 @@ from compress.pipeline import Prepared
 from compress.process import Progress
 from compress.recipe import Recipe, digest, load
 from compress.report.numbers import duration
-from compress.results import Report, read_report
+from compress.results import Report, read_report, write_whole
 from compress.yamlfile import Document
 
+MOST = 1000  # recipes of a sweep
 TOGETHER = 6  # candidates with one baseline: they take 7 measurements where pairs take 12; more would save little, and be lost at once
 OWN = {"stages", "check", "calibration"}  # blocks in which recipes that are measured alike may differ
 
@@ -48,7 +51,12 @@ def expand(files: Sequence[str | Path], grid: Sequence[str], overrides: Sequence
 
     Raises RecipeError with every mistake of all of them.
     """
-    keys = dict(values(assignment, "--grid") for assignment in grid)
+    pairs = [values(assignment, "--grid") for assignment in grid]
+    keys = dict(pairs)
+    if twice := [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]:
+        raise RecipeError(f"--grid {twice[0]}: it is given twice; give all of its values once")
+    if (count := len(files) * math.prod(map(len, keys.values()))) > MOST:
+        raise RecipeError(f"--grid: that makes {count:,} recipes, and {MOST:,} are the most; compress search tries some of many")
     chosen = [dict(zip(keys, one, strict=True)) for one in itertools.product(*keys.values())]
     found, mistakes = [], list[str]()
     for file, choice in itertools.product(files, chosen):
@@ -66,7 +74,10 @@ def values(assignment: str, option: str) -> tuple[str, list[Any]]:
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip() or not text.strip():
         raise RecipeError(f"{option} {assignment}: a key and values are wanted, as in {option} stages.0.bits=3,4,8")
-    return key.strip(), Document(f"{option} {assignment[:200]}", f"values: [{text}]").data["values"]
+    found = Document(f"{option} {assignment[:200]}", f"values: [{text}]").data["values"]
+    if not found or not all(isinstance(one, str | int | float | bool | list | dict | None) for one in found):
+        raise RecipeError(f"{option} {assignment}: values are wanted, as in {option} stages.0.bits=3,4,8")
+    return key.strip(), [one for number, one in enumerate(found) if one not in found[:number]]
 
 
 def variant(file: str | Path, overrides: Sequence[str], choice: Mapping[str, Any]) -> Recipe:
@@ -141,9 +152,8 @@ def page(outcomes: Sequence[Outcome], out: Path) -> Path | None:
         return None
     file = out / "sweeps" / f"{outcomes[0].recipe.name.partition('+')[0]}-{digest([one.recipe.digest for one in outcomes])}.html"
     file.parent.mkdir(parents=True, exist_ok=True)
-    fresh = file.with_suffix(".partial")
-    fresh.write_text(html.render(reports), encoding="utf-8")
-    return fresh.replace(file)
+    write_whole(file, html.render(reports))
+    return file
 
 
 def former(prepared: Prepared, out: Path) -> Report | None:
@@ -151,10 +161,10 @@ def former(prepared: Prepared, out: Path) -> Report | None:
     made = [Path(record.artifact).name for record in prepared.stages]
     for file in sorted((out / prepared.recipe.name).glob("*/report.json"), reverse=True):
         with suppress(ReportError):
-            report = read_report(file)
+            report = read_report(file, figures_only=True)
             same = report.digest == prepared.recipe.digest and report.examples_digest == examples_digest(prepared.examples)
             if same and [Path(record.artifact).name for record in report.stages] == made and failure(report) is None:
-                return report
+                return read_report(file)
     return None
 
 

@@ -21,6 +21,7 @@ from compress.report.compare import as_text, labels, rows
 from compress.report.history import FEWEST, Line, Run
 from compress.report.layers import line
 from compress.report.numbers import change, count, duration, figure, percent, scaled, verdict_words
+from compress.report.table import room
 from compress.report.write import shown
 from compress.results import Report
 
@@ -96,7 +97,7 @@ def show_report(report: Report) -> None:
 def show_comparison(reports: Sequence[Report]) -> None:
     """One table over reports."""
     found = rows(reports)
-    print(as_text(found, labels(found), "table", _Console().width))
+    print(as_text(found, labels(found), "table", room()))
 
 
 def show_reasons(what: str, reasons: Sequence[tuple[str, str]]) -> None:
@@ -206,7 +207,7 @@ def _minute(run: Run) -> str:
 
 def _commit(run: Run) -> str:
     """A commit in short: 4f2a9c1, 4f2a9c1-dirty."""
-    return _shown(re.sub(r"^(\w{7})\w*", r"\1", run.commit or "-"))
+    return _shown(re.sub(r"^(\w{7})\w*", r"\1", str(run.commit or "-")))
 
 
 def _percent(share: float | None) -> str:

@@ -154,7 +154,8 @@ class Writer:
         """What is written to these prompts, as they come to their ends: whenever a part of them has, the others go on without."""
         given, start = self._inputs(examples)
         if self._both:
-            given["encoder_outputs"] = self._reader.model.get_encoder()(**given)
+            with torch.inference_mode():
+                given["encoder_outputs"] = self._reader.model.get_encoder()(**given)
         last = start + self._new_tokens
         while examples:
             ended = Ended(self._stop)
@@ -194,10 +195,12 @@ class Writer:
     def _generate(self, examples: list[int], given: dict[str, Any], start: int, **wanted: Any) -> Any:
         """transformers' generation of the tokens that are yet to be written."""
         drawing = None if self._warpers is None else LogitsProcessorList([*self._warpers, GumbelNoise(self._seed, examples, start)])
+        least = self._reader.model.generation_config.min_new_tokens  # transformers counts them from where a continuation begins
         before = given.get("decoder_input_ids", given["input_ids"]).shape[1] if "past_key_values" in given else start
         with torch.inference_mode():
             return self._reader.model.generate(
                 **given, **wanted, **self._settings, max_new_tokens=start + self._new_tokens - before, do_sample=False,
+                min_new_tokens=least and max(0, least - (before - start)),
                 logits_processor=drawing, pad_token_id=self._reader.tokenizer.pad_token_id, return_dict_in_generate=True,
             )  # fmt: skip
 

@@ -154,7 +154,9 @@ class Session:
         """Whether a round that has so many turns needs no more."""
         if turns < self._benchmark.turns:
             return False
-        return self._benchmark.precision is None or not self._well() or self._alone or self._timing >= self._starting
+        if self._benchmark.precision is None or self._alone or not any(_common(pair) for pair in _pairs(self._well())):
+            return True
+        return self._timing >= self._starting
 
     def _take(self, number: int, turn: int, examples: list[Example], last: bool) -> bool:
         """One turn of each side that has not failed. Whether it counts: where it was disturbed it doesn't, unless it is the `last` one."""
@@ -240,7 +242,7 @@ def _stop(subjects: list[Subject]) -> None:
 
 def _pairs(subjects: list[Subject]) -> list[list[Subject]]:
     """Each candidate with the baseline, which is the first; one alone with nothing."""
-    return [[subjects[0], other] for other in subjects[1:]] or [subjects]
+    return [[subjects[0], other] for other in subjects[1:]] or [subjects[:1]] if subjects else []
 
 
 def _common(subjects: list[Subject]) -> list[Point]:

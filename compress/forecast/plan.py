@@ -154,13 +154,15 @@ def _from_headers(folder: Path, config: dict[str, Any]) -> Shape:
 def _benchmark_seconds(recipe: Recipe, shape: Shape, weights: int, machine: Machine) -> float:
     """One side's: process starts, every generation at every point, and the evaluation examples."""
     benchmark = recipe.benchmark
-    times = max(2, 1 + benchmark.warmup) + benchmark.turns * benchmark.iterations
+    start = COPY_S if machine.device == "cpu" else START_S
     grid = sum(_generation_seconds(shape, weights, machine, batch, prompt, benchmark.new_tokens) for batch, prompt in benchmark.points)
     length = recipe.data.max_tokens or INPUT_TOKENS
     together = max(1, (benchmark.quality_batch_tokens or BATCH_TOKENS) // length)
     batches = -(-(recipe.data.samples or ROWS) // together)
     quality = batches * _generation_seconds(shape, weights, machine, together, length, recipe.generation.max_new_tokens)
-    return START_S + benchmark.rounds * (COPY_S + times * grid) + quality
+    turns = benchmark.turns * benchmark.iterations * grid
+    timed = turns if benchmark.precision is None else max(turns, start)
+    return START_S + benchmark.rounds * (start + max(2, 1 + benchmark.warmup) * grid + timed) + quality
 
 
 def _generation_seconds(shape: Shape, weights: int, machine: Machine, batch: int, prompt: int, new: int) -> float:

@@ -15,7 +15,7 @@ from compress.mistakes import suggest
 from compress.report.numbers import change, figure, verdict_words
 from compress.report.table import cell, fitted, html_table, latex, latex_table, table
 from compress.report.tradeoff import pareto
-from compress.report.verdict import differing, measured_how
+from compress.report.verdict import baseline_key, differing, measured_how
 from compress.results import Comparison, Measurement, Report, Role, Side, Verdict
 
 HEAD = ("rougeL", "bleu", "perplexity", "accuracy", "weight_bytes", "peak_run_bytes", "latency_p50", "tokens_per_second")
@@ -62,10 +62,9 @@ def rows(reports: Sequence[Report]) -> list[Row]:
     counted = Counter(_name(report, report.candidate) for report in reports)
     baselines: dict[str, Row] = {}
     candidates = []
-    for report, way, differs in zip(reports, ways, _differences(ways), strict=True):
+    for report, differs in zip(reports, _differences(ways), strict=True):
         if baseline := report.side("baseline"):
-            same = _key([baseline.model, report.settings.get("model"), way])
-            baselines.setdefault(same, _row(report, baseline, _name(report, baseline), differs))
+            baselines.setdefault(baseline_key(report, baseline), _row(report, baseline, _name(report, baseline), differs))
         name = _name(report, report.candidate)
         candidates.append(_row(report, report.candidate, f"{name} {report.folder.name}" if counted[name] > 1 else name, differs))
     return [*baselines.values(), *candidates]

@@ -2,6 +2,7 @@
 
 import html
 import re
+import shutil
 import textwrap
 from collections.abc import Iterable, Sequence
 from itertools import zip_longest
@@ -45,6 +46,11 @@ LATEX = {
 def latex(text: str) -> str:
     """Text as LaTeX shows it literally."""
     return "".join(LATEX.get(sign, sign) for sign in printable(text))
+
+
+def room() -> int | None:
+    """Columns of the terminal; None in a pipe, where nothing is cut."""
+    return shutil.get_terminal_size((0, 0)).columns or None
 
 
 def fitted(header: list[str], rows: list[list[str]], width: int | None) -> tuple[list[str], list[str]]:

@@ -8,6 +8,7 @@ Among many gates one fails by chance more easily than it would alone, so failure
 gates pass by chance together no more easily than each of them alone (an intersection-union test, Berger 1982).
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -176,6 +177,11 @@ def measured_how(report: Report) -> dict[str, Any]:
         **{what: environment.get(what) for what in ("device", "gpu", "cpu", "threads", "cores")},
     }
     return {what: value for what, value in said.items() if value}
+
+
+def baseline_key(report: Report, side: Side) -> str:
+    """The same for baselines that are one: the same model, measured alike."""
+    return json.dumps([side.model, report.settings.get("model"), measured_how(report)], sort_keys=True, default=str)
 
 
 def differing(mine: dict[str, Any], other: dict[str, Any]) -> list[str]:

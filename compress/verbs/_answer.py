@@ -21,16 +21,19 @@ def refuse(given: Namespace) -> None:
     for flag, file in (("--junit", given.junit), ("--markdown", given.markdown)):
         if file and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
             raise InputError(f"{flag} {file}: can't be written to")
+    if given.junit and given.junit == given.markdown:
+        raise InputError(f"--junit and --markdown are both {given.junit}; name two files")
 
 
 def tell(report: "Report", given: Namespace) -> None:
     """Tell a pipeline: the files of `_arguments.telling`, and on GitHub's runners annotations, which they read on stderr too."""
     from compress.report import ci, write
+    from compress.results import write_whole
 
     if given.junit:
-        given.junit.write_text(ci.junit(report), encoding="utf-8")
+        write_whole(given.junit, ci.junit(report))
     if given.markdown:
-        given.markdown.write_text(write.brief(report) + "\n", encoding="utf-8")
+        write_whole(given.markdown, write.brief(report) + "\n")
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for line in ci.annotations(report):
             print(line, file=sys.stderr)

@@ -25,10 +25,13 @@ def measuring(parser: ArgumentParser) -> None:
     overriding(parser)
     parser.add_argument("--out", type=Path, default=Path("reports"), metavar="DIR", help="where reports and artifacts go (reports)")
     parser.add_argument("--strict", action="store_true", help="refuse to measure on a GPU that another process uses")
+    on_a_device(parser)
+
+
+def tracking(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--log", action="append", default=[], choices=trackers.names(), help="log the report there too, as that tracker is set up"
     )
-    on_a_device(parser)
 
 
 def spreading(parser: ArgumentParser) -> None:

@@ -9,13 +9,14 @@ import gc
 from argparse import ArgumentParser, Namespace
 
 from compress.verbs._answer import finish, log
-from compress.verbs._arguments import measuring
+from compress.verbs._arguments import measuring, tracking
 
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model folder, a hub id, or builtin")
     parser.add_argument("--recipe", required=True, metavar="RECIPE", help="data, metrics and benchmark are taken from this recipe")
     measuring(parser)
+    tracking(parser)
 
 
 def call(given: Namespace) -> int:

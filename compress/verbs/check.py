@@ -5,7 +5,7 @@ found: of all reports in a place that passed and were measured alike, the one wi
 
 On GitHub's runners (GITHUB_ACTIONS=true) every gate that doesn't pass becomes an annotation.
 
-Exit status: 0 pass, 1 a gate failed, 2 bad input, 4 the data cannot tell yet.
+Exit status: 0 pass, 1 a gate failed, 2 bad input, 3 its run could not measure all, 4 the data cannot tell yet.
 
 Example:  compress check reports/quickstart/20261120-101500-ab12cd --gates mlperf-99 --against reports/quickstart --best rougeL
 """
@@ -34,6 +34,9 @@ def call(given: Namespace) -> int:
     from compress.results import read_report
 
     refuse(given)
+    for flag, value in (("--against", given.against), ("--best", given.best), ("--gates", given.gates)):
+        if value == "":
+            raise InputError(f"{flag} '': it is empty, as a variable is that isn't set")
     report, place = read_report(given.report), given.against
     if given.best and not given.against:
         raise InputError("--best says which of the reports under --against counts; give --against DIR with it")
@@ -42,5 +45,6 @@ def call(given: Namespace) -> int:
         complain(damaged)
         place = history.best(report, others, given.best).folder
     checked = pipeline.check(report, read_report(place) if place else None, given.gates)
+    status = finish(checked, given.json)
     tell(checked, given)
-    return finish(checked, given.json)
+    return status

@@ -10,7 +10,6 @@ Example:  compress compare reports/quickstart other-recipe --columns rougeL weig
 """
 
 import glob
-import shutil
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
 
@@ -33,6 +32,7 @@ def arguments(parser: ArgumentParser) -> None:
 def call(given: Namespace) -> int:
     from compress.report import compare
     from compress.report.frame import find_reports, read_reports
+    from compress.report.table import room
 
     reports, damaged = read_reports(find_reports(_place(place, given.out) for place in given.reports))
     complain(damaged)
@@ -44,8 +44,7 @@ def call(given: Namespace) -> int:
         found = compare.ranked(found, given.sort)
     if given.pareto:
         found = compare.unbeaten(found, figures)
-    width = shutil.get_terminal_size((0, 0)).columns or None  # no limit in a pipe
-    print(compare.as_text(found, figures, "json" if given.json else given.format, width))
+    print(compare.as_text(found, figures, "json" if given.json else given.format, room()))
     return 0
 
 

@@ -15,12 +15,13 @@ from argparse import ArgumentParser, Namespace
 
 from compress.errors import InputError
 from compress.verbs._answer import finish, log, refuse, tell
-from compress.verbs._arguments import measuring, telling
+from compress.verbs._arguments import measuring, telling, tracking
 
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
     measuring(parser)
+    tracking(parser)
     telling(parser)
     parser.add_argument("--processes", type=int, metavar="N", help="train in so many processes, whose batches make one step (1)")
 
@@ -41,7 +42,7 @@ def call(given: Namespace) -> int:
     loaded = load(given.recipe, given.set)
     with terminal.bars() as progress:
         report = pipeline.run(loaded, given.out, given.device, progress, processes, given.strict)
-    tell(report, given)
     status = finish(report, given.json)
+    tell(report, given)
     log(report, given.log)
     return status

@@ -14,7 +14,6 @@ Example:  compress search quickstart-rtn --keep rougeL:-2.0 --minimise file_byte
 import gc
 from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
-from dataclasses import asdict
 
 from compress.errors import InputError
 from compress.verbs._answer import print_json
@@ -38,6 +37,8 @@ def call(given: Namespace) -> int:
     gc.enable()  # which `main` turned off, for verbs that answer at once
     if given.trials < 1:
         raise InputError(f"--trials {given.trials}: a number from 1 on is wanted")
+    from dataclasses import asdict
+
     from compress import terminal
     from compress.cluster import cluster
     from compress.metrics import METRICS
@@ -51,7 +52,7 @@ def call(given: Namespace) -> int:
     if given.json:
         print_json({"best": best and {**asdict(best), "recipe": str(found.file)}, "tried": [asdict(one) for one in found.tried]})
     else:
-        if reports := [read_report(one.report) for one in found.tried if one.report]:
+        if reports := [read_report(one.report, figures_only=True) for one in found.tried if one.report]:
             terminal.show_comparison(reports)
         if left := [(search.variant(one.choice).name, one.reason) for one in found.tried if one.reason]:
             terminal.show_reasons("left out", left)

@@ -13,8 +13,8 @@ import gc
 from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
 
-from compress.verbs._answer import print_json
-from compress.verbs._arguments import measuring, spreading
+from compress.verbs._answer import log, print_json
+from compress.verbs._arguments import measuring, spreading, tracking
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -23,21 +23,25 @@ def arguments(parser: ArgumentParser) -> None:
         "--grid", action="append", default=[], metavar="KEY=VALUE,...", help="values of a key of each recipe; several keys are combined"
     )
     measuring(parser)
+    tracking(parser)
     spreading(parser)
 
 
 def call(given: Namespace) -> int:
     gc.enable()  # which `main` turned off, for verbs that answer at once
-    from compress import sweep, terminal
+    from compress import sweep, terminal, trackers
     from compress.cluster import cluster
 
+    trackers.require(given.log)
     recipes = sweep.expand(given.recipes, given.grid, given.set)
     with terminal.bars() as progress, cluster() if given.on == "ray" else nullcontext() as workers:
         outcomes = sweep.run(recipes, given.out, given.device, progress, given.strict, workers)
-        page = sweep.page(outcomes, given.out)
     reports = [one.report for one in outcomes if one.report]
     failed = [(one.recipe.name, one.reason) for one in outcomes if one.reason]
+    for report in reports:
+        log(report, given.log)
     if given.json:
+        page = sweep.page(outcomes, given.out)
         failures = [{"recipe": name, "reason": reason} for name, reason in failed]
         shown = [{"recipe": report.recipe, **report.as_json()} for report in reports]
         print_json({"reports": shown, "failed": failures, "page": page and str(page)})
@@ -46,6 +50,6 @@ def call(given: Namespace) -> int:
         terminal.show_comparison(reports)
     if failed:
         terminal.show_reasons("failed", failed)
-    if page:
+    if page := sweep.page(outcomes, given.out):
         print(f"page      {page}")
     return 3 if failed else 0

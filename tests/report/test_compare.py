@@ -49,8 +49,9 @@ def verb(*arguments):
 
 
 @pytest.fixture
-def three(tmp_path):
+def three(tmp_path, monkeypatch):
     """One that is best in quality, one in size and speed, and one that is worse than the first and ran out of memory."""
+    monkeypatch.delenv("COLUMNS", raising=False)  # a width that the tests were started with
     one("good", tmp_path / "good", rouge=71.9, size=2e6, speed=0.02)
     one("small", tmp_path / "small", rouge=68.0, size=1e6, speed=0.01)
     one("lost", tmp_path / "lost", rouge=70.0, size=3e6, speed=None)

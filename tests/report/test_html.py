@@ -164,9 +164,18 @@ def test_long_outputs_are_kept_whole():
     theirs, ours = "\n".join(lines), "\n".join(line.replace("same", "other") for line in lines)
     left, right, _ = examples.marked(theirs, ours)
     assert ("".join(left), "".join(right)) == (theirs, ours)
-    assert left[1].strip() == "same" and right[1].strip() == "other" and len(left[-1]) > 10_000, (
-        "words that many are not compared one by one"
-    )
+    assert (left[0], left[-1], len(left)) == ("line 0 of the ", "thing", 3), "words that many are not compared one by one"
+
+
+def test_repetitive_texts_differ_by_what_was_inserted():
+    words = ["the cat sat on the mat"] * 50
+    for theirs, ours, changed in (
+        (" ".join(words), " ".join([*words[:20], "down", *words[20:]]), 1 / 601),
+        ("the cat sat " * 60, "the cat sat down " * 60, 1 - 2 * 180 / 420),
+    ):
+        left, right, share = examples.marked(theirs, ours)
+        assert ("".join(left), "".join(right)) == (theirs, ours)
+        assert share == pytest.approx(changed, abs=1e-3)
 
 
 def test_candidates_stand_beside_the_baseline_that_they_share():
@@ -257,4 +266,4 @@ def test_what_does_not_fit_is_left_out_by_name_least_changed_first(monkeypatch):
     kept = {example["id"] for example in data["examples"]}
     assert min(change[name] for name in kept) >= max(change[name] for name in change.keys() - kept)
     monkeypatch.setattr(html, "ROOM", 1)
-    assert "and the samples of every figure. They are in report.json" in html.render([large(examples=3)])
+    assert "and the samples of every figure. They are in the report.json of each run" in html.render([large(examples=3)])

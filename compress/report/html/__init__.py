@@ -9,8 +9,11 @@ import base64
 import gzip
 import hashlib
 import json
+import os
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +69,19 @@ def _packed(reports: Sequence[Report], drawn: dict[str, Any]) -> tuple[str, int,
 
 @cache
 def _drawing_library() -> str:
-    """Vega, Vega-Lite and Vega-Embed in one script."""
+    """Vega, Vega-Lite and Vega-Embed in one script, which takes seconds to make; a person's cache keeps it."""
     import vl_convert
 
-    return str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace("</script", "<\\/script")
+    place = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "compress" / f"vega-{version('vl-convert-python')}.js"
+    with suppress(OSError):
+        return place.read_text(encoding="utf-8")
+    script = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace("</script", "<\\/script")
+    with suppress(OSError):
+        place.parent.mkdir(parents=True, exist_ok=True)
+        fresh = place.with_suffix(f".{os.getpid()}")
+        fresh.write_text(script, encoding="utf-8")
+        fresh.replace(place)
+    return script
 
 
 def _file(name: str) -> str:

@@ -1,7 +1,7 @@
 """What the sections of a page say, as plain rows for its template."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import PurePath
 from typing import Any
 
@@ -12,6 +12,7 @@ from compress.metrics import METRICS
 from compress.report import memory, steps, turns
 from compress.report.layers import lost_most, remarkable, summary
 from compress.report.numbers import change, duration, figure, percent, scaled, share, verdict_words
+from compress.report.verdict import baseline_key
 from compress.report.why import at_run_time
 from compress.report.write import shown
 from compress.results import Comparison, GateResult, Measurement, Report, Side, StageRecord
@@ -38,12 +39,14 @@ class Column:
 
 
 def columns(reports: Sequence[Report]) -> list[Column]:
-    """Baselines, of which the same model on the same examples stands once, and then candidates."""
-    baselines: dict[tuple[str, str], Column] = {}
+    """Baselines, of which the same model measured alike stands once, and then candidates."""
+    baselines: dict[str, Column] = {}
     for report in reports:
         if side := report.side("baseline"):
-            baselines.setdefault((side.model, report.examples_digest), Column(f"baseline {printable(short(side))}", report, side))
+            baselines.setdefault(baseline_key(report, side), Column(f"baseline {printable(short(side))}", report, side))
     found = list(baselines.values())
+    if len({column.name for column in found}) < len(found):
+        found = [replace(column, name=f"{column.name} #{number}") for number, column in enumerate(found, 1)]
     if len(found) == 1:
         found = [Column("baseline", found[0].report, found[0].side)]
     return found + [Column(printable(name), report, report.candidate) for name, report in zip(_names(reports), reports, strict=True)]
