@@ -47,7 +47,7 @@ class Prepared:
     name: str
     examples: list[Example]
     stages: list[StageRecord]
-    commit: str | None
+    commit: str | None = None
 
 
 def run(

@@ -151,6 +151,8 @@ class Answering:
 
     asked: dict = {}  # noqa: RUF012
 
+    module = "json"
+
     def __init__(self, role, source, *_):
         self.role, self.drop, self.outputs = role, float(source.id) if role == "candidate" else 0.0, None
         self.asked[role] = []
