@@ -173,12 +173,23 @@ def _require_packages(recipe: Recipe) -> None:
         raise MissingPackage("metrics: lm_eval's tasks need lm-eval, not installed here. Install with: pip install 'compress[lm_eval]'")
 
 
+def usable(out: Path) -> None:
+    """Raises InputError where reports can't be written."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"--out {out}: can't be written to: {error.strerror}") from None
+    if not os.access(out, os.W_OK):
+        raise InputError(f"--out {out}: can't be written to")
+
+
 @contextmanager
 def _place(recipe: Recipe, out: Path) -> Iterator[tuple[Path, Path]]:
     """reports/<recipe>/<run> for the report, and a log beside it for what the working processes print.
 
     The log is kept only when the run fails, and the error then names it.
     """
+    usable(out)
     place = out / recipe.name / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     log = place.with_name(f"{place.name}.log")
     try:

@@ -352,8 +352,10 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether the error says that there is no space; safetensors wraps the system's error in its own."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error)
+    """Whether the error says that there is no space; safetensors wraps the system's error in its own, SQLite has words of its own."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        words in str(error) for words in ("No space left on device", "database or disk is full")
+    )
 
 
 def take_lock(file: IO[Any], another: str, progress: Progress) -> None:

@@ -15,10 +15,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_validator
 
 from compress import methods, yamlfile
+from compress.errors import printable
 from compress.methods import Dtype, Settings, Task, TuneSettings
 from compress.metrics import CLASSIFIED, GENERATED, GROUPS, METRICS, TASK
 from compress.mistakes import Problems, suggest
 
+OURS = ("artifacts", "searches", "sweeps")  # what stands beside recipes' folders of reports
+LONGEST = 200  # bytes of a recipe's file name
 NAMED: dict[str, Any] = {"benchmark": "standard", "check": {}}  # blocks that may be a file's name; what stands where nothing is said
 Count = Annotated[int, Field(ge=1, le=2**40)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -284,8 +287,11 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     stages = _stages(written, document, problems)
     problems.end()
     assert recipe is not None
-    if file.stem == "artifacts":
-        problems.add(document, (), "a recipe can't be called artifacts, whose folder holds the artifacts; rename the file", "the file")
+    if file.stem in OURS:
+        problems.add(document, (), f"a recipe can't be called {file.stem}, a folder beside the reports; rename the file", "the file")
+    if file.stem != printable(file.stem) or "\n" in file.stem or len(os.fsencode(file.name)) > LONGEST:
+        wanted = f"UTF-8 without control characters, at most {LONGEST} bytes"
+        problems.add(document, (), f"a recipe's name is that of its reports: {wanted}; rename the file", "the file")
     recipe._stages, recipe._file = stages, file
     _agree(recipe, document, problems)
     problems.end()

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from compress.errors import NoSpace, ReportError
-from compress.metrics import METRICS, Better
+from compress.metrics import KERNELS, METRICS, Better
 from compress.process import is_disk_full
 from compress.recipe import Benchmark, Gate
 
@@ -302,6 +302,11 @@ class Report(Record):
             raise ValueError(f"settings.benchmark.confidence is {level!r}, no share between 0 and 1")
         for gate in self.settings["check"].values():
             Gate.model_validate(gate)
+        named = [self.score, *(gate.metric for gate in self.gates), *(one.metric for one in self.comparisons)]
+        if unknown := [name for name in named if name is not None and name not in METRICS]:
+            raise ValueError(f"there is no metric {unknown[0]!r}")
+        if any(set(step.shares) - set(KERNELS) for side in self.sides for step in side.steps):
+            raise ValueError(f"a step has shares of other kinds than {', '.join(KERNELS)}")
         if not all(record.stage for record in self.stages):
             raise ValueError("a stage without a name")
         return self
@@ -343,8 +348,8 @@ def read_report(path: str | Path, figures_only: bool = False) -> Report:
     Raises ReportError when it is missing, damaged or of another format.
     """
     file = Path(path)
-    file = file / "report.json" if file.is_dir() else file
     try:
+        file = file / "report.json" if file.is_dir() else file
         content = file.read_bytes()
         data = _figures(content) if figures_only else json.loads(content)
         if not isinstance(data, dict) or "format" not in data:
@@ -400,13 +405,19 @@ def _few() -> "msgspec.json.Decoder[Any]":
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Put a text into a file at once, or not at all. Raises NoSpace when the disk fills, OSError where it can't be written to."""
-    fresh = file.with_name(f".{file.name}.{os.getpid()}.partial")
+    """Put a text into a file at once, or not at all; a device or a pipe is written to as it is.
+
+    Raises NoSpace when the disk fills, OSError where it can't be written to.
+    """
+    plain = file.is_file() or not file.exists()
+    fresh = file.with_name(f".{file.name}.{os.getpid()}.partial") if plain else file
     try:
         fresh.write_text(text, encoding="utf-8")
-        fresh.replace(file)
+        if plain:
+            fresh.replace(file)
     except OSError as error:
-        fresh.unlink(missing_ok=True)
+        if plain:
+            fresh.unlink(missing_ok=True)
         if is_disk_full(error):
             raise NoSpace(f"the disk filled while {file} was written; free some space and run again") from None
         raise

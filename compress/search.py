@@ -22,12 +22,12 @@ import yaml
 
 from compress import pipeline, sweep
 from compress.cluster import Here, Workers
-from compress.errors import CompressError, InputError, MissingPackage, RecipeError
+from compress.errors import CompressError, InputError, MissingPackage, NoSpace, RecipeError
 from compress.methods import quiet
 from compress.metrics import GROUPS, METRICS
 from compress.mistakes import suggest
 from compress.model import user_path
-from compress.process import Progress, take_lock
+from compress.process import Progress, is_disk_full, take_lock
 from compress.recipe import Recipe, digest
 from compress.report.numbers import duration
 from compress.results import Report, read_report, write_whole
@@ -155,6 +155,7 @@ class Search:
 
         Raises InputError before anything runs where that can be seen.
         """
+        pipeline.usable(out)
         sweep.refuse(self.recipes, device)
         out, workers, place = out.absolute(), workers or Here(), self.place(out)
         with _study(place, progress) as study:
@@ -269,6 +270,8 @@ def _study(place: Path, progress: Progress) -> Iterator[Any]:
             study = optuna.create_study(storage=f"sqlite:///{file}", sampler=sampler, study_name="search", load_if_exists=True)
         except Exception as error:  # of Optuna, SQLAlchemy or sqlite3
             first = next(iter(str(error).splitlines()), type(error).__name__)
+            if is_disk_full(error):
+                raise NoSpace(f"the disk filled while {file} was made; free some space and run again") from None
             raise InputError(f"{file}: the study can't be read: {first}; move it away to search anew") from None
         for trial in study.get_trials(states=(TrialState.RUNNING,)):
             study.tell(trial.number, state=TrialState.FAIL)

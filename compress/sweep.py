@@ -111,6 +111,7 @@ def run(
 
     Raises InputError before anything runs where that can be seen.
     """
+    pipeline.usable(out)
     refuse(recipes, device)
     if workers is not None:
         return _spread(recipes, out.absolute(), device, progress, strict, workers)

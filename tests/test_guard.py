@@ -197,6 +197,9 @@ def test_against_the_best_of_a_folder(tmp_path):
         (["--against", ".", "--best", "bleu"], "--best bleu: no other report there passed, was measured as r1 was, and has bleu"),
         (["--junit", "nowhere/junit.xml"], "--junit nowhere/junit.xml: can't be written to"),
         (["--gates", "mlperf-100"], "mlperf-100: there is no such file"),
+        (["--against", ""], "--against '': it is empty"),
+        (["--against", ".", "--best", ""], "--best '': it is empty"),
+        (["--junit", "x", "--markdown", "x"], "--junit and --markdown are both x"),
     ],
 )
 def test_what_cannot_be_checked_so_is_status_2(arguments, message, tmp_path):

@@ -206,3 +206,20 @@ def test_what_one_reading_overrides_another_does_not_see(tmp_path):
     text = GOOD[: GOOD.index("check:")]
     assert load(tmp_path, text, "check.rougeL.max_drop=1").check
     assert load(tmp_path, text).check == {}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("artifacts", "can't be called artifacts"),
+        ("sweeps", "can't be called sweeps"),
+        ("a\nb", "without control characters"),
+        ("r\udcff", "without control characters"),
+        ("x" * 240, "at most 200 bytes"),
+    ],
+)
+def test_names_that_reports_can_not_have_are_refused(tmp_path, name, message):
+    file = tmp_path / f"{name}.yaml"
+    file.write_text(GOOD)
+    with pytest.raises(RecipeError, match=message):
+        recipe.load(file)

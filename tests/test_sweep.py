@@ -84,9 +84,16 @@ def test_all_mistakes_of_a_sweep_are_told_before_anything_runs(toy, monkeypatch)
     assert [line for line in str(wrong.value).split("\n") if "bits: 11" in line]
     assert [line for line in str(wrong.value).split("\n") if line == "nowhere.yaml: there is no such file"]
     assert [line for line in str(wrong.value).split("\n") if "samples" in line]
-    for nothing in ("stages.1.bits", "stages.1.bits=", "=3"):
+    for nothing in ("stages.1.bits", "stages.1.bits=", "=3", "stages.1.bits=] #"):
         with pytest.raises(RecipeError, match=r"as in --grid stages\.0\.bits=3,4,8"):
             sweep.expand([toy], [nothing])
+    for grid, message in (
+        (["stages.1.bits=3", "stages.1.bits=4"], "stages.1.bits: it is given twice"),
+        ([f"stages.1.bits={','.join(map(str, range(1500)))}"], "that makes 1,500 recipes, and 1,000 are the most"),
+    ):
+        with pytest.raises(RecipeError, match=message):
+            sweep.expand([toy], grid)
+    assert len(sweep.expand([toy], ["stages.1.bits=4,4"])) == 1
     asked = Pretended(monkeypatch)
     recipes = sweep.expand([toy], ["model.id=/no/such/place"])
     monkeypatch.setattr(pipeline, "refuse", lambda recipe, *_: (_ for _ in ()).throw(InputError(f"not {recipe.name}")))

@@ -64,13 +64,14 @@ def find_reports(places: Iterable[str | Path]) -> list[Path]:
     for place in places:
         matched = [Path(p) for p in sorted(glob.glob(str(place), recursive=True))] or [Path(place)]
         for path in matched:
-            inside = [path / "report.json"] if (path / "report.json").is_file() else []
-            if path.is_dir() and not inside:
-                inside = [
-                    Path(file) for file in sorted(glob.glob(f"{glob.escape(str(path))}/**/report.json", recursive=True))
-                ]  # no hidden ones
-            if path.is_file() and path.suffix == ".json":
-                inside = [path]
+            try:
+                inside = [path / "report.json"] if (path / "report.json").is_file() else []
+                if path.is_dir() and not inside:  # hidden folders are left out
+                    inside = [Path(file) for file in sorted(glob.glob(f"{glob.escape(str(path))}/**/report.json", recursive=True))]
+                if path.is_file() and path.suffix == ".json":
+                    inside = [path]
+            except OSError as error:
+                raise ReportError(f"{path}: can't be looked at: {error.strerror}") from None
             if path.suffix == ".log" and len(matched) > 1:
                 continue  # a failed run's, beside the others
             if not inside:

@@ -99,6 +99,8 @@ def compare(pair: Pair, confidence: float) -> Comparison:
     ratio = METRICS[pair.ours.metric].kind != "quality"
     effect = pair.effect(ratio)
     low, high = effect.interval(confidence) or (None, None)
+    if low is None or high is None or not (math.isfinite(low) and math.isfinite(high)):
+        low = high = None
     assert pair.theirs.value is not None and pair.ours.value is not None
     return Comparison(
         metric=pair.ours.metric, batch_size=pair.ours.batch_size, prompt_tokens=pair.ours.prompt_tokens, baseline=pair.theirs.value,

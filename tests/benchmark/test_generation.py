@@ -61,6 +61,26 @@ def test_rows_that_have_ended_leave_their_batch_and_the_others_go_on(random_bund
     assert computed == sorted(computed, reverse=True)
 
 
+def test_a_fewest_number_of_tokens_counts_from_the_prompt(random_bundle):
+    """transformers counts min_new_tokens from where a continuation begins."""
+    model, prompts = random_bundle.model, PROMPTS * 3
+    settings = {**SAMPLED, "max_new_tokens": 12, "temperature": 8.0, "top_k": None, "top_p": None}
+    model.generation_config.min_new_tokens = 5
+    found = writer(random_bundle, settings, prompts).write(Batches(model, 10_000, quiet))
+    assert found == writer(random_bundle, settings, prompts).write(Batches(model, 1, quiet))
+
+
+def test_the_encoder_keeps_nothing_for_gradients(random_bundle, monkeypatch):
+    model = random_bundle.model
+    if not model.config.is_encoder_decoder:
+        pytest.skip("it has no encoder")
+    kept = []
+    handle = model.get_encoder().register_forward_hook(lambda module, inputs, output: kept.append(output[0].requires_grad))
+    writer(random_bundle, GREEDY).write(Batches(model, 1000, quiet))
+    handle.remove()
+    assert kept == [False]
+
+
 def test_noise_makes_draws_from_the_distribution():
     """Counts of 4,000 draws against the softmax, by a chi-squared test."""
     logits = torch.tensor([2.0, 1.0, 0.5, 0.0, -1.0])

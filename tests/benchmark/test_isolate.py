@@ -91,6 +91,17 @@ def test_a_round_takes_turns_for_as_long_as_its_processes_took_to_start(monkeypa
     assert [len(taken) for side in sides for taken in side.rounds[POINT]] == 6 * [turns]
 
 
+def test_a_round_with_nothing_to_time_has_the_fewest_turns(monkeypatch):
+    sides = [Subject("baseline", 1.0, noisy(0)), Subject("candidate", 0.5, noisy(0))]
+    for side in sides:
+        side.reasons[POINT] = "out of memory"
+        monkeypatch.setattr(side, "take_turn", lambda *_: conditions().model_copy(update={"seconds": 0.0}))
+        monkeypatch.setattr(side, "keep", lambda _: None)
+    monkeypatch.setattr(isolate.time, "monotonic", lambda: 7 * sum(side.starts for side in sides))
+    made = session(sides, benchmark(precision=0.02, turns=2), monkeypatch)
+    assert {(turn.round, turn.turn) for turn in made.turns} == {(number, turn) for number in range(3) for turn in range(2)}
+
+
 def test_without_a_precision_there_are_just_the_rounds(monkeypatch):
     sides = [Subject("baseline", 1.0, noisy(0)), Subject("candidate", 0.5, noisy(0.3))]
     session(sides, benchmark(precision=None, rounds=2), monkeypatch)

@@ -1,6 +1,7 @@
 """What a report leaves on disk, and how it is read back."""
 
 import json
+from pathlib import Path
 
 import pandas
 import pytest
@@ -8,7 +9,7 @@ import pytest
 import compress
 from compress.errors import NoSpace, ReportError
 from compress.report import write
-from compress.results import Measurement, Point, Prediction, Report, Side, StageRecord, read_report, whole_folder
+from compress.results import Measurement, Point, Prediction, Report, Side, StageRecord, read_report, whole_folder, write_whole
 
 
 def made(name="toy", run="r1", verdict="pass", **changes):
@@ -170,3 +171,26 @@ def test_a_full_disk_is_said_and_leaves_nothing(tmp_path):
     with pytest.raises(NoSpace, match="free some space and run again"), whole_folder(tmp_path / "x"):
         raise OSError(28, "No space left on device")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_written_whole_or_not_at_all_and_a_device_stays_one(tmp_path):
+    file = tmp_path / "x"
+    write_whole(file, "before")
+    with pytest.raises(NoSpace, match=r"the disk filled while /dev/full was written"):
+        write_whole(Path("/dev/full"), "text")
+    assert Path("/dev/full").is_char_device()
+    write_whole(file, "after")
+    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("x", "after")]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"score": "nothing"}, "there is no metric 'nothing'"),
+        ({"settings": {"check": {}, "data": {}, "generation": {}, "benchmark": {"confidence": 2}}}, "confidence is 2, no share"),
+        ({"settings": {"check": {}, "data": {}, "generation": {}, "benchmark": {"confidence": "high"}}}, "confidence is 'high', no share"),
+    ],
+)
+def test_what_a_report_can_not_hold_is_named(changes, message):
+    with pytest.raises(ValueError, match=message):
+        Report.model_validate({**made().model_dump(), **changes})
