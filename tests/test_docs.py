@@ -14,6 +14,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
@@ -212,11 +213,14 @@ def walk(folder, line):
 
 
 def provide(folder, text):
-    """The runs and artifacts that a block names: copies of the newest."""
+    """The runs and artifacts that a block names: copies of the newest, which say that they are of that time."""
+    place = folder / "reports" / "mine"
     for name in STAMP.findall(text):
-        place = folder / "reports" / "mine"
         if not (place / name).exists():
             shutil.copytree(max(run for run in place.iterdir() if STAMP.fullmatch(run.name)), place / name)
+            said = json.loads((place / name / "report.json").read_text())
+            said |= {"run": name, "created": datetime.strptime(name[:15], "%Y%m%d-%H%M%S").replace(tzinfo=UTC).isoformat()}
+            (place / name / "report.json").write_text(json.dumps(said))
     for found in MADE.finditer(text):
         place = folder / "reports" / found[0]
         if not place.exists():
