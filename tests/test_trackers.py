@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 import compress
-from compress import pipeline, trackers
+from compress import cli, pipeline, trackers
 from compress.errors import InputError, MissingPackage, RunError
 from compress.report import write
 from compress.results import GateResult, Point, StageRecord, read_report
-from compress.verbs import bench, run
+from compress.verbs import bench
 from tests.report.test_files import made
 
 SETTINGS = {
@@ -97,11 +97,12 @@ def test_wandb_keeps_it_offline(report, tmp_path):
     assert b"batch 8" not in kept
 
 
-@pytest.mark.parametrize("verb", [run, bench])
-def test_a_missing_package_is_said_before_anything_begins(verb, monkeypatch):
+@pytest.mark.parametrize("line", ["run no-such-recipe", "bench m --recipe no-such-recipe", "sweep no-such-recipe"])
+def test_a_missing_package_is_said_before_anything_begins(line, monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(MissingPackage, match=r"pip install 'compress\[mlflow\]'"):
-        verb.call(Namespace(recipe="no-such-recipe", set=[], log=["mlflow"], processes=None))
+        given = cli.parser().parse_args([*line.split(), "--log", "mlflow"])
+        given.call(given)
     with pytest.raises(InputError, match=r"no tracker 'excel'; allowed are mlflow, tensorboard, wandb"):
         compress.log(made(), "excel")
 
