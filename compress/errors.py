@@ -30,6 +30,11 @@ def printable(text: str) -> str:
     return CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
+def in_a_line(error: BaseException) -> str:
+    """What another library's error says, short; its name where it says nothing."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
 class CompressError(Exception):
     """Anything this package raises on purpose."""
 

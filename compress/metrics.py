@@ -130,3 +130,8 @@ GROUPS: dict[str, tuple[str, ...]] = {
 }
 GENERATED = {"rouge", "bleu", "generated_tokens"}  # groups that need generated text
 CLASSIFIED = {"accuracy", "f1"}  # groups that need predicted labels
+
+
+def named(label: str) -> str:
+    """The metric that a label names: latency_p50 of `latency_p50 [batch 8, prompt 128]`."""
+    return label.partition(" [")[0]

@@ -189,7 +189,6 @@ def _place(recipe: Recipe, out: Path) -> Iterator[tuple[Path, Path]]:
 
     The log is kept only when the run fails, and the error then names it.
     """
-    usable(out)
     place = out / recipe.name / f"{datetime.now(UTC):%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
     log = place.with_name(f"{place.name}.log")
     try:

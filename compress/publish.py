@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import model
-from compress.errors import CompressError, InputError, ReportError, RunError
+from compress.errors import CompressError, InputError, ReportError, RunError, in_a_line
 from compress.model import CARD
 from compress.report.card import RUN
 from compress.results import Report, read_report
@@ -78,7 +78,7 @@ def publish(parcel: Parcel, repo: str, private: bool = False, revision: str | No
     except HFValidationError as error:
         raise InputError(f"{repo}: {error}") from None
     except Exception as error:  # a network has many ways to fail
-        raise RunError(f"{repo}: the hub ({hub.endpoint}) did not take it: {_said(error)}") from None
+        raise RunError(f"{repo}: the hub ({hub.endpoint}) did not take it: {in_a_line(error)}") from None
     return f"{home}/tree/{revision}" if revision else str(home)
 
 
@@ -108,8 +108,4 @@ def _metadata(card: Path) -> dict[str, Any]:
     try:
         return dict(ModelCard.load(card).data.to_dict())
     except Exception as error:  # whatever a person wrote into it
-        raise InputError(f"{card}: its metadata can't be read: {_said(error)}") from None
-
-
-def _said(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
+        raise InputError(f"{card}: its metadata can't be read: {in_a_line(error)}") from None

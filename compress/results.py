@@ -312,6 +312,11 @@ class Report(Record):
         return self
 
     @property
+    def machine(self) -> str | None:
+        """What measured: the GPU, or else the CPU by name."""
+        return next((str(name) for key in ("gpu", "cpu", "device") if (name := self.environment.get(key))), None)
+
+    @property
     def candidate(self) -> Side:
         return self.sides[-1]
 

@@ -172,7 +172,7 @@ def _verdict(report: Report | None) -> str:
         return "Not measured yet; its figures stand here once a run has measured it."
     where, data = report.environment, report.settings["data"]
     machine = [
-        where.get("gpu") or where.get("cpu") or where.get("device"),
+        report.machine,
         f"CPU threads: {where['threads']}" if where.get("threads") else None,
     ]
     made = [f"{name} {where[name]}" for name in ("torch", "transformers") if where.get(name)]

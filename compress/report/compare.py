@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from compress.errors import ReportError, printable
-from compress.metrics import METRICS, Better
+from compress.metrics import METRICS, Better, named
 from compress.mistakes import suggest
 from compress.report.numbers import change, figure, verdict_words
 from compress.report.table import cell, fitted, html_table, latex, latex_table, table
@@ -189,7 +189,7 @@ def _value(row: Row, label: str) -> float | None:
 
 
 def _better(label: str) -> Better:
-    return METRICS[label.partition(" [")[0]].better
+    return METRICS[named(label)].better
 
 
 def _shown(row: Row, label: str) -> str:

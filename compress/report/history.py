@@ -13,7 +13,7 @@ from itertools import pairwise
 from statistics import median
 
 from compress.errors import InputError, ReportError
-from compress.metrics import METRICS, Better, Metric
+from compress.metrics import METRICS, Better, Metric, named
 from compress.mistakes import suggest
 from compress.report.verdict import differing, measured_how
 from compress.results import Measurement, Report, Verdict
@@ -124,7 +124,7 @@ def changes(values: Sequence[float]) -> list[int]:
 
 def _metric(name: str) -> Metric:
     """The metric of a name or label."""
-    if (metric := name.partition(" [")[0]) not in METRICS:
+    if (metric := named(name)) not in METRICS:
         raise InputError(f"{name!r} is not a metric{suggest(name, tuple(METRICS))}")
     return METRICS[metric]
 
@@ -140,7 +140,7 @@ def _line(found: Sequence[tuple[Report, Measurement]], first: Report) -> Line:
         for report, figure in found
     ]
     report, figure = found[0]
-    machine = next((str(name) for key in ("gpu", "cpu", "device") if (name := report.environment.get(key))), "an unknown machine")
+    machine = report.machine or "an unknown machine"
     apart = differing(measured_how(first), measured_how(report))
     return Line(report.recipe, figure.label, figure.unit, figure.better, machine, apart, runs, _changes(runs))
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from compress.metrics import METRICS, Metric
+from compress.metrics import METRICS, Metric, named
 from compress.report.numbers import scaled
 
 if TYPE_CHECKING:
@@ -219,7 +219,7 @@ def _point(point: Row, titles: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _metric(label: str) -> Metric:
-    return METRICS[label.partition(" [")[0]]
+    return METRICS[named(label)]
 
 
 def _unit(label: str) -> tuple[str, float]:
@@ -230,4 +230,4 @@ def _unit(label: str) -> tuple[str, float]:
 
 def _first(labels: Sequence[str], wanted: Sequence[str]) -> str:
     """The label of the metric that is wanted most."""
-    return next((label for metric in wanted for label in labels if label.partition(" [")[0] == metric), labels[0])
+    return next((label for metric in wanted for label in labels if named(label) == metric), labels[0])

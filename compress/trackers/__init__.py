@@ -11,7 +11,7 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
-from compress.errors import InputError, MissingPackage, RunError
+from compress.errors import InputError, MissingPackage, RunError, in_a_line
 
 if TYPE_CHECKING:
     from compress.results import Report
@@ -43,5 +43,4 @@ def log(report: "Report", tracker: str) -> None:
     try:
         import_module(f"compress.trackers.{tracker}").log(report)
     except Exception as error:  # each has errors of its own, and those of its network
-        said = " ".join(str(error).split())[:300] or type(error).__name__
-        raise RunError(f"{tracker} did not take the report, which stands in {report.folder}: {said}") from None
+        raise RunError(f"{tracker} did not take the report, which stands in {report.folder}: {in_a_line(error)}") from None

@@ -33,9 +33,8 @@ def figures(side: Side) -> dict[str, float]:
 def tags(report: Report) -> dict[str, str]:
     """What the run was, and what came of it gate by gate."""
     gates = {f"gate {_point(gate)} {gate.limit_kind}": f"{verdict_words(gate.verdict)}: {gate.sentence}" for gate in report.gates}
-    machine = report.environment.get("gpu") or report.environment.get("cpu") or report.environment.get("device")
     return {
-        "recipe": report.recipe, "run": report.run, "digest": report.digest, "stages": report.line, "machine": str(machine),
+        "recipe": report.recipe, "run": report.run, "digest": report.digest, "stages": report.line, "machine": str(report.machine),
         "verdict": report.verdict, "decided by": report.decided_by, **gates,
     }  # fmt: skip
 

@@ -17,9 +17,9 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from compress.errors import printable
+from compress.errors import NoSpace, printable
 from compress.report.html import charts, examples, sections
-from compress.results import Report
+from compress.results import Report, write_whole
 
 ROOM = 1_800_000  # bytes for the data; the drawing library takes 0.9 MB, and a page is to stay under 3 MB
 # examples, and whether with samples: the first that fits
@@ -76,11 +76,9 @@ def _drawing_library() -> str:
     with suppress(OSError):
         return place.read_text(encoding="utf-8")
     script = str(vl_convert.javascript_bundle("window.vegaEmbed = vegaEmbed;")).replace("</script", "<\\/script")
-    with suppress(OSError):
+    with suppress(OSError, NoSpace):
         place.parent.mkdir(parents=True, exist_ok=True)
-        fresh = place.with_suffix(f".{os.getpid()}")
-        fresh.write_text(script, encoding="utf-8")
-        fresh.replace(place)
+        write_whole(place, script)
     return script
 
 
