@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 Work = Callable[[list[int]], None]  # what is done with a batch, given as indices
 SHARE = 0.4  # of free memory; the other side may be loaded beside this one, and kernels want room of their own
-CPU_TOKENS = 4096  # from there on larger batches are no faster on a CPU (reports/quality), and a CPU's memory is shared with everybody
+READ, WRITTEN = 4096, 16384  # tokens from which on larger batches are no faster on a CPU (reports/quality), whose memory all share
 
 
 class Batches:
@@ -27,13 +27,15 @@ class Batches:
     def __init__(self, model: "PreTrainedModel", tokens: int | None, progress: Progress):
         self._model, self.tokens, self.halved, self._progress = model, tokens, 0, progress
 
-    def each(self, lengths: list[int], work: Work, what: str) -> None:
+    def each(self, lengths: list[int], work: Work, what: str, most_on_cpu: int = READ) -> None:
         """Do all rows, of so many tokens each. A row that is longer than a batch has one to itself.
+
+        most_on_cpu   tokens of a batch there
 
         Raises what `work` raised where memory runs out on a single row.
         """
         waiting = sorted(range(len(lengths)), key=lambda i: -lengths[i])
-        fit = self.tokens or _fitting(self._model, max(lengths))
+        fit = self.tokens or _fitting(self._model, max(lengths), most_on_cpu)
         while waiting:
             self._progress(what, len(lengths) - len(waiting), len(lengths))
             batch = waiting[: max(1, (self.tokens or fit) // lengths[waiting[0]])]
@@ -56,7 +58,7 @@ class Batches:
         return False
 
 
-def _fitting(model: "PreTrainedModel", longest: int) -> int:
+def _fitting(model: "PreTrainedModel", longest: int, most_on_cpu: int) -> int:
     """How many tokens a batch may hold in the memory that is free, by the model's sizes, `longest` being the longest row's.
 
     A token takes its keys and values in every block (twice where there is a decoder beside the encoder), what one block computes of it, its
@@ -69,7 +71,7 @@ def _fitting(model: "PreTrainedModel", longest: int) -> int:
     numbers = cache + 8 * width + 3 * inner + 2 * config.num_attention_heads * longest
     logits = 12 * config.vocab_size if model.can_generate() else 0
     tokens: int = int(SHARE * _free(model.device)) // (numbers * model.dtype.itemsize + logits)
-    return max(1, tokens if model.device.type == "cuda" else min(tokens, CPU_TOKENS))
+    return max(1, tokens if model.device.type == "cuda" else min(tokens, most_on_cpu))
 
 
 def _free(device: torch.device) -> int:

@@ -26,11 +26,12 @@ from transformers import (
 )
 from transformers.modeling_outputs import BaseModelOutput
 
-from compress.benchmark.batching import Batches
+from compress.benchmark.batching import WRITTEN, Batches
 from compress.benchmark.quality import Reader, Texts
 from compress.errors import DataError
 
 CHECKED = 8  # examples that are written once more, alone
+ENCODED = 1024  # tokens of prompts that an encoder on a CPU is given at once: what it computes of more is too much for the caches
 ENDED = 0.25  # of a batch's rows, when the others go on without them; a row that has ended costs as much as one that has not
 WARPERS = {  # what bends a distribution before a draw, in transformers' order, with the value that changes nothing
     "temperature": (TemperatureLogitsWarper, 1.0),
@@ -127,7 +128,7 @@ class Writer:
             for example, row in rows:
                 outputs[example] = self._until_end(row)
 
-        batches.each([self._beams * (len(row) + self._new_tokens) for row in self._encoded], work, "generating")
+        batches.each([self._beams * (len(row) + self._new_tokens) for row in self._encoded], work, "generating", WRITTEN)
         return outputs
 
     def recheck(self, outputs: list[list[int]]) -> Recheck:
@@ -154,8 +155,7 @@ class Writer:
         """What is written to these prompts, as they come to their ends: whenever a part of them has, the others go on without."""
         given, start = self._inputs(examples)
         if self._both:
-            with torch.inference_mode():
-                given["encoder_outputs"] = self._reader.model.get_encoder()(**given)
+            given["encoder_outputs"] = BaseModelOutput(self._encode(given))
         last = start + self._new_tokens
         while examples:
             ended = Ended(self._stop)
@@ -166,6 +166,20 @@ class Writer:
             left = (~over).nonzero().flatten()
             examples = [examples[row] for row in left.tolist()]
             given = self._going_on(given, found.past_key_values, rows, left)
+
+    def _encode(self, given: dict[str, Any]) -> Tensor:
+        """The encoder's states (rows, tokens, width), on a CPU worked out a few rows at a time; what pads all of these is zeros."""
+        ids, mask = given["input_ids"], given["attention_mask"]
+        lengths = mask.sum(dim=1).clamp(min=1).tolist()
+        found, start = [], 0
+        while start < len(ids):
+            few = len(ids) if ids.is_cuda else max(1, ENCODED // lengths[start])
+            rows, longest = slice(start, start + few), max(lengths[start : start + few])
+            with torch.inference_mode():
+                states = self._reader.model.get_encoder()(input_ids=ids[rows, :longest], attention_mask=mask[rows, :longest])
+            found.append(torch.nn.functional.pad(states.last_hidden_state, (0, 0, 0, ids.shape[1] - longest)))
+            start += few
+        return torch.cat(found)
 
     def _going_on(self, given: dict[str, Any], cache: Any, rows: Tensor, left: Tensor) -> dict[str, Any]:
         """The inputs with which the rows that are left are continued where they are."""

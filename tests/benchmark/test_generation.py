@@ -7,6 +7,7 @@ import torch
 from scipy import stats
 from transformers import GenerationConfig
 
+from compress.benchmark import generation
 from compress.benchmark.batching import Batches
 from compress.benchmark.generation import GumbelNoise, Writer
 from compress.benchmark.quality import Reader
@@ -79,6 +80,26 @@ def test_the_encoder_keeps_nothing_for_gradients(random_bundle, monkeypatch):
     writer(random_bundle, GREEDY).write(Batches(model, 1000, quiet))
     handle.remove()
     assert kept == [False]
+
+
+@pytest.mark.parametrize("tokens", [1, 12, 1000])
+def test_an_encoder_is_given_a_few_rows_at_a_time(random_bundle, monkeypatch, tokens):
+    if not random_bundle.model.config.is_encoder_decoder:
+        pytest.skip("it has no encoder")
+    made = writer(random_bundle, GREEDY)
+    inputs, _ = made._inputs(list(range(len(PROMPTS))))
+    with torch.inference_mode():
+        whole = random_bundle.model.get_encoder()(**inputs).last_hidden_state
+    calls = []
+    handle = random_bundle.model.get_encoder().register_forward_hook(lambda *_: calls.append(1))
+    monkeypatch.setattr(generation, "ENCODED", tokens)
+    found = made._encode(inputs)
+    handle.remove()
+    real = inputs["attention_mask"].bool()
+    assert found.shape == whole.shape
+    torch.testing.assert_close(found[real], whole[real])
+    assert len(calls) == {1: len(PROMPTS), 1000: 1}.get(tokens, len(calls))
+    assert 1 <= len(calls) <= len(PROMPTS)
 
 
 def test_noise_makes_draws_from_the_distribution():
