@@ -17,31 +17,16 @@ import pytest
 import torch
 import transformers
 import yaml
+from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+# a busy machine is no fault of what is tested
+settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("patient")
 WORDS = [
-    "the",
-    "cat",
-    "dog",
-    "sat",
-    "ran",
-    "on",
-    "in",
-    "mat",
-    "hat",
-    "red",
-    "big",
-    "small",
-    "blue",
-    "a",
-    "and",
-    "to",
-    "was",
-    "is",
-    "of",
-    "it",
-]
+    "the", "cat", "dog", "sat", "ran", "on", "in", "mat", "hat", "red", "big", "small", "blue", "a", "and", "to", "was", "is", "of", "it",
+]  # fmt: skip
 TASKS = {"t5": "seq2seq", "bart": "seq2seq", "llama": "causal-lm", "gpt2": "causal-lm", "bert": "sequence-classification"}
 
 

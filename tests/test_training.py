@@ -156,7 +156,7 @@ def test_elements_have_no_gradient_while_they_are_zero():
 class Here:
     """A working process's child that works in this one, as `process.Child` is asked."""
 
-    def __init__(self, module, log, progress):
+    def __init__(self, module, log, progress, start=None):
         self.progress = progress
 
     def __enter__(self):

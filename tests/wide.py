@@ -1,15 +1,13 @@
 """Random models big enough to be pruned, whose logits depend on every weight."""
 
 import json
-import subprocess
-import sys
-import textwrap
 
 import torch
 
 from compress.model import Bundle, Source
 from tests import blocks
 from tests.conftest import TASKS, make_model, make_tokenizer
+from tests.plain import plain
 
 SEEN = [
     {"id": "0", "prompt": "the cat sat on a big red mat", "references": ["1"]},
@@ -78,16 +76,16 @@ def greedy(made):
     return made.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=7, pad_token_id=0)[0].tolist()
 
 
-def elsewhere(targets, folder):
-    """Logits and greedy tokens of each from plain transformers in a process that has no compress, by name."""
-    program = f"""
+def elsewhere(targets):
+    """Logits and greedy tokens of each from plain transformers, by name."""
+    program = """
         import json, sys, torch, transformers
-        for name, target in { ({name: str(target) for name, target in targets.items()})!r}.items():
+        for name, target in json.loads(sys.argv[1]).items():
             kind = transformers.AutoConfig.from_pretrained(target).architectures[0]
             model, info = getattr(transformers, kind).from_pretrained(target, output_loading_info=True)
             assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
             ids = torch.arange(3, 23)[None]
-            extra = {{"decoder_input_ids": ids[:, :8]}} if model.config.is_encoder_decoder else {{}}
+            extra = {"decoder_input_ids": ids[:, :8]} if model.config.is_encoder_decoder else {}
             tokens = []
             with torch.no_grad():
                 logits = model.eval()(input_ids=ids, **extra).logits
@@ -96,10 +94,8 @@ def elsewhere(targets, folder):
                     mask = torch.ones_like(ids)
                     tokens = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=7, pad_token_id=0)[0].tolist()
             print(json.dumps([name, logits.tolist(), tokens]))
-        assert not any(name.split(".")[0] == "compress" for name in sys.modules)
     """
-    answer = subprocess.run([sys.executable, "-c", textwrap.dedent(program)], capture_output=True, text=True, cwd=folder)
-    assert answer.returncode == 0, answer.stderr
-    rows = [json.loads(line) for line in answer.stdout.splitlines() if line.startswith("[")]
+    said = plain(program, json.dumps({name: str(target) for name, target in targets.items()}))
+    rows = [json.loads(line) for line in said.splitlines() if line.startswith("[")]
     assert [name for name, _, _ in rows] == list(targets)
     return {name: (torch.tensor(found), tokens) for name, found, tokens in rows}

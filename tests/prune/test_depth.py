@@ -114,7 +114,7 @@ def test_they_load_without_this_package_and_say_the_same(tmp_path):
         "model.encoder.layers": 2,
         "model.decoder.layers": 1,
     }
-    for kind, (found, tokens) in elsewhere(targets, tmp_path).items():
+    for kind, (found, tokens) in elsewhere(targets).items():
         assert alike(found, logits(made[kind])), kind
         assert tokens == greedy(made[kind]), kind
 

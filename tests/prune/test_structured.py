@@ -233,7 +233,7 @@ def test_they_load_without_this_package_and_say_the_same(tmp_path):
         folder = stored(wide(kind), tmp_path / f"{kind}-whole")
         targets[kind] = run("structured", kind, folder, tmp_path / kind, **settings)
         made[kind], _ = pruned(folder, kind, **settings)
-    for kind, (found, tokens) in elsewhere(targets, tmp_path).items():
+    for kind, (found, tokens) in elsewhere(targets).items():
         assert alike(found, logits(made[kind])), kind
         assert tokens == greedy(made[kind]), kind
 
@@ -286,7 +286,7 @@ def test_relatives_are_cut_alike(tmp_path):
         whole = parameter_count(bundle(folder, kind).model)
         assert parameter_count(made[name]) == pytest.approx(0.6 * whole, rel=0.02)
         targets[name] = run("structured", kind, folder, tmp_path / name, **settings)
-    for name, (found, tokens) in elsewhere(targets, tmp_path).items():
+    for name, (found, tokens) in elsewhere(targets).items():
         torch.testing.assert_close(found, logits(made[name]), rtol=1e-5, atol=1e-5)
         assert tokens == greedy(made[name])
         if name != "roberta":

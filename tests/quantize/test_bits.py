@@ -49,7 +49,7 @@ def best_by_force(rises, sizes, average):
 
 
 @given(puzzles())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_bits_are_given_out_as_well_as_any_assignment_does(puzzle):
     rises, sizes, average = puzzle
     found = allocate(rises, sizes, average)

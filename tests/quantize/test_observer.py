@@ -136,7 +136,7 @@ def test_entropy_takes_the_candidate_with_the_least_divergence(symmetric):
         lambda pieces: any(any(piece) for piece in pieces)
     )
 )
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_values_in_pieces_count_as_if_they_came_at_once(pieces):
     found = Histogram(torch.tensor([pieces[0]]))
     for piece in pieces[1:]:
