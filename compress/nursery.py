@@ -20,7 +20,9 @@ import subprocess
 import sys
 import traceback
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 
@@ -28,6 +30,31 @@ from compress.process import Process, environment_of, fresh
 
 GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, of either under Windows' Linux
 PIPES = 2
+IMPORTED = ("compress.benchmark.worker", "compress.stage")
+_current: "ContextVar[Nursery | None]" = ContextVar("nursery", default=None)  # of this thread
+
+
+@contextmanager
+def nursery() -> Iterator[None]:
+    """Within it, or a function that it decorates, `copied` makes copies of one process. Within another it is that one; it ends with it."""
+    if _current.get() or any(Path(device).exists() for device in GPUS):
+        yield
+        return
+    with Nursery() as made:
+        token = _current.set(made)
+        try:
+            yield
+        finally:
+            _current.reset(token)
+
+
+def copied(module: str, pipes: tuple[int, int], log: Path, environment: Mapping[str, str]) -> Process:
+    """A process that runs a module with these ends of pipes: a copy, or a fresh one where there is none to be had.
+
+    environment   of a fresh one; a copy has its nursery's, which differs in no more than in the threads that torch begins with
+    """
+    made = _current.get()
+    return (made and made.copy(module, pipes, log)) or fresh(module, pipes, log, environment)
 
 
 class Copy:
@@ -44,48 +71,33 @@ class Copy:
 
 
 class Nursery:
-    """Starts the processes of `Child`. A context; leaving it ends the nursery and with it all of its copies.
+    """The process that is copied. A context; leaving it ends the nursery and with it all of its copies."""
 
-    modules  what a copy finds imported
-    log      a file for whatever importing prints
-    threads  CPU threads for torch, None for all that the process may use
-    """
-
-    def __init__(self, modules: list[str], log: Path, threads: int | None):
-        self._channel: socket.socket | None = None
-        if any(Path(device).exists() for device in GPUS):
-            return
+    def __init__(self) -> None:
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        with theirs, log.open("ab") as output:
+        with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", __name__, str(theirs.fileno()), *modules], pass_fds=(theirs.fileno(),),
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment_of(threads), start_new_session=True,
+                [sys.executable, "-m", __name__, str(theirs.fileno()), *IMPORTED], pass_fds=(theirs.fileno(),), stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment_of(None), start_new_session=True,
             )  # fmt: skip
 
-    def start(self, module: str, pipes: tuple[int, int], log: Path, environment: Mapping[str, str]) -> Process:
-        """A process that runs a module with these ends of pipes: a copy, or a fresh one where there is none to be had.
-
-        environment   of a fresh one; a copy has this process's
-        """
-        if self._channel is None:
-            return fresh(module, pipes, log, environment)
+    def copy(self, module: str, pipes: tuple[int, int], log: Path) -> Copy | None:
+        """A copy that runs a module with these ends of pipes; None where this process has ended, as it does where it can't import."""
         with log.open("ab") as output:
             message = json.dumps({"module": module, "pipes": pipes}).encode()
             with contextlib.suppress(OSError):
                 socket.send_fds(self._channel, [message], [*pipes, output.fileno()])
         answer = self._answer()
-        return fresh(module, pipes, log, environment) if answer is None else Copy(answer, self)
+        return None if answer is None else Copy(answer, self)
 
     def ended(self, pid: int) -> int:
         """The exit code of a copy once it has ended, negative for a signal."""
-        assert self._channel is not None
         with contextlib.suppress(OSError):
             self._channel.send(json.dumps({"wait": pid}).encode())
         answer = self._answer()
         return -signal.SIGKILL if answer is None else answer  # where this process has died, the kernel has killed its copies
 
     def _answer(self) -> int | None:
-        assert self._channel is not None
         with contextlib.suppress(OSError):
             if said := self._channel.recv(64):
                 return int(said)
@@ -95,11 +107,10 @@ class Nursery:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self._channel is not None:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait()
-            self._channel.close()
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+        self._channel.close()
 
 
 def main() -> None:

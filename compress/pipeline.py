@@ -23,6 +23,7 @@ from compress.inspection.findings import Inspection
 from compress.methods import Example, TrainSettings, TuneSettings, quiet
 from compress.metrics import TASK
 from compress.model import Source
+from compress.nursery import copied, nursery
 from compress.process import Child, Progress, Team, take_lock
 from compress.recipe import Gate, Recipe, Stage, digest, load, load_gates
 from compress.report import card, quality, verdict, why, write
@@ -50,6 +51,7 @@ class Prepared:
     commit: str | None = None
 
 
+@nursery()
 def run(
     recipe: Recipe | str | Path, out: str | Path = "reports", device: str = "auto", progress: Progress = quiet, processes: int = 1,
     strict: bool = False,
@@ -286,7 +288,7 @@ def _make(
     with _one_at_a_time(target, progress):
         if _is_whole(target):  # another run made it meanwhile
             return
-        with Child("compress.stage", log, progress) if alone else Team("compress.stage", log, progress, processes) as worker:
+        with Child("compress.stage", log, progress, start=copied) if alone else Team("compress.stage", log, progress, processes) as worker:
             worker.ask(
                 "run", source=asdict(source), stage=written, shown=shown, target=str(target), scratch=str(scratch), device=device,
                 cache=str(target.parent / "teachers"), models={role: asdict(other) for role, other in models.items()}, processes=processes,

@@ -15,7 +15,7 @@ from compress.benchmark.statistics import FEWEST, corpus_value
 from compress.benchmark.subject import Subject
 from compress.methods import Example
 from compress.metrics import GROUPS, METRICS, TASK
-from compress.nursery import Nursery
+from compress.nursery import nursery
 from compress.pipeline import OUTPUTS, Prepared
 from compress.process import Progress
 from compress.report import verdict
@@ -39,8 +39,8 @@ def hopeless(prepared: Prepared, out: Path, device: str, progress: Progress) -> 
         return None
     asked = recipe.model_copy(update={"metrics": groups})
     assert prepared.baseline is not None
-    with tempfile.TemporaryDirectory() as folder, Nursery([Subject.module], Path(folder) / "log", recipe.benchmark.threads) as nursery:
-        how = (asked, device, Path(folder) / "log", out / OUTPUTS, progress, nursery.start)
+    with tempfile.TemporaryDirectory() as folder, nursery():
+        how = (asked, device, Path(folder) / "log", out / OUTPUTS, progress)
         theirs = list(_looks(Subject("baseline", prepared.baseline, *how), looks))
         for number, ours in enumerate(_looks(Subject("candidate", prepared.candidate, *how), looks)):
             baseline, candidate = _side("baseline", theirs[number]), _side("candidate", ours)

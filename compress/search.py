@@ -27,6 +27,7 @@ from compress.methods import quiet
 from compress.metrics import GROUPS, METRICS
 from compress.mistakes import suggest
 from compress.model import user_path
+from compress.nursery import nursery
 from compress.process import Progress, is_disk_full, take_lock
 from compress.recipe import Recipe, digest
 from compress.report.numbers import duration
@@ -95,11 +96,10 @@ def space(over: Sequence[str]) -> Space:
 
     Raises RecipeError.
     """
+    sweep.apart([assignment.partition("=")[0].strip() for assignment in over], "--over")
     found: Space = {}
     for assignment in over:
         key, _, text = assignment.partition("=")
-        if key.strip() in found:
-            raise RecipeError(f"--over {assignment}: {key.strip()} is given twice; give all of its values once")
         if ends := RANGE.fullmatch(text.strip()):
             low, high = (int(end) if end.lstrip("+-").isdecimal() else float(end) for end in ends.group(1, 2))
             if low >= high or (ends[3] and low <= 0):
@@ -153,6 +153,8 @@ class Search:
     ) -> Found:  # fmt: skip
         """Try recipes, `trials` with those of former starts, or all there are; the best is written as a recipe.
 
+        What could not be made or measured in a former start is tried again.
+
         Raises InputError before anything runs where that can be seen.
         """
         pipeline.usable(out)
@@ -169,7 +171,9 @@ class Search:
 
     def _go_on(self, study: Any, trials: int, how: tuple[Path, str, bool], progress: Progress, workers: Workers) -> None:
         """Ask, try and tell until so many are tried."""
-        everyone, start, known = self._everyone(trials), time.monotonic(), [one.choice for one in _tried(study)]
+        everyone, start = self._everyone(trials), time.monotonic()
+        former = _tried(study)
+        again, known = [one.choice for one in former if one.verdict is None], [one.choice for one in former if one.verdict is not None]
         before = len(known)
         wanted = before + sum(choice not in known for choice in everyone) if everyone else trials
         running: dict[Any, tuple[Any, dict[str, Any], str]] = {}
@@ -177,8 +181,9 @@ class Search:
         while done < wanted:
             while len(running) < workers.room and done + len(running) < wanted:
                 taken = [*(one.choice for one in _tried(study)), *(choice for _, choice, _ in running.values())]
-                trial = self._asked(study, [choice for choice in everyone if choice not in taken])
+                trial = self._asked(study, again + [choice for choice in everyone if choice not in taken])
                 choice = {key: _suggested(trial, key, one) for key, one in self.space.items()}
+                again = [one for one in again if one != choice]
                 each = (time.monotonic() - start) / (done - before) if done > before else 0
                 left = f", about {duration(each * (wanted - done))} left" if each else ""
                 what = f"recipe {done + len(running) + 1} of {wanted}: {', '.join(f'{key}={value}' for key, value in choice.items())}{left}"
@@ -192,11 +197,12 @@ class Search:
             progress(what, 1, 1)
 
     def _asked(self, study: Any, left: list[dict[str, Any]]) -> Any:
-        """The next trial: one that a killed search was about, the next of those left where all are tried, or what Optuna proposes."""
+        """The next trial: one that a killed search was about, the next of those `left`, or what Optuna proposes."""
         from optuna.trial import TrialState
 
         if left and not study.get_trials(states=(TrialState.WAITING,)):
-            study.enqueue_trial({key: json.dumps(value) for key, value in left[0].items()})
+            categories = {key for key, one in self.space.items() if isinstance(one, list)}
+            study.enqueue_trial({key: json.dumps(value) if key in categories else value for key, value in left[0].items()})
         return study.ask()
 
     def _everyone(self, most: int) -> list[dict[str, Any]]:
@@ -227,9 +233,12 @@ def _tell(study: Any, trial: Any, one: Tried) -> None:
 
 
 def _tried(study: Any) -> list[Tried]:
-    return [Tried(**json.loads(trial.user_attrs["tried"])) for trial in study.get_trials() if "tried" in trial.user_attrs]
+    """What was tried, each choice as it went the last time."""
+    found = [Tried(**json.loads(trial.user_attrs["tried"])) for trial in study.get_trials() if "tried" in trial.user_attrs]
+    return list({json.dumps(one.choice): one for one in found}.values())
 
 
+@nursery()
 def _attempt(search: Search, choice: dict[str, Any], out: Path, device: str, strict: bool, progress: Progress = quiet) -> Tried:
     """Make and judge one recipe."""
     prepared = pipeline.prepare(search.variant(choice), out, device, progress)

@@ -10,7 +10,6 @@ import json
 import math
 import re
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,15 +22,17 @@ from compress.data import examples_digest
 from compress.errors import CompressError, InputError, RecipeError, ReportError
 from compress.forecast import machine, plan
 from compress.methods import quiet
+from compress.nursery import nursery
 from compress.pipeline import Prepared
 from compress.process import Progress
 from compress.recipe import Recipe, digest, load
 from compress.report.numbers import duration
 from compress.results import Report, read_report, write_whole
-from compress.yamlfile import Document
+from compress.yamlfile import Document, located
 
 MOST = 1000  # recipes of a sweep
 TOGETHER = 6  # candidates with one baseline: they take 7 measurements where pairs take 12; more would save little, and be lost at once
+LONGEST = 150  # characters of a name, which is that of a folder; it may be longer in bytes
 OWN = {"stages", "check", "calibration"}  # blocks in which recipes that are measured alike may differ
 
 
@@ -52,9 +53,8 @@ def expand(files: Sequence[str | Path], grid: Sequence[str], overrides: Sequence
     Raises RecipeError with every mistake of all of them.
     """
     pairs = [values(assignment, "--grid") for assignment in grid]
+    apart([key for key, _ in pairs], "--grid")
     keys = dict(pairs)
-    if twice := [key for key, times in Counter(key for key, _ in pairs).items() if times > 1]:
-        raise RecipeError(f"--grid {twice[0]}: it is given twice; give all of its values once")
     if (count := len(files) * math.prod(map(len, keys.values()))) > MOST:
         raise RecipeError(f"--grid: that makes {count:,} recipes, and {MOST:,} are the most; compress search tries some of many")
     chosen = [dict(zip(keys, one, strict=True)) for one in itertools.product(*keys.values())]
@@ -69,24 +69,39 @@ def expand(files: Sequence[str | Path], grid: Sequence[str], overrides: Sequence
     return found
 
 
+def apart(keys: Sequence[str], option: str) -> None:
+    """Raises RecipeError where two keys name one place of the recipe, or one lies within the other."""
+    for key, other in itertools.permutations(keys, 2):
+        place = located(key)
+        if place == located(other):
+            raise RecipeError(f"{option} {key}: it is given twice; give all of its values once")
+        if place == located(other)[: len(place)]:
+            raise RecipeError(f"{option} {other}: it lies within {key}, which is given too; give one of them")
+
+
 def values(assignment: str, option: str) -> tuple[str, list[Any]]:
     """The key and the values of `stages.0.bits=3,4,8`. Raises RecipeError."""
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip() or not text.strip():
         raise RecipeError(f"{option} {assignment}: a key and values are wanted, as in {option} stages.0.bits=3,4,8")
     found = Document(f"{option} {assignment[:200]}", f"values: [{text}]").data["values"]
-    if not found or not all(isinstance(one, str | int | float | bool | list | dict | None) for one in found):
+    try:
+        json.dumps(found)
+    except TypeError:  # dates and such
+        found = []
+    if not found:
         raise RecipeError(f"{option} {assignment}: values are wanted, as in {option} stages.0.bits=3,4,8")
     return key.strip(), [one for number, one in enumerate(found) if one not in found[:number]]
 
 
 def variant(file: str | Path, overrides: Sequence[str], choice: Mapping[str, Any]) -> Recipe:
     """A recipe with these values, named by them. Raises RecipeError."""
-    recipe = load(file, [*overrides, *(f"{key}={json.dumps(value, default=str)}" for key, value in choice.items())])
+    recipe = load(file, [*overrides, *(f"{key}={json.dumps(value)}" for key, value in choice.items())])
     last = [key.rpartition(".")[2] for key in choice]
     names = [short if last.count(short) == 1 else key for short, key in zip(last, choice, strict=True)]
     parts = [f"{name}={value}" for name, value in zip(names, choice.values(), strict=True)]
-    return recipe.called("+".join([recipe.name, *(re.sub(r"[^\w.=-]+", "_", part) for part in parts)])[:150])
+    name = "+".join([recipe.name, *(re.sub(r"[^\w.=-]+", "_", part) for part in parts)])
+    return recipe.called(name if len(name) <= LONGEST else f"{name[: LONGEST - 13]}-{digest(choice)}")
 
 
 def refuse(recipes: Iterable[Recipe], device: str) -> None:
@@ -115,33 +130,7 @@ def run(
     refuse(recipes, device)
     if workers is not None:
         return _spread(recipes, out.absolute(), device, progress, strict, workers)
-    outcomes: dict[int, Outcome] = {}
-    forecast = _Forecast(recipes)
-    for group in _groups(recipes, forecast):
-        ready: list[tuple[int, Prepared]] = []
-        for number in group:
-            recipe = recipes[number]
-            what = f"recipe {number + 1} of {len(recipes)}: {recipe.name}{forecast.left(outcomes)}"
-            progress(what, 0, 1)
-            try:
-                prepared = pipeline.prepare(recipe, out, device, progress)
-                report = former(prepared, out)
-            except CompressError as error:
-                outcomes[number] = Outcome(recipe, None, str(error))
-            else:
-                if report is not None:
-                    outcomes[number] = Outcome(recipe, report)
-                    forecast.seconds[number] = 0  # it took no time, and says nothing of the others
-                else:
-                    ready.append((number, prepared))
-            progress(what, 1, 1)
-        if ready:
-            what = f"measuring {len(ready)} of {len(recipes)} in turns with their baseline{forecast.left(outcomes)}"
-            progress(what, 0, 1)
-            measured = _measured([prepared for _, prepared in ready], out, device, progress, strict)
-            outcomes.update(zip((number for number, _ in ready), measured, strict=True))
-            progress(what, 1, 1)
-    return [outcomes[number] for number in range(len(recipes))]
+    return _here(recipes, out, device, progress, strict)
 
 
 def page(outcomes: Sequence[Outcome], out: Path) -> Path | None:
@@ -174,10 +163,42 @@ def failure(report: Report) -> str | None:
     return next((failure for side in report.sides for failure in side.failures), None)
 
 
+@nursery()
 def attempt(recipe: Recipe, out: Path, device: str, strict: bool) -> Report:
     """One recipe of a sweep as a task of its own. Raises CompressError."""
     prepared = pipeline.prepare(recipe, out, device)
     return former(prepared, out) or pipeline.measure([prepared], out, device, strict=strict)[0]
+
+
+@nursery()
+def _here(recipes: Sequence[Recipe], out: Path, device: str, progress: Progress, strict: bool) -> list[Outcome]:
+    outcomes: dict[int, Outcome] = {}
+    forecast = _Forecast(recipes)
+    for group in _groups(recipes, forecast):
+        ready: list[tuple[int, Prepared]] = []
+        for number in group:
+            recipe = recipes[number]
+            what = f"recipe {number + 1} of {len(recipes)}: {recipe.name}{forecast.left(outcomes)}"
+            progress(what, 0, 1)
+            try:
+                prepared = pipeline.prepare(recipe, out, device, progress)
+                report = former(prepared, out)
+            except CompressError as error:
+                outcomes[number] = Outcome(recipe, None, str(error))
+            else:
+                if report is not None:
+                    outcomes[number] = Outcome(recipe, report)
+                    forecast.seconds[number] = 0  # it took no time, and says nothing of the others
+                else:
+                    ready.append((number, prepared))
+            progress(what, 1, 1)
+        if ready:
+            what = f"measuring {len(ready)} of {len(recipes)} in turns with their baseline{forecast.left(outcomes)}"
+            progress(what, 0, 1)
+            measured = _measured([prepared for _, prepared in ready], out, device, progress, strict)
+            outcomes.update(zip((number for number, _ in ready), measured, strict=True))
+            progress(what, 1, 1)
+    return [outcomes[number] for number in range(len(recipes))]
 
 
 def _spread(recipes: Sequence[Recipe], out: Path, device: str, progress: Progress, strict: bool, workers: Workers) -> list[Outcome]:

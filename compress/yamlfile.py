@@ -44,18 +44,18 @@ class Document:
         """Set one key: `stages.0.bits=4`. The value is read as YAML; mappings on the way are made."""
         path, equals, text = assignment.partition("=")
         if not equals or not path.strip():
-            raise RecipeError(f"--set {assignment}: a key and a value are wanted, as in --set stages.0.bits=4")
-        place = tuple(int(part) if part.isdecimal() else part for part in path.strip().split("."))
-        value = Document(f"--set {assignment[:200]}", f"value: {text}" if text.strip() else "value: null").data["value"]
+            raise RecipeError(f"{assignment}: a key and a value are wanted, as in stages.0.bits=4")
+        place = located(path)
+        value = Document(assignment[:200], f"value: {text}" if text.strip() else "value: null").data["value"]
         spot: Any = self.data
         key: Any
         for depth, key in enumerate(place):
             if isinstance(spot, list) and not (isinstance(key, int) and key < len(spot)):
                 raise RecipeError(
-                    f"--set {assignment}: {dotted(place[:depth])} has {len(spot)} entries, numbered from 0; {key!r} is none of them"
+                    f"{assignment}: {dotted(place[:depth])} has {len(spot)} entries, numbered from 0; {key!r} is none of them"
                 )
             if not isinstance(spot, dict | list):
-                raise RecipeError(f"--set {assignment}: {dotted(place[:depth])} is {_kind(spot)} and has no key {key!r}")
+                raise RecipeError(f"{assignment}: {dotted(place[:depth])} is {_kind(spot)} and has no key {key!r}")
             if depth == len(place) - 1:
                 spot[key] = value
             elif isinstance(spot, dict) and spot.get(key) is None:
@@ -64,10 +64,10 @@ class Document:
         self._overridden.add(place)
 
     def at(self, place: Place) -> str:
-        """Where a key stands: `file:line`, or the --set that wrote it."""
+        """Where a key stands: `file:line`, or that an override wrote it."""
         for length in range(len(place), -1, -1):
             if place[:length] in self._overridden:
-                return f"{self.name} with --set {dotted(place[:length])}"
+                return f"{self.name} with {dotted(place[:length])} overridden"
             if place[:length] in self._lines:
                 return f"{self.name}:{self._lines[place[:length]]}"
         return self.name
@@ -114,6 +114,11 @@ def read(path: Path) -> Document:
         raise RecipeError(f"{path}: not UTF-8 text, so not a recipe") from None
     except OSError as error:
         raise RecipeError(f"{path}: can't be read: {error.strerror}") from None
+
+
+def located(path: str) -> Place:
+    """The place that `stages.0.bits` means."""
+    return tuple(int(part) if part.isdecimal() else part for part in path.strip().split("."))
 
 
 def dotted(place: Place) -> str:

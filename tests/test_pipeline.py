@@ -73,7 +73,7 @@ def test_what_a_killed_stage_left_is_swept(loaded, toys, tmp_path, monkeypatch):
     target = tmp_path / "artifacts" / "llama-rtn-abc"
 
     class Interrupted:
-        def __init__(self, *_):
+        def __init__(self, *_, **__):
             (target.parent / f".{target.name}.x1.partial").mkdir(parents=True)
 
         def __enter__(self):
@@ -93,7 +93,7 @@ def test_of_two_runs_that_make_the_same_the_second_waits(loaded, toys, tmp_path,
     target, asked, told, begun, go_on = tmp_path / "artifacts" / "a", [], [], threading.Event(), threading.Event()
 
     class Slow:
-        def __init__(self, *_):
+        def __init__(self, *_, **__):
             pass
 
         def ask(self, *_, **named):

@@ -105,6 +105,11 @@ def test_of_a_few_choices_all_are_tried_and_the_best_that_keeps_the_gates_is_wri
     )
     assert (found.best.choice["stages.1.bits"], found.best.verdict) == (4, "pass")
     assert {one.reason for one in found.tried if one.choice["stages.1.bits"] == 2} == {"it broke"}
+    again = pretend(lambda choice: choice["stages.1.bits"], lambda _: True)
+    assert {one.reason for one in wanted.run(tmp_path / "a b").tried} == {None}, "what broke is tried again"
+    assert [choice["stages.1.bits"] for choice in again] == [2, 2]
+    found = wanted.run(tmp_path / "a b")
+    assert (len(again), found.best.choice["stages.1.bits"]) == (2, 2)
     (tmp_path / "elsewhere").mkdir()
     written = recipe.load(found.file.rename(tmp_path / "elsewhere" / "best.yaml"))
     assert written.digest == wanted.variant(found.best.choice).digest

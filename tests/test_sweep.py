@@ -76,6 +76,10 @@ def test_a_grid_is_every_combination_named_by_its_values(toy, write_recipe, toys
     assert {(recipe.data.samples, recipe.folder) for recipe in found} == {(7, toy.parent)}
     (alike, *_) = sweep.expand([toy], ["calibration.samples=5", "data.samples=6"])
     assert alike.name == "toy+calibration.samples=5+data.samples=6", "a key's last part alone would not tell"
+    layers = [f'{{"{"decoder." * 30}{n}": 4}}' for n in range(3)]
+    long = sweep.expand([toy], [f"stages.1.bits={','.join(layers)}"])
+    assert len({recipe.name for recipe in long}) == 3
+    assert {len(recipe.name) for recipe in long} == {sweep.LONGEST}
 
 
 def test_all_mistakes_of_a_sweep_are_told_before_anything_runs(toy, monkeypatch):
@@ -88,7 +92,9 @@ def test_all_mistakes_of_a_sweep_are_told_before_anything_runs(toy, monkeypatch)
         with pytest.raises(RecipeError, match=r"as in --grid stages\.0\.bits=3,4,8"):
             sweep.expand([toy], [nothing])
     for grid, message in (
-        (["stages.1.bits=3", "stages.1.bits=4"], "stages.1.bits: it is given twice"),
+        (["stages.1.bits=3", "stages.01.bits=4"], "stages.1.bits: it is given twice"),
+        (["stages.1.bits=3", "stages.1={quantize: rtn}"], "stages.1.bits: it lies within stages.1"),
+        (["stages.1.bits={2026-01-01: 3}"], "values are wanted"),
         ([f"stages.1.bits={','.join(map(str, range(1500)))}"], "that makes 1,500 recipes, and 1,000 are the most"),
     ):
         with pytest.raises(RecipeError, match=message):
@@ -177,7 +183,7 @@ class Losing(Subject):
         if self._dies and self.number == 1:
             raise RunError("it was killed")
         assert self._dies or usable == []
-        return super().take_turn(machine, usable, ours)
+        return (yield from super().take_turn(machine, usable, ours))
 
     def keep(self, number):
         if self._dies:
