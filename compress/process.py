@@ -20,7 +20,7 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
@@ -111,18 +111,27 @@ class Child:
         """
         self.tell(request, arguments)
         deadline = None if limit_s is None else time.monotonic() + limit_s
-        while True:
-            message = self.hear(request, deadline)
-            if "progress" in message:
-                self._progress(*message["progress"])
-            elif "error" in message:
-                raise _error(message)
-            else:
-                return message["answer"]
+        while "progress" in (message := self.hear(request, deadline)):
+            self._progress(*message["progress"])
+        return _answer(message)
 
-    def tell(self, request: str, arguments: dict[str, Any]) -> None:
-        """Ask without waiting for the answer. Raises ChildDied."""
-        line = json.dumps({"request": request, "arguments": arguments}).encode() + b"\n"
+    def ask_in_slices(self, request: str, limit_s: float, **arguments: Any) -> Generator[float, None, Any]:
+        """The child's answer, as `ask` has it; gives the share that is done after each progress, and meanwhile the child waits.
+
+        limit_s   of one slice
+        """
+        self.tell(request, arguments, paced=True)
+        while "progress" in (message := self.hear(request, time.monotonic() + limit_s)):
+            _, done, total = message["progress"]
+            yield done / total
+            self._write(b"\n")
+        return _answer(message)
+
+    def tell(self, request: str, arguments: dict[str, Any], paced: bool = False) -> None:
+        """Ask without waiting for the answer; a `paced` child waits after each progress for a line. Raises ChildDied."""
+        self._write(json.dumps({"request": request, "arguments": arguments, "paced": paced}).encode() + b"\n")
+
+    def _write(self, line: bytes) -> None:
         try:
             while line:
                 line = line[os.write(self._request, line) :]
@@ -307,7 +316,8 @@ def _free_port() -> int:
 def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
     """The child's side: answer requests until the parent closes the pipe or dies.
 
-    A handler is called as handler(progress=..., **arguments) and gives plain data back.
+    A handler is called as handler(progress=..., **arguments) and gives plain data back. Where the request is paced, `progress` returns
+    when the parent says so.
     """
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan goes on computing
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -319,9 +329,12 @@ def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
 
     def progress(what: str, done: int, total: int) -> None:
         send({"progress": [what, done, total]})
+        if paced:
+            requests.readline()
 
-    for line in requests:
+    for line in iter(requests.readline, ""):
         message = json.loads(line)
+        paced = message["paced"]
         try:
             answer = handlers[message["request"]](progress=progress, **message["arguments"])
         except Exception as error:
@@ -329,6 +342,12 @@ def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
             send(_as_message(error))
         else:
             send({"answer": answer})
+
+
+def _answer(message: dict[str, Any]) -> Any:
+    if "error" in message:
+        raise _error(message)
+    return message["answer"]
 
 
 def _as_message(error: Exception) -> dict[str, Any]:

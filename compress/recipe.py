@@ -128,7 +128,7 @@ class Runtime(Settings):
 
 
 class Benchmark(Settings):
-    """What is timed. A round starts a fresh process for each side; in a round the sides take turns, in a random order each time.
+    """What is timed. A round starts a fresh process for each side; in a round the sides take turns, on a CPU in slices of 0.05 s.
 
     Every turn times `iterations` generations at each point of batch_sizes x prompt_tokens. Rounds are what intervals rest on: after the
     first few, more follow until each point's latency ratio is known to `precision`, or until `max_minutes` are over.

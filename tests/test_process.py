@@ -6,12 +6,13 @@ import subprocess
 import sys
 import textwrap
 import time
+from contextlib import nullcontext
+from pathlib import Path
 
 import pytest
 
 from compress import nursery
 from compress.errors import ChildDied, DataError, Killed, NoSpace, OutOfMemory, RunError
-from compress.nursery import Nursery
 from compress.process import Child
 
 SERVER = """
@@ -35,6 +36,13 @@ SERVER = """
     def remember(progress, what): os.environ["SEEN"] = str(what)
     def recall(progress): return os.environ.get("SEEN")
 
+    def counts(progress, wrong_at=None):
+        for number in range(3):
+            if number == wrong_at: raise DataError("row 3 is odd")
+            open("counted", "a").write("x")
+            progress("counting", number, 3)
+        return "counted"
+
     if __name__ == "__main__":
         serve(globals())
 """
@@ -42,27 +50,43 @@ SERVER = """
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
+    monkeypatch.setattr(nursery, "IMPORTED", ("server",))
     (tmp_path / "server.py").write_text(textwrap.dedent(SERVER))
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), *sys.path]))
 
 
 @pytest.fixture(params=["fresh", "copied"])
 def child(server, tmp_path, monkeypatch, request):
+    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(nursery, "GPUS", () if request.param == "copied" else ("/",))
     seen = []
-    with (
-        Nursery(["server"], tmp_path / "log", None) as nest,
-        Child("server", tmp_path / "log", lambda *event: seen.append(event), start=nest.start) as process,
-    ):
+    with nursery.nursery(), Child("server", tmp_path / "log", lambda *event: seen.append(event), start=nursery.copied) as process:
         assert isinstance(process._process, nursery.Copy if request.param == "copied" else subprocess.Popen)
         process.seen = seen
         yield process
 
 
+def test_in_slices_a_child_waits_after_each_until_the_next_is_wanted(child):
+    counted, done = Path("counted"), []
+    counted.write_text("")
+    slices = child.ask_in_slices("counts", limit_s=20)
+    for number, share in enumerate(slices, 1):
+        done.append(share)
+        time.sleep(0.2)
+        assert len(counted.read_text()) == number, "it works while it is not its turn"
+    assert done == [0, 1 / 3, 2 / 3]
+    assert child.ask("add", a=1, b=2) == 3, "nothing is left in the pipes"
+    with pytest.raises(DataError, match="row 3 is odd"):
+        list(child.ask_in_slices("counts", limit_s=20, wrong_at=2))
+    with pytest.raises(ChildDied, match="sleeps took longer than the limit"):
+        list(child.ask_in_slices("sleeps", limit_s=0.2))
+
+
 def test_copies_find_imported_what_they_need_and_share_nothing(server, tmp_path, monkeypatch):
     monkeypatch.setattr(nursery, "GPUS", ())
-    with Nursery(["json.tool"], tmp_path / "log", None) as nest:
-        first, second = (Child("server", tmp_path / "log", print, start=nest.start) for _ in range(2))
+    monkeypatch.setattr(nursery, "IMPORTED", ("json.tool",))
+    with nursery.nursery(), nursery.nursery():
+        first, second = (Child("server", tmp_path / "log", print, start=nursery.copied) for _ in range(2))
         assert [child.ask("is_imported", name="json.tool") for child in (first, second)] == [True, True]
         first.ask("remember", what=1)
         assert second.ask("recall") is None
@@ -74,13 +98,21 @@ def test_copies_find_imported_what_they_need_and_share_nothing(server, tmp_path,
 
 def test_copies_end_with_their_nursery(server, tmp_path, monkeypatch):
     monkeypatch.setattr(nursery, "GPUS", ())
-    with Nursery(["server"], tmp_path / "log", None) as nest:
-        child = Child("server", tmp_path / "log", print, start=nest.start)
+    with nursery.nursery():
+        with nursery.nursery():
+            child = Child("server", tmp_path / "log", print, start=nursery.copied)
         child.ask("add", a=1, b=1)
     with pytest.raises(Killed):
         child.ask("add", a=1, b=1)
-    with Child("server", tmp_path / "log", print, start=nest.start) as another:  # it does without
-        assert another.ask("add", a=1, b=1) == 2
+
+
+@pytest.mark.parametrize("imported", [(), ("no_such_module",)])
+def test_without_a_nursery_or_where_it_can_not_import_processes_are_fresh(server, tmp_path, monkeypatch, imported):
+    monkeypatch.setattr(nursery, "GPUS", ())
+    monkeypatch.setattr(nursery, "IMPORTED", imported)
+    with nursery.nursery() if imported else nullcontext(), Child("server", tmp_path / "log", print, start=nursery.copied) as child:
+        assert isinstance(child._process, subprocess.Popen)
+        assert child.ask("add", a=1, b=1) == 2
 
 
 def test_an_answer_comes_back_with_progress_and_noise_stays_out(child, tmp_path):

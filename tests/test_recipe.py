@@ -142,12 +142,12 @@ def test_overrides_are_read_as_yaml_and_named_in_mistakes(tmp_path):
     assert (found.stages[0].settings.double_quant, found.data.samples, found.generation.max_new_tokens) == (False, 7, 9)
     assert load(tmp_path, GOOD, "benchmark.turns=9").benchmark.turns == 9
     assert load(tmp_path, GOOD, "benchmark=quick", "benchmark.turns=9").benchmark.prompt_tokens == [64]
-    assert mistakes(tmp_path, GOOD, "data.samples=few") == ["x.yaml with --set data.samples: data.samples: 'few' is not a whole number"]
-    assert mistakes(tmp_path, GOOD, "stages.3.bits=4") == [
-        "--set stages.3.bits=4: stages has 1 entries, numbered from 0; 3 is none of them"
+    assert mistakes(tmp_path, GOOD, "data.samples=few") == [
+        "x.yaml with data.samples overridden: data.samples: 'few' is not a whole number"
     ]
-    assert mistakes(tmp_path, GOOD, "nonsense") == ["--set nonsense: a key and a value are wanted, as in --set stages.0.bits=4"]
-    assert mistakes(tmp_path, GOOD, "version.a=4") == ["--set version.a=4: version is 1 and has no key 'a'"]
+    assert mistakes(tmp_path, GOOD, "stages.3.bits=4") == ["stages.3.bits=4: stages has 1 entries, numbered from 0; 3 is none of them"]
+    assert mistakes(tmp_path, GOOD, "nonsense") == ["nonsense: a key and a value are wanted, as in stages.0.bits=4"]
+    assert mistakes(tmp_path, GOOD, "version.a=4") == ["version.a=4: version is 1 and has no key 'a'"]
 
 
 def test_the_digest_names_what_a_run_depends_on(tmp_path):

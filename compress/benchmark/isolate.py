@@ -1,6 +1,6 @@
 """The harness seen from the parent: both models in fresh processes, measured in turns, so that a machine that slows down slows both.
 
-A round starts new processes; within it the sides take turns in a random order, a block of timings each. Memory is read once a
+A round starts new processes; within it the sides take turns, a block of timings each, slice by slice on a CPU. Memory is read once a
 round, speed every turn, quality in the first round. Rounds follow until the latencies are known as precisely as is wanted. Nothing here
 needs torch.
 
@@ -13,7 +13,7 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -26,7 +26,7 @@ from compress.benchmark.subject import Point, Subject
 from compress.errors import DeviceError, OutOfMemory, RunError
 from compress.methods import Example
 from compress.model import Source
-from compress.nursery import Nursery
+from compress.nursery import nursery
 from compress.process import Progress
 from compress.recipe import Recipe
 from compress.results import Conditions, Role, Side, Turn
@@ -59,8 +59,8 @@ def measure(
     A side whose process dies or runs out of memory has the reason under `failures`; what it had measured until then stays. Raises
     DeviceError where `strict` refuses.
     """
-    with alone(progress), Nursery([Subject.module], log, recipe.benchmark.threads) as nursery:
-        subjects = [Subject(role, source, recipe, device, log, kept_outputs, progress, nursery.start) for role, source in sources]
+    with alone(progress), nursery():
+        subjects = [Subject(role, source, recipe, device, log, kept_outputs, progress) for role, source in sources]
         session = Session(subjects, recipe, progress, strict)
         try:
             session.run(examples, clear)
@@ -161,10 +161,15 @@ class Session:
     def _take(self, number: int, turn: int, examples: list[Example], last: bool) -> bool:
         """One turn of each side that has not failed. Whether it counts: where it was disturbed it doesn't, unless it is the `last` one."""
         taken: list[tuple[Subject, Conditions]] = []
-        for subject in self._random.sample(self._subjects, len(self._subjects)):
-            conditions = self._do(subject, partial(self._turn, subject, examples))
-            if conditions is not None:
-                taken.append((subject, conditions))
+        left = self._random.sample(self._subjects, len(self._subjects))
+        while left:
+            for subject in left:
+                self._do(subject, partial(self._ready, subject, examples))
+                if self._alone:
+                    break
+            together = [subject for subject in left if subject.running]
+            taken += self._in_slices(together)
+            left = [subject for subject in left if subject not in together and not subject.failures]
         kept = last or not any(conditions.disturbed for _, conditions in taken)
         for subject, conditions in taken:
             self._timing += conditions.seconds
@@ -193,13 +198,30 @@ class Session:
                 self._starting += time.monotonic() - began
             return work()
         except RunError as error:
-            subject.failures.append(f"{subject.role}: {error}")
-            subject.stop()
+            subject.fail(error)
             return None
 
-    def _turn(self, subject: Subject, examples: list[Example]) -> Conditions:
+    def _ready(self, subject: Subject, examples: list[Example]) -> None:
         if subject.outputs is None:
             subject.answer(examples)
+
+    def _in_slices(self, subjects: list[Subject]) -> list[tuple[Subject, Conditions]]:
+        """A turn of each, in which they take slices: next is who is the furthest behind, and of several any."""
+        turns = {subject: self._turn(subject) for subject in subjects}
+        done, taken = dict.fromkeys(subjects, 0.0), list[tuple[Subject, Conditions]]()
+        while turns:
+            subject = min(self._random.sample(list(turns), len(turns)), key=done.__getitem__)
+            try:
+                done[subject] = next(turns[subject])
+            except StopIteration as end:
+                taken.append((subject, end.value))
+                del turns[subject]
+            except RunError as error:
+                subject.fail(error)
+                del turns[subject]
+        return taken
+
+    def _turn(self, subject: Subject) -> Generator[float, None, Conditions]:
         environment = subject.loads[-1]["environment"]
         ours = [s.pid for s in self._subjects if s.running]
         machine = Machine(environment["threads"], environment["gpu_uuid"])
@@ -208,7 +230,7 @@ class Session:
                 f"the GPU is shared with process {', '.join(map(str, foreign))}, and --strict was given;"
                 " end it, or choose another GPU by CUDA_VISIBLE_DEVICES"
             )
-        return subject.take_turn(machine, self._points(subject), ours)
+        return (yield from subject.take_turn(machine, self._points(subject), ours))
 
     def _points(self, subject: Subject) -> list[Point]:
         """Those that it and one that it is compared with are not known to fail at."""

@@ -89,11 +89,12 @@ class Machine:
         found = None if self.gpu is None else gpu(self.gpu, ours)
         return () if found is None else found.foreign
 
-    def between(self, before: Reading, after: Reading) -> Conditions:
-        """How it was between two readings, and what disturbed."""
+    def between(self, before: Reading, after: Reading, ran: float | None = None) -> Conditions:
+        """How it was between two readings, and what disturbed; the process `ran` for so many seconds of them, None: for all."""
         seconds = max(after.monotonic - before.monotonic, 1e-9)
+        ran = seconds if ran is None else max(ran, 1e-9)
         slept = max(0.0, (after.awake - before.awake) - seconds)
-        waiting = None if before.waited is None or after.waited is None else (after.waited - before.waited) / (seconds * self.threads)
+        waiting = None if before.waited is None or after.waited is None else (after.waited - before.waited) / (ran * self.threads)
         steal = (after.stolen - before.stolen) / (seconds * len(self.cores))
         others = max(0.0, (after.busy - before.busy) - (after.used - before.used)) / seconds
         found = []
@@ -109,7 +110,7 @@ class Machine:
             found += [f"the GPU was throttled by {reason}" for reason in after.gpu.throttled]
             found += [f"process {other} worked on the GPU too" for other in after.gpu.foreign]
         return Conditions(
-            seconds=seconds, load=os.getloadavg()[0], waiting=waiting, steal=steal, others=others,
+            seconds=ran, load=os.getloadavg()[0], waiting=waiting, steal=steal, others=others,
             clock_step=(after.wall - before.wall) - (after.awake - before.awake),
             sm_clock_mhz=None if after.gpu is None else after.gpu.sm_clock_mhz, disturbed=found,
         )  # fmt: skip

@@ -28,8 +28,8 @@ from compress.benchmark.subject import Subject
 from compress.errors import RunError
 from compress.methods import Example
 from compress.model import BUILTIN, Source
-from compress.nursery import Nursery
-from compress.process import Progress, Start
+from compress.nursery import nursery
+from compress.process import Progress
 from compress.recipe import Gate, Recipe
 from compress.report import verdict
 from compress.report.table import table
@@ -47,6 +47,7 @@ SUBJECTS: dict[str, dict[str, float]] = {
 }
 SPEED, MEMORY = {"latency_p50": Gate(max_ratio=1.0), "tokens_per_second": Gate(min_ratio=1.0)}, {"peak_run_bytes": Gate(max_ratio=1.0)}
 GATES = SPEED | MEMORY
+RAW = ("latency_p50", "peak_run_bytes")  # whose samples are kept, by round and turn: the others follow from them
 EXAMPLES = 500
 DAMAGED, POINTS = 0.2, 1.0  # of the examples; points of ROUGE-L that all lose together
 SIMULATIONS = 2000
@@ -57,8 +58,8 @@ class Faulty(Subject):
 
     module = "compress.benchmark.planted"
 
-    def __init__(self, fault: dict[str, float], source: Source, loaded: Recipe, log: Path, progress: Progress, start: Start):
-        super().__init__("candidate", source, loaded, "cpu", log, log.parent, progress, start)
+    def __init__(self, fault: dict[str, float], source: Source, loaded: Recipe, log: Path, progress: Progress):
+        super().__init__("candidate", source, loaded, "cpu", log, log.parent, progress)
         self._fault = {"slowdown": 0.0, "resident_bytes": 0, **fault}
 
     def ask(self, request: str, **arguments: Any) -> Any:
@@ -93,21 +94,21 @@ def _kept(file: Path, make: Callable[[], Any]) -> Any:
 def comparisons(loaded: Recipe, file: Path, wanted: int, progress: Progress) -> list[dict[str, Any]]:
     """As many as are wanted, those in the file with them; each new one is added there."""
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
-    with tempfile.TemporaryDirectory() as folder, Nursery([Faulty.module], Path(folder) / "log", 1) as nursery:
+    with tempfile.TemporaryDirectory() as folder, nursery():
         for number in range(len(done), wanted):
             progress("comparisons", number, wanted)
-            done.append({"number": number, **comparison(loaded, number % 2 == 1, Path(folder) / "log", nursery, progress)})
+            done.append({"number": number, **comparison(loaded, number % 2 == 1, Path(folder) / "log", progress)})
             with file.open("a") as stream:
                 stream.write(json.dumps(done[-1]) + "\n")
     return done
 
 
-def comparison(loaded: Recipe, busy: bool, log: Path, nursery: Nursery, progress: Progress) -> dict[str, Any]:
+def comparison(loaded: Recipe, busy: bool, log: Path, progress: Progress) -> dict[str, Any]:
     """One baseline and its faulty likes in turns: of each the verdict of every gate with its interval."""
     source, start = Source(str(BUILTIN), loaded.model.task, "float32"), time.monotonic()
     with another_process(busy):
-        subjects = [Subject("baseline", source, loaded, "cpu", log, log.parent, progress, nursery.start)]
-        subjects += [Faulty(fault, source, loaded, log, progress, nursery.start) for fault in SUBJECTS.values()]
+        subjects = [Subject("baseline", source, loaded, "cpu", log, log.parent, progress)]
+        subjects += [Faulty(fault, source, loaded, log, progress) for fault in SUBJECTS.values()]
         for subject in subjects:
             subject.outputs = subject.explanation = {}  # speed and memory only
         session = isolate.Session(subjects, loaded, progress, strict=False)
@@ -126,6 +127,12 @@ def comparison(loaded: Recipe, busy: bool, log: Path, nursery: Nursery, progress
     for name, side in zip(SUBJECTS, others, strict=True):
         results = verdict.gates(GATES, verdict.pairs(baseline, side, True), baseline, side, loaded.benchmark.confidence)
         found[name] = {result.metric: [result.verdict, result.estimate, result.interval] for result in results}
+    for metric in RAW:
+        samples = {
+            name: [one.samples for one in side.measurements if one.metric == metric]
+            for name, side in zip(["baseline", *SUBJECTS], sides, strict=True)
+        }
+        found[metric] = {name: [[float(f"{value:.5g}") for value in turns] for turns in rounds] for name, (rounds,) in samples.items()}
     return found
 
 

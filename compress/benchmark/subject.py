@@ -1,5 +1,7 @@
 """One side under measurement, as the parent has it: its process while it runs, and what has been measured so far."""
 
+import time
+from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,8 @@ from compress.benchmark.sampler import Sampler
 from compress.errors import ChildDied, Killed, RunError
 from compress.methods import Example
 from compress.model import Source
-from compress.process import Child, Progress, Start, fresh
+from compress.nursery import copied
+from compress.process import Child, Progress
 from compress.recipe import Recipe
 from compress.results import Conditions, Role
 
@@ -25,10 +28,8 @@ class Subject:
 
     module = "compress.benchmark.worker"
 
-    def __init__(
-        self, role: Role, source: Source, recipe: Recipe, device: str, log: Path, outputs: Path, progress: Progress, start: Start = fresh
-    ):
-        self.role, self.source, self._recipe, self._device, self._start = role, source, recipe, device, start
+    def __init__(self, role: Role, source: Source, recipe: Recipe, device: str, log: Path, outputs: Path, progress: Progress):
+        self.role, self.source, self._recipe, self._device = role, source, recipe, device
         self._log, self._kept, self._progress = log, outputs, progress
         self._child: Child | None = None
         self.loads: list[dict[str, Any]] = []
@@ -81,7 +82,7 @@ class Subject:
     def _load(self) -> dict[str, Any]:
         """Load the model in a new process."""
         benchmark = self._recipe.benchmark
-        self._child = Child(self.module, self._log, self._tell, benchmark.threads, start=self._start)
+        self._child = Child(self.module, self._log, self._tell, benchmark.threads, start=copied)
         with Sampler(self._child.pid) as sampler:
             loaded: dict[str, Any] = self.ask(
                 "load", source=asdict(self.source), device=self._device, threads=benchmark.threads, runtime=benchmark.runtime.model_dump()
@@ -125,13 +126,27 @@ class Subject:
         self.reasons = {point: reason for point, reason in self.reasons.items() if not reason.startswith(OUT_OF_MEMORY)}
         self.start()
 
-    def take_turn(self, machine: Machine, usable: list[Point], ours: list[int]) -> Conditions:
-        """Time every point once more, and how the machine was meanwhile. The timings count once they are kept."""
-        benchmark = self._recipe.benchmark
+    def take_turn(self, machine: Machine, usable: list[Point], ours: list[int]) -> Generator[float, None, Conditions]:
+        """Time every point once more, in slices: gives the share that is done after each, when other sides may have theirs.
+
+        Returns how the machine was meanwhile. The timings count once they are kept.
+        """
+        benchmark, limit_s, ran = self._recipe.benchmark, 60 * self._recipe.benchmark.limit_minutes, 0.0
         before = machine.read(self.pid, ours)
-        timings = self.ask("turn", points=usable, new_tokens=benchmark.new_tokens, iterations=benchmark.iterations)
+        assert self._child is not None
+        slices = self._child.ask_in_slices("turn", limit_s, points=usable, new_tokens=benchmark.new_tokens, iterations=benchmark.iterations)
+        while True:
+            began = time.monotonic()
+            try:
+                done = next(slices)
+            except StopIteration as end:
+                timings = end.value
+                break
+            finally:
+                ran += time.monotonic() - began
+            yield done
         self._taken = {point: (block, joules) for point, block, joules in zip(usable, timings["seconds"], timings["joules"], strict=True)}
-        return machine.between(before, machine.read(self.pid, ours))
+        return machine.between(before, machine.read(self.pid, ours), ran)
 
     def keep(self, number: int) -> None:
         """The last turn counts, in the round of that number."""
@@ -170,6 +185,11 @@ class Subject:
     def ask(self, request: str, **arguments: Any) -> Any:
         assert self._child is not None
         return self._child.ask(request, limit_s=60 * self._recipe.benchmark.limit_minutes, **arguments)
+
+    def fail(self, error: RunError) -> None:
+        """Nothing more can be measured of it."""
+        self.failures.append(f"{self.role}: {error}")
+        self.stop()
 
     def stop(self) -> None:
         if self._child is not None:

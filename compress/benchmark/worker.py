@@ -90,11 +90,21 @@ class Worker:
         return {"reason": reason, "memory": {**found, "cache": cache[-1]}, "compile_seconds": compiling}
 
     def turn(self, progress: Progress, points: list[Point], new_tokens: int, iterations: int) -> dict[str, Any]:
-        """For each point: `seconds` from the start to every token, a list an iteration; `joules` the GPU drew in all, or None."""
+        """For each point: `seconds` from the start to every token, a list an iteration; `joules` the GPU drew in all, or None.
+
+        Rests in `progress` after each slice of a generation, see `compress.benchmark.latency`.
+        """
         seconds, joules = [], []
-        for batch, prompt in points:
-            before = nvml.joules() if self.device == "cuda" else None
-            seconds.append([self._time(batch, prompt, new_tokens) for _ in range(iterations)])
+        each = iterations * new_tokens
+        for number, (batch, prompt) in enumerate(points):
+            before, times = nvml.joules() if self.device == "cuda" else None, []
+            for done in range(number * each, (number + 1) * each, new_tokens):
+
+                def rest(tokens: int, done: int = done) -> None:
+                    progress("timing", done + tokens, len(points) * each)
+
+                times.append(self._time(batch, prompt, new_tokens, rest))
+            seconds.append(times)
             after = nvml.joules() if before is not None else None
             joules.append(None if before is None or after is None else after - before)
         return {"seconds": seconds, "joules": joules}
@@ -204,10 +214,10 @@ class Worker:
         torch.cuda.empty_cache()  # not while the error is held, whose traceback holds the tensors
         return "out of memory", []
 
-    def _time(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> list[float]:
+    def _time(self, batch_size: int, prompt_tokens: int, new_tokens: int, rest: latency.Rest | None = None) -> list[float]:
         inputs = latency.prompts(self.model, self.device, batch_size, prompt_tokens)
         if self.model.can_generate():
-            return latency.generation_seconds(self.model, inputs, new_tokens, self.device, self.runtime)
+            return latency.generation_seconds(self.model, inputs, new_tokens, self.device, self.runtime, rest)
         return latency.forward_seconds(self.called, inputs, self.device)
 
     def _compiled(self) -> Any:

@@ -21,7 +21,7 @@ ROWS = 1000  # what an uncounted train split is taken for
 START_S = 10  # a working process's start: imports and loading
 COPY_S = 2  # the same of a copy, which has imported
 INPUT_TOKENS = 256  # an evaluation example's prompt, where nothing says how long it may be
-BATCH_TOKENS = 4096  # of the evaluation that are read together, where nothing says how many
+BATCH_TOKENS = 16384  # of the evaluation that are read together, where nothing says how many
 
 
 @dataclass(frozen=True)

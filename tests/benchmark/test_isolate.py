@@ -42,6 +42,7 @@ class Subject(subject.Subject):
         return False
 
     def take_turn(self, machine, usable, ours):
+        yield 0.5
         self._taken = {POINT: ([[self._base * next(self._luck)]], None)}
         self.number += 1
         return conditions(*(["it was"] if self.number in self._disturbed else []))
@@ -91,11 +92,16 @@ def test_a_round_takes_turns_for_as_long_as_its_processes_took_to_start(monkeypa
     assert [len(taken) for side in sides for taken in side.rounds[POINT]] == 6 * [turns]
 
 
+def no_time():
+    yield 0.5
+    return conditions().model_copy(update={"seconds": 0.0})
+
+
 def test_a_round_with_nothing_to_time_has_the_fewest_turns(monkeypatch):
     sides = [Subject("baseline", 1.0, noisy(0)), Subject("candidate", 0.5, noisy(0))]
     for side in sides:
         side.reasons[POINT] = "out of memory"
-        monkeypatch.setattr(side, "take_turn", lambda *_: conditions().model_copy(update={"seconds": 0.0}))
+        monkeypatch.setattr(side, "take_turn", lambda *_: no_time())
         monkeypatch.setattr(side, "keep", lambda _: None)
     monkeypatch.setattr(isolate.time, "monotonic", lambda: 7 * sum(side.starts for side in sides))
     made = session(sides, benchmark(precision=0.02, turns=2), monkeypatch)
@@ -129,6 +135,46 @@ def test_on_a_machine_that_never_rests_half_of_the_turns_again_are_tried(monkeyp
     assert sum(turn.kept for turn in made.turns) == 2 * 6
     assert [(t.round, t.turn) for t in made.turns if not t.kept and t.role == "baseline"] == [(0, 0), (0, 1), (1, 0)]
     assert [len(turns) for turns in sides[1].rounds[POINT]] == [2, 2, 2]
+
+
+class Sliced(Subject):
+    """Its turns take so many slices, which are noted; in the second round it dies after the first."""
+
+    def __init__(self, role, slices, order, dies=False):
+        super().__init__(role, 1.0, noisy(0))
+        self._slices, self._order, self._dies = slices, order, dies
+
+    def take_turn(self, machine, usable, ours):
+        for slice in range(self._slices):
+            self._order.append((self._slices, slice))
+            yield (slice + 1) / (self._slices + 1)
+            if self._dies and self.starts == 2:
+                raise RunError("it was killed")
+        return (yield from super().take_turn(machine, usable, ours))
+
+
+def test_in_a_turn_who_is_the_furthest_behind_has_the_next_slice(monkeypatch):
+    order = []
+    sides = [Sliced("baseline", 8, order), Sliced("candidate", 4, order), Sliced("candidate", 2, order, dies=True)]
+    session(sides, benchmark(rounds=2, precision=None), monkeypatch)
+    first = order[: 8 + 4 + 2]
+    done = dict.fromkeys((8, 4, 2), 0.0)
+    for slices, slice in first:
+        assert done[slices] == min(share for share in done.values() if share < 1)
+        done[slices] = 1 if slice == slices - 1 else (slice + 1) / (slices + 1)
+    assert sorted(order[14:]) == sorted([(8, n) for n in range(8)] + [(4, n) for n in range(4)] + [(2, 0)])
+    assert [len(side.rounds[POINT]) for side in sides] == [2, 2, 1]
+    assert [side.failures for side in sides] == [[], [], ["candidate: it was killed"]]
+    assert not any(side.running for side in sides)
+
+
+def test_where_memory_holds_one_side_each_takes_its_whole_turn_alone(monkeypatch):
+    order = []
+    sides = [Sliced("baseline", 3, order), Sliced("candidate", 2, order)]
+    monkeypatch.setattr(isolate, "_bring_up", lambda one, others: (isolate._stop(others), one.start()) and bool(others))
+    session(sides, benchmark(rounds=2, precision=None), monkeypatch)
+    assert [len(side.rounds[POINT]) for side in sides] == [2, 2]
+    assert order[5:] in ([(3, 0), (3, 1), (3, 2), (2, 0), (2, 1)], [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)])
 
 
 def test_a_shared_gpu_is_refused_where_that_is_asked_for(monkeypatch):

@@ -15,7 +15,7 @@ from compress.benchmark.subject import Subject
 from compress.benchmark.worker import Worker
 from compress.methods import quiet
 from compress.model import Source
-from compress.nursery import Nursery
+from compress.nursery import nursery
 from compress.recipe import load
 from tests.blocks import cache_left
 from tests.conftest import TASKS, make_model, recipe_for
@@ -79,9 +79,8 @@ def test_a_point_whose_process_is_killed_is_out_of_memory_and_the_others_go_on(t
 
 @pytest.mark.slow
 def test_the_peak_is_the_same_in_every_process(toys, rows, write_recipe, tmp_path):
-    with Nursery([Subject.module], tmp_path / "log", 1) as nursery:
+    with nursery():
         measured = subject("t5", toys, rows, write_recipe, tmp_path / "log")
-        measured._start = nursery.start
         for _ in range(3):
             measured.start()
             measured.stop()

@@ -42,6 +42,12 @@ def test_what_disturbs_is_named(changes, expected):
     assert between(**changes).disturbed == [expected]
 
 
+def test_a_process_that_ran_for_a_part_of_the_time_waited_for_a_share_of_that():
+    found = Machine(1, cores=[0, 1]).between(CALM, replace(LATER, waited=5.2, stolen=1.8), ran=2.0)
+    assert (found.seconds, found.waiting, found.steal) == pytest.approx((2, 0.1, 0.04), abs=1e-9)
+    assert found.disturbed == ["it waited 10% of the time for a core, others used 0.0 of 2"]
+
+
 def test_what_does_not_disturb():
     assert between(busy=69.0).disturbed == [], "a neighbour has the other core"
     assert between(waited=7.0, threads=8).disturbed == [], "shared by eight threads"
