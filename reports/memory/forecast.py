@@ -22,7 +22,7 @@ from compress.forecast.plan import read_config
 from compress.forecast.shape import read
 from compress.methods import quiet
 from compress.model import Source
-from compress.nursery import Nursery
+from compress.nursery import nursery
 from compress.recipe import Benchmark, Data, Model, Recipe
 
 BATCHES, PROMPT, NEW = [1, 4, 16], 128, 24
@@ -85,8 +85,8 @@ def measure(name: str, folder: Path) -> dict[int, dict[str, int]]:
     recipe = Recipe(
         version=1, model=Model(id=str(folder), task=task), data=Data(source="builtin", prompt="{dialogue}"), benchmark=benchmark
     )
-    with Nursery([Subject.module], folder / "log", 1) as nursery:
-        subject = Subject("candidate", Source(str(folder), task, "float32"), recipe, "cpu", folder / "log", folder, quiet, nursery.start)
+    with nursery():
+        subject = Subject("candidate", Source(str(folder), task, "float32"), recipe, "cpu", folder / "log", folder, quiet)
         try:
             subject.start()
         finally:
