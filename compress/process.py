@@ -118,12 +118,15 @@ class Child:
     def ask_in_slices(self, request: str, limit_s: float, **arguments: Any) -> Generator[float, None, Any]:
         """The child's answer, as `ask` has it; gives the share that is done after each progress, and meanwhile the child waits.
 
-        limit_s   of one slice
+        limit_s   of all slices together
         """
         self.tell(request, arguments, paced=True)
-        while "progress" in (message := self.hear(request, time.monotonic() + limit_s)):
+        deadline = time.monotonic() + limit_s
+        while "progress" in (message := self.hear(request, deadline)):
             _, done, total = message["progress"]
+            left = deadline - time.monotonic()
             yield done / total
+            deadline = time.monotonic() + left
             self._write(b"\n")
         return _answer(message)
 

@@ -12,7 +12,7 @@ import re
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean
@@ -66,6 +66,11 @@ class Tried:
     verdict: str | None = None
     value: float | None = None
     reason: str | None = None
+
+    @property
+    def failed(self) -> bool:
+        """Whether it could not be made, or not all of it measured."""
+        return self.verdict is None or (self.report is not None and self.reason is not None)
 
 
 @dataclass(frozen=True)
@@ -160,7 +165,7 @@ class Search:
         pipeline.usable(out)
         sweep.refuse(self.recipes, device)
         out, workers, place = out.absolute(), workers or Here(), self.place(out)
-        with _study(place, progress) as study:
+        with _study(place, progress) as study, nursery() if isinstance(workers, Here) else nullcontext():
             self._go_on(study, trials, (out, device, strict), progress, workers)
             tried = _tried(study)
         best = min((one for one in tried if one.verdict == "pass" and one.value is not None), key=lambda one: one.value or 0, default=None)
@@ -173,7 +178,7 @@ class Search:
         """Ask, try and tell until so many are tried."""
         everyone, start = self._everyone(trials), time.monotonic()
         former = _tried(study)
-        again, known = [one.choice for one in former if one.verdict is None], [one.choice for one in former if one.verdict is not None]
+        again, known = [one.choice for one in former if one.failed], [one.choice for one in former if not one.failed]
         before = len(known)
         wanted = before + sum(choice not in known for choice in everyone) if everyone else trials
         running: dict[Any, tuple[Any, dict[str, Any], str]] = {}

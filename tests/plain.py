@@ -6,6 +6,8 @@ import sys
 import textwrap
 from functools import cache
 
+import torch
+
 SERVER = """
 import json, os, sys, traceback
 import bitsandbytes, compressed_tensors, torch, torchao, transformers
@@ -38,6 +40,10 @@ def _server():
 
 def plain(program, *arguments):
     """What a program prints, which finds `arguments` in sys.argv[1:]."""
+    if torch.cuda.is_available():  # it doesn't survive a copy
+        alone = subprocess.run([sys.executable, "-", *map(str, arguments)], input=textwrap.dedent(program), capture_output=True, text=True)
+        assert alone.returncode == 0, alone.stderr
+        return alone.stdout
     server = _server()
     server.stdin.write(json.dumps([textwrap.dedent(program), *map(str, arguments)]) + "\n")
     server.stdin.flush()

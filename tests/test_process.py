@@ -36,9 +36,10 @@ SERVER = """
     def remember(progress, what): os.environ["SEEN"] = str(what)
     def recall(progress): return os.environ.get("SEEN")
 
-    def counts(progress, wrong_at=None):
+    def counts(progress, wrong_at=None, each_s=0):
         for number in range(3):
             if number == wrong_at: raise DataError("row 3 is odd")
+            time.sleep(each_s)
             open("counted", "a").write("x")
             progress("counting", number, 3)
         return "counted"
@@ -78,8 +79,13 @@ def test_in_slices_a_child_waits_after_each_until_the_next_is_wanted(child):
     assert child.ask("add", a=1, b=2) == 3, "nothing is left in the pipes"
     with pytest.raises(DataError, match="row 3 is odd"):
         list(child.ask_in_slices("counts", limit_s=20, wrong_at=2))
-    with pytest.raises(ChildDied, match="sleeps took longer than the limit"):
-        list(child.ask_in_slices("sleeps", limit_s=0.2))
+    with pytest.raises(ChildDied, match="counts took longer than the limit"):
+        list(child.ask_in_slices("counts", limit_s=1.1, each_s=0.5))
+
+
+def test_the_limit_is_of_all_slices_and_not_of_the_rests(child):
+    for _ in child.ask_in_slices("counts", limit_s=2.0, each_s=0.1):
+        time.sleep(1)
 
 
 def test_copies_find_imported_what_they_need_and_share_nothing(server, tmp_path, monkeypatch):

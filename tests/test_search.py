@@ -40,11 +40,13 @@ def pretend(monkeypatch, tmp_path):
                 raise KeyboardInterrupt
             if keeps(choice) is None:
                 raise RunError("it broke")
-            verdict = "pass" if keeps(choice) else "fail"
+            verdict, died = (
+                ("cannot_tell", keeps(choice)) if isinstance(keeps(choice), str) else ("pass" if keeps(choice) else "fail", None)
+            )
             folder = tmp_path / "made" / str(len(list(tmp_path.glob("made/*"))))
             folder.mkdir(parents=True)
             (folder / "report.json").write_text(judged(verdict).model_dump_json())
-            return Tried(choice, str(folder), verdict, value(choice))
+            return Tried(choice, str(folder), verdict, value(choice), died)
 
         monkeypatch.setattr(search, "_attempt", attempt)
         return asked
@@ -97,7 +99,9 @@ def test_what_can_not_be_searched_is_refused(toy, keep, minimise, over, message)
 
 def test_of_a_few_choices_all_are_tried_and_the_best_that_keeps_the_gates_is_written(toy, pretend, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    asked = pretend(lambda choice: choice["stages.1.bits"], lambda choice: {2: None, 3: False}.get(choice["stages.1.bits"], True))
+    asked = pretend(
+        lambda choice: choice["stages.1.bits"], lambda choice: {2: None, 3: False, 8: "it died"}.get(choice["stages.1.bits"], True)
+    )
     wanted = Search(toy.name, ["rougeL:-1"], "weight_bytes", [BITS, "calibration.samples=5,6"])
     found = wanted.run(tmp_path / "a b")
     assert sorted(map(str, asked)) == sorted(
@@ -105,11 +109,12 @@ def test_of_a_few_choices_all_are_tried_and_the_best_that_keeps_the_gates_is_wri
     )
     assert (found.best.choice["stages.1.bits"], found.best.verdict) == (4, "pass")
     assert {one.reason for one in found.tried if one.choice["stages.1.bits"] == 2} == {"it broke"}
+    assert {one.reason for one in found.tried if one.choice["stages.1.bits"] == 8} == {"it died"}
     again = pretend(lambda choice: choice["stages.1.bits"], lambda _: True)
-    assert {one.reason for one in wanted.run(tmp_path / "a b").tried} == {None}, "what broke is tried again"
-    assert [choice["stages.1.bits"] for choice in again] == [2, 2]
+    assert {one.reason for one in wanted.run(tmp_path / "a b").tried} == {None}, "what broke or died is tried again"
+    assert sorted(choice["stages.1.bits"] for choice in again) == [2, 2, 8, 8]
     found = wanted.run(tmp_path / "a b")
-    assert (len(again), found.best.choice["stages.1.bits"]) == (2, 2)
+    assert (len(again), found.best.choice["stages.1.bits"]) == (4, 2)
     (tmp_path / "elsewhere").mkdir()
     written = recipe.load(found.file.rename(tmp_path / "elsewhere" / "best.yaml"))
     assert written.digest == wanted.variant(found.best.choice).digest

@@ -4,9 +4,9 @@ Prefill reads the whole prompt at once and is bound by arithmetic; decoding read
 memory bandwidth. They are timed apart in one run, by a clock that generation calls after every token. Prompts are random tokens of
 exact length and the output length is forced, so that both sides do the same work.
 
-On a CPU a generation rests after every slice of it, so that the other sides' generations go on beside it, each in its turn. The speed of a
-machine wanders as flicker noise does: means over one second differ from those over the next by no less than means over 0.1 s do. What
-is compared within hundredths of a second is known as well in a tenth of the time.
+On a CPU a turn rests after every slice of it, so that the other sides' turns go on beside it, slice by slice. The speed of a machine
+wanders as flicker noise does: means over one second differ from those over the next by no less than means over 0.1 s do. What is compared
+within hundredths of a second is known as well in a tenth of the time.
 """
 
 import time
@@ -23,21 +23,33 @@ if TYPE_CHECKING:
 
 
 PLAIN = Runtime()
-SLICE_S = 0.05  # the caches are another side's at its begin: a model of 14 MB takes 4 % longer than in one piece, by slices of 0.025 s 7 %
+SLICE_S = 0.05  # the caches are another side's at its begin, which costs a model of 14 MB 0.6 to 1.5 % of it (docs/measuring.md)
 Rest = Callable[[int], None]  # is told how many tokens there are, and returns when the generation may go on
+
+
+class Pace:
+    """Has a turn `rest` whenever a slice of it is over: is told of a generation's tokens, and tells the turn's."""
+
+    def __init__(self, rest: Rest):
+        self._rest, self._since = rest, time.perf_counter()
+
+    def __call__(self, before: int, tokens: int) -> None:
+        if time.perf_counter() - self._since >= SLICE_S:
+            self._rest(before + tokens)
+            self._since = time.perf_counter()
 
 
 class Clock(StoppingCriteria):  # type: ignore[misc]
     """Notes the time of every token: CUDA events on a GPU, so that nothing waits for the host, else a monotonic clock.
 
-    rest   called on a CPU after each slice; the time that it takes doesn't count
+    rest   called on a CPU after each token; the time that it takes doesn't count
     """
 
     def __init__(self, device: str, rest: Rest | None = None):
         self._cuda = device == "cuda"
         self._rest = None if self._cuda else rest
         self._marks: list[Any] = []
-        self._rested = self._since = 0.0
+        self._rested = 0.0
 
     def start(self) -> None:
         if self._cuda:
@@ -45,15 +57,13 @@ class Clock(StoppingCriteria):  # type: ignore[misc]
         self._marks = []
         self._rested = 0.0
         self._mark()
-        self._since = self._marks[0]
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
         self._mark()
-        if self._rest is not None and self._marks[-1] - self._since >= SLICE_S:
+        if self._rest is not None:
             before = time.perf_counter()
             self._rest(len(self._marks) - 1)
             self._rested += time.perf_counter() - before
-            self._since = self._marks[-1]
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
 
     def seconds(self) -> list[float]:
@@ -127,9 +137,9 @@ def _cache_options(model: "PreTrainedModel", runtime: Runtime) -> dict[str, Any]
     return {"cache_implementation": "static", "compile_config": how}
 
 
-def forward_seconds(model: "PreTrainedModel", inputs: dict[str, Any], device: str) -> list[float]:
+def forward_seconds(model: "PreTrainedModel", inputs: dict[str, Any], device: str, rest: Rest | None = None) -> list[float]:
     """Seconds of one classification; a list of one."""
-    clock = Clock(device)
+    clock = Clock(device, rest)
     clock.start()
     classify(model, inputs, 1, clock)
     return clock.seconds()

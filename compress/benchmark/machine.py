@@ -45,6 +45,7 @@ class Reading:
 
     waited   that the threads of the process have been ready to run and did not; None where the kernel doesn't count it
     busy, stolen   of all cores that the process may use
+    used           by the processes of the benchmark, by their numbers
     """
 
     monotonic: float
@@ -53,7 +54,7 @@ class Reading:
     waited: float | None
     busy: float
     stolen: float
-    used: float
+    used: dict[int, float]
     gpu: Gpu | None = None
 
 
@@ -73,11 +74,11 @@ class Machine:
         """Where the counters stand; `ours` are all processes that belong to the benchmark."""
         times = psutil.cpu_times(percpu=True)
         here = [times[core] for core in self.cores if core < len(times)]
-        used = 0.0
+        used = {}
         for process in {os.getpid(), pid, *ours}:
             with suppress(psutil.Error):
                 found = psutil.Process(process).cpu_times()
-                used += found.user + found.system
+                used[process] = found.user + found.system
         return Reading(
             time.monotonic(), time.clock_gettime(time.CLOCK_BOOTTIME), time.time(), _waited(pid),
             sum(core.user + core.nice + core.system + core.irq + core.softirq for core in here), sum(core.steal for core in here), used,
@@ -96,7 +97,8 @@ class Machine:
         slept = max(0.0, (after.awake - before.awake) - seconds)
         waiting = None if before.waited is None or after.waited is None else (after.waited - before.waited) / (ran * self.threads)
         steal = (after.stolen - before.stolen) / (seconds * len(self.cores))
-        others = max(0.0, (after.busy - before.busy) - (after.used - before.used)) / seconds
+        ours = sum(used - before.used[process] for process, used in after.used.items() if process in before.used)
+        others = max(0.0, (after.busy - before.busy) - ours) / seconds
         found = []
         if waiting is not None and waiting > WAITING:
             found.append(f"it waited {waiting:.0%} of the time for a core, others used {others:.1f} of {len(self.cores)}")

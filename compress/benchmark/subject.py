@@ -133,6 +133,9 @@ class Subject:
         """
         benchmark, limit_s, ran = self._recipe.benchmark, 60 * self._recipe.benchmark.limit_minutes, 0.0
         before = machine.read(self.pid, ours)
+        if not usable:
+            self._taken = {}
+            return machine.between(before, before)
         assert self._child is not None
         slices = self._child.ask_in_slices("turn", limit_s, points=usable, new_tokens=benchmark.new_tokens, iterations=benchmark.iterations)
         while True:

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import platform
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,18 +93,19 @@ class Worker:
     def turn(self, progress: Progress, points: list[Point], new_tokens: int, iterations: int) -> dict[str, Any]:
         """For each point: `seconds` from the start to every token, a list an iteration; `joules` the GPU drew in all, or None.
 
-        Rests in `progress` after each slice of a generation, see `compress.benchmark.latency`.
+        Rests in `progress` after each slice, see `compress.benchmark.latency`.
         """
         seconds, joules = [], []
         each = iterations * new_tokens
+
+        def rest(done: int) -> None:
+            progress("timing", done, len(points) * each)
+
+        pace = latency.Pace(rest)
         for number, (batch, prompt) in enumerate(points):
             before, times = nvml.joules() if self.device == "cuda" else None, []
             for done in range(number * each, (number + 1) * each, new_tokens):
-
-                def rest(tokens: int, done: int = done) -> None:
-                    progress("timing", done + tokens, len(points) * each)
-
-                times.append(self._time(batch, prompt, new_tokens, rest))
+                times.append(self._time(batch, prompt, new_tokens, partial(pace, done)))
             seconds.append(times)
             after = nvml.joules() if before is not None else None
             joules.append(None if before is None or after is None else after - before)
@@ -218,7 +220,7 @@ class Worker:
         inputs = latency.prompts(self.model, self.device, batch_size, prompt_tokens)
         if self.model.can_generate():
             return latency.generation_seconds(self.model, inputs, new_tokens, self.device, self.runtime, rest)
-        return latency.forward_seconds(self.called, inputs, self.device)
+        return latency.forward_seconds(self.called, inputs, self.device, rest)
 
     def _compiled(self) -> Any:
         """The model as classification calls it; generation compiles its steps itself. Raises ModelError for one that can't be."""

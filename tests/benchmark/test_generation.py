@@ -87,19 +87,25 @@ def test_an_encoder_is_given_a_few_rows_at_a_time(random_bundle, monkeypatch, to
     if not random_bundle.model.config.is_encoder_decoder:
         pytest.skip("it has no encoder")
     made = writer(random_bundle, GREEDY)
-    inputs, _ = made._inputs(list(range(len(PROMPTS))))
+    inputs, _ = made._inputs([1, 3, 0, 2])
+    assert inputs["attention_mask"].sum(dim=1).tolist() == [11, 9, 4, 2]
     with torch.inference_mode():
         whole = random_bundle.model.get_encoder()(**inputs).last_hidden_state
     calls = []
-    handle = random_bundle.model.get_encoder().register_forward_hook(lambda *_: calls.append(1))
+
+    def note(module, inputs, given, output):
+        calls.append(given["input_ids"].shape)
+
+    handle = random_bundle.model.get_encoder().register_forward_hook(note, with_kwargs=True)
     monkeypatch.setattr(generation, "ENCODED", tokens)
     found = made._encode(inputs)
     handle.remove()
     real = inputs["attention_mask"].bool()
     assert found.shape == whole.shape
     torch.testing.assert_close(found[real], whole[real])
-    assert len(calls) == {1: len(PROMPTS), 1000: 1}.get(tokens, len(calls))
-    assert 1 <= len(calls) <= len(PROMPTS)
+    assert sum(rows for rows, _ in calls) == len(PROMPTS)
+    assert all(rows == 1 or rows * longest <= tokens for rows, longest in calls)
+    assert len(calls) == {1: 4, 12: 3, 1000: 1}[tokens]
 
 
 def test_noise_makes_draws_from_the_distribution():

@@ -2,10 +2,14 @@
 
 import time
 from itertools import pairwise
+from types import SimpleNamespace
 
 import pytest
 
 from compress.benchmark import latency
+from compress.benchmark.subject import Subject
+from compress.benchmark.worker import Worker
+from compress.methods import quiet
 from compress.model import Bundle, Source
 from tests.conftest import TASKS
 
@@ -20,7 +24,7 @@ def test_every_forced_token_is_timed(toys, kind):
     assert all(0 < a < b for a, b in pairwise(seconds))
 
 
-def test_a_generation_rests_after_each_slice_and_the_rest_does_not_count(toys, monkeypatch):
+def test_a_generation_may_rest_after_each_token_and_the_rest_does_not_count(toys):
     model = Bundle(Source(str(toys["t5"]), TASKS["t5"], "float32"), "cpu").model
     inputs, told = latency.prompts(model, "cpu", 1, 8), []
     latency.generation_seconds(model, inputs, 6, "cpu")
@@ -29,16 +33,75 @@ def test_a_generation_rests_after_each_slice_and_the_rest_does_not_count(toys, m
         told.append(tokens)
         time.sleep(0.1)
 
-    monkeypatch.setattr(latency, "SLICE_S", 0)
     began = time.perf_counter()
     seconds = latency.generation_seconds(model, inputs, 6, "cpu", rest=rest)
     whole = time.perf_counter() - began
     assert told == [1, 2, 3, 4, 5, 6]
     assert all(0 < a < b for a, b in pairwise(seconds))
     assert 0 < seconds[-1] <= whole - 0.6
-    monkeypatch.setattr(latency, "SLICE_S", 1000)
-    latency.generation_seconds(model, inputs, 6, "cpu", rest=rest)
-    assert len(told) == 6, "no slice was over"
+
+
+def test_a_rest_comes_when_a_slice_is_over_also_between_short_generations(monkeypatch):
+    now, told = [0.0], []
+
+    def rest(done):
+        told.append((done, now[0]))
+        now[0] += 10
+
+    monkeypatch.setattr(latency.time, "perf_counter", lambda: now[0])
+    pace = latency.Pace(rest)
+    for before in range(0, 12, 3):
+        for tokens in (1, 2, 3):
+            now[0] += 0.02
+            pace(before, tokens)
+    assert [done for done, _ in told] == [3, 6, 9, 12]
+    assert [round(when, 2) for _, when in told] == [0.06, 10.12, 20.18, 30.24]
+
+
+def test_a_turn_tells_how_much_of_it_is_done(toys, monkeypatch):
+    worker, told = Worker(), []
+    worker.load(
+        quiet, {"id": str(toys["llama"]), "task": "causal-lm", "dtype": "float32"}, "cpu", 1, {"cpu_int8": False, "sparse_24": False}
+    )
+    monkeypatch.setattr(latency, "SLICE_S", 0)
+    found = worker.turn(lambda *said: told.append(said), [(1, 4), (2, 8)], new_tokens=3, iterations=2)
+    assert told == [("timing", done, 12) for done in range(1, 13)]
+    assert [[len(marks) for marks in point] for point in found["seconds"]] == [[3, 3], [3, 3]]
+
+
+def test_a_turn_of_a_side_lasts_as_long_as_its_slices(monkeypatch):
+    """What a side is asked, told by hand: three slices of a second each, between which others have ten."""
+    now, handed = [0.0], {}
+
+    def ask_in_slices(request, limit_s, **arguments):
+        handed.update(arguments, request=request, limit_s=limit_s)
+        for share in (0.4, 0.8):
+            now[0] += 1
+            yield share
+        now[0] += 1
+        return {"seconds": [[[1.5, 3.0]]], "joules": [None]}
+
+    side = Subject.__new__(Subject)
+    side._recipe = SimpleNamespace(benchmark=SimpleNamespace(limit_minutes=2, new_tokens=2, iterations=1))
+    side._child = SimpleNamespace(pid=1, ask_in_slices=ask_in_slices)
+    side.rounds, side.joules = {(1, 8): []}, {(1, 8): []}
+    monkeypatch.setattr("compress.benchmark.subject.time.monotonic", lambda: now[0])
+    machine = SimpleNamespace(read=lambda pid, ours: now[0], between=lambda *readings: readings)
+    turn, shares = side.take_turn(machine, [(1, 8)], [1]), []
+    while True:
+        try:
+            shares.append(next(turn))
+        except StopIteration as end:
+            returned = end.value
+            break
+        now[0] += 10
+    assert (shares, returned) == ([0.4, 0.8], (0.0, 23.0, 3.0))
+    assert (handed["request"], handed["limit_s"], handed["points"]) == ("turn", 120, [(1, 8)])
+    side.keep(0)
+    assert side.rounds == {(1, 8): [[[[1.5, 3.0]]]]}
+    with pytest.raises(StopIteration) as end:
+        next(side.take_turn(machine, [], [1]))
+    assert end.value.value == (23.0, 23.0), "a side without points isn't asked"
 
 
 def test_prompts_are_the_same_for_both_sides(toys):

@@ -13,8 +13,8 @@ from compress.benchmark import machine
 from compress.benchmark.machine import Gpu, Machine, Reading, alone
 from compress.methods import quiet
 
-CALM = Reading(monotonic=100, awake=100, wall=1000, waited=5, busy=50, stolen=1, used=20)
-LATER = Reading(monotonic=110, awake=110, wall=1010, waited=5.1, busy=60, stolen=1.1, used=30)
+CALM = Reading(monotonic=100, awake=100, wall=1000, waited=5, busy=50, stolen=1, used={7: 15, 8: 5})
+LATER = Reading(monotonic=110, awake=110, wall=1010, waited=5.1, busy=60, stolen=1.1, used={7: 25})  # the other has ended
 
 
 def between(threads=1, **changes):
