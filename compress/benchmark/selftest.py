@@ -273,7 +273,7 @@ def report(found: Sequence[dict[str, Any]], damaged: dict[str, int], covered: li
         table(header, rows),
         f"Rounds a comparison: {min(rounds)} to {max(rounds)}; minutes: {min(minutes):.1f} to {max(minutes):.1f}; {disturbed:.0%} of all"
         " turns were disturbed." if found else "No comparison was made.",
-        f"Of {EXAMPLES} predictions {DAMAGED:.0%} lost words until ROUGE-L had fallen by {POINTS:g} points: called a regression"
+        f"Of {EXAMPLES} predictions {DAMAGED:.0%} lost words until ROUGE-L had fallen by {POINTS:g} (of 100): called a regression"
         f" {damaged['damaged']} times; undamaged {damaged['as they were']} times.",
         "How often intervals of 95 % hold the truth, on simulated data:",
         table(["interval", "holds the truth"], covered),
