@@ -151,7 +151,9 @@ class Benchmark(Settings):
     )
     threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(None, description="CPU threads; null takes all that the process may use")
     runtime: Runtime = Runtime()
-    limit_minutes: float = Field(60, gt=0, le=100_000, description="the longest that one request to a measuring process may take, its rests not counted")
+    limit_minutes: float = Field(
+        60, gt=0, le=100_000, description="the longest that one request to a measuring process may take, its rests not counted"
+    )
 
     @property
     def points(self) -> list[tuple[int, int]]:
