@@ -168,7 +168,7 @@ class Writer:
             given = self._going_on(given, found.past_key_values, rows, left)
 
     def _encode(self, given: dict[str, Any]) -> Tensor:
-        """The encoder's states (rows, tokens, width), on a CPU worked out a few rows at a time, the longest first; what pads them is zeros."""
+        """The encoder's states (rows, tokens, width), on a CPU worked out a few rows at a time, longest first; pads are zeros."""
         ids, mask = given["input_ids"], given["attention_mask"]
         lengths = mask.sum(dim=1).clamp(min=1).tolist()
         found, start = [], 0
