@@ -8,6 +8,7 @@ from functools import cache
 
 import torch
 
+ALONE = 'import sys; assert not any(name.split(".")[0] == "compress" for name in sys.modules)'
 SERVER = """
 import json, os, sys, traceback
 import bitsandbytes, compressed_tensors, torch, torchao, transformers
@@ -20,7 +21,6 @@ for line in sys.stdin:
         sys.argv, code = ["-", *arguments], 1
         try:
             exec(compile(program, "program", "exec"), {"__name__": "__main__"})
-            assert not any(name.split(".")[0] == "compress" for name in sys.modules)
             code = 0
         except BaseException:
             print(traceback.format_exc())
@@ -40,12 +40,13 @@ def _server():
 
 def plain(program, *arguments):
     """What a program prints, which finds `arguments` in sys.argv[1:]."""
+    program = f"{textwrap.dedent(program)}\n{ALONE}"
     if torch.cuda.is_available():  # it doesn't survive a copy
-        alone = subprocess.run([sys.executable, "-", *map(str, arguments)], input=textwrap.dedent(program), capture_output=True, text=True)
+        alone = subprocess.run([sys.executable, "-", *map(str, arguments)], input=program, capture_output=True, text=True)
         assert alone.returncode == 0, alone.stderr
         return alone.stdout
     server = _server()
-    server.stdin.write(json.dumps([textwrap.dedent(program), *map(str, arguments)]) + "\n")
+    server.stdin.write(json.dumps([program, *map(str, arguments)]) + "\n")
     server.stdin.flush()
     code, said = json.loads(server.stdout.readline())
     assert code == 0, said

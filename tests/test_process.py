@@ -84,8 +84,11 @@ def test_in_slices_a_child_waits_after_each_until_the_next_is_wanted(child):
 
 
 def test_the_limit_is_of_all_slices_and_not_of_the_rests(child):
-    for _ in child.ask_in_slices("counts", limit_s=2.0, each_s=0.1):
+    done = []
+    for share in child.ask_in_slices("counts", limit_s=2.0, each_s=0.1):
+        done.append(share)
         time.sleep(1)
+    assert done == [0, 1 / 3, 2 / 3]
 
 
 def test_copies_find_imported_what_they_need_and_share_nothing(server, tmp_path, monkeypatch):

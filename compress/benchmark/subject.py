@@ -131,13 +131,15 @@ class Subject:
 
         Returns how the machine was meanwhile. The timings count once they are kept.
         """
-        benchmark, limit_s, ran = self._recipe.benchmark, 60 * self._recipe.benchmark.limit_minutes, 0.0
+        benchmark, ran = self._recipe.benchmark, 0.0
         before = machine.read(self.pid, ours)
         if not usable:
             self._taken = {}
             return machine.between(before, before)
         assert self._child is not None
-        slices = self._child.ask_in_slices("turn", limit_s, points=usable, new_tokens=benchmark.new_tokens, iterations=benchmark.iterations)
+        slices = self._child.ask_in_slices(
+            "turn", self._limit_s, points=usable, new_tokens=benchmark.new_tokens, iterations=benchmark.iterations
+        )
         while True:
             began = time.monotonic()
             try:
@@ -187,7 +189,11 @@ class Subject:
 
     def ask(self, request: str, **arguments: Any) -> Any:
         assert self._child is not None
-        return self._child.ask(request, limit_s=60 * self._recipe.benchmark.limit_minutes, **arguments)
+        return self._child.ask(request, limit_s=self._limit_s, **arguments)
+
+    @property
+    def _limit_s(self) -> float:
+        return 60 * self._recipe.benchmark.limit_minutes
 
     def fail(self, error: RunError) -> None:
         """Nothing more can be measured of it."""

@@ -97,11 +97,7 @@ class Worker:
         """
         seconds, joules = [], []
         each = iterations * new_tokens
-
-        def rest(done: int) -> None:
-            progress("timing", done, len(points) * each)
-
-        pace = latency.Pace(rest)
+        pace = latency.Pace(lambda done: progress("timing", done, len(points) * each))
         for number, (batch, prompt) in enumerate(points):
             before, times = nvml.joules() if self.device == "cuda" else None, []
             for done in range(number * each, (number + 1) * each, new_tokens):
