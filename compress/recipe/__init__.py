@@ -1,0 +1,17 @@
+"""A recipe: which model, which data, which stages, how it is measured and what it must still be able to do.
+
+Reading one is pure: no network, no torch, no environment variables. Every mistake is found at once and named by file,
+line and key. `Recipe.digest` names a run, since what a run depends on is all in the recipe.
+
+    blocks.py      the blocks and their keys
+    agreement.py   what no block can see alone
+    reading.py     a file, overrides, named blocks, stages; the JSON schema
+"""
+
+from compress.recipe.blocks import Benchmark, Calibration, Data, Gate, Generation, Model, Recipe, Runtime, Stage, digest, fields
+from compress.recipe.reading import load, load_gates, schema, shipped
+
+__all__ = [
+    "Benchmark", "Calibration", "Data", "Gate", "Generation", "Model", "Recipe", "Runtime", "Stage",
+    "digest", "fields", "load", "load_gates", "schema", "shipped",
+]  # fmt: skip
