@@ -95,7 +95,8 @@ class Comparison(Record):
 class GateResult(Record):
     """One limit, held against the figures. `interval` is of `estimate`, which is what `limit` bounds.
 
-    needed   about how many examples or rounds would tell, where these can't
+    needed           about how many examples or rounds would tell at the least, where these can't
+    needed_at_most   and at the most, with a chance of 80 %; None where it is too early to say
     """
 
     metric: str
@@ -104,6 +105,7 @@ class GateResult(Record):
     estimate: float | None
     interval: tuple[float, float] | None
     needed: int | None = None
+    needed_at_most: int | None = None
     verdict: Verdict
     sentence: str
     batch_size: int | None = None

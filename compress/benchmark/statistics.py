@@ -12,7 +12,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist, fmean, stdev
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -24,6 +24,18 @@ RESAMPLES = 4000
 FEWEST = 20  # examples for an interval; the percentile bootstrap covers 74 % at 3, 81 % at 5, 91 % at 10
 POWER = 0.8  # the chance that so many more samples tell; Cohen 1988
 MOST = 1000  # times the samples there are; a limit that needs more is the estimate itself, for all that can be told
+
+
+class Needed(NamedTuple):
+    """How many examples or rounds would tell.
+
+    least   were the truth as far from the limit as the interval allows
+    most    were it nearer than the estimate, so near that it is nearer still with a chance of 1 - POWER; None where it may then be
+            on the limit, so that it is too early to say
+    """
+
+    least: int
+    most: int | None
 
 
 @dataclass(frozen=True)
@@ -54,18 +66,39 @@ class Effect:
             return None
         return self.quantile((1 - confidence) / 2), self.quantile((1 + confidence) / 2)
 
-    def needed(self, limit: float, confidence: float) -> int | None:
-        """How many examples or rounds would likely tell on which side of `limit` the truth is, were it what the estimate says.
+    def needed(self, limit: float, confidence: float) -> "Needed | None":
+        """How many examples or rounds would likely tell on which side of `limit` the truth is; None without an interval.
 
-        By the normal theory of sample sizes: the interval shrinks with the root of their number. None where they are beyond reach.
+        By the normal theory of sample sizes the interval shrinks with the root of their number, so the number goes with the inverse square
+        of the truth's distance from the limit, which is itself known only as well as the interval says.
         """
-        found = self.interval(confidence)
-        if found is None or not self.samples or self.estimate == limit:
+        interval = self.interval(confidence)
+        if interval is None or not self.samples or interval[0] == interval[1]:
             return None
-        z = NormalDist().inv_cdf((1 + confidence) / 2)
-        half = (found[1] - found[0]) / 2
-        times = (half / z * (z + NormalDist().inv_cdf(POWER)) / abs(self.estimate - limit)) ** 2
-        return max(self.samples + 1, math.ceil(times * self.samples)) if times < MOST else None
+        z, power = NormalDist().inv_cdf((1 + confidence) / 2), NormalDist().inv_cdf(POWER)
+        low, high, here = self._even(interval[0]), self._even(interval[1]), self._even(limit)
+        error = self._error((high - low) / 2 / z)
+
+        def number(distance: float) -> int | None:
+            """At that distance of the truth from the limit; None where it is beyond reach."""
+            times = math.inf if distance <= 0 else ((z + power) * error / distance) ** 2
+            return max(self.samples + 1, math.ceil(times * self.samples + self._few(z))) if times < MOST else None
+
+        nearer = self._even(self.quantile(1 - POWER)) - here if self.estimate > limit else here - self._even(self.quantile(POWER))
+        least = number(max(abs(low - here), abs(high - here)))
+        return None if least is None else Needed(least, number(nearer))
+
+    def _even(self, value: float) -> float:
+        """A value on the scale on which errors are the same everywhere."""
+        return value
+
+    def _error(self, normal: float) -> float:
+        """The standard error on that scale; `normal` is what it is where the interval is a normal one."""
+        return normal
+
+    def _few(self, z: float) -> float:
+        """What is to be added where the spread is estimated from few samples."""
+        return 0.0
 
 
 @dataclass(frozen=True)
@@ -89,6 +122,15 @@ class Student(Effect):
 
     def at_least(self, limit: float) -> float:
         return 1 - self.at_most(limit) if self.error else float(self.estimate >= limit)
+
+    def _even(self, value: float) -> float:
+        return math.log(value) if value > 0 else -math.inf
+
+    def _error(self, normal: float) -> float:
+        return self.error
+
+    def _few(self, z: float) -> float:
+        return z**2 / 2  # Guenther 1981
 
 
 @dataclass(frozen=True)

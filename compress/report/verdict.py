@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.benchmark import statistics
-from compress.benchmark.statistics import Effect
+from compress.benchmark.statistics import Effect, Needed
 from compress.errors import ReportError
 from compress.metrics import METRICS
 from compress.recipe import Gate
@@ -240,14 +240,18 @@ def _judged(claim: Claim, corrected: float | None, tests: int, confidence: float
     return _result(claim.figure, claim.kind, claim.limit, verdict, sentence, claim.said(effect.estimate), (low, high), needed)
 
 
-def _more(claim: Claim, needed: int | None, tests: int) -> str:
+def _more(claim: Claim, needed: Needed | None, tests: int) -> str:
     """What would tell. `tests` is how many there are where the claim would fail alone."""
     if tests:
         return f"alone it would fail, as one of {tests} it may be chance"
     what = "examples" if METRICS[claim.figure.metric].kind == "quality" else "rounds"
     if needed is None:
-        return f"it is too near to the limit for any number of {what} to tell"
-    return f"about {needed:,} {what} would tell, there were {claim.effect.samples:,}"
+        return f"how many {what} would tell can't be said"
+    if needed.most is None:
+        number, early = f"at least about {needed.least:,}", "; it is too early to say how many at most"
+    else:
+        number, early = "about " + " to ".join(dict.fromkeys([f"{needed.least:,}", f"{needed.most:,}"])), ""
+    return f"{number} {what} would tell, there were {claim.effect.samples:,}{early}"
 
 
 def _absolute(figure: Measurement) -> Effect:
@@ -269,9 +273,10 @@ def _unmeasured(figure: Measurement, kind: str, limit: float, reason: str) -> Ga
 
 def _result(
     figure: Measurement, kind: str, limit: float, verdict: Verdict, sentence: str, estimate: float = math.nan,
-    interval: tuple[float, float] | None = None, needed: int | None = None,
+    interval: tuple[float, float] | None = None, needed: Needed | None = None,
 ) -> GateResult:  # fmt: skip
     return GateResult(
         metric=figure.metric, batch_size=figure.batch_size, prompt_tokens=figure.prompt_tokens, limit_kind=kind, limit=limit,
-        estimate=estimate if math.isfinite(estimate) else None, interval=interval, needed=needed, verdict=verdict, sentence=sentence,
+        estimate=estimate if math.isfinite(estimate) else None, interval=interval, needed=needed and needed.least,
+        needed_at_most=needed and needed.most, verdict=verdict, sentence=sentence,
     )  # fmt: skip

@@ -133,12 +133,17 @@ def test_cannot_tell_says_how_much_would_tell():
     ours = [b - 0.9 + 4 * n for b, n in zip(BASE, NOISE, strict=True)]
     found = judge(quality(BASE), quality(ours), "rougeL", max_drop=1.0)
     assert found.verdict == "cannot_tell"
-    assert found.sentence.endswith(f"; at most 1 points is allowed; about {found.needed:,} examples would tell, there were 200")
-    assert found.needed > 1000
+    assert found.sentence.endswith(
+        f"; at most 1 points is allowed; at least about {found.needed:,} examples would tell, there were 200; it is too early to say how many at most"
+    )
+    assert (found.needed_at_most, found.needed > 300) == (None, True)
+    ours = [b - 0.3 + 4 * n for b, n in zip(BASE, NOISE, strict=True)]
+    found = judge(quality(BASE), quality(ours), "rougeL", max_drop=1.0)
+    assert found.sentence.endswith(f"; about {found.needed:,} to {found.needed_at_most:,} examples would tell, there were 200")
     found = judge(speed([1.0, 1.0, 1.0]), speed([1.0, 1.1, 1.2]), "latency_p50", max_ratio=1.2)
-    assert found.sentence.endswith(f"; about {found.needed} rounds would tell, there were 3")
+    assert f"about {found.needed} to {found.needed_at_most} rounds would tell, there were 3" in found.sentence
     same = judge(speed([1.0, 1.0]), speed([0.9, 1 / 0.9]), "latency_p50", max_ratio=1.0)
-    assert same.sentence.endswith("too near to the limit for any number of rounds to tell")
+    assert same.sentence.endswith(f"at least about {same.needed} rounds would tell, there were 2; it is too early to say how many at most")
 
 
 def test_one_of_many_gates_does_not_fail_by_chance_alone():
