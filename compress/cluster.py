@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from compress.errors import CompressError, MissingPackage, RunError
+from compress.extras import install_line
 
 
 class Workers(Protocol):
@@ -70,7 +71,7 @@ def cluster() -> Iterator[Cluster]:
     try:
         import ray
     except ImportError:
-        raise MissingPackage("--on ray: Ray isn't installed here. Install with: pip install 'compress[ray]'") from None
+        raise MissingPackage(f"--on ray: Ray isn't installed here. Install with: {install_line('ray')}") from None
     try:
         ray.init(log_to_driver=False, logging_level="error", configure_logging=True)
     except (ConnectionError, OSError, RuntimeError) as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import CompressError, DataError, MissingPackage
+from compress.extras import install_line
 from compress.methods import Example
 from compress.model import user_path
 from compress.recipe import Data, digest, fields
@@ -194,7 +195,7 @@ def _from_hub(data: Data, split: str) -> list[Row]:
         import datasets
     except ImportError:
         raise MissingPackage(
-            f"data.source {data.source!r} is no file or folder here, and a hub id needs datasets. Install with: pip install 'compress[hub]'"
+            f"data.source {data.source!r} is no file or folder here, and a hub id needs datasets. Install with: {install_line('hub')}"
         ) from None
     datasets.disable_progress_bars()
     try:

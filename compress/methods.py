@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, cast, get_args
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compress.errors import MissingPackage
+from compress.extras import install_line
 
 if TYPE_CHECKING:
     from compress.model import Bundle, Source
@@ -174,6 +175,11 @@ class About:
     trains: bool = False
     tasks: tuple[Task, ...] = TASKS
 
+    @property
+    def install_line(self) -> str:
+        """The line that installs the packages."""
+        return install_line(self.extra) if self.extra else f"pip install {' '.join(self.packages)}"
+
     def missing(self) -> list[str]:
         """The packages that aren't installed here. Looks at metadata only; nothing is imported."""
         return [name for name in self.packages if _version(name) is None]
@@ -267,9 +273,9 @@ def require(family: str, name: str, settings: Settings) -> Method:
     method = find(family, name)
     line = ""
     if missing := method.ABOUT.missing():
-        line = f"pip install 'compress[{method.ABOUT.extra}]'" if method.ABOUT.extra else f"pip install {' '.join(missing)}"
+        line = method.ABOUT.install_line
     elif missing := [package for package in settings.needs() if _version(package) is None]:
-        line = f"pip install 'compress[{','.join(settings.needs()[package] for package in missing)}]'"
+        line = install_line(*(settings.needs()[package] for package in missing))
     if missing:
         raise MissingPackage(f"{family}: {name} needs {', '.join(missing)}, not installed here. Install with: {line}")
     return method

@@ -18,6 +18,7 @@ from compress.benchmark import isolate, machine
 from compress.benchmark.outputs import Outputs
 from compress.benchmark.statistics import corpus_value
 from compress.errors import DeviceError, InputError, MissingPackage, ModelError, RunError
+from compress.extras import install_line
 from compress.forecast.beside import foretold
 from compress.inspection.findings import Inspection
 from compress.methods import Example, TrainSettings, TuneSettings, quiet
@@ -172,7 +173,7 @@ def _require_packages(recipe: Recipe) -> None:
             "(apt-get install g++), name another in the environment variable CXX, or leave compile out"
         )
     if any(group.startswith(TASK) for group in recipe.groups) and find_spec("lm_eval") is None:
-        raise MissingPackage("metrics: lm_eval's tasks need lm-eval, not installed here. Install with: pip install 'compress[lm_eval]'")
+        raise MissingPackage(f"metrics: lm_eval's tasks need lm-eval, not installed here. Install with: {install_line('lm_eval')}")
 
 
 def usable(out: Path) -> None:

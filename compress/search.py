@@ -23,6 +23,7 @@ import yaml
 from compress import pipeline, sweep
 from compress.cluster import Here, Workers
 from compress.errors import CompressError, InputError, MissingPackage, NoSpace, RecipeError
+from compress.extras import install_line
 from compress.methods import quiet
 from compress.metrics import GROUPS, METRICS
 from compress.mistakes import suggest
@@ -272,7 +273,7 @@ def _study(place: Path, progress: Progress) -> Iterator[Any]:
         import optuna
         from optuna.trial import TrialState
     except ImportError:
-        raise MissingPackage("compress search: Optuna isn't installed here. Install with: pip install 'compress[search]'") from None
+        raise MissingPackage(f"compress search: Optuna isn't installed here. Install with: {install_line('search')}") from None
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     place.mkdir(parents=True, exist_ok=True)
     with (place / "lock").open("a") as lock, warnings.catch_warnings():

@@ -163,7 +163,7 @@ def show_methods(found: Sequence[dict[str, Any]]) -> None:
         there = "installed" if method["installed"] else "not installed"
         told = [_shown(method["about"]), f"[dim]In use: {_shown(method['at_run_time'])}.[/]"]
         if not method["installed"]:
-            told.append(f"[yellow]Install with: {_shown(_install(method))}[/]")
+            told.append(f"[yellow]Install with: {_shown(method['install'])}[/]")
         display.add_row(f"{_shown(name)}\n[dim]{devices}; {there}[/]", "\n".join(told), end_section=True)
     _Console().print(display)
 
@@ -226,11 +226,6 @@ def _broken(name: str, width: int) -> str:
         else:
             lines[-1] += piece
     return "\n".join(lines)
-
-
-def _install(method: dict[str, Any]) -> str:
-    """The line that installs what a method needs."""
-    return f"pip install 'compress[{method['extra']}]'" if method["extra"] else f"pip install {' '.join(method['packages'])}"
 
 
 def _shown(text: str) -> str:

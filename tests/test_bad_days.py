@@ -178,6 +178,6 @@ def test_a_method_whose_package_is_absent_says_what_to_install(monkeypatch):
 
     monkeypatch.setattr(methods, "_version", lambda name: None)
     with pytest.raises(
-        MissingPackage, match=r"quantize: bnb_nf4 needs bitsandbytes, not installed here\. Install with: pip install 'compress\[bnb\]'"
+        MissingPackage, match=r"quantize: bnb_nf4 needs bitsandbytes, not installed here\. Install with: pip install 'bitsandbytes>="
     ):
         methods.require("quantize", "bnb_nf4", methods.Settings())

@@ -1,6 +1,6 @@
 """What NVML says of the GPU in use: the memory this process holds, the energy the device has drawn.
 
-None where the package (`compress[gpu]`) or the driver's library is absent, and where the GPU or a container doesn't tell.
+None where the package (nvidia-ml-py, of the extra `gpu`) or the driver's library is absent, and where the GPU or a container doesn't tell.
 """
 
 import os

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import InputError, MissingPackage, printable
+from compress.extras import install_line
 from compress.inspection.findings import NORMAL, Inspection, Part, grouped, pooled
 from compress.report.numbers import count, scaled
 
@@ -39,7 +40,7 @@ def refuse(file: Path) -> None:
         )
         raise InputError(f"--picture {file}: {why}")
     if importlib.util.find_spec("matplotlib") is None:
-        raise MissingPackage(f"--picture {file} needs matplotlib, not installed here. Install with: pip install 'compress[plot]'")
+        raise MissingPackage(f"--picture {file} needs matplotlib, not installed here. Install with: {install_line('plot')}")
 
 
 def draw(found: Inspection, file: Path) -> None:

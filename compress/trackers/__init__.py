@@ -1,7 +1,7 @@
 """Reports in experiment trackers.
 
 The folder is the registry: `--log mlflow` is compress/trackers/mlflow.py, which imports the package of its own name, which the extra
-of that name installs (`compress[mlflow]`). It has `log(report)`; where to, the tracker's own settings say (MLFLOW_TRACKING_URI,
+of that name installs (`mlflow`). It has `log(report)`; where to, the tracker's own settings say (MLFLOW_TRACKING_URI,
 WANDB_PROJECT ...). A file with a leading underscore is shared.
 """
 
@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
 from compress.errors import InputError, MissingPackage, RunError, in_a_line
+from compress.extras import install_line
 
 if TYPE_CHECKING:
     from compress.results import Report
@@ -28,7 +29,7 @@ def require(wanted: Sequence[str]) -> None:
         if name not in names():
             raise InputError(f"log: there is no tracker {name!r}; allowed are {', '.join(names())}")
         if find_spec(name) is None:
-            raise MissingPackage(f"log: {name} isn't installed here. Install with: pip install 'compress[{name}]'")
+            raise MissingPackage(f"log: {name} isn't installed here. Install with: {install_line(name)}")
 
 
 def log(report: "Report", tracker: str) -> None:

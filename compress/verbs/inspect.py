@@ -22,7 +22,7 @@ def arguments(parser: ArgumentParser) -> None:
         "--tokens", type=int, metavar="N", help="tokens in each, on both sides of an encoder-decoder (128, or all that fit)"
     )
     parser.add_argument("--all", action="store_true", help="a row for every layer, not one for layers that differ in numbers only")
-    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it as well, into a .png or .svg (needs compress[plot])")
+    parser.add_argument("--picture", type=Path, metavar="FILE", help="draw it as well, into a .png or .svg (needs matplotlib)")
     on_a_device(parser)
 
 

@@ -19,7 +19,8 @@ def call(given: Namespace) -> int:
     found = [
         {
             "family": family, "method": name, "about": (method.__doc__ or "").split("\n")[0], "packages": list(method.ABOUT.packages),
-            "extra": method.ABOUT.extra, "installed": not method.ABOUT.missing(), "devices": list(method.ABOUT.devices),
+            "extra": method.ABOUT.extra, "install": method.ABOUT.install_line if method.ABOUT.packages else None,
+            "installed": not method.ABOUT.missing(), "devices": list(method.ABOUT.devices),
             "packs": method.ABOUT.packs, "calibrated": method.ABOUT.calibrated, "at_run_time": method.ABOUT.at_run_time,
         }
         for family, name, method in everyone()

@@ -108,7 +108,7 @@ def test_without_gptqmodel_the_stage_is_refused_before_loading(toys, tmp_path, m
 
     known = methods._version
     monkeypatch.setattr(methods, "_version", lambda name: None if name == "gptqmodel" else known(name))
-    with pytest.raises(MissingPackage, match=r"needs gptqmodel, not installed here\. Install with: pip install 'compress\[gptqmodel\]'"):
+    with pytest.raises(MissingPackage, match=r"needs gptqmodel, not installed here\. Install with: pip install 'gptqmodel"):
         make(toys["bert"], "bert", "rtn", tmp_path / "made", format="gptq")
 
 

@@ -1,0 +1,45 @@
+"""What the extras of this package install, as a line for people who lack one.
+
+The line names the extra's own requirements and never this package, which is not on a package index: so it is right for a clone, an
+editable install and a wheel alike, and fetches nothing of somebody else's.
+"""
+
+import shlex
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+DISTRIBUTION = "compress-workbench"  # `compress` on the package index is another project
+PROJECT = Path(__file__).parent.parent / "pyproject.toml"  # of a clone; not there in an installed wheel
+
+
+def install_line(*extras: str) -> str:
+    """pip install 'compressed-tensors>=0.15'"""
+    wanted = dict.fromkeys(requirement for extra in extras for requirement in requirements(extra))
+    return f"pip install {' '.join(shlex.quote(requirement) for requirement in wanted)}"
+
+
+def requirements(extra: str) -> list[str]:
+    """What an extra installs besides the package: compressed-tensors>=0.15.
+
+    Raises KeyError for an extra that there isn't.
+    """
+    from packaging.requirements import Requirement
+
+    declared = [Requirement(line) for line in _declared(extra)]
+    if not declared:
+        raise KeyError(extra)
+    return [f"{found.name}{found.specifier}" for found in declared]
+
+
+def _declared(extra: str) -> list[str]:
+    """Requirement lines, of a clone by its pyproject.toml, which may be newer than what was installed from it."""
+    from packaging.requirements import Requirement
+
+    if PROJECT.is_file():
+        project = tomllib.loads(PROJECT.read_text(encoding="utf-8"))["project"]
+        if project["name"] == DISTRIBUTION:
+            return list(project["optional-dependencies"].get(extra, []))
+    # a marker that holds with the extra and not without is the extra's
+    lines = [(line, Requirement(line).marker) for line in metadata.requires(DISTRIBUTION) or []]
+    return [line for line, marker in lines if marker and marker.evaluate({"extra": extra}) and not marker.evaluate({"extra": ""})]
