@@ -11,6 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress import bnb
 from compress.errors import DataError, DeviceError, ModelError
 
 if TYPE_CHECKING:
@@ -272,22 +273,33 @@ def load_model(source: Source, device: str, quantization_config: Any = None) -> 
         raise
     if lacking := sorted(info["missing_keys"]):
         raise ModelError(f"{source.id}: {len(lacking)} weights are missing, such as {', '.join(lacking[:3])}; it can't serve {source.task}")
+    if device == "cpu" and (odd := bnb.stumbling(model)):
+        raise ModelError(f"{source.id}: {len(odd)} layers, such as {odd[0]}, can't run on this CPU: {bnb.ODD}; use another CPU or a GPU")
     return model.eval()
 
 
 def _packing(source: Source, bits: int) -> Any:
-    """The config by which bitsandbytes holds weights in 8 bits (LLM.int8) or 4 (NF4, its scales quantised again), heads left out."""
+    """The config by which bitsandbytes holds weights in 8 bits (LLM.int8) or 4 (NF4, its scales quantised again).
+
+    Heads are left out, and in 4 bits what not every CPU computes with.
+    """
+    from torch import nn
     from transformers import BitsAndBytesConfig
+    from transformers.pytorch_utils import Conv1D
 
     bare = skeleton(source)
     if getattr(bare.config, "quantization_config", None) is not None:
         raise ModelError(f"{source.id}: bits: {bits} is for a model with full weights, and these are packed already; leave bits away")
-    # transformers finds the heads of models that write by itself; of others it takes the last layer's bias for one
-    heads = None if bare.can_generate() else [name for name, _ in bare.named_children() if name != bare.base_model_prefix]
+    if bare.can_generate():
+        whole = [name for name, module in bare.named_modules() if module is bare.get_output_embeddings()]
+    else:
+        whole = [name for name, _ in bare.named_children() if name != bare.base_model_prefix]
+    if bits == 4:
+        whole += [name for name, m in bare.named_modules() if isinstance(m, nn.Linear | Conv1D) and not bnb.takes_4bit(m)]
     logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # it would tell of every call of every layer that it rounds
     return BitsAndBytesConfig(
         load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=bare.dtype, llm_int8_skip_modules=heads,
+        bnb_4bit_compute_dtype=bare.dtype, llm_int8_skip_modules=whole,
     )  # fmt: skip
 
 
@@ -390,12 +402,7 @@ def _plain_tensors(tensor: Any) -> "Iterator[torch.Tensor]":
             yield from _plain_tensors(getattr(tensor, name))
         return
     yield tensor.data
-    state = getattr(tensor, "quant_state", None)
-    while state is not None:  # 4 bit: scales, and the scales' own where they are quantised again
-        yield from (part for part in (state.absmax, state.code, getattr(state, "offset", None)) if part is not None)
-        state = state.state2
-    if getattr(tensor, "SCB", None) is not None:  # 8 bit: a scale per row
-        yield tensor.SCB
+    yield from bnb.scales(tensor)
 
 
 def _first_line(error: BaseException) -> str:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from compress import bnb
 from compress import model as models
 from compress.architecture import context_length, is_head
 from compress.benchmark.latency import prompts
@@ -233,9 +234,7 @@ def _unpacked(module: nn.Module) -> list[Tensor]:
         return [parameter.detach() for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
     with torch.inference_mode():
         if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
-            from transformers.integrations.bitsandbytes import dequantize_bnb_weight
-
-            return [dequantize_bnb_weight(weight, getattr(module, "state", None))]
+            return [bnb.unpacked(module)]
         if hasattr(weight, "__tensor_flatten__"):
             return [weight.dequantize()]
         return [weight.detach()]

@@ -3,6 +3,7 @@
 from types import SimpleNamespace
 
 import pytest
+from bitsandbytes.functional import has_avx512bf16
 
 from compress.benchmark import kernels, latency
 from compress.metrics import KERNELS
@@ -108,7 +109,10 @@ def test_a_profile_of_every_architecture(toys, kind):
 @pytest.mark.parametrize(("method", "there", "absent"), [("bnb_nf4", "unpacking", "rounding"), ("int8_dynamic", "rounding", "unpacking")])
 def test_packed_models_show_what_they_do_besides(toys, tmp_path, method, there, absent):
     _, shares = profiled(make(toys["llama"], "llama", method, tmp_path / "made"), "llama")
-    assert shares[there] > 0.02
+    if method == "bnb_nf4" and has_avx512bf16():  # its kernel multiplies what is packed
+        assert shares[there] == 0
+    else:
+        assert shares[there] > 0.02
     assert shares[absent] == 0
     assert shares["matrix_products"] > 0
 

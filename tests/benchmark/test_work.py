@@ -73,8 +73,9 @@ def test_a_classification_is_all_prefill(toys):
 )
 def test_packed_weights_are_read_packed_and_multiplied_whole(toys, tmp_path, method, bits, prepare):
     whole = counted(toys["llama"], "llama")
-    packed = counted(make(toys["llama"], "llama", method, tmp_path / "made"), "llama", "auto", prepare)
+    settings = {"double_quant": False} if method == "bnb_nf4" else {}  # a layer so small has more code books than scales
+    packed = counted(make(toys["llama"], "llama", method, tmp_path / "made", **settings), "llama", "auto", prepare)
     assert packed.step.flops == whole.step.flops
-    linear = 2 * (2 * D * D + 2 * 32 * D + 3 * 172 * D)
+    linear = 2 * (2 * D * D + 2 * 32 * D + (0 if method == "bnb_nf4" else 3 * 172 * D))  # 4 bits aren't taken by 172
     saved = whole.step.weight_bytes - packed.step.weight_bytes
     assert saved == pytest.approx(linear * (4 - bits / 8), rel=0.1), "scales are read too"

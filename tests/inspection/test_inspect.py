@@ -143,7 +143,7 @@ def test_hooks_are_gone_afterwards():
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in whole.modules())
 
 
-@pytest.mark.parametrize(("kind", "method"), [("llama", "bnb_nf4"), ("llama", "bnb_int8"), ("gpt2", "int8_dynamic")])
+@pytest.mark.parametrize(("kind", "method"), [("gpt2", "bnb_nf4"), ("llama", "bnb_int8"), ("gpt2", "int8_dynamic")])
 def test_packed_layers_are_measured_packed_and_looked_at_unpacked(toys, looked, tmp_path, kind, method):
     made = make(toys[kind], kind, method, tmp_path / "made")
     loaded, found = model.load_model(Source(str(made), TASKS[kind]), "cpu"), look(made)

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from compress import bnb
 from compress.model import Source, load_model
 from tests.blocks import run
 from tests.conftest import TASKS
@@ -30,9 +31,7 @@ def dense(folder, kind):
         weight = getattr(module, "weight", None)
         if isinstance(module, torch.nn.Linear) and weight is not None:
             if hasattr(weight, "quant_state"):
-                import bitsandbytes
-
-                weight = bitsandbytes.functional.dequantize_4bit(weight.data, weight.quant_state)
+                weight = bnb.unpacked(module)
             found[name] = weight.dequantize() if hasattr(weight, "dequantize") else weight
     return found
 
