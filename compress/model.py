@@ -26,6 +26,7 @@ AUTO = {
     "causal-lm": "AutoModelForCausalLM",
     "sequence-classification": "AutoModelForSequenceClassification",
 }
+PACKED_READER = (5, 23)  # the first transformers that reads the packed weights of encoder-decoders and GPT-2, which are made elsewise
 
 
 @dataclass(frozen=True)
@@ -265,7 +266,9 @@ def load_model(source: Source, device: str, quantization_config: Any = None) -> 
     except NameError as error:  # transformers uses an optional package without a look whether it is there
         why = f"the package that reads its packed weights isn't installed here ({_first_line(error)})"
         raise ModelError(f"{source.id}: {why}; `compress methods` says which a method needs") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, AttributeError) and not reads_packed():
+            raise ModelError(f"{source.id}: {reader_needed('its packed weights')}") from None
         raise ModelError(f"{source.id}: can't be loaded for task {source.task}: {_first_line(error)}") from None
     except Exception as error:
         if type(error).__name__ == "SafetensorError" or "ignore_mismatched_sizes" in str(error):
@@ -276,6 +279,21 @@ def load_model(source: Source, device: str, quantization_config: Any = None) -> 
     if device == "cpu" and (odd := bnb.stumbling(model)):
         raise ModelError(f"{source.id}: {len(odd)} layers, such as {odd[0]}, can't run on this CPU: {bnb.ODD}; use another CPU or a GPU")
     return model.eval()
+
+
+def reads_packed() -> bool:
+    """Whether the transformers here reads weights of encoder-decoders and GPT-2 that compressed-tensors packed."""
+    import transformers
+
+    return tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= PACKED_READER
+
+
+def reader_needed(what: str) -> str:
+    """The sentence that says which transformers it takes to read what was packed, and which is here."""
+    import transformers
+
+    least = ".".join(map(str, PACKED_READER))
+    return f"{what} need transformers {least} or newer, and here is {transformers.__version__}; pip install 'transformers>={least}'"
 
 
 def _packing(source: Source, bits: int) -> Any:

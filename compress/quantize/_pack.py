@@ -17,6 +17,8 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor, nn
 
 from compress.architecture import packs_alike
+from compress.errors import MissingPackage
+from compress.model import reader_needed, reads_packed
 from compress.quantize._grid import Kind
 from compress.quantize._solution import Quantised
 
@@ -25,9 +27,14 @@ if TYPE_CHECKING:
 
 
 class Packed:
-    """The layout of a model whose layers have these kinds of grid, by name."""
+    """The layout of a model whose layers have these kinds of grid, by name.
+
+    Raises MissingPackage where the transformers here wouldn't read it.
+    """
 
     def __init__(self, model: "PreTrainedModel", kinds: dict[str, Kind]):
+        if packs_alike(model) and not reads_packed():
+            raise MissingPackage(reader_needed(f"packed weights of a {model.config.model_type}"))
         self.bits = {name: kind.bits for name, kind in kinds.items()}
         self._kinds, distinct = kinds, set(kinds.values())
         self._groups: dict[tuple[Kind, int], list[str]] = {}

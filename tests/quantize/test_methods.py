@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from compress import methods, model, stage
-from compress.errors import BrokenPromise
+from compress.errors import BrokenPromise, MissingPackage
 from compress.model import Source
 from tests.blocks import run
 from tests.conftest import TASKS, make_model, make_tokenizer
@@ -228,3 +228,12 @@ def test_nan_weights_fail_the_stage_and_leave_nothing(toys, tmp_path):
     with pytest.raises(BrokenPromise, match="NaN or infinite logits"):
         make(tmp_path / "sick", "llama", "cast", tmp_path / "made")
     assert [f.name for f in tmp_path.iterdir()] == ["sick"]
+
+
+@pytest.mark.parametrize("kind", ["t5", "gpt2"])
+def test_a_transformers_that_would_not_read_them_is_named_before_the_work(toys, tmp_path, monkeypatch, kind):
+    monkeypatch.setattr("transformers.__version__", "5.22.0")
+    said = r"packed weights of a (t5|gpt_bigcode) need transformers 5\.23 or newer, and here is 5\.22\.0; pip install 'transformers>=5\.23'"
+    with pytest.raises(MissingPackage, match=said):
+        make(toys[kind], kind, "rtn", tmp_path / "made")
+    make(toys["llama"], "llama", "rtn", tmp_path / "other")
