@@ -22,7 +22,7 @@ def takes_4bit(layer: "nn.Module") -> bool:
 
     weight: Any = layer.weight
     rows, columns = weight.shape if isinstance(layer, nn.Linear) else reversed(weight.shape)
-    return rows % ROWS == 0 and columns % BLOCK == 0
+    return bool(rows % ROWS == 0 and columns % BLOCK == 0)
 
 
 def stumbling(model: "nn.Module") -> list[str]:
@@ -40,8 +40,8 @@ def scales(weight: "Tensor") -> "Iterator[Tensor]":
     while state is not None:  # 4 bit: scales, and the scales' own where they are quantised again
         yield from (part for part in (state.absmax, state.code, getattr(state, "offset", None)) if part is not None)
         state = getattr(state, "state2", None)  # gone from a weight that was laid out anew
-    if getattr(weight, "SCB", None) is not None:  # 8 bit: a scale per row
-        yield weight.SCB
+    if (rows := getattr(weight, "SCB", None)) is not None:  # 8 bit: a scale per row
+        yield rows
 
 
 def unpacked(layer: "nn.Module") -> "Tensor":
