@@ -154,7 +154,8 @@ class ShardSettings(TuneSettings):
 class About:
     """What a method needs and promises.
 
-    at_run_time  what happens at every step of the model it makes; told to people whose model got no faster
+    at_run_time  what happens at every step of the model it makes; told to people whose model got no smaller or faster
+    slows     whether that can make a step longer than the original's, and so be why one is
     packages  distributions that must be installed
     extra     the extra of this package that installs them; None where the plain install has them
     devices   where the method itself can run
@@ -166,6 +167,7 @@ class About:
     """
 
     at_run_time: str
+    slows: bool = False
     packages: tuple[str, ...] = ()
     extra: str | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")

@@ -24,6 +24,7 @@ class Metric:
     quality  one row an example, paired between the two sides
     speed    a row a round with a number a turn, at each grid point, paired by round and turn
     memory   a row a round with one number; time to compile too
+             of both the value is the geometric mean, as the ratio of two sides is one of such means
     size     exact, read once
     """
 
@@ -66,13 +67,13 @@ METRICS: dict[str, Metric] = _Metrics(
         Metric("accuracy", "points", "higher", "quality", "share of right labels"),
         Metric("f1", "points", "higher", "quality", "macro-averaged F1 over the labels"),
         Metric("generated_tokens", "tokens", "neither", "quality", "mean length of an output"),
-        Metric("latency_p50", "s", "lower", "speed", "whole generation, median"),
-        Metric("latency_p90", "s", "lower", "speed", "whole generation, 90th percentile"),
-        Metric("latency_p99", "s", "lower", "speed", "whole generation, 99th percentile"),
-        Metric("ttft", "s", "lower", "speed", "time to first token, median"),
-        Metric("tpot", "s", "lower", "speed", "time per output token after the first, median"),
-        Metric("tokens_per_second", "tokens/s", "higher", "speed", "output tokens of the batch over whole latency, median"),
-        Metric("examples_per_second", "1/s", "higher", "speed", "examples classified over whole latency, median"),
+        Metric("latency_p50", "s", "lower", "speed", "whole generation, the median of a turn"),
+        Metric("latency_p90", "s", "lower", "speed", "whole generation, the 90th percentile of a round"),
+        Metric("latency_p99", "s", "lower", "speed", "whole generation, the 99th percentile of a round"),
+        Metric("ttft", "s", "lower", "speed", "time to first token, the median of a turn"),
+        Metric("tpot", "s", "lower", "speed", "time per output token after the first, the median of a turn"),
+        Metric("tokens_per_second", "tokens/s", "higher", "speed", "output tokens of the batch over whole latency, the median of a turn"),
+        Metric("examples_per_second", "1/s", "higher", "speed", "examples classified over whole latency, the median of a turn"),
         Metric("mbu", "1", "neither", "speed", "of a decode step: what it must read, over what the machine copies at best"),
         Metric("mfu", "1", "neither", "speed", "of prefill or a classification: what it must compute, over the machine's best"),
         Metric(

@@ -373,7 +373,7 @@ def _judged(report: Report, baseline: Side | None, candidate: Side, same_run: bo
         update={
             "sides": sides, "comparisons": comparisons, "gates": gates, "verdict": decision, "decided_by": reason,
             "notes": [
-                *why.notes(report.stages, comparisons, report.environment, sides), *quality.notes(sides, compared),
+                *why.notes(report.stages, comparisons, gates, report.environment, sides), *quality.notes(sides, compared),
                 *disturbances(report.turns),
             ],
         }

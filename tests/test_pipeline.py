@@ -10,8 +10,9 @@ from compress import methods, model, pipeline, recipe
 from compress.benchmark import figures, isolate
 from compress.errors import OutOfMemory
 from compress.model import Source
-from compress.report import why
-from compress.results import Comparison, StageRecord, Step
+from compress.report import verdict, why
+from compress.report.html import sections
+from compress.results import Comparison, GateResult, StageRecord, Step
 from tests.conftest import recipe_for
 
 
@@ -138,11 +139,22 @@ def test_speeds_by_hand():
     found = {m.metric: m for m in figures._speeds(rounds, figures._rates(rounds, 4), 4, 16)}
     assert found["latency_p50"].samples == [[4.0, 4.0], [2.0, 2.0]]
     assert found["latency_p50"].raw == [[3.0, 5.0, 4.0, 4.0], [2.0, 2.0, 2.0, 2.0]]
-    assert found["latency_p50"].value == 2.5  # of 2 2 2 2 3 4 4 5
+    assert found["latency_p50"].value == pytest.approx(8**0.5)  # the geometric mean of 4 4 2 2
     assert found["latency_p90"].samples == [[pytest.approx(4.7)], [2.0]]
     assert found["ttft"].samples == [[1.0, 2.0], [1.0, 1.0]]
     assert found["tpot"].samples == [[1.5, 1.0], [0.5, 0.5]]
     assert found["tokens_per_second"].samples[1] == [6.0, 6.0]  # 4 x 3 tokens in 2 s
+
+
+def test_the_figures_of_two_sides_have_the_ratio_that_is_judged():
+    """Timings whose medians say faster and whose means by turn say slower: columns and change must say the same."""
+    turns = {"baseline": [[[0.220]], [[0.221]], [[0.180]]], "candidate": [[[0.219]], [[0.2195]], [[0.205]]]}
+    theirs, ours = (figures._speeds([one], figures._rates([one], 1), 1, 16)[0] for one in turns.values())
+    compared = verdict.compare(verdict.Pair(theirs, ours, same_run=True), 0.95)
+    assert compared.estimate == pytest.approx(ours.value / theirs.value) and compared.estimate > 1
+    assert [round(side.value, 4) for side in (theirs, ours)] == [0.2061, 0.2144]
+    nothing = figures.central([[0.0], [3.0], [1.0]])
+    assert nothing == 1.0, "without a logarithm the median stands"
 
 
 def test_utilisations_by_hand():
@@ -161,7 +173,7 @@ def test_energy_by_hand():
     """Two turns of two generations of three tokens, batch 4: 24 tokens a turn."""
     rounds = [[[[1.0, 2.0, 3.0]] * 2] * 2]
     (found,) = figures._energy(rounds, [[48.0, 96.0]], 4, 16)
-    assert (found.value, found.samples, found.unit) == (3.0, [[2.0, 4.0]], "J")
+    assert (found.value, found.samples, found.unit) == (pytest.approx(8**0.5), [[2.0, 4.0]], "J")
     assert figures._energy(rounds, [[48.0]], 4, 16) == [], "a turn without"
     assert figures._energy(rounds, [[]], 4, 16) == []
 
@@ -233,19 +245,38 @@ STAGES = [StageRecord(stage={"quantize": "bnb_nf4"}, artifact="a", seconds=1, re
 
 def test_the_report_says_why_it_is_slower_or_no_smaller():
     slow = ratio("latency_p50", 1.5, 1.2, 1.8, batch_size=8, prompt_tokens=64)
-    (note,) = why.notes(STAGES, [slow], {}, [])
+    (note,) = why.notes(STAGES, [slow], [], {}, [])
     assert note.startswith(
         "Slower than the baseline at batch 8 x prompt 64: x1.500 (1.200 to 1.800). quantize: bnb_nf4: the weights are unpacked"
     )
     maybe = ratio("latency_p50", 1.5, 0.9, 2.5, batch_size=8, prompt_tokens=64)
-    assert why.notes(STAGES, [maybe], {}, []) == []
-    (note,) = why.notes(STAGES, [ratio("weight_bytes", 1.0, 1.0, 1.0)], {}, [])
+    assert why.notes(STAGES, [maybe], [], {}, []) == []
+    (note,) = why.notes(STAGES, [ratio("weight_bytes", 1.0, 1.0, 1.0)], [], {}, [])
     assert note.startswith("Once loaded, the weights take no less memory than before. quantize: bnb_nf4:")
-    found = why.notes(STAGES, [ratio("weight_bytes", 1.0, 1.0, 1.0), ratio("file_bytes", 0.3, 0.3, 0.3)], {}, [])
+    found = why.notes(STAGES, [ratio("weight_bytes", 1.0, 1.0, 1.0), ratio("file_bytes", 0.3, 0.3, 0.3)], [], {}, [])
     assert "though on disk they are x0.300" in found[0]
-    (note,) = why.notes(STAGES, [ratio("weight_bytes", 0.3, 0.3, 0.3), ratio("peak_run_bytes", 1.0, 0.99, 1.01)], {}, [])
+    (note,) = why.notes(STAGES, [ratio("weight_bytes", 0.3, 0.3, 0.3), ratio("peak_run_bytes", 1.0, 0.99, 1.01)], [], {}, [])
     assert "they are now 30% of it" in note
-    assert "3 inputs were longer" in why.notes(STAGES, [], {"inputs_cut": 3}, [])[0]
+    assert "3 inputs were longer" in why.notes(STAGES, [], [], {"inputs_cut": 3}, [])[0]
+
+
+def test_a_note_is_no_surer_than_the_gate():
+    slow = ratio("latency_p50", 1.06, 1.01, 1.11, batch_size=8, prompt_tokens=64)
+    gate = GateResult(
+        metric="latency_p50", limit_kind="max_ratio", limit=1.0, estimate=1.06, interval=(1.01, 1.11), verdict="cannot_tell",
+        sentence="alone it would fail, as one of 7 it may be chance", batch_size=8, prompt_tokens=64,
+    )  # fmt: skip
+    assert why.notes(STAGES, [slow], [], {}, [])[0].startswith("Slower than the baseline")
+    shrank = ratio("weight_bytes", 0.3, 0.3, 0.3)
+    assert not any(note.startswith("Slower") for note in why.notes(STAGES, [slow, shrank], [gate], {}, []))
+    assert sections.mark(slow, set()) == "worse" and sections.mark(slow, {slow.point}) == ""
+
+
+def test_no_reason_is_given_that_can_not_slow_a_step():
+    slow = ratio("latency_p50", 1.5, 1.2, 1.8, batch_size=8, prompt_tokens=64)
+    for method, family in (("gptq", "quantize"), ("structured", "prune"), ("wanda", "prune"), ("full", "finetune")):
+        (note,) = why.notes([StageRecord(stage={family: method}, artifact="a", seconds=1, reused=False)], [slow], [], {}, [])
+        assert note.endswith("Nothing was done to the model that would explain it."), method
 
 
 def test_hub_ids_are_pinned_to_a_commit(monkeypatch):

@@ -4,7 +4,7 @@ import math
 import statistics
 from collections.abc import Callable
 
-from compress.benchmark.statistics import corpus_value
+from compress.benchmark.statistics import corpus_value, geometric_mean
 from compress.benchmark.subject import Point, Round, Subject
 from compress.metrics import METRICS
 from compress.results import Measurement, Side, Step
@@ -18,7 +18,7 @@ def side(subject: Subject, common: list[Point], ceilings: dict[str, float]) -> S
         found += _sizes(subject)
         found += _memory(subject, common)
     if subject.compiling:  # inductor keeps on disk what it compiled, so that later rounds take less
-        found.append(_figure("compile_seconds", max(subject.compiling), samples=[[seconds] for seconds in subject.compiling]))
+        found.append(_figure("compile_seconds", max(subject.compiling), samples=[[max(subject.compiling)]]))
     for metric, samples in (subject.outputs or {}).get("samples", {}).items():
         found.append(_figure(metric, corpus_value(metric, samples), samples=samples))
     explained = subject.explanation or {"dtype": None, "steps": []}
@@ -69,7 +69,7 @@ def _memory(subject: Subject, common: list[Point]) -> list[Measurement]:
         "cuda_context_bytes": ("context", runs),
     }
     rows = {metric: [[float(one[name])] for one in found] for metric, (name, found) in series.items() if all(name in one for one in found)}
-    return [_figure(metric, statistics.median(row[0] for row in found), samples=found) for metric, found in rows.items() if found]
+    return [_figure(metric, central(samples), samples=samples) for metric, samples in rows.items() if samples]
 
 
 def _rates(rounds: list[Round], batch_size: int) -> list[Speed]:
@@ -107,9 +107,12 @@ def _speeds(rounds: list[Round], figures: list[Speed], batch_size: int, prompt_t
             samples = [[quantile(turn, share) for turn in turns] for turns in raw]
         else:
             samples = [[quantile(values, share)] for values in flat]
-        value = quantile([value for values in flat for value in values], share)
         keep = flat if metric in ("latency_p50", "ttft", "tpot") else []
-        found.append(Measurement(metric=metric, value=value, batch_size=batch_size, prompt_tokens=prompt_tokens, samples=samples, raw=keep))
+        found.append(
+            Measurement(
+                metric=metric, value=central(samples), batch_size=batch_size, prompt_tokens=prompt_tokens, samples=samples, raw=keep
+            )
+        )
     return found
 
 
@@ -120,8 +123,15 @@ def _energy(rounds: list[Round], joules: list[list[float]], batch_size: int, pro
         return []
     tokens = batch_size * generated * len(rounds[0][0])
     samples = [[drawn / tokens for drawn in turns] for turns in joules]
-    value = statistics.median(drawn for turns in samples for drawn in turns)
+    value = central(samples)
     return [Measurement(metric="energy_per_token", value=value, batch_size=batch_size, prompt_tokens=prompt_tokens, samples=samples)]
+
+
+def central(samples: list[list[float]]) -> float:
+    """The value that stands for samples, a row a round: their geometric mean, of which the ratio between two sides is the one that is
+    judged (`statistics.paired_ratio`). Where one is zero the median."""
+    flat = [sample for row in samples for sample in row]
+    return geometric_mean(samples).estimate if min(flat) > 0 else statistics.median(flat)
 
 
 def _unmeasured(reason: str, batch_size: int, prompt_tokens: int) -> list[Measurement]:

@@ -19,12 +19,12 @@ WIDTHS = (2, 3, 4, 8)
 CACHED = 2**16  # weights
 Width = Literal[2, 3, 4, 8]
 IN_INT8 = (
-    "products are in int8, which torchao does more slowly than float32 on a CPU without int8 instructions (VNNI, AMX);"
-    " benchmark.runtime.cpu_int8 takes kernels that are faster there"
+    "products are in int8, which torchao does more slowly than float32 on a CPU, with int8 instructions (VNNI, AMX) or without;"
+    " benchmark.runtime.cpu_int8 takes kernels that are faster, and bnb_nf4 takes less memory"
 )
 PACKED = methods.About(
     at_run_time="transformers unpacks the weights at loading, so it gains on disk only; servers with fused kernels (vLLM) keep them packed,"
-    " and so does format: gptq",
+    " and so do format: gptq and, in transformers, bnb_nf4",
     packages=("compressed-tensors",),
     extra="quant",
     calibrated=True,

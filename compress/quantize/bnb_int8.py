@@ -12,6 +12,7 @@ from compress.quantize._touched import note_layers, require_touched
 
 ABOUT = About(
     at_run_time="activations are scaled, rounded and split at every layer and step; on a CPU the weights are unpacked too",
+    slows=True,
     packages=("bitsandbytes",),
     extra="bnb",
     packs=True,

@@ -16,6 +16,7 @@ from compress.quantize._touched import note_layers, require_touched
 
 ABOUT = About(
     at_run_time="the weights are unpacked at every step, which pays only where reading them was the bottleneck (not on AVX-512 BF16)",
+    slows=True,
     packages=("bitsandbytes",),
     extra="bnb",
     packs=True,

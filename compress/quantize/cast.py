@@ -14,6 +14,7 @@ from compress.model import Bundle, skeleton
 
 ABOUT = About(
     at_run_time="arithmetic is in 16 bits, which CPUs without instructions for it (AVX-512 BF16, AMX) do more slowly than in 32",
+    slows=True,
 )
 
 

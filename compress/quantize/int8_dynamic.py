@@ -13,6 +13,7 @@ from compress.quantize._grid import IN_INT8
 
 ABOUT = About(
     at_run_time=IN_INT8,
+    slows=True,
     packages=("torchao",),
     packs=True,
 )

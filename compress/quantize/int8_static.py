@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 ABOUT = About(
     at_run_time="transformers unpacks the weights at the first step and rounds the inputs in floating point, so it gains on disk only;"
     " servers with int8 kernels (vLLM) keep them packed",
+    slows=True,
     packages=("compressed-tensors",),
     extra="quant",
     calibrated=True,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ABOUT = About(
     at_run_time=IN_INT8,
+    slows=True,
     packages=("torchao",),
     calibrated=True,
     packs=True,

@@ -12,7 +12,7 @@ MOSTLY = 0.5  # of a step
 BOUND = 0.6  # of what the machine multiplies at best; kernels hardly come nearer on what a model multiplies
 HEAD = ["point", "side", "step", *KERNELS.values()]
 SAID = (
-    "One decode step, of a classifier one forward pass. Its time is the median of the timings; the shares are those that torch's "
+    "One decode step, of a classifier one forward pass. Its time is that of the timings; the shares are those that torch's "
     "profiler sees apart from these, its own time taken out."
 )
 DOING = {
@@ -72,7 +72,7 @@ def _step_at(side: Side, where: Comparison) -> Step | None:
 
 
 def _timed(side: Side, step: Step) -> Step:
-    """The step with the median of all timings as its seconds, which disturbances move less than those of the one look at it."""
+    """The step with the seconds of the timings, which disturbances move less than those of the one look at it."""
     metric = "latency_p50" if step.prefill_flops is None else "tpot"
     found = side.figure((metric, step.batch_size, step.prompt_tokens))
     return step if found is None or found.value is None else step.model_copy(update={"seconds": found.value})

@@ -6,7 +6,7 @@ from compress import methods
 from compress.report import steps
 from compress.report.layers import counted
 from compress.report.numbers import change, scaled
-from compress.results import Comparison, Side, StageRecord
+from compress.results import Comparison, GateResult, Side, StageRecord
 
 LEFT_OUT = "left out: "
 # reasons that are the recipe's, or the same for all models
@@ -15,9 +15,11 @@ NAMED = 3
 SMALLER = 0.9  # weights that shrank by less aren't expected to make a difference
 
 
-def notes(stages: list[StageRecord], compared: list[Comparison], environment: dict[str, Any], sides: list[Side]) -> list[str]:
+def notes(
+    stages: list[StageRecord], compared: list[Comparison], gates: list[GateResult], environment: dict[str, Any], sides: list[Side]
+) -> list[str]:
     """The sentences; none where the candidate is smaller and faster everywhere and every layer was compressed that was to be."""
-    found = _speed(stages, compared, environment, sides)
+    found = _speed(stages, compared, gates, environment, sides)
     by_name = {c.metric: c for c in compared}
     weights, run = by_name.get("weight_bytes"), by_name.get("peak_run_bytes")
     if weights and weights.candidate >= weights.baseline:
@@ -42,10 +44,21 @@ def notes(stages: list[StageRecord], compared: list[Comparison], environment: di
     return found + [sentence for record in stages for sentence in _left_out(record)]
 
 
-def _speed(stages: list[StageRecord], compared: list[Comparison], environment: dict[str, Any], sides: list[Side]) -> list[str]:
-    """Where the candidate is slower, or no faster although its weights shrank; and why, where it is worst, in two sentences at most."""
+def open_points(gates: list[GateResult]) -> set[tuple[str, int | None, int | None]]:
+    """The figures of which a gate can't tell whether they keep it: what nothing else of a report calls better or worse either."""
+    return {(gate.metric, gate.batch_size, gate.prompt_tokens) for gate in gates if gate.verdict == "cannot_tell"}
+
+
+def _speed(
+    stages: list[StageRecord], compared: list[Comparison], gates: list[GateResult], environment: dict[str, Any], sides: list[Side]
+) -> list[str]:
+    """Where the candidate is slower, or no faster although its weights shrank; and why, where it is worst, in two sentences at most.
+
+    What a gate leaves open isn't called slower.
+    """
     timed = [c for c in compared if c.metric == "latency_p50" and c.low is not None and c.high is not None]
-    slower = [c for c in timed if c.low is not None and c.low > 1]
+    undecided = open_points(gates)
+    slower = [c for c in timed if c.low is not None and c.low > 1 and c.point not in undecided]
     alike = [c for c in timed if c not in slower and c.high is not None and c.high >= 1]
     shrank = any(c.metric == "weight_bytes" and c.candidate < SMALLER * c.baseline for c in compared)
     missed = slower or (alike if shrank else [])
@@ -56,15 +69,20 @@ def _speed(stages: list[StageRecord], compared: list[Comparison], environment: d
     if not slower and not reasons:
         return []
     where = ", ".join(f"batch {c.batch_size} x prompt {c.prompt_tokens}: {change(c)}" for c in missed)
-    reasons = reasons or [_at_run_time(stages)]
+    reasons = reasons or [_at_run_time(stages, slows=True)]
     return [" ".join([f"{'Slower' if slower else 'Not shown to be faster'} than the baseline at {where}.", *reasons])]
 
 
 def at_run_time(record: StageRecord) -> str | None:
     """What a stage's method says happens at every step of its models; None for a method that isn't there any more."""
+    about = _about(record)
+    return about.at_run_time if about else None
+
+
+def _about(record: StageRecord) -> methods.About | None:
     family, name = next(iter(record.stage.items()))
-    known = family in methods.FAMILIES and name in methods.names(family)
-    return methods.find(family, name).ABOUT.at_run_time if known else None
+    exists = family in methods.FAMILIES and name in methods.names(family)
+    return methods.find(family, name).ABOUT if exists else None
 
 
 def _left_out(record: StageRecord) -> list[str]:
@@ -84,7 +102,7 @@ def _few(names: list[str], how: str) -> str:
     return f"{counted(len(names))} {how} ({', '.join(names[:NAMED])}{more})" + (", each" if len(names) > 1 else "")
 
 
-def _at_run_time(stages: list[StageRecord]) -> str:
-    """What the methods say happens at every step of their models."""
-    said = [f"{record.name}: {text}." for record in stages if (text := at_run_time(record))]
-    return " ".join(said) or "Nothing was done to the model that would explain it."
+def _at_run_time(stages: list[StageRecord], slows: bool = False) -> str:
+    """What the methods say happens at every step of their models; with `slows` those alone that can make a step longer by it."""
+    sentences = [f"{record.name}: {about.at_run_time}." for record in stages if (about := _about(record)) and (about.slows or not slows)]
+    return " ".join(sentences) or "Nothing was done to the model that would explain it."

@@ -204,7 +204,7 @@ def test_candidates_stand_beside_the_baseline_that_they_share():
     ],
 )
 def test_better_and_worse_are_said_beyond_doubt_alone(metric, kind, low, high, expected):
-    assert sections.mark(Comparison(metric=metric, baseline=1, candidate=1, kind=kind, estimate=1, low=low, high=high)) == expected
+    assert sections.mark(Comparison(metric=metric, baseline=1, candidate=1, kind=kind, estimate=1, low=low, high=high), set()) == expected
 
 
 def test_a_gate_is_drawn_with_what_it_allows_to_the_right_side_of_its_limit():

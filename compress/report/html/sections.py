@@ -13,7 +13,7 @@ from compress.report import memory, steps, turns
 from compress.report.layers import lost_most, remarkable, summary
 from compress.report.numbers import change, duration, figure, percent, scaled, share, verdict_words
 from compress.report.verdict import baseline_key
-from compress.report.why import at_run_time
+from compress.report.why import at_run_time, open_points
 from compress.report.write import shown
 from compress.results import Comparison, GateResult, Measurement, Report, Side, StageRecord
 
@@ -88,9 +88,9 @@ def sentence(report: Report) -> str:
     return "; ".join([report.decided_by, *(gate.sentence for gate in (quality or report.gates)[:1])])
 
 
-def mark(compared: Comparison | None) -> str:
-    """`better` or `worse` where the interval leaves no doubt."""
-    if compared is None or compared.low is None or compared.high is None:
+def mark(compared: Comparison | None, undecided: set[tuple[str, int | None, int | None]]) -> str:
+    """`better` or `worse` where the interval leaves no doubt and no gate says that it does."""
+    if compared is None or compared.low is None or compared.high is None or compared.point in undecided:
         return ""
     none, better = (0 if compared.kind == "difference" else 1), METRICS[compared.metric].better
     if better == "neither" or compared.low <= none <= compared.high:
@@ -131,7 +131,7 @@ def _row(one: Measurement, columns: Sequence[Column]) -> dict[str, Any]:
 
 def _change(column: Column, point: tuple[str, int | None, int | None]) -> dict[str, str]:
     compared = column.compared(point)
-    return {"change": change(compared) if compared else "", "mark": mark(compared)}
+    return {"change": change(compared) if compared else "", "mark": mark(compared, open_points(column.report.gates))}
 
 
 def _names(reports: Sequence[Report]) -> list[str]:
