@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 CARD = "README.md"  # says what a model is, and is no part of it
+SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # what transformers looks for, in this order
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
+DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and torch's
 BUILTIN = Path(__file__).parent / "builtin" / "model"
 AUTO = {
     "seq2seq": "AutoModelForSeq2SeqLM",
@@ -113,24 +116,48 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"{folder / 'config.json'}: has no model_type, so no transformers model")
     if not any(any(folder.glob(pattern)) for pattern in ("tokenizer*.json", "*.model", "vocab.*")):
         raise ModelError(f"{folder}: no tokenizer (tokenizer.json, tokenizer_config.json, *.model or vocab.*)")
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(
+            f"{folder}: adapter_config.json says that an adapter belongs to this model, which transformers puts on it where peft is there;"
+            " merge it into the weights first (peft's merge_and_unload), or take the file away"
+        )
     files = weight_files(folder)
     if not files:
-        pickles = sorted(f.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for f in folder.glob(pattern))
-        if pickles:
-            raise ModelError(
-                f"{folder}: only pickled weights ({', '.join(pickles)}), which can run code when read; store them as safetensors first"
-                " (model.save_pretrained does, in an environment where you trust the file)"
-            )
-        raise ModelError(f"{folder}: no weights (*.safetensors)")
+        raise ModelError(f"{folder}: {_why_no_weights(folder)}")
     for file in files:
         list(tensor_headers(file))
 
 
+def _why_no_weights(folder: Path) -> str:
+    """Why transformers finds no weights in a folder that it reads without running code."""
+    if others := weight_files_beside(folder):
+        named = ", ".join(sorted(f.name for f in others))
+        if all(f.suffix in PICKLED for f in others):
+            return (
+                f"only pickled weights ({named}), which can run code when read; store them as safetensors first"
+                " (model.save_pretrained does, in an environment where you trust the file)"
+            )
+        return f"no {SINGLE} and no {INDEX}, which transformers looks for; give {named} that name, if that is the model"
+    return "no weights (*.safetensors)"
+
+
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model, those of its index where it has one."""
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return sorted(folder.glob("*.safetensors"))
+    """The safetensors files that plain transformers loads from a folder, no others: the one that its config names
+    (`transformers_weights`), or else model.safetensors, or else those that the index names. None where it has none of these.
+
+    Raises ModelError where one of them isn't there or the index is damaged.
+    """
+    index = folder / INDEX
+    if named := _named_weights(folder):
+        if Path(named).name != named or not (folder / named).is_file():
+            raise ModelError(f"{folder / 'config.json'}: transformers_weights names {named}, which isn't there")
+        if not named.endswith(".index.json"):
+            return [folder / named]
+        index = folder / named
+    elif (folder / SINGLE).is_file():
+        return [folder / SINGLE]
+    elif not index.is_file():
+        return []
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     except (ValueError, LookupError, AttributeError, TypeError, RecursionError, OSError):
@@ -139,6 +166,26 @@ def weight_files(folder: Path) -> list[Path]:
         if not isinstance(name, str) or Path(name).name != name or not (folder / name).is_file():
             raise ModelError(f"{index}: names {name}, which isn't there")
     return [folder / name for name in names]
+
+
+def weight_files_beside(folder: Path) -> list[Path]:
+    """Files of a folder that look like weights and that transformers doesn't load."""
+    loaded = set(weight_files(folder))
+    return sorted(f for f in folder.iterdir() if f.suffix in (".safetensors", *PICKLED) and f not in loaded)
+
+
+def _named_weights(folder: Path) -> str | None:
+    try:
+        named = json.loads((folder / "config.json").read_text(encoding="utf-8-sig")).get("transformers_weights")
+    except (ValueError, RecursionError, OSError, AttributeError):
+        return None
+    return named if isinstance(named, str) else None
+
+
+def stored_dtypes(folder: Path) -> list[str]:
+    """The dtypes of the floating-point weights in a folder's files, as torch calls them, in the order of the files; each once."""
+    headers = (header for file in weight_files(folder) for _, header in sorted(tensor_headers(file)))
+    return list(dict.fromkeys(DTYPES[header["dtype"]] for header in headers if header["dtype"] in DTYPES))
 
 
 def tensor_headers(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -166,11 +213,12 @@ def tensor_headers(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
-    """What tells one model from another: the content of a folder's files but its card; id and commit of a hub's."""
+    """What tells one model from another: the content of a folder's files but its card and weights beside it; id and commit of a hub's."""
     if not source.is_folder:
         return asdict(source)
-    content = {}
-    for file in sorted(f for f in Path(source.id).iterdir() if f.is_file() and f.name != CARD):
+    content, folder = {}, Path(source.id)
+    unread = {CARD, *(f.name for f in weight_files_beside(folder))}
+    for file in sorted(f for f in folder.iterdir() if f.is_file() and f.name not in unread):
         with file.open("rb") as stream:
             content[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
     return {"files": content, "task": source.task, "dtype": source.dtype, "bits": source.bits}
@@ -201,8 +249,7 @@ class Bundle:
     @cached_property
     def config(self) -> "PreTrainedConfig":
         """The model's config, for which it needn't be loaded."""
-        config: PreTrainedConfig = (self.model if "model" in self.__dict__ else skeleton(self.source)).config
-        return config
+        return self.model.config if "model" in self.__dict__ else read_config(self.source)
 
     @cached_property
     def tokenizer(self) -> "PreTrainedTokenizerBase":
@@ -275,10 +322,25 @@ def load_model(source: Source, device: str, quantization_config: Any = None) -> 
             raise ModelError(f"{source.id}: its weights don't fit its config or are damaged") from None
         raise
     if lacking := sorted(info["missing_keys"]):
-        raise ModelError(f"{source.id}: {len(lacking)} weights are missing, such as {', '.join(lacking[:3])}; it can't serve {source.task}")
+        raise ModelError(
+            f"{source.id}: {len(lacking)} weights are missing, such as {', '.join(lacking[:3])};"
+            f" it can't serve {source.task}{_beside(source)}"
+        )
+    if getattr(model, "peft_config", None):
+        raise ModelError(f"{source.id}: transformers puts an adapter on it; merge it into the weights first (peft's merge_and_unload)")
+    if not model.all_tied_weights_keys and model.get_expanded_tied_weights_keys(all_submodels=True):
+        model.config.tie_word_embeddings = False  # it says that weights are shared of which the files hold two unlike ones
     if device == "cpu" and (odd := bnb.stumbling(model)):
         raise ModelError(f"{source.id}: {len(odd)} layers, such as {odd[0]}, can't run on this CPU: {bnb.ODD}; use another CPU or a GPU")
     return model.eval()
+
+
+def _beside(source: Source) -> str:
+    """What else lies in a folder whose weights are not whole."""
+    if not source.is_folder or not (others := weight_files_beside(Path(source.id))):
+        return ""
+    loaded = ", ".join(f.name for f in weight_files(Path(source.id)))
+    return f". transformers loads {loaded}, and not {', '.join(f.name for f in others)}, which lies beside"
 
 
 def reads_packed() -> bool:
@@ -326,13 +388,9 @@ def task_of(source: Source) -> str:
 
     Raises ModelError where it names none, or one that serves another task.
     """
-    from transformers import AutoConfig
     from transformers.models.auto import modeling_auto as known
 
-    try:
-        named = AutoConfig.from_pretrained(source.id, revision=source.revision).architectures or []
-    except Exception as error:  # a config may hold anything
-        raise ModelError(f"{source.id}: its config can't be read: {_first_line(error)}") from None
+    named = read_config(source).architectures or []
     serving = {
         "seq2seq": known.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
         "causal-lm": known.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -344,29 +402,70 @@ def task_of(source: Source) -> str:
     raise ModelError(f"{source.id}: no task can be told from its config's architectures, {named}; give --task, one of {', '.join(AUTO)}")
 
 
-def skeleton(source: Source) -> "PreTrainedModel":
-    """The model without its weights (computed buffers are there), to see what layers it has. Reads config.json alone.
+def read_config(source: Source) -> "PreTrainedConfig":
+    """What a model's config.json says. Raises ModelError."""
+    from transformers import AutoConfig
 
-    Raises ModelError.
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(source.id, revision=source.revision)
+    except Exception as error:  # a config may hold anything
+        raise ModelError(f"{source.id}: its config can't be read: {_first_line(error)}") from None
+    return config
+
+
+def skeleton(source: Source) -> "PreTrainedModel":
+    """The model as transformers loads it, without its weights (computed buffers are there): its layers, dtype and ties.
+
+    transformers is asked, which looks at the files' headers: a config needn't say which dtype they hold, nor that a head has weights of
+    its own. A packed model is what its config.json says.
+
+    Raises ModelError for what can't be loaded.
     """
     import torch
     import transformers
     from accelerate import init_empty_weights
 
+    config = read_config(source)
     try:
-        config = transformers.AutoConfig.from_pretrained(source.id, revision=source.revision)
-        dtype = config.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
+        packed = getattr(config, "quantization_config", None) is not None
+        loaded = None if packed else load_model(replace(source, bits=None), "meta")
+        dtype = loaded.dtype if loaded is not None else config.dtype if source.dtype == "auto" else getattr(torch, source.dtype)
         with init_empty_weights(include_buffers=False):
-            return getattr(transformers, AUTO[source.task]).from_config(config, dtype=dtype or torch.float32)
+            bare: PreTrainedModel = getattr(transformers, AUTO[source.task]).from_config(config, dtype=dtype or torch.float32)
+    except ModelError:
+        raise
     except Exception as error:  # a config may hold anything
         raise ModelError(f"{source.id}: can't serve task {source.task}: {_first_line(error)}") from None
+    if loaded is None:
+        return bare
+    for name, buffer in bare.named_buffers():
+        if buffer.device.type != "meta":
+            owner, _, leaf = name.rpartition(".")
+            setattr(loaded.get_submodule(owner), leaf, buffer)
+    if any(loaded.get_parameter(one) is not loaded.get_parameter(other) for one, other in loaded.all_tied_weights_keys.items()):
+        # the files hold both sides of a tie: transformers ties them where they are equal, for which it must read them
+        plain = mapped(source)
+        loaded.all_tied_weights_keys = dict(plain.all_tied_weights_keys)
+        loaded.config.tie_word_embeddings = plain.config.tie_word_embeddings
+        loaded.tie_weights(recompute_mapping=False)
+    return loaded
+
+
+def mapped(source: Source) -> "PreTrainedModel":
+    """The model as transformers loads it into main memory, its weights on disk until they are looked at.
+
+    They are in the dtype that they are stored in, whatever the source's is: in that they need no memory. Where the files hold several
+    dtypes, or weights in another form than the model's (experts one by one), what must be converted is in memory.
+
+    Raises ModelError.
+    """
+    dtypes = stored_dtypes(local_folder(source))
+    return load_model(replace(source, bits=None, dtype=dtypes[0] if len(dtypes) == 1 and dtypes[0] != "float64" else source.dtype), "cpu")
 
 
 def skeleton_bytes(source: Source) -> int:
-    """Bytes of the weights as the source's dtype has them, from config.json alone; shared ones once."""
-    bare = skeleton(source)
-    bare.tie_weights()
-    return sum(p.numel() * p.element_size() for p in {id(p): p for p in bare.parameters()}.values())
+    """Bytes of the weights as the source's dtype has them, none of them loaded; shared ones once."""
+    return sum(p.numel() * p.element_size() for p in {id(p): p for p in skeleton(source).parameters()}.values())
 
 
 def weight_bytes(model: "PreTrainedModel") -> int:

@@ -55,6 +55,7 @@ def test_truncated_safetensors(broken, size):
 
 
 def test_an_index_that_names_what_is_not_there(broken):
+    (broken / "model.safetensors").unlink()  # else the index isn't looked at
     index = {"weight_map": {"a": "model-00001.safetensors"}}
     (broken / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(broken, "names model-00001.safetensors, which isn't there")

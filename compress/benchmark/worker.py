@@ -232,7 +232,7 @@ class Worker:
 
 def _import_all(bundle: models.Bundle) -> None:
     """Import the code that the model will need, so that it counts as the interpreter's memory and not as the model's."""
-    packing = getattr(models.skeleton(bundle.source).config, "quantization_config", None)
+    packing = getattr(bundle.config, "quantization_config", None)
     method = packing.get("quant_method") if isinstance(packing, dict) else getattr(packing, "quant_method", None)
     name = str(getattr(method, "value", method))
     if method is not None and importlib.util.find_spec(name):

@@ -79,14 +79,14 @@ def _walk(
     targets: bool,
 ) -> "PreTrainedModel":
     model, weights = empty(bundle.source, scratch)
-    if model.config.model_type == "gpt_bigcode" and any(scratch.iterdir()):
+    if any(scratch.iterdir()):
         context.say("stored as GPTBigCode, which is GPT-2 with ordinary linear layers and computes the same")
     check_dtype(model)
     stacks = block_stacks(model)
     layers = layers_in_blocks(model, stacks, settings, context)
     store = prepare(model, layers)
     weights.fill(model, "", bundle.device, skip=tuple(f"{stack}." for stack in stacks))
-    model.tie_weights()
+    model.tie_weights(recompute_mapping=False)
     examples = batches(model, bundle.tokenizer, context)
     # two ways through the model: as the solved blocks go, and as the uncompressed ones do
     ways = [examples, [dict(inputs) for inputs in examples]] if targets else [examples]
@@ -94,12 +94,12 @@ def _walk(
     done, total = 0, sum(map(len, stacks.values()))
     with torch.no_grad(), without_cache(model):
         for stack, blocks in stacks.items():
-            weights.fill(blocks[0], f"{stack}.0.", bundle.device)
+            weights.fill(model, f"{stack}.0", bundle.device)
             streams = [lead_in(model, blocks, way) for way in ways]
             for index in range(len(blocks)):
                 context.progress("calibrating, block by block", done, total)
                 name, module = f"{stack}.{index}", blocks[index]
-                weights.fill(module, f"{name}.", bundle.device)
+                weights.fill(model, name, bundle.device)
                 aims = _led_through(streams[1][index], module, bundle.device) if targets else []
                 # taken out, so that nothing holds a layer's weights once it is packed
                 inside = {full: layers.pop(full) for full in list(layers) if full.startswith(f"{name}.") and full in store.bits}

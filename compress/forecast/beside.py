@@ -27,7 +27,7 @@ def foretold(side: Side, source: Source, recipe: Recipe, device: str) -> list[Me
         shape = read(config, source.task)
     except ModelError:  # an architecture that isn't known
         return []
-    dtype = stored_dtype(config, source.dtype)
+    dtype = stored_dtype(folder, config, source.dtype)
     method = (config.get("quantization_config") or {}).get("quant_method", "compressed-tensors")
     weights = weight_bytes(shape, dtype) if method == "compressed-tensors" else round(on_disk)
     width, new_tokens = 4 if dtype == "FP32" else 2, recipe.benchmark.new_tokens

@@ -76,7 +76,7 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
         said.append(
             f"{shape.architecture!r} isn't known here: its weights are read from its files' headers, and what else it takes can't be told"
         )
-    dtype = stored_dtype(config, recipe.model.dtype)
+    dtype = stored_dtype(folder, config, recipe.model.dtype)
     rows = []
     for name in DTYPES:
         for batch, prompt in benchmark.points:
@@ -104,10 +104,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def stored_dtype(config: dict[str, Any], wanted: str) -> str:
-    """The dtype that a model is loaded in, by the name it has in a plan."""
-    found = wanted if wanted != "auto" else config.get("dtype") or config.get("torch_dtype") or "float32"
-    return STORED.get(str(found), "FP32")
+def stored_dtype(folder: Path, config: dict[str, Any], wanted: str) -> str:
+    """The dtype that a model is loaded in, by the name it has in a plan: its files' where its config names none."""
+    dtype = wanted if wanted != "auto" else config.get("dtype") or config.get("torch_dtype")
+    return STORED.get(str(dtype or next(iter(model.stored_dtypes(folder)), "float32")), "FP32")
 
 
 def _folder(recipe: Recipe) -> Path:

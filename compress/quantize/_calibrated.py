@@ -7,6 +7,8 @@ from torch import nn
 
 from compress.calibration.block import Block
 from compress.calibration.walk import Storage, walk
+from compress.calibration.weights import put_together
+from compress.errors import ModelError
 from compress.methods import Context, LayerSettings
 from compress.model import Bundle
 from compress.quantize._bits import plan
@@ -21,9 +23,17 @@ Files = Callable[["PreTrainedModel", dict[str, Kind]], Storage]
 def quantise(
     bundle: Bundle, settings: LayerSettings, context: Context, files: Files, solve: Callable[[Block], None], targets: bool = False
 ) -> Bundle:
-    """The model with every layer as `solve` sets it, stored in these files. Raises what `walk` and `plan` raise."""
+    """The model with every layer as `solve` sets it, stored in these files.
+
+    Raises what `walk` and `plan` raise, and ModelError for a mixture of experts whose files plain transformers couldn't read again.
+    """
 
     def prepare(model: "PreTrainedModel", layers: dict[str, nn.Linear]) -> Storage:
+        if merged := put_together(model, bundle.source):
+            raise ModelError(
+                f"{type(model).__name__}: its files hold {merged[0]} in parts, which transformers puts together at loading and can't where"
+                " other layers are packed; methods that don't go through the calibration pass (`compress methods`) work on it"
+            )
         return files(model, plan(bundle, model, settings, context, layers))
 
     return walk(bundle, settings, context, prepare, solve, targets)

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from compress.errors import ModelError
 from compress.methods import About, Context, LayerSettings
-from compress.model import Bundle, skeleton
+from compress.model import Bundle
 from compress.quantize._grid import Grid, GridSettings, Kind, fit, grid_of
 from compress.quantize._observer import Observer
 
@@ -48,7 +48,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from compress.quantize._observer import Histogram
     from compress.quantize._solution import Quantised
 
-    config = skeleton(bundle.source).config
+    config = bundle.config
     if config.is_encoder_decoder:
         raise ModelError(
             f"quantize: int8_static: no format of plain transformers holds fixed input ranges for an encoder-decoder ({config.model_type});"
