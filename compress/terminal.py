@@ -17,7 +17,7 @@ from compress import process
 from compress.errors import printable
 from compress.forecast.plan import Plan
 from compress.inspection.findings import NORMAL, Inspection, Part, grouped
-from compress.report.compare import as_text, labels, rows
+from compress.report.compare import as_text, decisive, rows
 from compress.report.history import FEWEST, Line, Run
 from compress.report.layers import line
 from compress.report.numbers import change, count, duration, figure, percent, scaled, verdict_words
@@ -94,10 +94,12 @@ def show_report(report: Report) -> None:
     console.print(f"report    {_shown(str(report.folder))}", soft_wrap=True)
 
 
-def show_comparison(reports: Sequence[Report]) -> None:
-    """One table over reports."""
-    found = rows(reports)
-    print(as_text(found, labels(found), "table", room()))
+def show_comparison(reports: Sequence[Report], minimised: str | None = None) -> None:
+    """One table over reports: the figures that their gates limit and what is minimised first; below it what decided against which."""
+    models = rows(reports)
+    print(as_text(models, decisive(models, reports, minimised), "table", room()))
+    if doubtful := [report for report in reports if report.verdict != "pass"]:
+        show_reasons("didn't pass", [(report.recipe, f"{verdict_words(report.verdict)}: {report.decided_by}") for report in doubtful])
 
 
 def show_reasons(what: str, reasons: Sequence[tuple[str, str]]) -> None:

@@ -219,7 +219,7 @@ def test_what_a_pipeline_is_told_is_text():
     assert first.startswith("::error title=a%2Cb%3A%3Ac%3A FAIL%3A rougeL%3A max_drop 1::100 %25 <b>&")
     assert second.startswith("::warning title=a%2Cb%3A%3Ac%3A cannot tell yet%3A rougeL [batch 8%2C prompt 64]%3A max_drop 1::")
     assert "%0A::error::no, really" in first and not {"\n", "\x1b", "\u202e"} & set(first)
-    suite = ElementTree.fromstring(ci.junit(report).encode()).find("testsuite")
+    suite = ElementTree.fromstring(ci.junit([report]).encode()).find("testsuite")
     assert (suite.get("failures"), suite.get("errors")) == ("1", "1")
     assert suite[1][0].get("message").startswith("100 % <b>&")
 
@@ -229,7 +229,7 @@ def test_what_no_gate_says_is_told_of_the_whole():
     assert ci.annotations(report) == [
         "::warning title=toy%3A cannot tell yet%3A verdict::the recipe sets no limits under check to judge by"
     ]
-    assert ElementTree.fromstring(ci.junit(report).encode()).get("errors") == "1"
+    assert ElementTree.fromstring(ci.junit([report]).encode()).get("errors") == "1"
 
 
 def test_runs_that_end_at_once_lose_nothing(write_recipe, tmp_path):

@@ -1,28 +1,35 @@
 """What a pipeline is told of a verdict: JUnit XML, and annotations for GitHub's runners."""
 
 from collections import Counter
+from collections.abc import Sequence
 from xml.etree import ElementTree as xml
 
 from compress.errors import printable
 from compress.report.numbers import verdict_words
 from compress.results import Report, Verdict
 
+Finding = tuple[str, Verdict, str]  # name, verdict, sentence
 
-def junit(report: Report) -> str:
-    """JUnit's XML: a test case a gate, a failure where it fails, an error where the data cannot tell."""
-    rows = _findings(report)
-    verdicts = Counter(verdict for _, verdict, _ in rows)
-    counts = {"tests": str(len(rows)), "failures": str(verdicts["fail"]), "errors": str(verdicts["cannot_tell"])}
-    root = xml.Element("testsuites", {"name": "compress", **counts})
-    suite = xml.SubElement(root, "testsuite", {"name": printable(report.recipe), **counts, "timestamp": report.created})
-    for name, verdict, sentence in rows:
-        case = xml.SubElement(suite, "testcase", classname=printable(report.recipe), name=printable(name))
-        if verdict != "pass":
-            said = printable(sentence)
-            found = xml.SubElement(case, "failure" if verdict == "fail" else "error", type=verdict_words(verdict), message=said)
-            found.text = f"{said}\n{printable(str(report.folder))}"
+
+def junit(reports: Sequence[Report]) -> str:
+    """JUnit's XML: a suite a report, a test case a gate, a failure where it fails, an error where the data cannot tell."""
+    root = xml.Element("testsuites", {"name": "compress", **_counts([row for report in reports for row in _findings(report)])})
+    for report in reports:
+        rows = _findings(report)
+        suite = xml.SubElement(root, "testsuite", {"name": printable(report.recipe), **_counts(rows), "timestamp": report.created})
+        for name, verdict, sentence in rows:
+            case = xml.SubElement(suite, "testcase", classname=printable(report.recipe), name=printable(name))
+            if verdict != "pass":
+                message = printable(sentence)
+                problem = xml.SubElement(case, "failure" if verdict == "fail" else "error", type=verdict_words(verdict), message=message)
+                problem.text = f"{message}\n{printable(str(report.folder))}"
     xml.indent(root)
     return xml.tostring(root, encoding="unicode", xml_declaration=True) + "\n"
+
+
+def _counts(rows: Sequence[Finding]) -> dict[str, str]:
+    verdicts = Counter(verdict for _, verdict, _ in rows)
+    return {"tests": str(len(rows)), "failures": str(verdicts["fail"]), "errors": str(verdicts["cannot_tell"])}
 
 
 def annotations(report: Report) -> list[str]:
@@ -35,9 +42,9 @@ def annotations(report: Report) -> list[str]:
     return found
 
 
-def _findings(report: Report) -> list[tuple[str, Verdict, str]]:
+def _findings(report: Report) -> list[Finding]:
     """Name, verdict and sentence of every gate, and of the whole where that says what no gate does."""
-    found: list[tuple[str, Verdict, str]] = [(gate.label, gate.verdict, gate.sentence) for gate in report.gates]
+    found: list[Finding] = [(gate.label, gate.verdict, gate.sentence) for gate in report.gates]
     if report.verdict not in {verdict for _, verdict, _ in found}:
         found.append(("verdict", report.verdict, report.decided_by))
     return found

@@ -99,6 +99,14 @@ def labels(found: Sequence[Row], wanted: Sequence[str] = ()) -> list[str]:
     return list({label: None for name in wanted or HEAD for label in points(name)})
 
 
+def decisive(found: Sequence[Row], reports: Sequence[Report], minimised: str | None = None) -> list[str]:
+    """The labels of all figures that gates of the reports limit, of what is minimised, and of those that a deployment turns on."""
+    measured = {m.metric for row in found for m in row.figures.values()}
+    gated = dict.fromkeys(metric for report in reports for metric in report.settings["check"])
+    wanted = [name for name in [*gated, *([minimised] if minimised else [])] if name in measured]
+    return list(dict.fromkeys([*(labels(found, wanted) if wanted else []), *labels(found)]))
+
+
 def ranked(found: Sequence[Row], by: str) -> list[Row]:
     """The rows by one figure, the best first and the smallest where neither is better; the other way round after `:reverse`. Rows
     without the figure are last.
@@ -124,7 +132,7 @@ def unbeaten(found: Sequence[Row], figures: Sequence[str]) -> list[Row]:
 def as_text(found: Sequence[Row], figures: Sequence[str], style: Style, width: int | None = None) -> str:
     """The rows in one style.
 
-    width   of a `table` in a terminal: it is turned on its side where that makes it fit, and else leaves out the figures that don't fit
+    width   of a `table` in a terminal: it is turned on its side where that makes it fit, and else comes in pieces below each other
     """
     if style == "json":
         return json.dumps([_plain(row, figures) for row in found], indent=1, allow_nan=False)
@@ -133,9 +141,7 @@ def as_text(found: Sequence[Row], figures: Sequence[str], style: Style, width: i
     header, body = cells(found, figures)
     remarks = _remarks(found)
     if style == "table":
-        lines, left_out = fitted(header, body, width)
-        if left_out:
-            remarks.append(f"no room for {', '.join(left_out)}; --columns picks figures")
+        lines = fitted(header, body, width)
         return "\n".join([*lines, *([""] if remarks else []), *map(printable, remarks)])
     if style == "md":
         return "\n\n".join([table(header, body), *(cell(remark) for remark in remarks)])

@@ -58,10 +58,16 @@ def read_reports(files: Sequence[Path]) -> tuple[list[Report], list[str]]:
     return reports, damaged
 
 
-def find_reports(places: Iterable[str | Path]) -> list[Path]:
-    """The report.json files that places mean, each once. Raises ReportError for a place without any."""
+def find_reports(places: Iterable[str | Path], out: Path | None = None, newest_only: bool = True) -> list[Path]:
+    """The report.json files that places mean, each once.
+
+    out           where recipes' reports are; with it a recipe, as a file or by its name, is a place too
+    newest_only   a recipe means its newest report, not all
+
+    Raises ReportError for a place without any.
+    """
     files: dict[Path, None] = {}
-    for place in places:
+    for place in places if out is None else [_of_recipe(place, out, newest_only) for place in places]:
         matched = [Path(p) for p in sorted(glob.glob(str(place), recursive=True))] or [Path(place)]
         for path in matched:
             try:
@@ -80,9 +86,16 @@ def find_reports(places: Iterable[str | Path]) -> list[Path]:
     return list(files)
 
 
-def newest(recipe: str, out: Path) -> Path | None:
-    """The newest report of a recipe, a file or a bare name, under `out`; its runs are named by their time."""
-    return max((out / Path(recipe).stem).glob("*/report.json"), default=None)
+def _of_recipe(place: str | Path, out: Path, newest_only: bool) -> str | Path:
+    """A place of reports as it is; for a recipe that of its newest report, or of all. Its runs are named by their time."""
+    text = str(place)
+    if not text.endswith((".yaml", ".yml")) and (glob.glob(text, recursive=True) or Path(text).name != text):
+        return place
+    folder = out / Path(text).stem
+    newest = max(folder.glob("*/report.json"), default=None)
+    if newest is None:
+        raise ReportError(f"{place}: there is no report here, and none of such a recipe in {folder}; name --out, or run it")
+    return newest if newest_only else folder
 
 
 def frame(reports: Iterable[Report]) -> "pandas.DataFrame":

@@ -10,6 +10,7 @@ from itertools import zip_longest
 from compress.errors import printable
 
 Grid = list[list[list[str]]]  # rows of cells of lines
+NAMES = (200, 30, 20)  # columns that names are folded to, one after the other, until a table fits
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:
@@ -53,24 +54,36 @@ def room() -> int | None:
     return shutil.get_terminal_size((0, 0)).columns or None
 
 
-def fitted(header: list[str], rows: list[list[str]], width: int | None) -> tuple[list[str], list[str]]:
-    """Lines for a terminal, and the header of the columns that were left out for want of room.
-
-    A table that is too wide is turned on its side; where that is too wide as well, the first column is folded and the last ones are left
-    out. (rich's own tables take two milliseconds a row.)
+def fitted(header: list[str], rows: list[list[str]], width: int | None) -> list[str]:
+    """Lines for a terminal. Nothing is left out: a table that is too wide is turned on its side, its names folded; where that is too wide
+    as well, it comes in pieces below each other, each with the first column. (rich's own tables take two milliseconds a row.)
     """
     narrow = [re.sub(r" \[|, ", "\n", title).removesuffix("]") for title in header]
     grid = _grid([narrow, *rows])
     if width is None or _width(_widths(grid)) <= width:
-        return _laid(grid, left=2), []
-    turned = _grid([title.replace(" [", "\n["), *column] for title, column in zip(header, zip(*rows, strict=True), strict=True))
-    if _width(_widths(turned)) <= width:
-        return _laid(turned, left=1), []
-    folded = _grid([narrow, *(["\n".join(textwrap.wrap(row[0], max(width // 3, 20))), *row[1:]] for row in rows)])
-    widths, kept = _widths(folded), len(header)
-    while kept > 3 and _width(widths[:kept]) > width:
-        kept -= 1
-    return _laid([row[:kept] for row in folded], left=2), header[kept:]
+        return _laid(grid, left=2)
+    titles = [title.replace(" [", "\n[") for title in header]
+    for most in NAMES:
+        names, *cells = zip(*([_folded(row[0], most), *row[1:]] for row in rows), strict=True)
+        turned = _grid([[titles[0], *names], *([title, *column] for title, column in zip(titles[1:], cells, strict=True))])
+        if _width(_widths(turned)) <= width:
+            return _laid(turned, left=1)
+    folded = _grid([narrow, *([_folded(row[0], max(width // 3, NAMES[-1])), *row[1:]] for row in rows)])
+    return "\n\n".join("\n".join(_laid(piece, left)) for piece, left in _pieces(folded, width)).split("\n")
+
+
+def _folded(name: str, most: int) -> str:
+    return "\n".join(textwrap.wrap(printable(name), most)) or name
+
+
+def _pieces(grid: Grid, width: int) -> list[tuple[Grid, int]]:
+    """A grid in pieces that fit, and how many of their columns are flush left; what the first column says stands in each."""
+    widths, pieces = _widths(grid), [[0, 1]]
+    for column in range(2, len(widths)):
+        if _width([widths[place] for place in [*pieces[-1], column]]) > width and len(pieces[-1]) > 1:
+            pieces.append([0])
+        pieces[-1].append(column)
+    return [([[row[place] for place in piece] for row in grid], 2 if piece[1] == 1 else 1) for piece in pieces]
 
 
 def _grid(rows: Iterable[Sequence[str]]) -> Grid:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from compress.results import Report
 
 EXIT = {"pass": 0, "fail": 1, "cannot_tell": 4}
+WORST_FIRST = (1, 3, 4, 0)  # exit statuses
 
 
 def refuse(given: Namespace) -> None:
@@ -25,32 +26,39 @@ def refuse(given: Namespace) -> None:
         raise InputError(f"--junit and --markdown are both {given.junit}; name two files")
 
 
-def tell(report: "Report", given: Namespace) -> None:
+def tell(reports: Sequence["Report"], given: Namespace) -> None:
     """Tell a pipeline: the files of `_arguments.telling`, and on GitHub's runners annotations, which they read on stderr too."""
     from compress.report import ci, write
     from compress.results import write_whole
 
     if given.junit:
-        write_whole(given.junit, ci.junit(report))
+        write_whole(given.junit, ci.junit(reports))
     if given.markdown:
-        write_whole(given.markdown, write.brief(report) + "\n")
+        write_whole(given.markdown, "\n\n".join(map(write.brief, reports)) + "\n")
     if os.environ.get("GITHUB_ACTIONS") == "true":
-        for line in ci.annotations(report):
+        for line in (line for report in reports for line in ci.annotations(report)):
             print(line, file=sys.stderr)
 
 
-def finish(report: "Report", as_json: bool, measured_only: bool = False) -> int:
-    """Show a report; returns its exit status."""
+def finish(reports: Sequence["Report"], as_json: bool, measured_only: bool = False) -> int:
+    """Show reports, several as JSON in one list; returns the exit status, of several the worst."""
     from compress import terminal
 
     try:
         if as_json:
-            print_json(report.as_json())
+            documents = [report.as_json() for report in reports]
+            print_json(documents if len(documents) > 1 else documents[0])
         else:
-            terminal.show_report(report)
+            for report in reports:
+                terminal.show_report(report)
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads on, and the exit status still counts
         ignore_stdout()
+    statuses = {_status(report, measured_only) for report in reports}
+    return next(status for status in WORST_FIRST if status in statuses)
+
+
+def _status(report: "Report", measured_only: bool) -> int:
     failed = any(side.failures for side in report.sides)
     return 3 if failed else 0 if measured_only else EXIT[report.verdict]
 

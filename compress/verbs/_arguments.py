@@ -10,6 +10,11 @@ def on_a_device(parser: ArgumentParser) -> None:
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto", help="auto takes the GPU where there is one")
 
 
+def of_reports(parser: ArgumentParser) -> None:
+    parser.add_argument("reports", nargs="+", metavar="REPORT", help="report folders, folders of reports, patterns, or recipes")
+    parser.add_argument("--out", type=Path, default=Path("reports"), metavar="DIR", help="where recipes' reports are (reports)")
+
+
 def overriding(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="override a key of the recipe: --set stages.0.bits=3"

@@ -28,6 +28,6 @@ def call(given: Namespace) -> int:
     loaded = load(given.recipe, given.set)
     with terminal.bars() as progress:
         report = pipeline.bench(given.model, loaded, given.out, given.device, progress, given.strict)
-    status = finish(report, given.json, measured_only=True)
+    status = finish([report], given.json, measured_only=True)
     log(report, given.log)
     return status

@@ -1,7 +1,8 @@
-"""Check the gates of a report again, gates of a file, or one report against another.
+"""Check the gates of reports again, gates of a file, or one report against another.
 
-With --against, the candidate of another report is the baseline; the two must have been measured alike. With --best, the other one is
-found: of all reports in a place that passed and were measured alike, the one with the best figure.
+Reports are what `compare` takes: folders, folders of reports, patterns, recipes. Of several each is checked, and the worst decides. With
+--against, the candidate of another report is the baseline; the two must have been measured alike. With --best, the other one is found: of
+all reports in a place that passed and were measured alike, the one with the best figure.
 
 On GitHub's runners (GITHUB_ACTIONS=true) every gate that doesn't pass becomes an annotation.
 
@@ -14,11 +15,11 @@ from argparse import ArgumentParser, Namespace
 
 from compress.errors import InputError
 from compress.verbs._answer import complain, finish, refuse, tell
-from compress.verbs._arguments import telling
+from compress.verbs._arguments import of_reports, telling
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("report", metavar="REPORT", help="a report folder or its report.json")
+    of_reports(parser)
     parser.add_argument("--gates", metavar="FILE", help="limits by metric, as under a recipe's check; or mlperf-99, mlperf-99.9")
     parser.add_argument(
         "--against", metavar="REPORT", help="take this report's candidate as the baseline; with --best, a folder of reports"
@@ -37,14 +38,19 @@ def call(given: Namespace) -> int:
     for flag, value in (("--against", given.against), ("--best", given.best), ("--gates", given.gates)):
         if value == "":
             raise InputError(f"{flag} '': it is empty, as a variable is that isn't set")
-    report, place = read_report(given.report), given.against
     if given.best and not given.against:
         raise InputError("--best says which of the reports under --against counts; give --against DIR with it")
+    reports = [read_report(file) for file in find_reports(given.reports, given.out)]
     if given.best:
-        others, damaged = read_reports(find_reports([given.against]))
+        others, damaged = read_reports(find_reports([given.against], given.out))
         complain(damaged)
-        place = history.best(report, others, given.best).folder
-    checked = pipeline.check(report, read_report(place) if place else None, given.gates)
+        baselines = [read_report(history.best(report, others, given.best).folder) for report in reports]
+    else:
+        baselines = [read_report(file) for file in find_reports([given.against], given.out)] if given.against else [None]
+        if len(baselines) > 1:
+            raise InputError(f"--against {given.against}: {len(baselines)} reports lie there; name one, or give --best METRIC with it")
+        baselines *= len(reports)
+    checked = [pipeline.check(report, baseline, given.gates) for report, baseline in zip(reports, baselines, strict=True)]
     status = finish(checked, given.json)
     tell(checked, given)
     return status

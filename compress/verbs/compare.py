@@ -9,19 +9,16 @@ Exit status: 0 compared, 2 bad input.
 Example:  compress compare reports/quickstart other-recipe --columns rougeL weight_bytes --pareto
 """
 
-import glob
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
-from compress.errors import ReportError
 from compress.verbs._answer import complain
+from compress.verbs._arguments import of_reports
 
 FORMATS = ("table", "md", "csv", "json", "latex", "html")
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("reports", nargs="+", metavar="REPORT", help="report folders, folders of reports, patterns, or recipes")
-    parser.add_argument("--out", type=Path, default=Path("reports"), metavar="DIR", help="where recipes' reports are (reports)")
+    of_reports(parser)
     parser.add_argument("--columns", nargs="+", default=[], metavar="FIGURE", help="the figures to show: rougeL weight_bytes latency_p50")
     parser.add_argument("--sort", metavar="FIGURE", help="the best in this figure first; FIGURE:reverse turns that round")
     parser.add_argument("--pareto", action="store_true", help="only models that no other beats on the figures shown")
@@ -34,7 +31,7 @@ def call(given: Namespace) -> int:
     from compress.report.frame import find_reports, read_reports
     from compress.report.table import room
 
-    reports, damaged = read_reports(find_reports(_place(place, given.out) for place in given.reports))
+    reports, damaged = read_reports(find_reports(given.reports, given.out))
     complain(damaged)
     found = compare.rows(reports)
     if not given.unlike:
@@ -46,16 +43,3 @@ def call(given: Namespace) -> int:
         found = compare.unbeaten(found, figures)
     print(compare.as_text(found, figures, "json" if given.json else given.format, room()))
     return 0
-
-
-def _place(place: str, out: Path) -> str | Path:
-    """A place of reports as it is; for a recipe that of its newest report."""
-    is_recipe = place.endswith((".yaml", ".yml"))
-    if not is_recipe and (glob.glob(place, recursive=True) or Path(place).name != place):
-        return place
-    from compress.report.frame import newest
-
-    found = newest(place, out)
-    if found is None:
-        raise ReportError(f"{place}: there is no report here, and none of such a recipe in {out / Path(place).stem}; name --out, or run it")
-    return found

@@ -1,7 +1,7 @@
 """A metric over runs in time order, with the commit of each and where it changed.
 
-Only runs that were measured alike are one line: the same recipe, examples, benchmark and machine. Reports that can't be read are named on
-stderr and passed over.
+A recipe, as a file or by its name, means all of its reports under --out. Only runs that were measured alike are one line: the same
+recipe, examples, benchmark and machine. Reports that can't be read are named on stderr and passed over.
 
 Exit status: 0 shown, 2 bad input.
 
@@ -11,10 +11,11 @@ Example:  compress history reports --metric rougeL --recipe quickstart
 from argparse import ArgumentParser, Namespace
 
 from compress.verbs._answer import complain, print_json
+from compress.verbs._arguments import of_reports
 
 
 def arguments(parser: ArgumentParser) -> None:
-    parser.add_argument("reports", nargs="+", metavar="REPORT", help="report folders, folders of reports, or patterns")
+    of_reports(parser)
     parser.add_argument("--metric", required=True, metavar="METRIC", help="rougeL, weight_bytes, latency_p50, 'ttft [batch 1, prompt 64]'")
     parser.add_argument("--recipe", metavar="NAME", help="this recipe's runs alone")
 
@@ -26,7 +27,7 @@ def call(given: Namespace) -> int:
     from compress.report import history
     from compress.report.frame import find_reports, read_reports
 
-    found, damaged = read_reports(find_reports(given.reports))
+    found, damaged = read_reports(find_reports(given.reports, given.out, newest_only=False))
     complain(damaged)
     lines = history.lines(found, given.metric, given.recipe)
     if given.json:

@@ -42,7 +42,7 @@ def call(given: Namespace) -> int:
     loaded = load(given.recipe, given.set)
     with terminal.bars() as progress:
         report = pipeline.run(loaded, given.out, given.device, progress, processes, given.strict)
-    status = finish(report, given.json)
-    tell(report, given)
+    status = finish([report], given.json)
+    tell([report], given)
     log(report, given.log)
     return status

@@ -53,7 +53,7 @@ def call(given: Namespace) -> int:
         print_json({"best": best and {**asdict(best), "recipe": str(found.file)}, "tried": [asdict(one) for one in found.tried]})
     else:
         if reports := [read_report(one.report, figures_only=True) for one in found.tried if one.report]:
-            terminal.show_comparison(reports)
+            terminal.show_comparison(reports, given.minimise)
         if left := [(search.variant(one.choice).name, one.reason) for one in found.tried if one.reason]:
             terminal.show_reasons("left out", left)
         if best is None:

@@ -9,12 +9,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 from rich.cells import cell_len
 
-from compress import cli
-from compress.errors import ReportError
+from compress import cli, terminal
+from compress.errors import InputError, ReportError
 from compress.report import compare, write
 from compress.report.verdict import compare as compared
 from compress.report.verdict import pairs
@@ -213,21 +214,54 @@ def test_a_recipe_means_its_newest_report(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.parametrize("width", [80, 120, 300])
-def test_a_terminal_shows_what_fits_and_says_what_does_not(three, width, capsys, monkeypatch):
+def test_a_terminal_shows_every_figure_whatever_its_width(three, width, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(width))
     one(HOSTILE, three / "hostile")
     one("as 🙂 long " * 9, three / "long")
     assert verb(three) == 0
-    shown, _, remarks = capsys.readouterr().out.partition("\n\n")
-    lines = shown.splitlines()
-    rule = next(line for line in lines if line.startswith("─"))
-    assert max(map(cell_len, lines)) <= width
-    ends = [number for number, sign in enumerate(rule) if sign == " "][1::2]
-    for line in lines[lines.index(rule) + 1 :]:
-        padded = "".join(sign + "\0" * (cell_len(sign) - 1) for sign in line)
-        assert all(padded[end : end + 1] in ("", " ") for end in ends), "columns stand below each other"
-    assert ("no room for" in remarks) == (width == 80)
+    *pieces, _ = (shown := capsys.readouterr().out).split("\n\n")
+    assert (len(pieces) > 1) == (width == 80)
+    for piece in pieces:
+        lines = piece.splitlines()
+        rule = next(line for line in lines if line.startswith("─"))
+        assert max(map(cell_len, lines)) <= width
+        ends = [number for number, sign in enumerate(rule) if sign == " "][1::2]
+        for line in lines[lines.index(rule) + 1 :]:
+            padded = "".join(sign + "\0" * (cell_len(sign) - 1) for sign in line)
+            assert all(padded[end : end + 1] in ("", " ") for end in ends), "columns stand below each other"
+    for figure in ("rougeL", "weight_bytes", "latency_p50"):
+        assert figure in shown
     assert "�" in shown and "\x1b" not in shown and "\u202e" not in shown
+
+
+def test_check_takes_what_compare_takes_and_the_worst_decides(three, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    gates = tmp_path / "gates.yaml"
+    gates.write_text("rougeL: {max_drop: 1.0}\n")
+
+    def check(*arguments):
+        given = cli.parser().parse_args(["check", *map(str, arguments), "--gates", str(gates)])
+        return given.call(given)
+
+    assert check("good", "--json") == 0 and json.loads(capsys.readouterr().out)["verdict"] == "pass"
+    assert check("good", "sm*", "--json", "--junit", "all.xml") == 1
+    assert [report["verdict"] for report in json.loads(capsys.readouterr().out)] == ["pass", "fail"]
+    suites = ElementTree.parse("all.xml").getroot()
+    assert [(suite.get("name"), suite.get("failures")) for suite in suites] == [("good", "0"), ("small", "1")]
+    assert suites.get("tests") == "2"
+    assert check(three) == 1, "a folder means all that is in it"
+    with pytest.raises(InputError, match="3 reports lie there"):
+        check("good", "--against", three)
+
+
+def test_a_search_shows_every_gate_what_is_minimised_and_why_not(three, capsys):
+    settings = {"check": {"latency_p50": {"max_ratio": 1}, "accuracy": {"min": 1}}, "data": {}, "generation": {}, "benchmark": {}}
+    reports = [read_report(three / name).model_copy(update={"settings": settings}) for name in ("good", "small")]
+    reports[1] = reports[1].model_copy(update={"verdict": "fail", "decided_by": "latency is x3"})
+    assert compare.decisive(compare.rows(reports), reports, "weight_bytes")[:2] == ["latency_p50 [batch 1, prompt 64]", "weight_bytes"]
+    terminal.show_comparison(reports, "weight_bytes")
+    shown = capsys.readouterr().out
+    assert "FAIL: latency is x3" in shown and shown.index("latency_p50") < shown.index("weight_bytes") < shown.index("rougeL")
 
 
 def test_few_models_are_turned_on_their_side_where_that_fits(tmp_path, capsys, monkeypatch):
@@ -236,7 +270,7 @@ def test_few_models_are_turned_on_their_side_where_that_fits(tmp_path, capsys, m
     verb(tmp_path)
     shown = capsys.readouterr().out.splitlines()
     assert shown[0].split() == ["model", "baseline", "baseline", "toy", "(quantize:", "bnb_nf4)"]
-    assert "no room" not in "".join(shown)
+    assert any(line.startswith("latency_p50") for line in shown)
 
 
 def test_text_is_shown_as_text_in_every_format(three, capsys):
