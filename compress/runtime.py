@@ -19,9 +19,15 @@ from compress.errors import DeviceError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+# inputs rounded on one grid whose step and zero are told, not looked for; quicker called without its overloads being searched
+ROUNDED_PRODUCT = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+
 
 class Int8Linear(nn.Module):
     """A linear layer, int8 by row, whose inputs are rounded token by token: 8 bits, or 7 on CPUs where sums of 8 would overflow (no VNNI).
+
+    Each token's numbers are spread over the whole grid from its least to its largest, whatever stands beside it in the batch; the least is
+    taken off before and its product, which is it times the sums of the weight's rows, added after.
 
     integers (rows, columns) int8, scale (rows,), bias (rows,), factor (columns,) what the inputs are multiplied by before
     """
@@ -36,24 +42,27 @@ class Int8Linear(nn.Module):
             warnings.simplefilter("ignore")
             weight = torch._make_per_channel_quantized_tensor(integers, scale.double(), torch.zeros(len(scale), dtype=torch.long), 0)
         self._packed = torch.ops.quantized.linear_prepack(weight, None)
-        self._narrow = not torch.cpu._is_vnni_supported()
+        self._sums = (integers.sum(dim=1, dtype=torch.int32) * scale.double()).float()
+        self._step = 1 / (255 if torch.cpu._is_vnni_supported() else 127)
         self._factor, self._bias = factor, bias
 
     def forward(self, states: Tensor) -> Tensor:
         x = states.float() if self._factor is None else states.float() * self._factor
-        # the kernel has one scale for all inputs: tokens are given one size before, and their own after
-        size = x.abs().amax(dim=-1, keepdim=True).clamp(min=1e-10)
-        out: Tensor = torch.ops.quantized.linear_dynamic(x / size, self._packed, self._narrow).mul_(size)
+        least = x.amin(dim=-1, keepdim=True)
+        size = x.amax(dim=-1, keepdim=True).sub_(least).clamp_(min=1e-10)
+        out: Tensor = ROUNDED_PRODUCT((x - least).div_(size), self._step, 0, self._packed).mul_(size).addcmul_(least, self._sums)
         return (out if self._bias is None else out.add_(self._bias)).to(states.dtype)
 
 
 def use_cpu_int8(model: "PreTrainedModel") -> int:
     """Have a loaded model's int8 layers of torchao computed by FBGEMM, in place. Returns how many there were.
 
-    Raises DeviceError for a model on a GPU, where torchao's own kernels are the fast ones.
+    Raises DeviceError for a model on a GPU, where torchao's own kernels are the fast ones, and on a CPU that FBGEMM doesn't know.
     """
     if model.device.type != "cpu":
         raise DeviceError(f"cpu_int8: the model is on {model.device}, and these kernels run on a CPU; leave it out there")
+    if "fbgemm" not in torch.backends.quantized.supported_engines:
+        raise DeviceError("cpu_int8: these kernels are for x86 CPUs, and this torch has none for the CPU here; leave it out there")
     found = [(name, layer) for name, layer in model.named_modules() if _is_int8(layer)]
     for name, layer in found:
         weight: Any = layer.weight

@@ -36,6 +36,32 @@ def test_a_layer_gives_the_product_of_the_rounded_parts(bias, divided):
     assert (np.abs(found - given @ weight.T) <= limit + 1e-5 * np.abs(shift)).all()
 
 
+@pytest.mark.parametrize(("rows", "columns"), [(24, 64), (33, 172), (7, 3)])
+def test_a_token_is_rounded_alike_whatever_stands_beside_it(rows, columns):
+    """To the bit: alone, in a batch, among tokens a million times its size, in another place."""
+    torch.manual_seed(0)
+    layer = Int8Linear(torch.randint(-128, 128, (rows, columns), dtype=torch.int8), torch.rand(rows), torch.randn(rows), None)
+    tokens = (
+        torch.randn(6, columns) * torch.tensor([1e-3, 1.0, 1.0, 1e3, 0.0, 1.0])[:, None] + torch.tensor([0, 0, 5.0, 0, 0, -2.0])[:, None]
+    )
+    alone = torch.cat([layer(token[None]) for token in tokens])
+    for others in (torch.randn(5, columns) * 1e6, torch.zeros(3, columns), torch.rand(40, columns)):
+        assert torch.equal(layer(torch.cat([others, tokens]))[len(others) :], alone)
+        assert torch.equal(layer(torch.cat([tokens, others]))[: len(tokens)], alone)
+    assert torch.equal(layer(tokens.view(2, 3, columns)).view(6, rows), alone)
+
+
+def test_numbers_of_one_sign_have_the_whole_grid():
+    """What ReLU leaves, against float64: half a step of a grid from the least to the largest, not of one twice as wide."""
+    torch.manual_seed(0)
+    integers, scale, x = torch.randint(-128, 128, (16, 256), dtype=torch.int8), torch.rand(16) / 100, torch.rand(9, 256)
+    found = Int8Linear(integers, scale, None, None)(x).double()
+    weight = integers.double() * scale.double()[:, None]
+    step = (x.amax(1) - x.amin(1)).double() / 127
+    error = (found - x.double() @ weight.T) / (step[:, None] / 12**0.5 * weight.norm(dim=1))
+    assert error.square().mean().sqrt() < 1.1
+
+
 @pytest.mark.parametrize("method", ["int8_dynamic", "smoothquant"])
 @pytest.mark.parametrize("kind", TASKS)
 def test_every_int8_layer_is_replaced_and_the_model_gives_the_same(toys, tmp_path, method, kind):
