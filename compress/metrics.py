@@ -12,6 +12,7 @@ faster than those of the model's dtype.
 """
 
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Literal
 
 Better = Literal["higher", "lower", "neither"]
@@ -33,6 +34,20 @@ class Metric:
     better: Better
     kind: Literal["quality", "speed", "memory", "size"]
     about: str
+
+
+class Missing(StrEnum):
+    """Why an example has no statistics of a metric."""
+
+    UNSEEN = "no token in the references"
+    UNPREDICTED = "no token to predict"
+    INFINITE = "infinite"
+    NAN = "not a number"
+
+    @property
+    def is_broken(self) -> bool:
+        """Whether the model is at fault, and not the example."""
+        return self in (Missing.INFINITE, Missing.NAN)
 
 
 def _rouge() -> list[Metric]:
@@ -62,7 +77,10 @@ class _Metrics(dict[str, Metric]):
 METRICS: dict[str, Metric] = _Metrics(
     (metric.name, metric) for metric in [
         *_rouge(),
-        Metric("bleu", "points", "higher", "quality", "corpus BLEU as sacreBLEU computes it (13a)"),
+        Metric("bleu", "points", "higher", "quality", "corpus BLEU as sacreBLEU computes it"),
+        Metric("chrf", "points", "higher", "quality", "corpus chrF (6-grams of characters) as sacreBLEU computes it"),
+        Metric("exact_match", "points", "higher", "quality", "share of outputs that are a reference"),
+        Metric("cer", "points", "lower", "quality", "character error rate: edits over the references' characters"),
         Metric("perplexity", "1", "lower", "quality", "exp of the mean negative log-likelihood a token"),
         Metric("accuracy", "points", "higher", "quality", "share of right labels"),
         Metric("f1", "points", "higher", "quality", "macro-averaged F1 over the labels"),
@@ -124,12 +142,16 @@ KERNELS = {  # kinds of kernel in a decode step, and how a report calls them
 GROUPS: dict[str, tuple[str, ...]] = {
     "rouge": tuple(metric.name for metric in _rouge()),
     "bleu": ("bleu",),
+    "chrf": ("chrf",),
+    "exact_match": ("exact_match",),
+    "cer": ("cer",),
     "perplexity": ("perplexity",),
     "accuracy": ("accuracy",),
     "f1": ("f1",),
     "generated_tokens": ("generated_tokens",),
 }
-GENERATED = {"rouge", "bleu", "generated_tokens"}  # groups that need generated text
+COMPARED = {"rouge", "bleu", "chrf", "exact_match", "cer"}  # groups that compare generated text with references
+GENERATED = COMPARED | {"generated_tokens"}  # groups that need generated text
 CLASSIFIED = {"accuracy", "f1"}  # groups that need predicted labels
 
 

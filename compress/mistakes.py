@@ -2,7 +2,7 @@
 
 import difflib
 from types import NoneType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, TypeVar, Union, get_args, get_origin
 
 from pydantic import ValidationError
 
@@ -70,17 +70,30 @@ def _explained(kind: type[Settings], errors: list[dict[str, Any]]) -> list[tuple
 
 
 def _union(kind: type[Settings], loc: tuple[str | int, ...]) -> int | None:
-    """How many parts of an error's place lead to a key that takes several forms; the part behind them is pydantic's name for one."""
+    """How many parts of an error's place lead to a key, or an entry of a list, that takes several forms; the part behind them is pydantic's
+    name for one."""
     block: Any = kind
     for depth, part in enumerate(loc):
-        field = getattr(block, "model_fields", {}).get(part)
-        if field is None:
+        forms = _forms(block, part)
+        if not forms:
             return None
-        forms = [form for form in get_args(field.annotation) if form is not NoneType]
-        if get_origin(field.annotation) in (Union, UnionType) and len(forms) > 1:
+        if len(forms) > 1:
             return depth + 1
-        block = next((form for form in forms if hasattr(form, "model_fields")), field.annotation)
+        block = forms[0]
     return None
+
+
+def _forms(block: Any, part: str | int) -> list[Any]:
+    """What may stand at a key of a block, or in a list or a mapping: each form but null."""
+    if get_origin(block) is Annotated:
+        block = get_args(block)[0]
+    if get_origin(block) in (list, dict):
+        value = get_args(block)[-1]
+    elif (field := getattr(block, "model_fields", {}).get(part)) is not None:
+        value = field.annotation
+    else:
+        return []
+    return [form for form in get_args(value) if form is not NoneType] if get_origin(value) in (Union, UnionType) else [value]
 
 
 def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
@@ -138,11 +151,9 @@ def _short(value: Any) -> str:
 
 
 def _keys(kind: type[Settings], place: tuple[str | int, ...]) -> list[str]:
-    """The keys of the block at `place` in `kind`, walking through nested blocks."""
+    """The keys of the block at `place` in `kind`, walking through nested blocks, lists, and pydantic's names for forms."""
     block: Any = kind
     for part in place:
-        field = getattr(block, "model_fields", {}).get(part)
-        if field is not None:
-            block = field.annotation
-            block = next((a for a in getattr(block, "__args__", ()) if hasattr(a, "model_fields")), block)
+        forms = _forms(block, part)
+        block = next((form for form in forms if hasattr(form, "model_fields")), forms[0] if forms else block)
     return list(getattr(block, "model_fields", {}))

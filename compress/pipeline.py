@@ -22,7 +22,7 @@ from compress.extras import install_line
 from compress.forecast.beside import foretold
 from compress.inspection.findings import Inspection
 from compress.methods import Example, TrainSettings, TuneSettings, quiet
-from compress.metrics import TASK
+from compress.metrics import COMPARED, TASK
 from compress.model import Source
 from compress.nursery import copied, nursery
 from compress.process import Child, Progress, Team, take_lock
@@ -30,9 +30,10 @@ from compress.recipe import Gate, Recipe, Stage, digest, load, load_gates
 from compress.report import card, quality, verdict, why, write
 from compress.report.turns import disturbances
 from compress.results import Prediction, Report, Role, Side, StageRecord
+from compress.scripts import PACKAGES, shares
 
 OUTPUTS = Path("artifacts") / "outputs"  # below a run's `out`: what models made of examples
-HEADLINE = ("rougeL", "perplexity", "accuracy")  # the metric by which single examples are ranked
+HEADLINE = ("rougeL", "perplexity", "accuracy", "chrf", "cer", "exact_match")  # the metric by which single examples are ranked
 
 
 @dataclass(frozen=True)
@@ -78,7 +79,7 @@ def prepare(recipe: Recipe, out: str | Path, device: str = "auto", progress: Pro
     with _place(recipe, Path(out)) as (_, log):
         stages = _stages(recipe, baseline, Path(out) / "artifacts", device, log, progress, processes)
     candidate = Source(str(Path(stages[-1].artifact).resolve()), wanted.task) if stages else baseline
-    return Prepared(recipe, baseline, candidate, stages[-1].artifact if stages else wanted.id, examples, stages, commit)
+    return Prepared(_decided(recipe, examples), baseline, candidate, stages[-1].artifact if stages else wanted.id, examples, stages, commit)
 
 
 def measure(
@@ -108,7 +109,7 @@ def bench(
     _require_packages(recipe)
     source, commit = model.pinned(Source(model.locate(model_id, Path()), recipe.model.task)), machine.commit(recipe.folder)
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
-    return measure([Prepared(recipe, None, source, model_id, examples, [], commit)], out, device, progress, strict)[0]
+    return measure([Prepared(_decided(recipe, examples), None, source, model_id, examples, [], commit)], out, device, progress, strict)[0]
 
 
 def check(report: Report, against: Report | None = None, gates: str | Path | None = None) -> Report:
@@ -172,8 +173,18 @@ def _require_packages(recipe: Recipe) -> None:
             f"benchmark.runtime.compile: torch.compile calls the C++ compiler {compiler}, which isn't here; install it "
             "(apt-get install g++), name another in the environment variable CXX, or leave compile out"
         )
+    if (package := PACKAGES.get(recipe.tokenizers.bleu)) and find_spec(package[0]) is None:
+        raise MissingPackage(
+            f"metrics: bleu's tokenizer {recipe.tokenizers.bleu} needs packages that aren't here; char needs none. Install with: "
+            f"{install_line(package[1])}"
+        )
     if any(group.startswith(TASK) for group in recipe.groups) and find_spec("lm_eval") is None:
         raise MissingPackage(f"metrics: lm_eval's tasks need lm-eval, not installed here. Install with: {install_line('lm_eval')}")
+
+
+def _decided(recipe: Recipe, examples: Sequence[Example]) -> Recipe:
+    """The recipe with the tokenizers that the references call for, which both sides' texts are then cut with."""
+    return recipe.decided_by([example.references for example in examples])
 
 
 def usable(out: Path) -> None:
@@ -344,6 +355,11 @@ def _reported(one: Prepared, measured: isolate.Measured, environment: dict[str, 
         )
         for side in measured.sides
     }
+    if COMPARED & set(recipe.groups):
+        tokenizers, scripts = recipe.tokenizers, shares([example.references for example in one.examples])
+        environment = {
+            **environment, "rouge_tokenizer": tokenizers.rouge, "bleu_tokenizer": tokenizers.bleu, "reference_scripts": scripts,
+        }  # fmt: skip
     score = next((name for name in HEADLINE if any(name in o["samples"] for o in measured.outputs.values())), None)
     report = Report(
         recipe=recipe.name, run="", created=datetime.now(UTC).isoformat(timespec="seconds"),
@@ -373,7 +389,8 @@ def _judged(report: Report, baseline: Side | None, candidate: Side, same_run: bo
         update={
             "sides": sides, "comparisons": comparisons, "gates": gates, "verdict": decision, "decided_by": reason,
             "notes": [
-                *why.notes(report.stages, comparisons, gates, report.environment, sides), *quality.notes(sides, compared),
+                *why.notes(report.stages, comparisons, gates, report.environment, sides),
+                *quality.notes(sides, compared, [example.id for example in report.predictions], report.environment),
                 *disturbances(report.turns),
             ],
         }
@@ -386,7 +403,7 @@ def _predictions(examples: Sequence[Example], outputs: dict[Role, Outputs], scor
         row: dict[str, Any] = asdict(example)
         for role, output in outputs.items():
             row[role] = output["texts"][index] if output["texts"] is not None else None
-            if score is not None:
-                row[f"{role}_score"] = corpus_value(score, [output["samples"][score][index]])
+            if score is not None and isinstance(sample := output["samples"][score][index], list):
+                row[f"{role}_score"] = corpus_value(score, [sample])
         found.append(Prediction(**row))
     return found

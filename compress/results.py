@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, model_validator
 
 from compress.errors import NoSpace, ReportError
-from compress.metrics import KERNELS, METRICS, Better
+from compress.metrics import KERNELS, METRICS, Better, Missing
 from compress.process import is_disk_full
 from compress.recipe import Benchmark, Gate
 
@@ -38,16 +38,19 @@ class Measurement(Record):
 
     value    in the metric's unit; None where it could not be had, `reason` then says why
     samples  what it was made from, in the same order on both sides: a row of sufficient statistics an example (quality), or a row
-             a round with a number a turn (speed) or one number (memory); empty for exact figures
+             a round with a number a turn (speed) or one number (memory); empty for exact figures. An example that has none has the
+             reason in its place, and the value is of the others
+    missing  how many have a reason in their place
     raw      every single timing in seconds, a row a round (speed only)
-    rows     how many samples there are, where they were not read
+    rows     how many samples there are, where they were not read; those that are missing don't count
     """
 
     metric: str
     value: float | None
     batch_size: int | None = None
     prompt_tokens: int | None = None
-    samples: list[list[float]] = Field([], repr=False)
+    samples: list[list[float] | Missing] = Field([], repr=False)
+    missing: int = Field(0, ge=0)
     raw: list[list[float]] = Field([], repr=False)
     reason: str | None = None
     rows: int | None = Field(None, exclude=True, ge=0)
@@ -66,6 +69,11 @@ class Measurement(Record):
         return self.metric, self.batch_size, self.prompt_tokens
 
     @property
+    def present(self) -> list[list[float]]:
+        """The samples that are there."""
+        return [row for row in self.samples if isinstance(row, list)]
+
+    @property
     def label(self) -> str:
         """latency_p50 [batch 8, prompt 128]"""
         return self.metric if self.batch_size is None else f"{self.metric} [batch {self.batch_size}, prompt {self.prompt_tokens}]"
@@ -75,6 +83,7 @@ class Comparison(Record):
     """One figure of the candidate against the baseline's, with an interval where there are samples.
 
     estimate, low, high    candidate - baseline for quality, candidate / baseline for all else
+    left_out               examples that it doesn't rest on, since a side has no samples of them
     """
 
     metric: str
@@ -86,6 +95,7 @@ class Comparison(Record):
     estimate: float | None
     low: float | None
     high: float | None
+    left_out: int = 0
 
     @property
     def point(self) -> tuple[str, int | None, int | None]:
@@ -95,6 +105,7 @@ class Comparison(Record):
 class GateResult(Record):
     """One limit, held against the figures. `interval` is of `estimate`, which is what `limit` bounds.
 
+    left_out         examples that it doesn't rest on, since a side has no samples of them
     needed           about how many examples or rounds would tell at the least, where these can't
     needed_at_most   and at the most, with a chance of 80 %; None where it is too early to say
     """
@@ -106,6 +117,7 @@ class GateResult(Record):
     interval: tuple[float, float] | None
     needed: int | None = None
     needed_at_most: int | None = None
+    left_out: int = 0
     verdict: Verdict
     sentence: str
     batch_size: int | None = None
@@ -292,7 +304,11 @@ class Report(Record):
                     raise ValueError(f"there is no metric {one.metric!r}")
                 if info.context is FIGURES_ONLY:
                     continue
-                widths = {len(row) for row in one.samples}
+                widths = {len(row) for row in one.present}
+                if one.missing != len(one.samples) - len(one.present):
+                    raise ValueError(
+                        f"{one.metric} misses {one.missing} samples, {len(one.samples) - len(one.present)} of them are missing"
+                    )
                 if METRICS[one.metric].kind != "size" and one.value is not None and (0 in widths or not widths):
                     raise ValueError(f"{one.metric} has no samples")
                 if METRICS[one.metric].kind == "quality" and len(widths) > 1:
@@ -344,6 +360,7 @@ class Report(Record):
             "report": str(self.folder), "verdict": self.verdict, "decided_by": self.decided_by, "gates": gates, **sides,
             "artifact": self.stages[-1].artifact if self.stages else None,
             "failures": [failure for side in self.sides for failure in side.failures], "notes": self.notes,
+            "missing": {side.role: found for side in self.sides if (found := {m.label: m.missing for m in side.measurements if m.missing})},
         }  # fmt: skip
 
 

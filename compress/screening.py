@@ -11,7 +11,8 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from compress.benchmark.statistics import FEWEST, corpus_value
+from compress.benchmark import figures
+from compress.benchmark.statistics import FEWEST
 from compress.benchmark.subject import Subject
 from compress.methods import Example
 from compress.metrics import GROUPS, METRICS, TASK
@@ -19,7 +20,8 @@ from compress.nursery import nursery
 from compress.pipeline import OUTPUTS, Prepared
 from compress.process import Progress
 from compress.report import verdict
-from compress.results import Measurement, Role, Side
+from compress.results import Role, Side
+from compress.scores import Samples
 
 SHARES = (1 / 9, 1 / 3)  # of the examples, after which a recipe may be given up; three times as many each, as in Hyperband (Li et al. 2018)
 
@@ -52,9 +54,9 @@ def hopeless(prepared: Prepared, out: Path, device: str, progress: Progress) -> 
     return None
 
 
-def _looks(subject: Subject, looks: Sequence[list[Example]]) -> Iterator[dict[str, list[list[float]]]]:
+def _looks(subject: Subject, looks: Sequence[list[Example]]) -> Iterator[Samples]:
     """The statistics of all examples so far after each look."""
-    sofar: dict[str, list[list[float]]] = {}
+    sofar: Samples = {}
     try:
         subject.start(warm=False)
         for examples in looks:
@@ -66,11 +68,5 @@ def _looks(subject: Subject, looks: Sequence[list[Example]]) -> Iterator[dict[st
         subject.stop()
 
 
-def _side(role: Role, samples: dict[str, list[list[float]]]) -> Side:
-    figures = {metric: (corpus_value(metric, rows), rows) for metric, rows in samples.items()}
-    found = [
-        Measurement(metric=metric, value=value, samples=rows) if math.isfinite(value) else
-        Measurement(metric=metric, value=None, reason=f"its value is {value}")
-        for metric, (value, rows) in figures.items()
-    ]  # fmt: skip
-    return Side(role=role, model="", measurements=found)
+def _side(role: Role, samples: Samples) -> Side:
+    return Side(role=role, model="", measurements=[figures.quality(metric, rows) for metric, rows in samples.items()])

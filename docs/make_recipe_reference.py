@@ -15,6 +15,7 @@ from compress.recipe import schema
 
 PAGE = Path(__file__).with_name("recipe.md")
 BLOCKS = {"model": "Model", "data": "Data", "generation": "Generation", "calibration": "Calibration", "benchmark": "Benchmark"}
+METRICS = {"rouge": "Rouge", "bleu": "Bleu"}
 PARTS = ("EarlyStopping", "OtherModel", "Student", "StackLayers", "Stacks")  # blocks within a stage
 SHARED = 3  # methods that have a key alike, from which on it stands in the table of all
 HEAD = """# A recipe, key by key
@@ -51,6 +52,14 @@ def page() -> str:
         "",
         *_table(_rows(parts["Gate"])),
     ]
+    lines += [
+        "",
+        "## metrics",
+        "",
+        "A list of names. In a name's place may stand the metric with its tokenizer: `rouge: {tokenizer: words}`.",
+    ]
+    for key, name in METRICS.items():
+        lines += ["", f"### metrics.{key}", "", _about(parts[name]), "", *_table(_rows(parts[name]))]
     return "\n".join([*lines, *_stages(whole["properties"]["stages"]["items"]["anyOf"], parts)]) + "\n"
 
 
@@ -98,7 +107,7 @@ def _kind(value: dict[str, Any]) -> str:
         name = str(value["$ref"]).rsplit("/", 1)[-1]
         place = next(
             (key for key, block in BLOCKS.items() if block == name),
-            {"Runtime": "benchmarkruntime", "Gate": "check"}.get(name, name.lower()),
+            {"Runtime": "benchmarkruntime", "Gate": "check", "Scoring": "metrics"}.get(name, name.lower()),
         )
         return f"[{name}](#{place})"
     if "const" in value:

@@ -8,7 +8,7 @@ import pytest
 
 from compress import methods, model, pipeline, recipe
 from compress.benchmark import figures, isolate
-from compress.errors import OutOfMemory
+from compress.errors import MissingPackage, OutOfMemory
 from compress.model import Source
 from compress.report import verdict, why
 from compress.report.html import sections
@@ -295,3 +295,13 @@ def test_a_hub_that_does_not_answer_is_said(monkeypatch):
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", silent)
     with pytest.raises(model.ModelError, match="no folder of that name here, and the hub does not answer: no route"):
         model.pinned(Source("nobody/no-such-model", "seq2seq"))
+
+
+def test_a_tokenizer_whose_packages_are_missing_is_refused_with_the_way_out(monkeypatch):
+    wanted = recipe.load("quickstart", ["metrics=[rouge, {bleu: {tokenizer: ja-mecab}}]"])
+    monkeypatch.setattr(pipeline, "find_spec", lambda name: None)
+    with pytest.raises(
+        MissingPackage,
+        match=r"tokenizer ja-mecab needs packages that aren't here; char needs none\. Install with: pip install 'mecab-python3",
+    ):
+        pipeline.refuse(wanted, "cpu", 1)

@@ -105,6 +105,35 @@ def test_a_key_of_several_forms_is_explained_once(tmp_path, stage, message):
     assert [line.split("): ", 1)[1] for line in found] == [message]
 
 
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        ("rouge: {tokenizer: word}", "metrics[0].rouge.tokenizer: 'word' is not one of auto, latin, words, characters; did you mean 'words'?"),
+        ("rouge: {tokeniser: words}", "metrics[0].rouge.tokeniser: unknown key 'tokeniser'; did you mean 'tokenizer'?"),
+        ("rogue: {tokenizer: words}", "metrics[0].rogue: unknown key 'rogue'; did you mean 'rouge'?"),
+        ("bleu: {tokenizer: flores200}", "metrics[0].bleu.tokenizer: flores200 downloads a vocabulary while it counts, and nothing is fetched then; take char, which suits any script"),
+        ("{rouge: {}, bleu: {}}", "metrics[0]: each entry is one metric, as in `- rouge: {tokenizer: words}`; this has 2"),
+        ("3", "metrics[0]: 3 is not text; put it in quotes, nor a mapping of keys to values"),
+    ],
+)  # fmt: skip
+def test_a_metric_that_is_more_than_a_name(tmp_path, entry, message):
+    assert mistakes(tmp_path, GOOD + f"metrics:\n- {entry}\n- rouge1\n")[0].partition(": ")[2] == message
+
+
+def test_metrics_with_tokenizers_are_read_beside_plain_names(tmp_path):
+    plain, cut = (
+        load(tmp_path, GOOD + f"metrics: [{first}, bleu, chrf, exact_match, cer]\n")
+        for first in ("rouge", "rouge: {tokenizer: characters}")
+    )
+    assert plain.groups == cut.groups == ("rouge", "bleu", "chrf", "exact_match", "cer")
+    assert plain.as_written()["metrics"] == ["rouge", "bleu", "chrf", "exact_match", "cer"]
+    assert (plain.tokenizers.rouge, cut.tokenizers.rouge) == ("auto", "characters")
+    again = recipe.Recipe.model_validate({key: value for key, value in cut.as_written().items() if key != "stages"})
+    assert again.tokenizers == cut.tokenizers
+    decided = plain.decided_by([["Привет, мир"]])
+    assert (decided.tokenizers.rouge, decided.digest) == ("words", plain.digest)
+
+
 def test_every_mistake_is_told_at_once(tmp_path):
     text = GOOD.replace("version: 1", "version: one").replace("task: seq2seq", "task: x").replace("bnb_nf4", "nf4")
     assert len(mistakes(tmp_path, text)) == 3

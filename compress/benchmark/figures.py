@@ -2,12 +2,14 @@
 
 import math
 import statistics
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 from compress.benchmark.statistics import corpus_value, geometric_mean
 from compress.benchmark.subject import Point, Round, Subject
-from compress.metrics import METRICS
+from compress.metrics import METRICS, Missing
 from compress.results import Measurement, Side, Step
+from compress.scores import Row
 
 Speed = tuple[str, Callable[[list[float]], float], float]  # a figure, its value from the marks of one timing, the quantile over timings
 
@@ -19,8 +21,7 @@ def side(subject: Subject, common: list[Point], ceilings: dict[str, float]) -> S
         found += _memory(subject, common)
     if subject.compiling:  # inductor keeps on disk what it compiled, so that later rounds take less
         found.append(_figure("compile_seconds", max(subject.compiling), samples=[[max(subject.compiling)]]))
-    for metric, samples in (subject.outputs or {}).get("samples", {}).items():
-        found.append(_figure(metric, corpus_value(metric, samples), samples=samples))
+    found += [quality(metric, samples) for metric, samples in (subject.outputs or {}).get("samples", {}).items()]
     explained = subject.explanation or {"dtype": None, "steps": []}
     steps = {(step["batch_size"], step["prompt_tokens"]): Step(**step) for step in explained["steps"]}
     for point, rounds in subject.rounds.items():
@@ -36,6 +37,20 @@ def side(subject: Subject, common: list[Point], ceilings: dict[str, float]) -> S
         role=subject.role, model=subject.source.id, dtype=explained["dtype"], measurements=found, steps=list(steps.values()),
         failures=subject.failures, said=[*(subject.outputs or {}).get("said", []), *subject.said],
     )  # fmt: skip
+
+
+def quality(metric: str, samples: Sequence[Row]) -> Measurement:
+    """A figure of a side's outputs from an example's statistics a row; examples without are left out, and counted."""
+    present = [row for row in samples if isinstance(row, list)]
+    reasons = Counter(Missing(row) for row in samples if not isinstance(row, list))
+    counts = {"samples": list(samples), "missing": reasons.total()}
+    if not present:
+        said = ", ".join(f"{reason} in {number:,} of {len(samples):,} examples" for reason, number in reasons.items())
+        return Measurement(metric=metric, value=None, reason=f"none: {said}", **counts)
+    value = corpus_value(metric, present)
+    if not math.isfinite(value):
+        return Measurement(metric=metric, value=None, reason=f"its value is {value}", **counts)
+    return Measurement(metric=metric, value=value, **counts)
 
 
 def _sizes(subject: Subject) -> list[Measurement]:

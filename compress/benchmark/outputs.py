@@ -4,10 +4,11 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compress import scores
+from compress import rouge, scores, scripts
 from compress.data import examples_digest
 from compress.methods import Example
 from compress.model import Source, fingerprint
@@ -16,8 +17,25 @@ from compress.results import whole_folder
 
 Outputs = dict[str, Any]  # what `Worker.quality` gives
 HERE = Path(__file__).parent
-CODE = (HERE / "batching.py", HERE / "generation.py", HERE / "quality.py", HERE / "worker.py", Path(scores.__file__))
-PACKAGES = ("torch", "transformers", "tokenizers", "torchao", "bitsandbytes", "compressed-tensors", "rouge-score", "sacrebleu", "lm-eval")
+CODE = (
+    HERE / "batching.py",
+    HERE / "generation.py",
+    HERE / "quality.py",
+    HERE / "worker.py",
+    *(Path(str(module.__file__)) for module in (rouge, scores, scripts)),
+)
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "torchao",
+    "bitsandbytes",
+    "compressed-tensors",
+    "rouge-score",
+    "sacrebleu",
+    "regex",
+    "lm-eval",
+)
 MACHINE = ("device", "gpu", "cuda", "cpu", "cpu_instructions", "threads")  # of the environment that a worker tells
 
 
@@ -26,7 +44,7 @@ def name(source: Source, recipe: Recipe, examples: list[Example], environment: d
     data = recipe.data
     return digest(
         [
-            fingerprint(source), examples_digest(examples), recipe.groups, recipe.generation.model_dump(),
+            fingerprint(source), examples_digest(examples), recipe.groups, asdict(recipe.tokenizers), recipe.generation.model_dump(),
             [data.chat, data.max_tokens, data.stride, data.samples, data.shots, data.shot_separator],
             recipe.benchmark.runtime.model_dump(), {key: environment[key] for key in MACHINE},
             {package: _version(package) for package in PACKAGES}, hashlib.sha256(b"".join(file.read_bytes() for file in CODE)).hexdigest(),

@@ -141,17 +141,18 @@ def windows(row: list[int], size: int | None, stride: int | None) -> list[tuple[
         start, counted = start + stride, end
 
 
-def classify(reader: Reader, prompts: Texts, batches: Batches) -> list[int]:
-    """The label that the model gives each input."""
+def classify(reader: Reader, prompts: Texts, batches: Batches) -> list[int | None]:
+    """The label that the model gives each input; None where its scores are no numbers."""
     encoded = reader.read(prompts)
-    labels = [0] * len(prompts)
+    labels: list[int | None] = [None] * len(prompts)
 
     def work(batch: list[int]) -> None:
         inputs = reader.batch([encoded[i] for i in batch])
         with torch.inference_mode():
-            best = reader.model(**inputs).logits.argmax(dim=-1).tolist()
-        for index, label in zip(batch, best, strict=True):
-            labels[index] = label
+            logits = reader.model(**inputs).logits
+        best, broken = logits.argmax(dim=-1).tolist(), logits.isnan().any(dim=-1).tolist()
+        for index, label, none in zip(batch, best, broken, strict=True):
+            labels[index] = None if none else label
 
     batches.each([len(row) for row in encoded], work, "classifying")
     return labels

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import data, recipe, terminal
-from compress.benchmark import isolate, statistics
+from compress.benchmark import figures, isolate, statistics
 from compress.benchmark.subject import Subject
 from compress.errors import RunError
 from compress.methods import Example
@@ -33,7 +33,7 @@ from compress.process import Progress
 from compress.recipe import Gate, Recipe
 from compress.report import verdict
 from compress.report.table import table
-from compress.results import Measurement, Side
+from compress.results import Side
 
 RECIPE = "quickstart"
 BENCHMARK = {
@@ -129,7 +129,7 @@ def comparison(loaded: Recipe, busy: bool, log: Path, progress: Progress) -> dic
         found[name] = {result.metric: [result.verdict, result.estimate, result.interval] for result in results}
     for metric in RAW:
         samples = {
-            name: [one.samples for one in side.measurements if one.metric == metric]
+            name: [one.present for one in side.measurements if one.metric == metric]
             for name, side in zip(["baseline", *SUBJECTS], sides, strict=True)
         }
         found[metric] = {name: [[float(f"{value:.5g}") for value in turns] for turns in rounds] for name, (rounds,) in samples.items()}
@@ -156,12 +156,15 @@ def another_process(busy: bool) -> Iterator[None]:
 
 def damages(loaded: Recipe, times: int, progress: Progress) -> dict[str, int]:
     """How often damage to some examples is called a regression of ROUGE-L, and the undamaged texts are."""
-    from compress.scores import score_texts
+    from compress.scores import rouge
+
+    def scored(texts: list[str], references: list[list[str]]) -> list[list[float]]:
+        return figures.quality("rougeL", rouge(texts, references)["rougeL"]).present
 
     examples = data.examples(loaded.data, loaded.folder, "evaluation", EXAMPLES, 0)
     texts = _predictions(loaded, examples, progress)
     references = [example.references for example in examples]
-    before = score_texts(["rouge"], texts, references)["rougeL"]
+    before = scored(texts, references)
     found = {"damaged": 0, "as they were": 0}
     for seed in range(times):
         rng = random.Random(seed)
@@ -171,14 +174,14 @@ def damages(loaded: Recipe, times: int, progress: Progress) -> dict[str, int]:
         while lost < POINTS * len(texts):  # a word at a time of one example after another
             for index in chosen:
                 spoiled[index] = _without_a_word(spoiled[index], rng)
-                score = score_texts(["rouge"], [spoiled[index]], [references[index]])["rougeL"][0]
+                (score,) = scored([spoiled[index]], [references[index]])
                 lost += after[index][0] - score[0]
                 after[index] = score
                 if lost >= POINTS * len(texts):
                     break
         for name, rows in (("damaged", after), ("as they were", before)):
-            a = Side(role="baseline", model="as they were", measurements=[_rouge(before)])
-            b = Side(role="candidate", model=name, measurements=[_rouge(rows)])
+            a = Side(role="baseline", model="as they were", measurements=[figures.quality("rougeL", before)])
+            b = Side(role="candidate", model=name, measurements=[figures.quality("rougeL", rows)])
             (result,) = verdict.gates({"rougeL": Gate(max_drop=0.0)}, verdict.pairs(a, b, True), a, b, loaded.benchmark.confidence)
             found[name] += result.verdict == "fail"
     return found
@@ -203,10 +206,6 @@ def _without_a_word(text: str, rng: random.Random) -> str:
     if words:
         words.pop(rng.randrange(len(words)))
     return " ".join(words)
-
-
-def _rouge(rows: list[list[float]]) -> Measurement:
-    return Measurement(metric="rougeL", value=statistics.corpus_value("rougeL", rows), samples=rows)
 
 
 def coverage() -> list[list[str]]:

@@ -174,6 +174,10 @@ def combine(metric: str) -> "Callable[[Array, int], Array]":
         return _perplexity
     if metric == "bleu":
         return _bleu
+    if metric == "chrf":
+        return _chrf
+    if metric == "cer":
+        return _cer
     if metric == "f1":
         return _f1
     return _mean
@@ -340,6 +344,27 @@ def _bleu(sums: "Array", n: int) -> "Array":
     with np.errstate(divide="ignore", invalid="ignore"):
         brevity = np.where(length < reference, 1 - reference / np.maximum(length, 1e-300), 0.0)
         return np.where(usable, 100 * np.exp(np.where(usable, log_precision + brevity, 0.0)), 0.0)
+
+
+def _chrf(sums: "Array", n: int) -> "Array":
+    """Corpus chrF2 times 100 (Popović 2015), precision and recall each a mean over the orders that both texts have n-grams of.
+
+    Statistics: for each order n-grams of the output, of the reference, in both.
+    """
+    import numpy as np
+
+    orders = sums.reshape(*sums.shape[:-1], -1, 3)
+    ours, theirs, both = orders[..., 0], orders[..., 1], orders[..., 2]
+    there = (ours > 0) & (theirs > 0)
+    count = np.maximum(there.sum(axis=-1), 1)
+    precision, recall = ((np.where(there, both / np.maximum(total, 1), 0.0)).sum(axis=-1) / count for total in (ours, theirs))
+    score: Array = 100 * 5 * precision * recall / np.maximum(4 * precision + recall, 1e-300)
+    return score
+
+
+def _cer(sums: "Array", n: int) -> "Array":
+    """Edits over the references' characters, times 100."""
+    return 100 * sums[..., 0] / sums[..., 1]
 
 
 def _f1(sums: "Array", n: int) -> "Array":

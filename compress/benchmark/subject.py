@@ -171,7 +171,7 @@ class Subject:
         if self.outputs is not None:
             return
         self.outputs = self.ask(
-            "quality", examples=[asdict(e) for e in examples], groups=list(recipe.groups),
+            "quality", examples=[asdict(e) for e in examples], groups=list(recipe.groups), tokenizers=asdict(recipe.tokenizers),
             generation=recipe.generation.model_dump(), data=recipe.data.model_dump(mode="json"),
             batch_tokens=recipe.benchmark.quality_batch_tokens,
         )  # fmt: skip

@@ -8,7 +8,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.errors import DataError
 from compress.metrics import TASK
-from compress.scores import Samples
+from compress.scores import Samples, finite
 
 ROWS = 8  # of a batch; lm_eval counts rows, and the longest come first there too
 
@@ -51,7 +51,7 @@ def evaluate(
             for metric in row["metrics"]:
                 label = metric if row["filter"] == "none" else f"{metric},{row['filter']}"
                 if better.get(metric) and isinstance(row[metric], bool | int | float):
-                    samples.setdefault(f"{TASK}{name}:{label}", []).append([100.0 * row[metric]])
+                    samples.setdefault(f"{TASK}{name}:{label}", []).append(finite(100.0 * row[metric]))
                 else:
                     left_out.add(label)
     if not samples:

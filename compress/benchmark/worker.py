@@ -24,6 +24,7 @@ from compress.metrics import CLASSIFIED, GENERATED, TASK
 from compress.process import Progress, is_out_of_memory, serve
 from compress.recipe import Runtime
 from compress.runtime import use_cpu_int8, use_sparse_24
+from compress.scripts import Tokenizers
 
 Point = tuple[int, int]  # batch size, prompt tokens
 
@@ -149,11 +150,13 @@ class Worker:
         }  # fmt: skip
 
     def quality(
-        self, progress: Progress, examples: list[dict[str, Any]], groups: list[str], generation: dict[str, Any], data: dict[str, Any],
-        batch_tokens: int | None,
+        self, progress: Progress, examples: list[dict[str, Any]], groups: list[str], tokenizers: dict[str, str],
+        generation: dict[str, Any], data: dict[str, Any], batch_tokens: int | None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Per-example statistics of every metric asked for, the outputs as texts (None where there are none), what there is to say of them.
+        """Per-example statistics of every metric asked for or why there are none, the outputs as texts (None where there are none), what
+        there is to say of them.
 
+        tokenizers     what metrics on texts cut these with, as `scripts.Tokenizers` has them
         data           the recipe's data block
         batch_tokens   None takes what free memory holds
         """
@@ -171,18 +174,18 @@ class Worker:
             texts = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
             if data["shots"]:  # a model that goes on with the next example has answered before
                 texts = [text.split(data["shot_separator"])[0].strip() for text in texts]
-            samples.update(scores.score_texts(groups, texts, references))
+            samples.update(scores.score_texts(groups, texts, references, Tokenizers(**tokenizers)))
             if "generated_tokens" in groups:
                 samples["generated_tokens"] = [[float(len(row))] for row in tokens]
         if "perplexity" in groups:
             targets = [r[0] for r in references] if any(references) else None
-            samples["perplexity"] = quality.likelihoods(reader, prompts, targets, batches, data["stride"])
+            samples["perplexity"] = scores.perplexity(quality.likelihoods(reader, prompts, targets, batches, data["stride"]))
         if CLASSIFIED & set(groups):
             right = [label_number(self.model.config, r[0]) for r in references]
             guesses = quality.classify(reader, prompts, batches)
             found = scores.labels(guesses, right, self.model.config.num_labels)
             samples.update({name: rows for name, rows in found.items() if name in groups})
-            texts = [str(self.model.config.id2label.get(guess, guess)) for guess in guesses]
+            texts = ["" if guess is None else str(self.model.config.id2label.get(guess, guess)) for guess in guesses]
         for group in groups:
             if group.startswith(TASK):
                 found, left_out = tasks.evaluate(self.model, self.tokenizer, group.removeprefix(TASK), data["samples"])

@@ -4,6 +4,7 @@ Reading one is pure: no network, no torch, no environment variables. Every mista
 line and key. `Recipe.digest` names a run, since what a run depends on is all in the recipe.
 
     blocks.py      the blocks and their keys
+    scoring.py     what may stand beside a metric's name
     agreement.py   what no block can see alone
     reading.py     a file, overrides, named blocks, stages; the JSON schema
 """

@@ -31,9 +31,10 @@ def agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> No
         problems.add(document, ("data", "text"), f"text is for task causal-lm; {task} wants prompt and target")
     if recipe.data.shots and task == "sequence-classification":
         problems.add(document, ("data", "shots"), "shots are for tasks that generate; a classifier was trained to its task")
-    for index, group in enumerate(recipe.metrics or []):
+    named = recipe.groups if recipe.metrics else ()
+    for index, group in enumerate(named):
         place = ("metrics", index)
-        if group in (recipe.metrics or [])[:index]:
+        if group in named[:index]:
             problems.add(document, place, f"{group} stands twice")
         if group.startswith(TASK) and len(group) > len(TASK):
             if task == "sequence-classification":

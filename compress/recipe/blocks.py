@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
@@ -10,6 +11,8 @@ from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_va
 
 from compress.methods import Dtype, Settings, Task
 from compress.metrics import GROUPS
+from compress.recipe.scoring import Scoring, tokenizers
+from compress.scripts import Tokenizers, choose
 
 Count = Annotated[int, Field(ge=1, le=2**40)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
@@ -186,8 +189,10 @@ class Recipe(Settings):
     version: Literal[1]
     model: Model
     data: Data
-    metrics: Annotated[list[str], Field(min_length=1)] | None = Field(
-        None, description=f"any of {', '.join(GROUPS)}, and lm_eval:NAME for lm_eval's tasks; null takes those that fit the task"
+    metrics: Annotated[list[str | Scoring], Field(min_length=1)] | None = Field(
+        None,
+        description=f"any of {', '.join(GROUPS)}, and lm_eval:NAME for lm_eval's tasks; `rouge: {{tokenizer: words}}` in a name's place"
+        " says how texts are cut; null takes those that fit the task",
     )
     generation: Generation = Field(default_factory=Generation)
     calibration: Calibration = Field(default_factory=Calibration)
@@ -196,6 +201,7 @@ class Recipe(Settings):
 
     _stages: tuple[Stage, ...] = ()  # read apart, each with the settings of its method
     _file: Path = Path("recipe.yaml")
+    _tokenizers: Tokenizers | None = None  # those that the references have decided on
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -217,6 +223,17 @@ class Recipe(Settings):
         found._file = self._file.resolve().with_name(f"{name}.yaml")
         return found
 
+    @property
+    def tokenizers(self) -> Tokenizers:
+        """What metrics on texts cut these with; `auto` before references have decided, which are no part of the digest."""
+        return self._tokenizers or tokenizers(self.metrics or [])
+
+    def decided_by(self, references: Sequence[Sequence[str]]) -> "Recipe":
+        """The same with the tokenizers that suit these references."""
+        found = self.model_copy()
+        found._tokenizers = choose(self.tokenizers, references)
+        return found
+
     def as_written(self) -> dict[str, Any]:
         """The recipe as plain data, defaults filled in."""
         return {**self.model_dump(mode="json"), "stages": [stage.as_written() for stage in self.stages]}
@@ -229,7 +246,7 @@ class Recipe(Settings):
     def groups(self) -> tuple[str, ...]:
         """The metric groups to measure."""
         if self.metrics is not None:
-            return tuple(self.metrics)
+            return tuple(entry if isinstance(entry, str) else entry.group for entry in self.metrics)
         if self.model.task == "sequence-classification":
             return ("accuracy", "f1")
         return ("perplexity",) if self.data.text is not None else ("rouge", "generated_tokens")

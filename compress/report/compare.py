@@ -18,7 +18,19 @@ from compress.report.tradeoff import pareto
 from compress.report.verdict import baseline_key, differing, measured_how
 from compress.results import Comparison, Measurement, Report, Role, Side, Verdict
 
-HEAD = ("rougeL", "bleu", "perplexity", "accuracy", "weight_bytes", "peak_run_bytes", "latency_p50", "tokens_per_second")
+HEAD = (
+    "rougeL",
+    "bleu",
+    "chrf",
+    "cer",
+    "exact_match",
+    "perplexity",
+    "accuracy",
+    "weight_bytes",
+    "peak_run_bytes",
+    "latency_p50",
+    "tokens_per_second",
+)
 REVERSED = ":reverse"
 ABOUT_EQUAL = "≈"
 Style = Literal["table", "md", "csv", "json", "latex", "html"]

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 COLUMNS = {
     "recipe": "string", "run": "string", "created": "datetime64[us, UTC]", "verdict": "string", "role": "string", "model": "string",
     "stages": "string", "metric": "string", "batch_size": "Int64", "prompt_tokens": "Int64", "value": "Float64", "unit": "string",
-    "better": "string", "samples": "Int64", "reason": "string", "kind": "string", "estimate": "Float64", "low": "Float64",
-    "high": "Float64", "gate": "string", "device": "string", "digest": "string", "examples": "string", "report": "string",
+    "better": "string", "samples": "Int64", "missing": "Int64", "reason": "string", "kind": "string", "estimate": "Float64",
+    "low": "Float64", "high": "Float64", "gate": "string", "device": "string", "digest": "string", "examples": "string", "report": "string",
 }  # fmt: skip
 CURVE_COLUMNS = {
     "stage": "string", "step": "Int64", "tokens": "Int64", "loss": "Float64", "learning_rate": "Float64", "grad_norm": "Float64",
@@ -33,9 +33,9 @@ def load_reports(*places: str | Path) -> "pandas.DataFrame":
     What was run: recipe and run (strings), created (a time in UTC), verdict (of the run: pass, fail, cannot_tell), device, digest (of
     the recipe), examples (their digest), report (its folder). What was measured: role (baseline, candidate), model, stages (what made
     it), metric, batch_size and prompt_tokens (of speed figures), value, unit (base units: s, bytes, points), better (higher, lower,
-    neither), samples (how many the value rests on), reason (why there is no value). How a candidate compares with its run's baseline:
-    kind (difference, ratio), estimate, low and high (the interval), gate (the worst verdict of the gates at this figure). A missing
-    value is NA, never zero.
+    neither), samples (how many the value rests on), missing (how many examples have none), reason (why there is no value). How a
+    candidate compares with its run's baseline: kind (difference, ratio), estimate, low and high (the interval), gate (the worst verdict
+    of the gates at this figure). A missing value is NA, never zero.
 
     A report that can't be read is warned of and left out. Raises ReportError when there is none, or none can be read.
     """
@@ -139,7 +139,8 @@ def _rows(report: Report) -> list[dict[str, object]]:
             {
                 **shared, "role": side.role, "model": side.model, "stages": report.line if candidate else "", "metric": m.metric,
                 "batch_size": m.batch_size, "prompt_tokens": m.prompt_tokens, "value": m.value, "unit": m.unit, "better": m.better,
-                "samples": (len(m.samples) if m.rows is None else m.rows) or 1, "reason": m.reason, **compared.get(m.point, {}),
+                "samples": (len(m.present) if m.rows is None else m.rows) or 1, "missing": m.missing, "reason": m.reason,
+                **compared.get(m.point, {}),
                 "gate": _worst([gate for gate in gates if (gate.metric, gate.batch_size, gate.prompt_tokens) == m.point]),
             }
             for m in side.measurements

@@ -11,12 +11,13 @@ def verdict_words(verdict: Verdict) -> str:
 
 
 def figure(measurement: Measurement | None) -> str:
-    """14.7 MB, 21.3 ms, 71.52; why there is none where there is none."""
+    """14.7 MB, 21.3 ms, 71.52, with the number of examples that it lacks; why there is none where there is none."""
     if measurement is None:
         return "-"
     if measurement.value is None:
         return measurement.reason or "-"
-    return scaled(measurement.value, METRICS[measurement.metric].unit)
+    text = scaled(measurement.value, METRICS[measurement.metric].unit)
+    return f"{text}, {measurement.missing:,} missing" if measurement.missing else text
 
 
 def scaled(value: float, unit: str) -> str:

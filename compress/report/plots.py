@@ -15,7 +15,10 @@ if TYPE_CHECKING:
 
 Row = Mapping[str, Any]
 Spec = dict[str, Any]
-ACROSS, UP = ("peak_run_bytes", "weight_bytes", "file_bytes", "latency_p50"), ("rougeL", "bleu", "accuracy", "perplexity")  # shown first
+ACROSS, UP = (
+    ("peak_run_bytes", "weight_bytes", "file_bytes", "latency_p50"),
+    ("rougeL", "bleu", "chrf", "accuracy", "exact_match", "cer", "perplexity"),
+)  # shown first
 DATA = "rows"
 NAMED = 12  # models; among more, only those on the front have their names beside them
 
@@ -30,7 +33,8 @@ def tradeoff(points: Sequence[Row], across: str | None = None, up: str | None = 
     """One figure of each model against another, both to be chosen, with the Pareto front: the models that no other beats in both.
 
     points   a mapping each: `name`, `role` (baseline or candidate), `figures` (label, as a Measurement has it -> value in the metric's
-             unit, or None where it is missing), and where they are known `ranges` (label -> lowest and highest it may be)
+             unit, or None where it is missing), and where they are known `ranges` (label -> lowest and highest it may be) and `missing`
+             (label -> examples without it)
 
     across, up   the labels that are chosen first
 
@@ -212,7 +216,8 @@ def _point(point: Row, titles: Mapping[str, str]) -> dict[str, Any]:
         if value is not None:
             row[f"value of {title}"] = value / scale
             row[f"cost of {title}"] = -value if _metric(label).better == "higher" else value
-            row[f"text of {title}"] = f"{label} {scaled(value, _metric(label).unit)}"
+            missing = point.get("missing", {}).get(label)
+            row[f"text of {title}"] = f"{label} {scaled(value, _metric(label).unit)}" + (f", {missing:,} missing" if missing else "")
             low, high = point.get("ranges", {}).get(label, (value, value))
             row[f"low of {title}"], row[f"high of {title}"] = low / scale, high / scale
     return row

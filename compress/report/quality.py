@@ -1,18 +1,42 @@
 """What there is to say of how the examples were answered, in a sentence each."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from compress.benchmark.statistics import mcnemar
-from compress.report.verdict import Pair
+from compress.report import missing
+from compress.report.verdict import USUAL, Pair
 from compress.results import Side
+from compress.scripts import FEW
+
+ROUGE = {"words": "words of any script (characters where it has no spaces)", "characters": "characters"}
 
 
-def notes(sides: Sequence[Side], compared: Sequence[Pair]) -> list[str]:
-    """What the sides said themselves, and for right and wrong answers McNemar's test."""
+def notes(sides: Sequence[Side], compared: Sequence[Pair], ids: Sequence[str], environment: Mapping[str, Any]) -> list[str]:
+    """What texts were cut with where that isn't usual, which examples are left out, what the sides said themselves, and for right and wrong
+    answers McNemar's test.
+
+    ids   of the examples, in order
+    """
     said = [f"{side.role.capitalize()}: {sentence}." for side in sides for sentence in side.said]
-    return said + [_discordant(pair) for pair in compared if pair.ours.metric == "accuracy"]
+    tests = [_discordant(pair) for pair in compared if pair.ours.metric == "accuracy"]
+    return [*_tokenizers(sides, environment), *missing.notes(sides, ids), *said, *tests]
+
+
+def _tokenizers(sides: Sequence[Side], environment: Mapping[str, Any]) -> list[str]:
+    measured = {m.metric for side in sides for m in side.measurements}
+    shares = environment.get("reference_scripts") or {}
+    scripts = ", ".join(f"{100 * share:.0f} % {script}" for script, share in shares.items() if share >= FEW)
+    found = []
+    for name, metric, words in (("rouge_tokenizer", "rougeL", ROUGE), ("bleu_tokenizer", "bleu", {})):
+        tokenizer = environment.get(name, USUAL[name])
+        if metric in measured and tokenizer != USUAL[name]:
+            of = f": the references' letters are {scripts}" if scripts else ""
+            what = words.get(tokenizer, f"tokens as sacreBLEU's {tokenizer} cuts them")
+            found.append(f"{metric.upper().rstrip('L')} counts {what}{of}.")
+    return found
 
 
 def _discordant(pair: Pair) -> str:
-    lost, won, p = mcnemar(pair.theirs.samples, pair.ours.samples)
+    lost, won, p = mcnemar(*missing.together(pair.theirs, pair.ours))
     return f"{lost} labels are right with the baseline alone, {won} with the candidate alone: p = {p:.3g} by McNemar's exact test."

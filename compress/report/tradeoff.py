@@ -50,6 +50,7 @@ def plot_tradeoff(frame: "pandas.DataFrame", x: str = "weight_bytes", y: str | N
             "name": printable(f"{recipe}: {stages}" if stages else f"{recipe}: {role}"),
             "role": role,
             "figures": dict(zip(own["figure"], own["value"].astype(float).tolist(), strict=True)),
+            "missing": dict(zip(own["figure"], own["missing"].fillna(0).astype(int).tolist(), strict=True)),
         }
         for (_, recipe, stages, role), own in rows.groupby(["report", "recipe", "stages", "role"], sort=False)
     ]

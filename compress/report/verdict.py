@@ -19,10 +19,12 @@ from compress.benchmark.statistics import Effect, Needed
 from compress.errors import ReportError
 from compress.metrics import METRICS
 from compress.recipe import Gate
+from compress.report.missing import MOST, lost, together
 from compress.results import Comparison, GateResult, Measurement, Report, Side, Verdict
 
 BEYOND_DOUBT = 0.999
 RATIOS = ("max_ratio", "min_ratio")
+USUAL = {"rouge_tokenizer": "latin", "bleu_tokenizer": "13a"}  # reports that don't say were made with these
 WORDS = {"max_drop": " drop", "max_rise": " rise", "max_ratio": " ratio", "min_ratio": " ratio", "max": "", "min": ""}
 
 
@@ -42,15 +44,23 @@ class Pair:
         if kind == "quality":
             if len(a.samples) != len(b.samples):
                 raise ReportError(f"{b.metric} was measured on {len(a.samples)} examples on one side and {len(b.samples)} on the other")
-            return statistics.paired(b.metric, a.samples, b.samples, ratio)
-        if a.value <= 0 or any(x <= 0 for x in [b.value, *(x for row in [*a.samples, *b.samples] for x in row)]):
+            theirs, ours = together(a, b)
+            return statistics.paired(b.metric, theirs, ours, ratio) if ours else Effect(math.nan, known=False)
+        if a.value <= 0 or any(x <= 0 for x in [b.value, *(x for row in [*a.present, *b.present] for x in row)]):
             return Effect(math.nan, known=False)
         if kind == "size":
             return Effect(b.value / a.value)
         if self.same_run:
-            together = min(len(a.samples), len(b.samples))
-            return statistics.paired_ratio(a.samples[:together], b.samples[:together])
-        return statistics.unpaired_ratio(a.samples, b.samples)
+            rounds = min(len(a.samples), len(b.samples))
+            return statistics.paired_ratio(a.present[:rounds], b.present[:rounds])
+        return statistics.unpaired_ratio(a.present, b.present)
+
+    @property
+    def left_out(self) -> int:
+        """Examples that one side has no samples of, or neither has."""
+        if METRICS[self.ours.metric].kind != "quality" or len(self.theirs.samples) != len(self.ours.samples):
+            return 0
+        return len(self.ours.samples) - len(together(self.theirs, self.ours)[0])
 
 
 @dataclass(frozen=True)
@@ -59,6 +69,7 @@ class Claim:
 
     effect          a difference, a ratio or the candidate's own value
     scale, origin   scale x (effect - origin) is what the limit bounds: a drop in points is the difference turned round
+    left_out        examples that the effect doesn't rest on
     """
 
     figure: Measurement
@@ -67,6 +78,7 @@ class Claim:
     effect: Effect
     scale: float = 1.0
     origin: float = 0.0
+    left_out: int = 0
 
     @property
     def bound(self) -> float:
@@ -106,6 +118,7 @@ def compare(pair: Pair, confidence: float) -> Comparison:
         metric=pair.ours.metric, batch_size=pair.ours.batch_size, prompt_tokens=pair.ours.prompt_tokens, baseline=pair.theirs.value,
         candidate=pair.ours.value, kind="ratio" if ratio else "difference",
         estimate=effect.estimate if math.isfinite(effect.estimate) else None, low=low, high=high,
+        left_out=pair.left_out,
     )  # fmt: skip
 
 
@@ -123,7 +136,8 @@ def gates(check: dict[str, Gate], compared: Sequence[Pair], baseline: Side | Non
             if not figures:
                 found.append(_unmeasured(Measurement(metric=metric, value=None), kind, limit, "not measured"))
             for point, figure in figures.items():
-                found.append(_claim(figure, by_point.get(point), candidate.figure(point), kind, limit))
+                theirs = baseline.figure(point) if baseline is not None else None
+                found.append(_claim(figure, by_point.get(point), theirs, candidate.figure(point), kind, limit))
     chances = [one for one in found if isinstance(one, Claim) and one.effect.samples and one.effect.known]
     corrected = dict(zip(map(id, chances), statistics.holm([claim.confidence for claim in chances]), strict=True))
     return [_judged(one, corrected.get(id(one)), len(chances), confidence) if isinstance(one, Claim) else one for one in found]
@@ -177,6 +191,7 @@ def measured_how(report: Report) -> dict[str, Any]:
         **_flat("benchmark", settings["benchmark"]),
         "benchmark.confidence": report.confidence,
         **{what: environment.get(what) for what in ("device", "gpu", "cpu", "threads", "cores")},
+        **{what: environment[what] for what, usual in USUAL.items() if environment.get(what, usual) != usual},
     }
     return {what: value for what, value in said.items() if value}
 
@@ -198,22 +213,38 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
     return {path: one for key, inner in value.items() for path, one in _flat(f"{name}.{key}", inner).items()}
 
 
-def _claim(figure: Measurement, pair: Pair | None, ours: Measurement | None, kind: str, limit: float) -> Claim | GateResult:
+def _claim(
+    figure: Measurement, pair: Pair | None, theirs: Measurement | None, ours: Measurement | None, kind: str, limit: float
+) -> Claim | GateResult:  # fmt: skip
     """What a limit says at a figure, or why it can't be checked there."""
-    if ours is not None and ours.value is None and ours.reason is not None and METRICS[ours.metric].kind == "quality":
-        return _result(figure, kind, limit, "fail", f"{figure.label} of the candidate is broken: {ours.reason}")
+    quality = METRICS[figure.metric].kind == "quality"
+    if quality and ours is not None and (broken := _broken(theirs, ours)):
+        return _result(figure, kind, limit, "fail", f"{figure.label} of the candidate is broken: {broken}")
     if kind in ("min", "max"):
         if ours is None or ours.value is None:
             return _unmeasured(figure, kind, limit, (ours and ours.reason) or "not measured")
-        return Claim(figure, kind, limit, _absolute(ours))
+        return Claim(figure, kind, limit, _absolute(ours), left_out=ours.missing)
     if pair is None or pair.theirs.value is None:
         reason = (ours and ours.reason) or figure.reason or "not measured on both sides"
         return _unmeasured(figure, kind, limit, reason)
-    quality = METRICS[figure.metric].kind == "quality"
+    if quality and figure.better == "higher" and pair.theirs.value <= 0 and kind in ("max_drop", "min_ratio"):
+        return _unmeasured(figure, kind, limit, f"the baseline has {pair.theirs.value:g}, so nothing could be lost")
     effect, sign = pair.effect(ratio=kind in RATIOS or not quality), -1 if kind == "max_drop" else 1
     if kind in RATIOS:
-        return Claim(figure, kind, limit, effect)
-    return Claim(figure, kind, limit, effect, sign) if quality else Claim(figure, kind, limit, effect, sign * pair.theirs.value, 1.0)
+        return Claim(figure, kind, limit, effect, left_out=pair.left_out)
+    if quality:
+        return Claim(figure, kind, limit, effect, sign, left_out=pair.left_out)
+    return Claim(figure, kind, limit, effect, sign * pair.theirs.value, 1.0)
+
+
+def _broken(theirs: Measurement | None, ours: Measurement) -> str | None:
+    """What the candidate gave in the place of numbers that the baseline gave; None where it gave numbers too."""
+    if found := lost(theirs, ours):
+        said = ", ".join(f"{reason} in {number:,}" for reason, number in found.items())
+        return f"{said} of {len(ours.samples):,} examples" + (" in which the baseline's is a number" if theirs is not None else "")
+    if ours.value is None and not ours.samples and not (theirs is not None and theirs.value is None):
+        return ours.reason
+    return None
 
 
 def _judged(claim: Claim, corrected: float | None, tests: int, confidence: float) -> GateResult:
@@ -225,19 +256,24 @@ def _judged(claim: Claim, corrected: float | None, tests: int, confidence: float
     unit = "" if claim.kind in RATIOS else f" {claim.figure.unit}"
     bound = f"{'at most' if claim.kind.startswith('max') else 'at least'} {claim.limit:g}{unit} is allowed"
     what = f"{claim.figure.label}{WORDS[claim.kind]} is {claim.said(effect.estimate):.4g}{unit}"
-    interval = effect.interval(confidence)
+    interval, total = effect.interval(confidence), claim.left_out + effect.samples
+    left_out = f"; {claim.left_out:,} of {total:,} examples are left out" if claim.left_out else ""
     if interval is None:
-        sentence = f"{what}, from too little data for an interval; {bound}"
-        return _result(claim.figure, claim.kind, claim.limit, "cannot_tell", sentence, claim.said(effect.estimate))
+        sentence = f"{what}, from too little data for an interval{left_out}; {bound}"
+        return _result(claim.figure, claim.kind, claim.limit, "cannot_tell", sentence, claim.said(effect.estimate), left_out=claim.left_out)
     low, high = sorted(map(claim.said, interval))
     spread = "" if low == high else f" ({100 * confidence:g} % {low:.4g} to {high:.4g})"
     broken = claim.confidence if corrected is None else corrected
     verdict: Verdict = "pass" if claim.confidence >= 1 - level else "fail" if broken <= level else "cannot_tell"
-    sentence, needed = f"{what}{spread}; {bound}", None
-    if verdict == "cannot_tell":
+    sentence, needed = f"{what}{spread}; {bound}{left_out}", None
+    if verdict == "pass" and claim.left_out > MOST * total:
+        verdict, sentence = "cannot_tell", f"{sentence}, and with more than {100 * MOST:g} % left out it can't pass"
+    elif verdict == "cannot_tell":
         needed = effect.needed(claim.bound, confidence)
         sentence += f"; {_more(claim, needed, tests if claim.confidence <= level else 0)}"
-    return _result(claim.figure, claim.kind, claim.limit, verdict, sentence, claim.said(effect.estimate), (low, high), needed)
+    return _result(
+        claim.figure, claim.kind, claim.limit, verdict, sentence, claim.said(effect.estimate), (low, high), needed, claim.left_out
+    )
 
 
 def _more(claim: Claim, needed: Needed | None, tests: int) -> str:
@@ -261,10 +297,10 @@ def _absolute(figure: Measurement) -> Effect:
     if kind == "size":
         return Effect(figure.value)
     if kind == "quality":
-        return statistics.alone(figure.metric, figure.samples)
-    if any(value <= 0 for row in figure.samples for value in row):  # no slack, no cache: nothing to take a logarithm of
+        return statistics.alone(figure.metric, figure.present)
+    if any(value <= 0 for row in figure.present for value in row):  # no slack, no cache: nothing to take a logarithm of
         return Effect(figure.value, known=False)
-    return statistics.geometric_mean(figure.samples)
+    return statistics.geometric_mean(figure.present)
 
 
 def _unmeasured(figure: Measurement, kind: str, limit: float, reason: str) -> GateResult:
@@ -273,10 +309,10 @@ def _unmeasured(figure: Measurement, kind: str, limit: float, reason: str) -> Ga
 
 def _result(
     figure: Measurement, kind: str, limit: float, verdict: Verdict, sentence: str, estimate: float = math.nan,
-    interval: tuple[float, float] | None = None, needed: Needed | None = None,
+    interval: tuple[float, float] | None = None, needed: Needed | None = None, left_out: int = 0,
 ) -> GateResult:  # fmt: skip
     return GateResult(
         metric=figure.metric, batch_size=figure.batch_size, prompt_tokens=figure.prompt_tokens, limit_kind=kind, limit=limit,
         estimate=estimate if math.isfinite(estimate) else None, interval=interval, needed=needed and needed.least,
-        needed_at_most=needed and needed.most, verdict=verdict, sentence=sentence,
+        needed_at_most=needed and needed.most, left_out=left_out, verdict=verdict, sentence=sentence,
     )  # fmt: skip

@@ -20,7 +20,7 @@ from compress.results import NOTES, Comparison, Layer, Measurement, Point, Predi
 WORST = 10
 POINTS = 10  # of a training's curve
 SHOWN = (
-    "rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "perplexity", "accuracy", "f1", "generated_tokens",
+    "rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "exact_match", "cer", "perplexity", "accuracy", "f1", "generated_tokens",
     "weight_bytes", "file_bytes", "parameters", "bits_per_weight", "peak_load_bytes", "peak_run_bytes", "process_gpu_bytes",
     "compile_seconds",
     "latency_p50", "latency_p90", "latency_p99", "ttft", "tpot", "tokens_per_second", "examples_per_second",

@@ -9,6 +9,7 @@ from compress.architecture import context_length
 from compress.calibration.stream import Row
 from compress.errors import RunError
 from compress.scores import rouge
+from compress.scripts import Tokenizers, choose
 from compress.training.material import IGNORED, Loss, Material, batch_of
 from compress.writing import prompt_of, write
 
@@ -32,7 +33,10 @@ def lost(model: "PreTrainedModel", rows: list[Row], numbers: list[int], size: in
 
 
 def rouge_of(model: "PreTrainedModel", material: Material, numbers: list[int], size: int) -> float:
-    """ROUGE-L in points of what a model writes greedily, as many tokens as the longest target has, over some of the rows."""
+    """ROUGE-L in points of what a model writes greedily, as many tokens as the longest target has, over some of the rows.
+
+    Raises RunError where no target has a letter.
+    """
     every = material.rows
     rows = sorted((every[number] for number in numbers), key=lambda row: len(row[1]))
     longest, said = max(len(answer) for _, _, answer in rows), list[str]()
@@ -42,5 +46,9 @@ def rouge_of(model: "PreTrainedModel", material: Material, numbers: list[int], s
         taken = 1 if model.config.is_encoder_decoder else max(map(len, prompts))
         found = write(model, prompts, max(1, int(min(longest, room - taken))), num_beams=1, temperature=None)
         said += [material.tokenizer.decode(tokens, skip_special_tokens=True) for tokens in found]
-    scores = rouge(said, [example.references for example, _, _ in rows])["rougeL"]
-    return sum(score for (score,) in scores) / len(scores)
+    references = [example.references for example, _, _ in rows]
+    scores = rouge(said, references, choose(Tokenizers(), references).rouge)["rougeL"]
+    there = [row[0] for row in scores if isinstance(row, list)]
+    if not there:
+        raise RunError("early_stopping: ROUGE-L finds no letter in the validation split's targets; take the loss, metric: loss")
+    return sum(there) / len(there)

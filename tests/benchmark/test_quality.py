@@ -121,3 +121,10 @@ def test_labels_are_read_as_numbers_and_names(toys):
     assert (label_number(model.config, "1"), label_number(model.config, "LABEL_1")) == (1, 1)
     with pytest.raises(DataError, match="label 'good' is none of the model's: numbers below 2, or LABEL_0, LABEL_1"):
         label_number(model.config, "good")
+
+
+def test_a_label_from_logits_that_are_no_numbers_is_none(toys):
+    bert = Bundle(Source(str(toys["bert"]), "sequence-classification", "float32"), "cpu")
+    with torch.no_grad():
+        bert.model.classifier.bias[1] = float("nan")
+    assert quality.classify(reader(bert), PROMPTS, batches(bert)) == [None] * 4

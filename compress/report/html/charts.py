@@ -29,7 +29,10 @@ def of(columns: Sequence[Column]) -> dict[str, Any]:
         found["layers"] = plots.sensitivity(rows)
     if rows := _curves(columns):
         found["training"] = plots.curves(rows, list(dict.fromkeys(row["name"] for row in rows)))
-    points = [{"name": c.name, "role": c.side.role, "figures": c.side.values(), "ranges": _ranges(c)} for c in columns]
+    points = [
+        {"name": c.name, "role": c.side.role, "figures": c.side.values(), "ranges": _ranges(c),
+         "missing": {m.label: m.missing for m in c.side.measurements if m.missing}} for c in columns
+    ]  # fmt: skip
     if len(plots.axes(points)) > 1:
         found["tradeoff"] = plots.tradeoff(points).to_dict(validate=False)
     return found
