@@ -141,6 +141,30 @@ def _why_no_weights(folder: Path) -> str:
     return "no weights (*.safetensors)"
 
 
+def settings(source: Source, name: str) -> dict[str, Any]:
+    """A JSON file of a model, read without torch; empty where the model, or a hub that doesn't answer, has none.
+
+    Raises ModelError where it holds something else than an object.
+    """
+    place = Path(source.id) / name
+    if not source.is_folder:
+        import huggingface_hub
+
+        try:
+            place = Path(huggingface_hub.hf_hub_download(source.id, name, revision=source.revision))
+        except (OSError, ValueError):  # no such file, no network
+            return {}
+    try:
+        held = json.loads(place.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return {}
+    except (ValueError, RecursionError, OSError) as error:
+        raise ModelError(f"{place}: not JSON: {error}") from None
+    if not isinstance(held, dict):
+        raise ModelError(f"{place}: an object is wanted, with a key for each setting")
+    return held
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files that plain transformers loads from a folder, no others: the one that its config names
     (`transformers_weights`), or else model.safetensors, or else those that the index names. None where it has none of these.

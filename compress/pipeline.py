@@ -13,7 +13,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from compress import data, methods, model
+from compress import data, decoding, methods, model
 from compress.benchmark import isolate, machine
 from compress.benchmark.outputs import Outputs
 from compress.benchmark.statistics import corpus_value
@@ -22,7 +22,7 @@ from compress.extras import install_line
 from compress.forecast.beside import foretold
 from compress.inspection.findings import Inspection
 from compress.methods import Example, TrainSettings, TuneSettings, quiet
-from compress.metrics import COMPARED, TASK
+from compress.metrics import COMPARED, GENERATED, TASK
 from compress.model import Source
 from compress.nursery import copied, nursery
 from compress.process import Child, Progress, Team, take_lock
@@ -75,6 +75,7 @@ def prepare(recipe: Recipe, out: str | Path, device: str = "auto", progress: Pro
     refuse(recipe, device, processes)
     wanted, commit = recipe.model, machine.commit(recipe.folder)
     baseline = model.pinned(Source(model.locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
+    _refuse_generation(recipe, baseline)
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
     with _place(recipe, Path(out)) as (_, log):
         stages = _stages(recipe, baseline, Path(out) / "artifacts", device, log, progress, processes)
@@ -108,6 +109,7 @@ def bench(
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     _require_packages(recipe)
     source, commit = model.pinned(Source(model.locate(model_id, Path()), recipe.model.task)), machine.commit(recipe.folder)
+    _refuse_generation(recipe, source)
     examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
     return measure([Prepared(_decided(recipe, examples), None, source, model_id, examples, [], commit)], out, device, progress, strict)[0]
 
@@ -185,6 +187,12 @@ def _require_packages(recipe: Recipe) -> None:
 def _decided(recipe: Recipe, examples: Sequence[Example]) -> Recipe:
     """The recipe with the tokenizers that the references call for, which both sides' texts are then cut with."""
     return recipe.decided_by([example.references for example in examples])
+
+
+def _refuse_generation(recipe: Recipe, source: Source) -> None:
+    """Raises ModelError where texts are to be written and the model's generation config says what can't be done."""
+    if GENERATED & set(recipe.groups):
+        decoding.check(source, sampled=recipe.generation.do_sample and recipe.generation.temperature is None)
 
 
 def usable(out: Path) -> None:

@@ -4,8 +4,8 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import GenerationConfig
 
+from compress import decoding
 from compress.calibration.stream import Row
 from compress.errors import ModelError
 from compress.model import Bundle
@@ -44,19 +44,18 @@ def write(
         gaps = [[value] * (width - len(row)) for row in rows]
         return torch.tensor([row + gap if both else gap + row for row, gap in zip(rows, gaps, strict=True)], device=model.device)
 
-    usual = model.generation_config
+    own = model.generation_config
     how = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+    # sampling is from the model's own distributions; penalties, least lengths and the like would make others of them
+    config = decoding.held(own) if temperature is None else decoding.neutral(own)
     model.eval()
-    if temperature is not None:  # penalties, least lengths and the like would make other distributions of the model's
-        special = ("bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id")
-        model.generation_config = GenerationConfig(**{name: getattr(usual, name) for name in special})
     try:
-        tokens = model.generate(
-            input_ids=side(prompts, filler), attention_mask=side([[1] * len(row) for row in prompts], 0), max_new_tokens=max_new_tokens,
-            num_beams=num_beams, pad_token_id=filler, use_cache=True, **how,
-        )  # fmt: skip
+        with decoding.generating_by(model, config):
+            tokens = model.generate(
+                input_ids=side(prompts, filler), attention_mask=side([[1] * len(row) for row in prompts], 0), max_new_tokens=max_new_tokens,
+                num_beams=num_beams, pad_token_id=filler, use_cache=True, **how,
+            )  # fmt: skip
     finally:
-        model.generation_config = usual
         model.train(training)
     ends = ends_of(model)
     return [_to_end(row, ends) for row in tokens[:, 1 if both else width :].tolist()]

@@ -1,66 +1,33 @@
-"""What a model writes to prompts, batch by batch, and whether it writes the same to one alone.
-
-Sampling takes no random numbers from a generator that the batching would share out: each row's logits get Gumbel noise that seed, example
-and position determine, and the likeliest token is then a draw from the distribution (Gumbel 1954; Maddison et al. 2014). So the draws are
-the same in every batch, on every device, and on both sides, which makes their difference less noisy.
-"""
+"""What a model writes to prompts, batch by batch, and whether it writes the same to one alone."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import (
-    GenerationConfig,
-    LogitsProcessor,
     LogitsProcessorList,
-    MinPLogitsWarper,
+    PreTrainedModel,
     StoppingCriteria,
     StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
 )
 from transformers.modeling_outputs import BaseModelOutput
 
+from compress import decoding
 from compress.benchmark.batching import WRITTEN, Batches
+from compress.benchmark.draws import WARPERS, GumbelNoise, at_edge, warpers
 from compress.benchmark.quality import Reader, Texts
-from compress.errors import DataError
+from compress.errors import DataError, RunError
 
 CHECKED = 8  # examples that are written once more, alone
 ENCODED = 1024  # tokens of prompts that an encoder on a CPU is given at once: what it computes of more is too much for the caches
 ENDED = 0.25  # of a batch's rows, when the others go on without them; a row that has ended costs as much as one that has not
-WARPERS = {  # what bends a distribution before a draw, in transformers' order, with the value that changes nothing
-    "temperature": (TemperatureLogitsWarper, 1.0),
-    "top_k": (TopKLogitsWarper, 0),
-    "top_p": (TopPLogitsWarper, 1.0),
-    "min_p": (MinPLogitsWarper, 0.0),
-    "typical_p": (TypicalLogitsWarper, 1.0),
-}
 # relative errors that torch.testing takes for rounding
 ROUNDING = {torch.float32: 1.3e-6, torch.float16: 1e-3, torch.bfloat16: 1.6e-2}
-
-
-class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
-    """Adds to every row's scores (rows, vocabulary) noise of its own: Philox keyed by seed and example, counted by position.
-
-    start   the tokens that stand before the first that is written
-    """
-
-    def __init__(self, seed: int, examples: list[int], start: int):
-        self._seed, self._examples, self._start = seed, examples, start
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        position, size = input_ids.shape[1] - self._start, scores.shape[1]
-        drawn = [self._exponential(example, position, size) for example in self._examples]
-        return scores.float() - torch.from_numpy(np.stack(drawn)).to(scores.device).log()
-
-    def _exponential(self, example: int, position: int, size: int) -> "np.ndarray[Any, np.dtype[np.float32]]":
-        stream = np.random.Philox(key=[self._seed, example], counter=[0, 0, 0, position])
-        return np.random.Generator(stream).standard_exponential(size, dtype=np.float32)
+APART = 4  # times the model's own noise: what two scores may differ by where each is off by it, and as much again for its being one sample
 
 
 class Ended(StoppingCriteria):  # type: ignore[misc]
@@ -75,24 +42,54 @@ class Ended(StoppingCriteria):  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
+class Parting:
+    """Where an example that was written once more, alone, comes out otherwise than in its batch.
+
+    position  of the first token that differs, from 0 on
+    alone     the token there, and `batched` that of the batch, as they are called in messages
+    gap       between the scores of the two, as they are alone; `noise` is by how much the model's scores move where they mean the same
+    is_tie    whether the gap is within that noise
+    """
+
+    example: int
+    position: int
+    alone: str
+    batched: str
+    gap: float
+    noise: float
+    is_tie: bool
+
+    @property
+    def sentence(self) -> str:
+        return (
+            f"example {self.example + 1} of those drawn comes out otherwise in a batch than alone: its token {self.position + 1} is"
+            f" {self.batched} and not {self.alone}, with scores {self.gap:.3g} apart where rounding moves them by {self.noise:.2g}"
+        )
+
+
+@dataclass(frozen=True)
 class Recheck:
     """What became of examples that were written once more, alone.
 
     differ   came out otherwise than in their batch
-    ties     those of them whose outputs part at two tokens with scores within rounding of each other; None where beams were searched
+    ties     those of them whose outputs part at two tokens with scores within the model's noise; None where beams were searched
+    reason   why the model's outputs depend on what is in a batch, where they are known to
     """
 
     checked: int
     differ: int
     ties: int | None
+    reason: str | None = None
 
     @property
     def sentence(self) -> str:
         """What the report says."""
-        if not self.differ:
-            return f"{self.checked} examples were written once more, each alone: all came out as in their batch"
-        why = "" if self.ties is None else f", {self.ties} of them where two tokens' scores were within rounding of each other"
-        return f"{self.checked} examples were written once more, each alone: {self.differ} came out otherwise than in their batch{why}"
+        found = "all came out as in their batch"
+        if self.differ:
+            found = f"{self.differ} came out otherwise than in their batch"
+        if self.differ and self.ties is not None:
+            found += f", {self.ties} of them where two tokens' scores were within rounding of each other"
+        return "; ".join(filter(None, [f"{self.checked} examples were written once more, each alone: {found}", self.reason]))
 
 
 class Writer:
@@ -107,13 +104,14 @@ class Writer:
         if reader.context is not None and self._new_tokens >= reader.context:
             raise DataError(f"generation.max_new_tokens: {self._new_tokens} does not fit the model's context of {reader.context} tokens")
         self._encoded = reader.read(prompts, room=0 if both else self._new_tokens, unended=not both)
-        self._warpers = _warpers(model.generation_config, settings) if settings["do_sample"] else None
+        self._config = decoding.held(model.generation_config)
+        for key in ("num_beams", "repetition_penalty", *WARPERS):
+            if settings.get(key) is not None:
+                setattr(self._config, key, settings[key])
+        self._warpers = warpers(self._config) if settings["do_sample"] else None
         self._beams = settings["num_beams"]
-        self._settings = {
-            key: value
-            for key, value in settings.items()
-            if value is not None and key not in ("max_new_tokens", "seed", "do_sample", *WARPERS)
-        }
+        batching = decoding.batching(self._config, encoder=both)
+        self._batching = "whole" if batching == "leaving" and self._beams > 1 else batching
         ends = model.generation_config.eos_token_id
         self._stop = {reader.tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [])} | (
             {ends} if isinstance(ends, int) else set()
@@ -124,32 +122,72 @@ class Writer:
         outputs: list[list[int]] = [[] for _ in self._encoded]
 
         def work(examples: list[int]) -> None:
-            rows = self._leaving(examples) if self._beams == 1 else zip(examples, self._rows(examples)[0], strict=True)
-            for example, row in rows:
-                outputs[example] = self._until_end(row)
+            for part in self._parts(examples):
+                rows = self._leaving(part) if self._batching == "leaving" else zip(part, self._rows(part), strict=True)
+                for example, row in rows:
+                    outputs[example] = self._until_end(row)
 
         batches.each([self._beams * (len(row) + self._new_tokens) for row in self._encoded], work, "generating", WRITTEN)
         return outputs
 
     def recheck(self, outputs: list[list[int]]) -> Recheck:
-        """Write a sample of the prompts once more, each alone."""
-        chosen = range(0, len(outputs), max(1, len(outputs) // CHECKED))[:CHECKED]
-        explained = [tie for example in chosen if (tie := self._parts_by_tie(example, outputs[example])) is not None]
-        return Recheck(len(chosen), len(explained), sum(explained) if self._beams == 1 else None)
+        """Write a sample of the prompts once more, each alone.
 
-    def _parts_by_tie(self, example: int, batched: list[int]) -> bool | None:
-        """Whether a tie is why an example alone gives other tokens than the batch; None where it gives the same."""
-        rows, steps = self._rows([example], scores=self._beams == 1)
-        alone = self._until_end(rows[0])
+        Raises RunError where one comes out otherwise than in its batch for another reason than a tie, or one that is known. Beams part
+        where hypotheses tie, which can't be told step by step, and are counted.
+        """
+        chosen = range(0, len(outputs), max(1, len(outputs) // CHECKED))[:CHECKED]
+        partings = [parting for example in chosen if (parting := self._parting(example, outputs[example])) is not None]
+        reason = _depends_on_batch(self._reader.model)
+        others = [parting for parting in partings if not parting.is_tie]
+        if others and self._beams == 1 and reason is None:
+            raise RunError(
+                f"{others[0].sentence}; so do {len(others)} of {len(chosen)} that were looked at. Figures of this model would depend on"
+                " the batches; with benchmark.quality_batch_tokens: 1 every example is written alone"
+            )
+        return Recheck(len(chosen), len(partings), len(partings) - len(others) if self._beams == 1 else None, reason)
+
+    def _parting(self, example: int, batched: list[int]) -> Parting | None:
+        """Where an example alone parts from what the batch gave it; None where it doesn't."""
+        given, start = self._inputs([example])
+        greedy = self._beams == 1
+        found = self._generate([example], given, start, output_scores=greedy, output_logits=greedy)
+        alone = self._until_end(found.sequences[0, start:].tolist())
         if alone == batched:
             return None
-        if self._beams > 1:
-            return False
         part = next((n for n, (a, b) in enumerate(zip(alone, batched, strict=False)) if a != b), min(len(alone), len(batched)))
-        scores = steps[part][0].float()
-        theirs = batched[part : part + 1] or sorted(self._stop)  # the batch's may have come to its end
-        gap, size = scores.max() - scores[theirs].max(), scores[scores.isfinite()].abs().max()
-        return bool(gap <= ROUNDING.get(self._reader.model.dtype, ROUNDING[torch.float32]) * size)
+        mine, theirs = (self._name(tokens[part]) if part < len(tokens) else "its end" for tokens in (alone, batched))
+        if not greedy:
+            return Parting(example, part, mine, theirs, 0.0, 0.0, is_tie=False)
+        scores, logits = found.scores[part][0].float(), found.logits[part][0].float()
+        others = torch.tensor(batched[part : part + 1] or sorted(self._stop), device=scores.device)  # the batch's may have come to its end
+        others = others[others < len(scores)]
+        noise = self._noise(given, found.sequences[:, : start + part], torch.stack([step[0] for step in found.logits[: part + 1]]))
+        size = scores[scores.isfinite()].abs().max().item()
+        slack = max(APART * noise, ROUNDING.get(self._reader.model.dtype, ROUNDING[torch.float32]) * size)
+        gap = (scores.max() - scores[others].max()).item()
+        is_tie = gap <= slack or (self._warpers is not None and at_edge(scores, logits, others, slack))
+        return Parting(example, part, mine, theirs, gap, noise, is_tie)
+
+    def _noise(self, given: dict[str, Any], written: Tensor, stepwise: Tensor) -> float:
+        """How far logits (steps, vocabulary) of the same tokens lie apart that were computed step by step and that are computed at once.
+
+        Both mean the same, so what lies between them is the rounding of this model, in its dtype and with its inputs rounded or not.
+        """
+        if self._both:
+            inputs = {**given, "decoder_input_ids": written}
+        else:
+            inputs = {"input_ids": written, "attention_mask": torch.ones_like(written)}
+        with torch.inference_mode():
+            at_once = self._reader.model(**inputs).logits[0, -len(stepwise) :].float()
+        noise = (at_once - stepwise.float()).abs().max().item() / (self._config.temperature or 1.0 if self._warpers is not None else 1.0)
+        return noise if np.isfinite(noise) else 0.0
+
+    def _parts(self, examples: list[int]) -> list[list[int]]:
+        """A batch as it is, or by the lengths of its prompts."""
+        if self._batching != "equal":
+            return [examples]
+        return [list(part) for _, part in groupby(examples, key=lambda example: len(self._encoded[example]))]
 
     def _leaving(self, examples: list[int]) -> Iterator[tuple[int, list[int]]]:
         """What is written to these prompts, as they come to their ends: whenever a part of them has, the others go on without."""
@@ -195,11 +233,11 @@ class Writer:
             "decoder_input_ids": rows[left], "decoder_attention_mask": written,
         }  # fmt: skip
 
-    def _rows(self, examples: list[int], scores: bool = False) -> tuple[list[list[int]], tuple[Tensor, ...]]:
-        """What is written to these prompts, up to the longest's end; the scores (rows, vocabulary) of each step where they are wanted."""
+    def _rows(self, examples: list[int]) -> list[list[int]]:
+        """What is written to these prompts, up to the longest's end."""
         given, start = self._inputs(examples)
-        found = self._generate(examples, given, start, output_scores=scores)
-        return found.sequences[:, start:].tolist(), found.scores or ()
+        rows: list[list[int]] = self._generate(examples, given, start).sequences[:, start:].tolist()
+        return rows
 
     def _inputs(self, examples: list[int]) -> tuple[dict[str, Any], int]:
         """The prompts as a batch, and how many tokens stand before the first that is written."""
@@ -208,21 +246,26 @@ class Writer:
 
     def _generate(self, examples: list[int], given: dict[str, Any], start: int, **wanted: Any) -> Any:
         """transformers' generation of the tokens that are yet to be written."""
+        model, tokenizer = self._reader.model, self._reader.tokenizer
         drawing = None if self._warpers is None else LogitsProcessorList([*self._warpers, GumbelNoise(self._seed, examples, start)])
-        least = self._reader.model.generation_config.min_new_tokens  # transformers counts them from where a continuation begins
         before = given.get("decoder_input_ids", given["input_ids"]).shape[1] if "past_key_values" in given else start
-        with torch.inference_mode():
-            return self._reader.model.generate(
-                **given, **wanted, **self._settings, max_new_tokens=start + self._new_tokens - before, do_sample=False,
-                min_new_tokens=least and max(0, least - (before - start)),
-                logits_processor=drawing, pad_token_id=self._reader.tokenizer.pad_token_id, return_dict_in_generate=True,
+        strings = {"tokenizer": tokenizer} if self._config.stop_strings else {}
+        with torch.inference_mode(), decoding.generating_by(model, self._config):
+            return model.generate(
+                **given, **wanted, **strings, max_new_tokens=start + self._new_tokens - before, do_sample=False, num_beams=self._beams,
+                logits_processor=drawing, pad_token_id=tokenizer.pad_token_id, return_dict_in_generate=True,
             )  # fmt: skip
+
+    def _name(self, token: int) -> str:
+        return repr(text) if (text := self._reader.tokenizer.decode(token)) else f"number {token} of the vocabulary"
 
     def _until_end(self, tokens: list[int]) -> list[int]:
         return tokens[: next((index for index, token in enumerate(tokens) if token in self._stop), len(tokens))]
 
 
-def _warpers(usual: GenerationConfig, settings: dict[str, Any]) -> list[LogitsProcessor]:
-    """What the settings, or else the model's own generation config, bend its distributions by."""
-    wanted = ((kind, settings.get(name) or getattr(usual, name), neutral) for name, (kind, neutral) in WARPERS.items())
-    return [kind(value) for kind, value, neutral in wanted if value not in (None, neutral)]
+def _depends_on_batch(model: PreTrainedModel) -> str | None:
+    """Why what a model writes depends on what is written beside it; None where it shouldn't."""
+    packing = getattr(model.config, "quantization_config", None)
+    if packing is not None and getattr(packing, "load_in_8bit", False) and packing.llm_int8_threshold > 0:
+        return "bitsandbytes holds a column in 16 bits when any input of a batch has an outlier there, so what is served together matters"
+    return None

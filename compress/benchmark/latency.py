@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import CompileConfig, StoppingCriteria, StoppingCriteriaList
 
+from compress.decoding import generating_by, neutral
 from compress.recipe import Runtime
 
 if TYPE_CHECKING:
@@ -93,12 +94,15 @@ def prompts(model: "PreTrainedModel", device: str, batch_size: int, prompt_token
 
 
 def generate(model: "PreTrainedModel", inputs: dict[str, Any], new_tokens: int, watch: StoppingCriteria, runtime: Runtime = PLAIN) -> Any:
-    """A greedy generation of exactly `new_tokens` tokens, `watch` being called after each. Returns the ids."""
+    """A greedy generation of exactly `new_tokens` tokens, `watch` being called after each. Returns the ids.
+
+    What the model's generation config says besides the special tokens is left out: it would change the work, or how much of it there is.
+    """
     # transformers would make a static cache as long as the longest that the model has had
     model._previous_max_cache_length = -1
-    with torch.inference_mode():
+    with torch.inference_mode(), generating_by(model, neutral(model.generation_config)):
         return model.generate(
-            **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False, num_beams=1, repetition_penalty=1.0,
+            **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
             stopping_criteria=StoppingCriteriaList([watch]), pad_token_id=0, **_cache_options(model, runtime),
         )  # fmt: skip
 

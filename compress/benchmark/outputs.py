@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from compress import rouge, scores, scripts
+from compress import decoding, rouge, scores, scripts
 from compress.data import examples_digest
 from compress.methods import Example
 from compress.model import Source, fingerprint
@@ -18,11 +18,8 @@ from compress.results import whole_folder
 Outputs = dict[str, Any]  # what `Worker.quality` gives
 HERE = Path(__file__).parent
 CODE = (
-    HERE / "batching.py",
-    HERE / "generation.py",
-    HERE / "quality.py",
-    HERE / "worker.py",
-    *(Path(str(module.__file__)) for module in (rouge, scores, scripts)),
+    *(HERE / f"{part}.py" for part in ("batching", "draws", "generation", "quality", "worker")),
+    *(Path(str(module.__file__)) for module in (decoding, rouge, scores, scripts)),
 )
 PACKAGES = (
     "torch",

@@ -12,8 +12,8 @@ import psutil
 import torch
 import transformers
 
+from compress import decoding, scores
 from compress import model as models
-from compress import scores
 from compress.architecture import context_length, label_number
 from compress.benchmark import ceilings as ceiling
 from compress.benchmark import kernels, latency, memory, nvml, quality, tasks, work
@@ -168,7 +168,11 @@ class Worker:
         texts: list[str] | None = None
         said = []
         if GENERATED & set(groups):
+            own, size = self.model.generation_config, self.model.get_input_embeddings().num_embeddings
+            decoding.refuse(own.to_dict(), size, decoding.FILE, generation["do_sample"] and generation["temperature"] is None)
             writer = Writer(reader, prompts, generation)
+            if left_out := decoding.overruled(self.model.generation_config):
+                said.append(f"of {decoding.FILE} {', '.join(left_out)} was left out: how fast and how often is the benchmark's to say")
             tokens = writer.write(batches)
             said.append(writer.recheck(tokens).sentence)
             texts = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]

@@ -5,13 +5,15 @@ from collections import Counter
 import pytest
 import torch
 from scipy import stats
-from transformers import GenerationConfig
+from transformers import BitsAndBytesConfig, GenerationConfig
 
 from compress.benchmark import generation
 from compress.benchmark.batching import Batches
 from compress.benchmark.generation import GumbelNoise, Writer
 from compress.benchmark.quality import Reader
+from compress.errors import RunError
 from compress.methods import quiet
+from compress.model import Bundle, Source
 from compress.recipe import Generation
 
 PROMPTS = ["the cat sat", "a big dog ran on the red mat and sat", "the", "blue hat on a small mat was it"]
@@ -161,9 +163,12 @@ def test_outputs_that_change_alone_are_counted_and_ties_told_from_others(random_
     made = writer(random_bundle, GREEDY)
     outputs = made.write(Batches(model, 1000, quiet))
     assert made.recheck(outputs).sentence == "4 examples were written once more, each alone: all came out as in their batch"
-    changed = [[*outputs[0][:3], (outputs[0][3] + 1) % 64, *outputs[0][4:]], outputs[1][:5], *outputs[2:]]
-    found = made.recheck(changed)
-    assert (found.checked, found.differ, found.ties) == (4, 2, 0)
+    other = (outputs[1][3] + 1) % 64
+    changed = [outputs[0], [*outputs[1][:3], other, *outputs[1][4:]], outputs[2][:5], outputs[3]]
+    with pytest.raises(
+        RunError, match=r"example 2 of those drawn .* its token 4 is .*; so do 2 of 4 .*quality_batch_tokens: 1 every example"
+    ):
+        made.recheck(changed)
     head, first = model.get_output_embeddings().weight, outputs[0][0]
     twin = 40 if first != 40 else 41
     with torch.no_grad():  # two tokens with the same logits
@@ -172,3 +177,22 @@ def test_outputs_that_change_alone_are_counted_and_ties_told_from_others(random_
     other = ({first, twin} - {outputs[0][0]}).pop()
     found = made.recheck([[other, *outputs[0][1:]], *outputs[1:]])
     assert (found.differ, found.ties) == (1, 1)
+
+
+def test_what_differs_for_a_reason_that_is_known_is_said_and_ends_nothing(toys):
+    made = Bundle(Source(str(toys["llama"]), "causal-lm", "float32"), "cpu")
+    made.model.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
+    wrote = writer(made, GREEDY)
+    outputs = [[(token + 1) % 64 for token in tokens] for tokens in wrote.write(Batches(made.model, 1000, quiet))]
+    assert "4 came out otherwise than in their batch" in (said := wrote.recheck(outputs).sentence)
+    assert said.endswith(
+        "bitsandbytes holds a column in 16 bits when any input of a batch has an outlier there, so what is served together matters"
+    )
+
+
+def test_beams_that_differ_are_counted(toys):
+    made = Bundle(Source(str(toys["llama"]), "causal-lm", "float32"), "cpu")
+    wrote = writer(made, {**GREEDY, "num_beams": 2})
+    outputs = wrote.write(Batches(made.model, 1000, quiet))
+    assert wrote.recheck(outputs).differ == 0
+    assert wrote.recheck([[5, 5, 5], *outputs[1:]]).sentence.endswith("each alone: 1 came out otherwise than in their batch")
