@@ -1,66 +1,31 @@
 """Rows of a data set become examples: a prompt with its references, a text, or an input with its label.
 
-Read once, in the parent, without torch; both sides then get the very same examples.
+Read once, in the parent, without torch; every stage and both sides then get the very same examples, whatever becomes of the files.
 """
 
-import csv
-import json
 import math
 import random
-from collections.abc import Sequence
-from dataclasses import asdict, replace
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from compress.errors import CompressError, DataError, MissingPackage
-from compress.extras import install_line
+from compress import rows
+from compress.errors import DataError
 from compress.methods import Example
-from compress.model import user_path
+from compress.mistakes import suggest
 from compress.recipe import Data, digest, fields
+from compress.results import Split
+from compress.rows import Place, Row, Table
 
-BUILTIN = Path(__file__).parent / "builtin" / "dialogues"
-ENDINGS = ("jsonl", "json", "csv", "parquet")
-Row = dict[str, Any]
+HEAD = 200  # rows of a split that `Dataset.look` looks at
 
 
 def examples(data: Data, folder: Path, purpose: str, samples: int | None, seed: int) -> list[Example]:
-    """The examples of one purpose (train, validation, evaluation), `samples` of them drawn with `seed`, in the data's order.
-
-    Those of the evaluation stand behind `data.shots` of the train split, where there are to be any.
-
-    Raises DataError.
-    """
-    split = data.splits.get(purpose)  # type: ignore[call-overload]
-    if split is None:
-        raise DataError(f"data.splits: names no split for {purpose}; it has {', '.join(data.splits)}")
-    where, rows = _rows(data, folder, split)
-    if not rows:
-        raise DataError(f"{where}: has no rows")
-    picked = range(len(rows))
-    if samples is not None and samples < len(rows):
-        picked = sorted(random.Random(seed).sample(range(len(rows)), samples))  # type: ignore[assignment]
-    found = [_example(data, rows[number], number, where) for number in picked]
-    return _after_shots(data, folder, found) if data.shots and purpose == "evaluation" else found
-
-
-def _after_shots(data: Data, folder: Path, found: list[Example]) -> list[Example]:
-    """The examples, each behind the same few of the train split with their targets; one that is the example itself gives way to another."""
-    drawn = examples(data, folder, "train", None, data.seed)
-    random.Random(data.seed).shuffle(drawn)
-    after = []
-    for example in found:
-        others = list(islice((shot for shot in drawn if shot.prompt != example.prompt), data.shots))
-        if len(others) < data.shots:
-            raise DataError(f"data.shots: {data.shots} are wanted and the train split has {len(others)} other examples")
-        shots = "".join(f"{_joined(shot.prompt, shot.references[0])}{data.shot_separator}" for shot in others)
-        after.append(replace(example, prompt=shots + example.prompt))
-    return after
-
-
-def _joined(prompt: str, target: str) -> str:
-    """A prompt with its target, a blank between them where neither brings white space."""
-    return f"{prompt}{target}" if prompt[-1:].isspace() or target[:1].isspace() else f"{prompt} {target}"
+    """The examples of one purpose alone, as `Dataset.examples` gives them."""
+    return Dataset(data, folder).examples(purpose, samples, seed)
 
 
 def examples_digest(found: Sequence[Example]) -> str:
@@ -68,16 +33,206 @@ def examples_digest(found: Sequence[Example]) -> str:
     return digest([asdict(example) for example in found])
 
 
-def _example(data: Data, row: Row, number: int, where: str) -> Example:
-    where = f"{where}, row {number + 1}"
+@dataclass(frozen=True)
+class Selection:
+    """The rows of a table that are examples.
+
+    numbers   their places among all rows, from 0
+    filtered  how many `data.where` leaves out
+    empty     the places of those in which nothing stands, and why the first of them is empty
+    """
+
+    table: Table
+    numbers: list[int]
+    filtered: int
+    empty: list[int]
+    why: str | None
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return str(self.table.place)
+
+
+class Dataset:
+    """A recipe's data. Each file is read once, when one of its splits is first asked for."""
+
+    def __init__(self, data: Data, folder: Path):
+        self._data, self._folder = data, folder
+        self._selections: dict[Place, Selection] = {}
+
+    def examples(self, purpose: str, samples: int | None, seed: int) -> list[Example]:
+        """The examples of one purpose (train, validation, evaluation), `samples` of them drawn with `seed`, in the data's order.
+
+        Rows that `data.where` leaves out, and empty ones, are never drawn. Examples of the evaluation stand behind `data.shots` of the
+        train split, where there are to be any; with `data.join` they are one, the text of all rows.
+
+        Raises DataError, and MissingPackage where a hub id wants one.
+        """
+        split = self._data.splits.get(purpose)  # type: ignore[call-overload]
+        if split is None:
+            raise DataError(f"data.splits: names no split for {purpose}; it has {', '.join(self._data.splits)}")
+        selection = self._selection(rows.locate(self._data, self._folder, split))
+        if self._data.join is not None and purpose == "evaluation":
+            return [_joined_rows(self._data, self._data.join, selection, split)]
+        numbers = selection.numbers
+        if samples is not None and samples < len(numbers):
+            numbers = [numbers[place] for place in sorted(random.Random(seed).sample(range(len(numbers)), samples))]
+        found = [_example(self._data, selection, number) for number in numbers]
+        return self._after_shots(found) if self._data.shots and purpose == "evaluation" else found
+
+    def splits(self) -> list[Split]:
+        """What was read so far."""
+        return [
+            Split(
+                name=place.name if isinstance(place, Path) else str(place), path=place if isinstance(place, Path) else None,
+                rows=len(found.table.rows), filtered=found.filtered, empty=len(found.empty), why_empty=found.why, sha256=found.table.sha256,
+            )
+            for place, found in self._selections.items()
+        ]  # fmt: skip
+
+    def _selection(self, place: Place) -> Selection:
+        if place not in self._selections:
+            self._selections[place] = select(self._data, rows.read(place))
+        return self._selections[place]
+
+    def _after_shots(self, found: list[Example]) -> list[Example]:
+        """The examples, each behind the same few of the train split with their targets; one that is the example itself gives way."""
+        data = self._data
+        drawn = self.examples("train", None, data.seed)
+        random.Random(data.seed).shuffle(drawn)
+        after = []
+        for example in found:
+            others = list(islice((shot for shot in drawn if shot.prompt != example.prompt), data.shots))
+            if len(others) < data.shots:
+                raise DataError(f"data.shots: {data.shots} are wanted and the train split has {len(others)} other examples")
+            shots = "".join(f"{_joined(shot.prompt, shot.references[0])}{data.shot_separator}" for shot in others)
+            after.append(replace(example, prompt=shots + example.prompt))
+        return after
+
+
+def compared(splits: Sequence[Split]) -> list[Split]:
+    """What was read, held against the files as they are now."""
+    changed = [split.path is not None and rows.file_digest(split.path) != split.sha256 for split in splits]
+    return [split.model_copy(update={"changed": other}) for split, other in zip(splits, changed, strict=True)]
+
+
+def look(data: Data, table: Table) -> int:
+    """Make examples of the first rows of a split, as `rows.head` gives them; how many there are. Raises DataError."""
+    selection = select(data, table)
+    return len([_example(data, selection, number) for number in selection.numbers])
+
+
+def missing(data: Data, table: Table) -> Iterator[tuple[str, str]]:
+    """Each field that is named and that no row has: the key that names it, and what is wrong."""
+    named = {key: _fields(getattr(data, key)) for key in ("text", "prompt", "target")}
+    for key, names in {**named, "where": list(data.where)}.items():
+        for name in dict.fromkeys(names):
+            if name not in table.columns:
+                hint = suggest(name, table.columns).partition("; known")[0]
+                what = f"the field {name!r} that {'data.where' if key == 'where' else f'the {key}'} names isn't there"
+                yield key, f"{table.place}: {what}; the columns are {', '.join(table.columns) or 'none'}{hint}"
+
+
+def select(data: Data, table: Table) -> Selection:
+    """The rows that are examples.
+
+    Raises DataError where none is, where a field is named that no row has, and for the first empty row with `data.empty: refuse`.
+    """
+    if not table.rows:
+        raise DataError(f"{table.place}: has no rows")
+    for _, problem in missing(data, table):
+        raise DataError(problem)
+    kept = [number for number, row in enumerate(table.rows) if all(_is_among(row.get(name), data.where[name]) for name in data.where)]
+    if not kept and table.whole:
+        raise DataError(f"{table.place}: data.where leaves out all of its {len(table.rows):,} rows; {_there(data, table)}")
+    numbers, empty, why = [], [], None
+    named = {key: _fields(getattr(data, key)) for key in ("text", "prompt", "target")}
+    for number in kept:
+        lack = _lack(named, data, table.rows[number])
+        if lack is None:
+            numbers.append(number)
+        else:
+            why = why or f"row {number + 1}: {lack}"
+            empty.append(number)
+    if empty and data.empty == "refuse":
+        raise DataError(f"{table.place}, {why}; {_so_many(len(empty), len(kept))} empty, and data.empty is refuse")
+    if kept and not numbers and table.whole:
+        raise DataError(f"{table.place}, {why}; all {len(kept):,} rows are empty")
+    return Selection(table, numbers, len(table.rows) - len(kept), empty, why)
+
+
+def _so_many(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,} rows {'is' if part == 1 else 'are'}"
+
+
+def _fields(templates: str | list[str] | None) -> list[str]:
+    return [name for template in ([templates] if isinstance(templates, str) else templates or []) for name in fields(template)]
+
+
+def _lack(named: dict[str, list[str]], data: Data, row: Row) -> str | None:
+    """Why a row is empty; None where it isn't: a cell that is named is empty, or all that a text, a prompt or a target names is blank."""
+    for key, names in named.items():
+        cells = [row.get(name) for name in names]
+        if (place := next((place for place, cell in enumerate(cells) if _is_null(cell)), None)) is not None:
+            return f"the field {names[place]!r} that the {key} names is empty"
+        if cells and all(_is_blank(cell) for cell in cells):
+            return f"the {key} is empty"
+    return None
+
+
+def _is_null(cell: Any) -> bool:
+    """Whether nothing stands in a cell; NaN is how tables say it."""
+    return cell is None or (isinstance(cell, float) and math.isnan(cell))
+
+
+def _is_blank(cell: Any) -> bool:
+    return all(map(_is_blank, cell)) if isinstance(cell, list) else isinstance(cell, str) and not cell.strip()
+
+
+def _is_among(cell: Any, wanted: Any) -> bool:
+    """Whether a cell is one of the values, compared as they are written: the 1 of a csv file is text."""
+    return not _is_null(cell) and _written(cell) in map(_written, wanted if isinstance(wanted, list) else [wanted])
+
+
+def _written(value: Any) -> str:
+    """A plain value in the one way that stands for all: 1 for 1.0, true for True."""
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value)
+    return text.lower() if isinstance(value, bool) or text in ("True", "False") else text
+
+
+def _there(data: Data, table: Table) -> str:
+    """What the fields of `data.where` hold instead."""
+    counts = {name: Counter(str(row.get(name))[:40] for row in table.rows).most_common(5) for name in data.where}
+    return "; ".join(f"{name} is {', '.join(f'{value!r} ({count:,})' for value, count in found)}" for name, found in counts.items())
+
+
+def _joined(prompt: str, target: str) -> str:
+    """A prompt with its target, a blank between them where neither brings white space."""
+    return f"{prompt}{target}" if prompt[-1:].isspace() or target[:1].isspace() else f"{prompt} {target}"
+
+
+def _joined_rows(data: Data, separator: str, selection: Selection, split: str) -> Example:
+    """All rows that `data.where` keeps as one text, empty ones as they stand: those who publish figures leave them in."""
+    assert data.text is not None
+    texts = dict.fromkeys(sorted([*selection.numbers, *selection.empty]), "")
+    for number in texts:
+        row = selection.table.rows[number]
+        if not any(_is_null(row.get(name)) for name in fields(data.text)):
+            texts[number] = _fill(data.text, row, f"{selection.name}, row {number + 1}", "text")
+    return Example(split, separator.join(texts.values()), [])
+
+
+def _example(data: Data, selection: Selection, number: int) -> Example:
+    row, where = selection.table.rows[number], f"{selection.name}, row {number + 1}"
     name = str(row.get("id") if row.get("id") is not None else number)
     if data.text is not None:
         return Example(name, _fill(data.text, row, where, "text"), [])
     assert data.prompt is not None
     targets = [data.target] if isinstance(data.target, str) else data.target or []
     references = [text for target in targets for text in _references(target, row, where)]
-    if targets and not any(text.strip() for text in references):
-        raise DataError(f"{where}: the target is empty")
     return Example(name, _fill(data.prompt, row, where, "prompt"), references)
 
 
@@ -85,21 +240,19 @@ def _references(template: str, row: Row, where: str) -> list[str]:
     """The texts of a target; a template that is one field alone may name a list of them."""
     names = fields(template)
     if len(names) == 1 and template == f"{{{names[0]}}}" and isinstance(row.get(names[0]), list):
-        return [_text(text, True, f"{where}: a reference in {names[0]!r}", row) for text in row[names[0]]]
+        return [_text(text, f"{where}: a reference in {names[0]!r}") for text in row[names[0]]]
     return [_fill(template, row, where, "target")]
 
 
 def _fill(template: str, row: Row, where: str, what: str) -> str:
     return template.format(
-        **{name: _text(row.get(name), name in row, f"{where}: the field {name!r} that the {what} names", row) for name in fields(template)}
+        **{name: _text(row.get(name), f"{where}: the field {name!r} that the {what} names") for name in fields(template)}
     )
 
 
-def _text(value: Any, there: bool, what: str, row: Row) -> str:
+def _text(value: Any, what: str) -> str:
     """A cell as text: a string, or a number or a truth value written out."""
-    if not there:
-        raise DataError(f"{what} isn't there; the row has {', '.join(map(str, row))}")
-    if value is None or (isinstance(value, float) and math.isnan(value)):  # NaN is how tables say that nothing stands there
+    if _is_null(value):
         raise DataError(f"{what} is empty")
     if not isinstance(value, str | int | float | bool):
         raise DataError(f"{what} holds {type(value).__name__}, text is wanted: {str(value)[:60]}")
@@ -109,98 +262,3 @@ def _text(value: Any, there: bool, what: str, row: Row) -> str:
     except UnicodeEncodeError:
         raise DataError(f"{what} is not valid Unicode: {text[:60]!a}") from None
     return text
-
-
-def _rows(data: Data, folder: Path, split: str) -> tuple[str, list[Row]]:
-    """The rows of a split and what they are called in messages."""
-    if data.source == "builtin":
-        place = BUILTIN
-    else:
-        place = folder / user_path(data.source)
-    try:
-        return _rows_at(place, data, split)
-    except OSError as error:  # a name that is too long, a folder that can't be looked into
-        raise DataError(f"data.source: {str(place)[:200]}: {error.strerror}") from None
-
-
-def _rows_at(place: Path, data: Data, split: str) -> tuple[str, list[Row]]:
-    if place.is_dir():
-        found = [place / f"{split}.{ending}" for ending in ENDINGS if (place / f"{split}.{ending}").is_file()]
-        if not found:
-            there = sorted(f.stem for f in place.iterdir() if f.suffix[1:] in ENDINGS)
-            raise DataError(
-                f"{place}: has no split {split!r} ({split}.jsonl, .json, .csv or .parquet); it has {', '.join(there) or 'none'}"
-            )
-        place = found[0]
-    if place.is_file():
-        return str(place), _read(place)
-    if data.source.startswith((".", "/", "~")) or place.suffix[1:] in ENDINGS:
-        raise DataError(f"data.source: there is no file or folder {place}")
-    return f"{data.source} ({split})", _from_hub(data, split)
-
-
-def _read(file: Path) -> list[Row]:
-    if file.suffix == ".jsonl":
-        return _read_lines(file)
-    try:
-        if file.suffix == ".json":
-            rows = json.loads(file.read_text(encoding="utf-8-sig"))
-            if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-                raise DataError(f"{file}: a list of objects is wanted")
-            return rows
-        if file.suffix == ".csv":
-            return _read_csv(file)
-        import pyarrow.parquet
-
-        return list(pyarrow.parquet.read_table(file).to_pylist())
-    except CompressError:
-        raise
-    except Exception as error:  # each reader raises its own kinds for a damaged file
-        raise DataError(f"{file}: can't be read: {type(error).__name__}: {str(error)[:300]}") from None
-
-
-def _read_csv(file: Path) -> list[Row]:
-    with file.open(encoding="utf-8-sig", newline="") as stream:
-        reader = csv.DictReader(stream, strict=True)
-        rows = []
-        for row in reader:
-            if None in row or None in row.values():
-                cells = len(row) - (None in row) + len(row.get(None, [])) - list(row.values()).count(None)
-                raise DataError(f"{file}:{reader.line_num}: {cells} cells where the header has {len(reader.fieldnames or [])}")
-            rows.append(dict(row))
-    return rows
-
-
-def _read_lines(file: Path) -> list[Row]:
-    rows, number = [], 1
-    try:
-        with file.open(encoding="utf-8-sig") as stream:
-            for number, line in enumerate(stream, 1):
-                if line.strip():
-                    row = json.loads(line)
-                    if not isinstance(row, dict):
-                        raise DataError(f"{file}:{number}: an object is wanted on each line")
-                    rows.append(row)
-    except UnicodeDecodeError:
-        raise DataError(f"{file}: not UTF-8") from None
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{file}:{number}: not JSON: {getattr(error, 'msg', error)}") from None
-    except OSError as error:
-        raise DataError(f"{file}: can't be read: {error.strerror}") from None
-    return rows
-
-
-def _from_hub(data: Data, split: str) -> list[Row]:
-    try:
-        import datasets
-    except ImportError:
-        raise MissingPackage(
-            f"data.source {data.source!r} is no file or folder here, and a hub id needs datasets. Install with: {install_line('hub')}"
-        ) from None
-    datasets.disable_progress_bars()
-    try:
-        return [dict(row) for row in datasets.load_dataset(data.source, data.subset, split=split)]
-    except Exception as error:  # no network, no such id, no such split, gated ...
-        raise DataError(
-            f"data.source {data.source!r}: neither a file or folder here nor loadable from the hub: {str(error).splitlines()[0]}"
-        ) from None

@@ -7,30 +7,28 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from compress import data, decoding, methods, model
+from compress import data, decoding, methods, model, preflight
 from compress.benchmark import isolate, machine
 from compress.benchmark.outputs import Outputs
 from compress.benchmark.statistics import corpus_value
-from compress.errors import DeviceError, InputError, MissingPackage, ModelError, RunError
-from compress.extras import install_line
+from compress.errors import DeviceError, InputError, ModelError, RunError
 from compress.forecast.beside import foretold
 from compress.inspection.findings import Inspection
 from compress.methods import Example, TrainSettings, TuneSettings, quiet
-from compress.metrics import COMPARED, GENERATED, TASK
+from compress.metrics import COMPARED, GENERATED
 from compress.model import Source
 from compress.nursery import copied, nursery
 from compress.process import Child, Progress, Team, take_lock
 from compress.recipe import Gate, Recipe, Stage, digest, load, load_gates
 from compress.report import card, quality, verdict, why, write
 from compress.report.turns import disturbances
-from compress.results import Prediction, Report, Role, Side, StageRecord
-from compress.scripts import PACKAGES, shares
+from compress.results import Prediction, Report, Role, Side, Split, StageRecord
+from compress.scripts import shares
 
 OUTPUTS = Path("artifacts") / "outputs"  # below a run's `out`: what models made of examples
 HEADLINE = ("rougeL", "perplexity", "accuracy", "chrf", "cer", "exact_match")  # the metric by which single examples are ranked
@@ -42,6 +40,7 @@ class Prepared:
 
     name     what the report calls the candidate
     commit   git's, of the recipe
+    splits   what was read of the data
     """
 
     recipe: Recipe
@@ -51,6 +50,22 @@ class Prepared:
     examples: list[Example]
     stages: list[StageRecord]
     commit: str | None = None
+    splits: list[Split] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a stage is shown of the data.
+
+    examples     of the train split
+    validation   what early stopping looks at
+    max_tokens   each example's longest input
+    """
+
+    examples: list[Example]
+    validation: list[Example]
+    max_tokens: int
+    chat: bool
 
 
 @nursery()
@@ -76,11 +91,16 @@ def prepare(recipe: Recipe, out: str | Path, device: str = "auto", progress: Pro
     wanted, commit = recipe.model, machine.commit(recipe.folder)
     baseline = model.pinned(Source(model.locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
     _refuse_generation(recipe, baseline)
-    examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
+    dataset = data.Dataset(recipe.data, recipe.folder)
+    examples = dataset.examples("evaluation", recipe.data.samples, recipe.data.seed)
+    shown = _shown(recipe, dataset)
+    splits = dataset.splits()
+    del dataset  # with all of its rows
     with _place(recipe, Path(out)) as (_, log):
-        stages = _stages(recipe, baseline, Path(out) / "artifacts", device, log, progress, processes)
+        stages = _stages(recipe, baseline, Path(out) / "artifacts", device, log, progress, processes, shown)
     candidate = Source(str(Path(stages[-1].artifact).resolve()), wanted.task) if stages else baseline
-    return Prepared(_decided(recipe, examples), baseline, candidate, stages[-1].artifact if stages else wanted.id, examples, stages, commit)
+    candidate_name = stages[-1].artifact if stages else wanted.id
+    return Prepared(_decided(recipe, examples), baseline, candidate, candidate_name, examples, stages, commit, splits)
 
 
 def measure(
@@ -107,11 +127,13 @@ def bench(
     It is loaded as it is stored; the recipe's dtype and revision are for the recipe's own model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
-    _require_packages(recipe)
+    preflight.look(recipe, stages=False).end()
     source, commit = model.pinned(Source(model.locate(model_id, Path()), recipe.model.task)), machine.commit(recipe.folder)
     _refuse_generation(recipe, source)
-    examples = data.examples(recipe.data, recipe.folder, "evaluation", recipe.data.samples, recipe.data.seed)
-    return measure([Prepared(_decided(recipe, examples), None, source, model_id, examples, [], commit)], out, device, progress, strict)[0]
+    dataset = data.Dataset(recipe.data, recipe.folder)
+    examples = dataset.examples("evaluation", recipe.data.samples, recipe.data.seed)
+    alone = Prepared(_decided(recipe, examples), None, source, model_id, examples, [], commit, dataset.splits())
+    return measure([alone], out, device, progress, strict)[0]
 
 
 def check(report: Report, against: Report | None = None, gates: str | Path | None = None) -> Report:
@@ -156,32 +178,13 @@ def refuse(recipe: Recipe, device: str, processes: int) -> None:
     """What can be seen to go wrong before anything is loaded."""
     if processes < 1:
         raise InputError(f"--processes {processes}: a number from 1 on is wanted")
-    _require_packages(recipe)
+    preflight.look(recipe).end()
     for stage in recipe.stages:
-        method = methods.require(stage.family, stage.method, stage.settings)
+        method = methods.find(stage.family, stage.method)
         if device != "auto" and device not in method.ABOUT.devices:
             raise DeviceError(f"{stage} runs on {', '.join(method.ABOUT.devices)}, not on {device}")
         if stage.settings.sharded() and processes == 1:
             raise InputError(f"{stage}: shard: true splits models over processes, and there is one; give --processes 2, or leave shard out")
-        for other in stage.settings.models().values():
-            model.locate(other.id, recipe.folder)
-
-
-def _require_packages(recipe: Recipe) -> None:
-    """Raises MissingPackage where what measuring needs isn't there: lm_eval for its tasks, the C++ compiler that torch.compile calls."""
-    compiler = os.environ.get("CXX", "g++")
-    if recipe.benchmark.runtime.compile and shutil.which(compiler) is None:
-        raise MissingPackage(
-            f"benchmark.runtime.compile: torch.compile calls the C++ compiler {compiler}, which isn't here; install it "
-            "(apt-get install g++), name another in the environment variable CXX, or leave compile out"
-        )
-    if (package := PACKAGES.get(recipe.tokenizers.bleu)) and find_spec(package[0]) is None:
-        raise MissingPackage(
-            f"metrics: bleu's tokenizer {recipe.tokenizers.bleu} needs packages that aren't here; char needs none. Install with: "
-            f"{install_line(package[1])}"
-        )
-    if any(group.startswith(TASK) for group in recipe.groups) and find_spec("lm_eval") is None:
-        raise MissingPackage(f"metrics: lm_eval's tasks need lm-eval, not installed here. Install with: {install_line('lm_eval')}")
 
 
 def _decided(recipe: Recipe, examples: Sequence[Example]) -> Recipe:
@@ -230,9 +233,10 @@ def _place(recipe: Recipe, out: Path) -> Iterator[tuple[Path, Path]]:
 
 
 def _stages(
-    recipe: Recipe, source: Source, artifacts: Path, device: str, log: Path, progress: Progress, processes: int = 1
-) -> list[StageRecord]:
-    """Make the artifact of every stage, or find it made.
+    recipe: Recipe, source: Source, artifacts: Path, device: str, log: Path, progress: Progress, processes: int = 1,
+    shown: Sequence[Shown] | None = None,
+) -> list[StageRecord]:  # fmt: skip
+    """Make the artifact of every stage, or find it made. Each is `shown` its examples, which are read now where there are none.
 
     An artifact's name holds the digest of all that went into it: the model's content, every stage so far with its code, the calibration
     examples, the versions of what it was made with, how many processes trained where they were several. So recipes that share a beginning
@@ -242,16 +246,13 @@ def _stages(
     records: list[StageRecord] = []
     name = Path(source.id).name if source.is_folder else source.id.rsplit("/", 1)[-1]
     history: list[Any] = [model.fingerprint(source), device]
-    for stage in recipe.stages:
+    shown = _shown(recipe, data.Dataset(recipe.data, recipe.folder)) if shown is None else shown
+    for stage, seen in zip(recipe.stages, shown, strict=True):
         method = methods.find(stage.family, stage.method)
-        seen: list[Example] = []
-        wanted = stage.settings if isinstance(stage.settings, TrainSettings) else recipe.calibration
         if method.ABOUT.calibrated:
-            seen = data.examples(recipe.data, recipe.folder, "train", wanted.samples, wanted.seed)
-            history.append([data.examples_digest(seen), wanted.max_tokens, recipe.data.chat])
-        watched = _watched(stage, recipe)
-        if watched:
-            history.append(data.examples_digest(watched))
+            history.append([data.examples_digest(seen.examples), seen.max_tokens, seen.chat])
+        if seen.validation:
+            history.append(data.examples_digest(seen.validation))
         others = {
             role: model.pinned(Source(model.locate(other.id, recipe.folder), source.task, other.dtype, other.revision, other.bits))
             for role, other in stage.settings.models().items()
@@ -265,11 +266,7 @@ def _stages(
         start, reused = time.monotonic(), _is_whole(target)
         if not reused:
             models = {"original": original, **others}
-            shown = {
-                "examples": [asdict(e) for e in seen], "validation": [asdict(e) for e in watched], "max_tokens": wanted.max_tokens,
-                "chat": recipe.data.chat,
-            }  # fmt: skip
-            _make(stage, source, models, shown, target, device, log, progress, together)
+            _make(stage, source, models, asdict(seen), target, device, log, progress, together)
         seconds = time.monotonic() - start
         noted = write.read_notes(target)
         records.append(StageRecord(stage=stage.as_written(), artifact=str(target), seconds=seconds, reused=reused, **noted))
@@ -278,12 +275,19 @@ def _stages(
     return records
 
 
-def _watched(stage: Stage, recipe: Recipe) -> list[Example]:
-    """The examples of the validation split that early stopping looks at."""
-    settings = stage.settings
-    if not isinstance(settings, TuneSettings) or settings.early_stopping is None:
-        return []
-    return data.examples(recipe.data, recipe.folder, "validation", settings.early_stopping.samples, settings.seed)
+def _shown(recipe: Recipe, dataset: data.Dataset) -> list[Shown]:
+    """The examples of every stage, drawn as its settings or the recipe's calibration block say."""
+    found = []
+    for stage in recipe.stages:
+        settings = stage.settings
+        wanted = settings if isinstance(settings, TrainSettings) else recipe.calibration
+        seen, watched = list[Example](), list[Example]()
+        if methods.find(stage.family, stage.method).ABOUT.calibrated:
+            seen = dataset.examples("train", wanted.samples, wanted.seed)
+        if isinstance(settings, TuneSettings) and settings.early_stopping is not None:
+            watched = dataset.examples("validation", settings.early_stopping.samples, settings.seed)
+        found.append(Shown(seen, watched, wanted.max_tokens, recipe.data.chat))
+    return found
 
 
 def _is_whole(artifact: Path) -> bool:
@@ -373,7 +377,7 @@ def _reported(one: Prepared, measured: isolate.Measured, environment: dict[str, 
         recipe=recipe.name, run="", created=datetime.now(UTC).isoformat(timespec="seconds"),
         digest=recipe.digest,
         examples_digest=data.examples_digest(one.examples), settings=recipe.as_written(), environment=environment, stages=one.stages,
-        sides=list(sides.values()), turns=measured.turns,
+        sides=list(sides.values()), splits=data.compared(one.splits), turns=measured.turns,
         verdict="cannot_tell", decided_by="", score=score, predictions=_predictions(one.examples, measured.outputs, score),
     )  # fmt: skip
     return _judged(report, sides.get("baseline"), sides["candidate"], same_run=True)
@@ -399,6 +403,7 @@ def _judged(report: Report, baseline: Side | None, candidate: Side, same_run: bo
             "notes": [
                 *why.notes(report.stages, comparisons, gates, report.environment, sides),
                 *quality.notes(sides, compared, [example.id for example in report.predictions], report.environment),
+                *quality.left_out(report.splits),
                 *disturbances(report.turns),
             ],
         }
@@ -406,6 +411,9 @@ def _judged(report: Report, baseline: Side | None, candidate: Side, same_run: bo
 
 
 def _predictions(examples: Sequence[Example], outputs: dict[Role, Outputs], score: str | None) -> list[Prediction]:
+    windows = next((output["windows"] for output in outputs.values() if output["windows"] is not None), None)
+    if windows is not None:  # what counts as an example where texts are joined
+        examples = [Example(f"window {number}", text, []) for number, text in enumerate(windows, 1)]
     found = []
     for index, example in enumerate(examples):
         row: dict[str, Any] = asdict(example)

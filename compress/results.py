@@ -253,6 +253,27 @@ class StageRecord(Record):
         return ": ".join(map(str, next(iter(self.stage.items()))))
 
 
+class Split(Record):
+    """A split of the data as it was read before the first stage.
+
+    name       its file's, or the hub id with the split
+    path       of the file, which is no part of the report
+    filtered   rows that data.where leaves out
+    empty      rows in which nothing stands; `why_empty` is of the first of them
+    sha256     of the file, hexadecimal
+    changed    whether the file was another one once all had been measured
+    """
+
+    name: str
+    path: Path | None = Field(None, exclude=True)
+    rows: int
+    filtered: int = 0
+    empty: int = 0
+    why_empty: str | None = None
+    sha256: str | None = None
+    changed: bool = False
+
+
 class Prediction(Record):
     """One evaluation example with both outputs. Scores are the headline metric's (rougeL, perplexity ...), None if it has none."""
 
@@ -278,6 +299,7 @@ class Report(Record):
     environment: dict[str, Any]
     stages: list[StageRecord] = []
     sides: list[Side]
+    splits: list[Split] = []
     turns: list[Turn] = Field([], repr=False)
     comparisons: list[Comparison] = []
     gates: list[GateResult] = []

@@ -24,8 +24,9 @@ Made from the schema by `python docs/make_recipe_reference.py`; the schema itsel
 
     compress schema > recipe.schema.json
 
-A recipe is YAML. Unknown keys are mistakes, and `compress validate` names each by file, line and key. Keys whose default is "none" have to
-be given. Paths are relative to the recipe's file. Any key can be overridden where a recipe is run: `--set stages.0.bits=3`.
+A recipe is YAML. Unknown keys are mistakes, and `compress validate` names each by file, line and key, and what is wrong with the
+model and the data where they lie here. Keys whose default is "none" have to be given. Paths are relative to the recipe's file. Any key
+can be overridden where a recipe is run: `--set stages.0.bits=3`.
 """
 
 Row = tuple[str, str, str, str]

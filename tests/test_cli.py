@@ -89,7 +89,7 @@ def test_every_verb_has_help_with_an_example():
         (["bench", "./nowhere", "--recipe", "quickstart"], "there is no folder"),
         (["run", "quickstart", "--set", "model.id=no/such/model"], "there is no folder"),
         (["run", "quickstart", "--set", "data.source=./nowhere.jsonl"], "there is no file or folder"),
-        (["run", "quickstart", "--set", "data.prompt='{talk}'"], "the field 'talk' that the prompt names isn't there; the row has id, dialogue, summary"),
+        (["run", "quickstart", "--set", "data.prompt='{talk}'"], "the field 'talk' that the prompt names isn't there; the columns are id, dialogue, summary"),
     ],
 )  # fmt: skip
 def test_bad_input_is_one_message_and_status_2(arguments, message, tmp_path):

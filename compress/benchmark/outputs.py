@@ -42,7 +42,7 @@ def name(source: Source, recipe: Recipe, examples: list[Example], environment: d
     return digest(
         [
             fingerprint(source), examples_digest(examples), recipe.groups, asdict(recipe.tokenizers), recipe.generation.model_dump(),
-            [data.chat, data.max_tokens, data.stride, data.samples, data.shots, data.shot_separator],
+            [data.chat, data.max_tokens, data.stride, data.join, data.samples, data.seed, data.shots, data.shot_separator],
             recipe.benchmark.runtime.model_dump(), {key: environment[key] for key in MACHINE},
             {package: _version(package) for package in PACKAGES}, hashlib.sha256(b"".join(file.read_bytes() for file in CODE)).hexdigest(),
         ]

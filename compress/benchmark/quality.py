@@ -1,5 +1,6 @@
 """How a model reads the examples: their tokens, likelihoods and labels. What it writes is in generation.py, scores are in scores.py."""
 
+import random
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from compress.errors import DataError
 from compress.model import require_template
 
 Texts = list[str]
+Piece = tuple[int, list[int], list[int]]  # example, input, and the labels of it or, behind an encoder, of the answer
 
 
 class Reader:
@@ -81,8 +83,8 @@ def likelihoods(reader: Reader, prompts: Texts, targets: Texts | None, batches: 
 
     Raises DataError when no text has a token to predict.
     """
-    model, both = reader.model, reader.model.config.is_encoder_decoder
-    pieces: list[tuple[int, list[int], list[int]]] = []  # example, input, and the labels of it or, behind an encoder, of the answer
+    both = reader.model.config.is_encoder_decoder
+    pieces: list[Piece] = []
     if targets is None:
         for example, row in enumerate(reader.read(prompts, whole=stride is not None)):
             pieces += [(example, ids, [-100] * given + ids[given:]) for ids, given in windows(row, reader.limit(), stride)]
@@ -96,7 +98,40 @@ def likelihoods(reader: Reader, prompts: Texts, targets: Texts | None, batches: 
             for example, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
                 read = reader.read([prompt], room=len(answer), unended=True)[0]
                 pieces.append((example, read + answer, [-100] * len(read) + answer))
-    rows = [[0.0, 0.0] for _ in prompts]
+    return _summed(reader, pieces, len(prompts), batches)
+
+
+def stream_likelihoods(
+    reader: Reader, text: str, batches: Batches, stride: int | None, samples: int | None, seed: int
+) -> tuple[list[list[float]], Texts]:
+    """[negative log-likelihood in nats, tokens] of each window of one long text, and the part of the text that it counts.
+
+    Without a stride, or with one of their size, windows follow each other, and the first token of each is only given, as where perplexities
+    of GPTQ were taken (Frantar et al. 2022), but for the last window, which may be shorter. Else every token but the first counts once.
+
+    stride    tokens from the beginning of a window to that of the next
+    samples   so many windows are drawn with `seed`; None takes all
+
+    Raises DataError for a stride that leaves gaps, for a model without a limit and for a text without a token to predict.
+    """
+    size = reader.limit()
+    if size is None:
+        raise DataError("data.join: windows are as long as the model's context, and this one has no limit; give data.max_tokens")
+    ids = reader.read([text], whole=True)[0]
+    if stride in (None, size):
+        found = [(ids[start : start + size], 1) for start in range(0, len(ids) - 1, size)]
+    else:
+        found = windows(ids, size, stride)
+    if samples is not None and samples < len(found):
+        found = [found[number] for number in sorted(random.Random(seed).sample(range(len(found)), samples))]
+    pieces = [(number, window, [-100] * given + window[given:]) for number, (window, given) in enumerate(found)]
+    return _summed(reader, pieces, len(found), batches), [reader.tokenizer.decode(window[given:]) for window, given in found]
+
+
+def _summed(reader: Reader, pieces: list[Piece], examples: int, batches: Batches) -> list[list[float]]:
+    """[negative log-likelihood in nats, tokens] of each of so many `examples` over its pieces. Raises DataError where none has a token."""
+    model, both = reader.model, reader.model.config.is_encoder_decoder
+    rows = [[0.0, 0.0] for _ in range(examples)]
 
     def work(batch: list[int]) -> None:
         inputs = reader.batch([pieces[i][1] for i in batch])

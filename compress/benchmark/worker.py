@@ -156,6 +156,8 @@ class Worker:
         """Per-example statistics of every metric asked for or why there are none, the outputs as texts (None where there are none), what
         there is to say of them.
 
+        With data.join, `windows` has the text that each window counts.
+
         tokenizers     what metrics on texts cut these with, as `scripts.Tokenizers` has them
         data           the recipe's data block
         batch_tokens   None takes what free memory holds
@@ -166,6 +168,7 @@ class Worker:
         batches = Batches(self.model, batch_tokens, progress)
         samples: scores.Samples = {}
         texts: list[str] | None = None
+        windows: list[str] | None = None
         said = []
         if GENERATED & set(groups):
             own, size = self.model.generation_config, self.model.get_input_embeddings().num_embeddings
@@ -181,7 +184,10 @@ class Worker:
             samples.update(scores.score_texts(groups, texts, references, Tokenizers(**tokenizers)))
             if "generated_tokens" in groups:
                 samples["generated_tokens"] = [[float(len(row))] for row in tokens]
-        if "perplexity" in groups:
+        if "perplexity" in groups and data["join"] is not None:
+            rows, windows = quality.stream_likelihoods(reader, prompts[0], batches, data["stride"], data["samples"], data["seed"])
+            samples["perplexity"] = scores.perplexity(rows)
+        elif "perplexity" in groups:
             targets = [r[0] for r in references] if any(references) else None
             samples["perplexity"] = scores.perplexity(quality.likelihoods(reader, prompts, targets, batches, data["stride"]))
         if CLASSIFIED & set(groups):
@@ -198,7 +204,14 @@ class Worker:
         if batches.halved:
             times = "once" if batches.halved == 1 else f"{batches.halved} times"
             said.append(f"memory ran out {times}; batches then held no more than {batches.tokens:,} tokens")
-        return {"samples": samples, "texts": texts, "cut": reader.cut, "generation_config": self._own_generation(), "said": said}
+        return {
+            "samples": samples,
+            "texts": texts,
+            "windows": windows,
+            "cut": reader.cut,
+            "generation_config": self._own_generation(),
+            "said": said,
+        }
 
     def _own_generation(self) -> dict[str, Any]:
         """What the model's own generation config says; it holds where the recipe says nothing."""

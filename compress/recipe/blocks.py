@@ -13,9 +13,11 @@ from compress.methods import Dtype, Settings, Task
 from compress.metrics import GROUPS
 from compress.recipe.scoring import Scoring, tokenizers
 from compress.scripts import Tokenizers, choose
+from compress.yamlfile import Document, Place
 
 Count = Annotated[int, Field(ge=1, le=2**40)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+Plain = str | bool | int | float
 
 
 class Model(Settings):
@@ -40,9 +42,25 @@ class Data(Settings):
         None, description="the reference or references; a field may hold a list"
     )
     text: str | None = Field(None, description="plain text for perplexity, instead of prompt and target")
+    where: dict[str, Plain | Annotated[list[Plain], Field(min_length=1)]] = Field(
+        {},
+        description="rows that count: field: the value, or a list of values of which it is to have one; of several fields all are to fit",
+    )
+    empty: Literal["skip", "refuse"] = Field(
+        "skip",
+        description="what becomes of rows in which a field that is named holds nothing, or the whole text, prompt or target is blank: left"
+        " out and counted, or refused",
+    )
+    join: str | None = Field(
+        None,
+        description='what stands between texts (papers have "\\n\\n" for wikitext) that perplexity reads as one stream, in windows of'
+        " max_tokens or the context, which are what samples counts; null reads each text by itself",
+    )
     chat: bool = Field(False, description="wrap the prompt in the tokenizer's chat template, as a user's turn")
     stride: Count | None = Field(
-        None, description="texts that are too long are read in windows, each so many tokens further; null cuts them at their end"
+        None,
+        description="texts that are too long are read in windows, each so many tokens further; null cuts them at their end, and begins each"
+        " window of joined texts where the one before ends",
     )
     shots: int = Field(0, ge=0, le=1000, description="examples of the train split, drawn with the seed, that stand before each prompt")
     shot_separator: str = Field("\n\n", min_length=1, description="what stands behind each of them")
@@ -54,6 +72,8 @@ class Data(Settings):
     @classmethod
     def _template(cls, value: str | list[str] | None) -> str | list[str] | None:
         for template in [value] if isinstance(value, str) else value or []:
+            if not template.strip():
+                raise ValueError("is empty; a field of a row is wanted, such as {text}")
             fields(template)
         return value
 
@@ -65,6 +85,8 @@ class Data(Settings):
             raise ValueError("text stands alone: target and chat go with prompt")
         if self.stride is not None and self.text is None:
             raise ValueError("stride is for text, which may be longer than the model's context")
+        if self.join is not None and self.text is None:
+            raise ValueError("join is for text, whose rows make one stream")
         if self.shots and (self.target is None or "train" not in self.splits):
             raise ValueError("shots are prompts with their targets from the train split; target and splits.train are wanted")
         return self
@@ -202,6 +224,7 @@ class Recipe(Settings):
     _stages: tuple[Stage, ...] = ()  # read apart, each with the settings of its method
     _file: Path = Path("recipe.yaml")
     _tokenizers: Tokenizers | None = None  # those that the references have decided on
+    _document: Document | None = None  # where its keys stand
 
     @property
     def stages(self) -> tuple[Stage, ...]:
@@ -216,6 +239,10 @@ class Recipe(Settings):
     def folder(self) -> Path:
         """Where relative paths begin; no part of the digest."""
         return self._file.parent
+
+    def at(self, place: Place) -> str:
+        """Where a key stands, as messages say it."""
+        return self.name if self._document is None else self._document.at(place)
 
     def called(self, name: str) -> "Recipe":
         """The same under another name."""

@@ -47,7 +47,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     if file.stem != printable(file.stem) or "\n" in file.stem or len(os.fsencode(file.name)) > LONGEST:
         wanted = f"UTF-8 without control characters, at most {LONGEST} bytes"
         problems.add(document, (), f"a recipe's name is that of its reports: {wanted}; rename the file", "the file")
-    recipe._stages, recipe._file = stages, file
+    recipe._stages, recipe._file, recipe._document = stages, file, document
     agree(recipe, document, problems)
     problems.end()
     return recipe

@@ -6,7 +6,7 @@ from typing import Any
 from compress.benchmark.statistics import mcnemar
 from compress.report import missing
 from compress.report.verdict import USUAL, Pair
-from compress.results import Side
+from compress.results import Side, Split
 from compress.scripts import FEW
 
 ROUGE = {"words": "words of any script (characters where it has no spaces)", "characters": "characters"}
@@ -35,6 +35,23 @@ def _tokenizers(sides: Sequence[Side], environment: Mapping[str, Any]) -> list[s
             what = words.get(tokenizer, f"tokens as sacreBLEU's {tokenizer} cuts them")
             found.append(f"{metric.upper().rstrip('L')} counts {what}{of}.")
     return found
+
+
+def left_out(splits: Sequence[Split]) -> list[str]:
+    """Rows that were no examples, and files that aren't what they were."""
+    said = []
+    for split in splits:
+        if split.filtered:
+            said.append(f"{split.name}: {_share(split.filtered, split.rows)} by data.where.")
+        if split.empty:
+            said.append(f"{split.name}: {_share(split.empty, split.rows)} as empty; the first is {split.why_empty}.")
+        if split.changed:
+            said.append(f"{split.name} has changed since it was read, before the first stage; all figures are of what it was then.")
+    return said
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part:,} of {whole:,} rows ({part / whole:.1%}) {'is' if part == 1 else 'are'} left out"
 
 
 def _discordant(pair: Pair) -> str:

@@ -187,6 +187,7 @@ def measured_how(report: Report) -> dict[str, Any]:
     said = {
         "the digest of the examples": report.examples_digest,
         **{f"data.{key}": settings["data"].get(key) for key in ("chat", "max_tokens", "stride")},
+        **({f"data.{key}": settings["data"].get(key) for key in ("samples", "seed")} if settings["data"].get("join") is not None else {}),
         **_flat("generation", settings["generation"]),
         **_flat("benchmark", settings["benchmark"]),
         "benchmark.confidence": report.confidence,

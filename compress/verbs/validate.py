@@ -1,4 +1,7 @@
-"""Read recipes and say all that is wrong with each, without loading anything.
+"""Read recipes and say all that is wrong with each, with what lies here of its model and data, and with what is installed.
+
+Nothing is loaded or fetched: of a model's folder its config and the headers of its weights are read, of a data file its first rows; what
+lies on the hub is named as not looked at. With --text-only the recipe's text alone counts, for machines where model and data don't lie.
 
 Exit status: 0 all are right, 2 some are not.
 
@@ -14,23 +17,34 @@ from compress.verbs._answer import print_json
 
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("recipes", nargs="+", metavar="RECIPE")
+    parser.add_argument("--text-only", action="store_true", help="look at nothing but the recipe's text")
 
 
 def call(given: Namespace) -> int:
+    from compress import preflight
     from compress.recipe import load
 
     mistakes: dict[str, list[str]] = {}
+    seen: dict[str, list[str]] = {}
+    unseen: dict[str, list[str]] = {}
     for recipe in given.recipes:
+        mistakes[recipe], seen[recipe], unseen[recipe] = [], [], []
         try:
-            load(recipe)
-            mistakes[recipe] = []
+            loaded = load(recipe)
+            if not given.text_only:
+                sight = preflight.look(loaded)
+                mistakes[recipe], seen[recipe], unseen[recipe] = sight.mistakes, sight.seen, sight.unseen
         except CompressError as error:
             mistakes[recipe] = str(error).split("\n")
     if given.json:
-        print_json({"valid": not any(mistakes.values()), "recipes": mistakes})
+        print_json({"valid": not any(mistakes.values()), "recipes": mistakes, "looked_at": seen, "not_looked_at": unseen})
     for recipe, lines in mistakes.items():
         for line in lines:
             print(printable(line), file=sys.stderr)
-        if not lines and not given.json:
-            print(f"{printable(recipe)}: a valid recipe")
+        if not given.json:
+            if not lines:
+                print(f"{printable(recipe)}: a valid recipe")
+            for what, found in (("looked at", seen[recipe]), ("not looked at, for it is the hub's", unseen[recipe])):
+                if found:
+                    print(f"  {what}: {printable('; '.join(found))}")
     return 2 if any(mistakes.values()) else 0

@@ -55,27 +55,67 @@ def test_plain_text_is_predicted_from_its_second_token(llama):
     assert [count for _, count in found] == [len(llama.tokenizer(p)["input_ids"]) - 1 for p in PROMPTS]
 
 
+def plain_loop(model, ids, size, stride):
+    """Negative log-likelihood and tokens over a long text, as Hugging Face's "Perplexity of fixed-length models" has it."""
+    previous = count = total = 0
+    for begin in range(0, ids.shape[1], stride):
+        end = min(begin + size, ids.shape[1])
+        window = ids[:, begin:end]
+        labels = window.clone()
+        labels[:, : previous - begin] = -100
+        counted = (labels[:, 1:] != -100).sum().item()
+        with torch.no_grad():
+            total += model(window, labels=labels).loss.item() * counted if counted else 0
+        count, previous = count + counted, end
+        if end == ids.shape[1]:
+            break
+    return total, count
+
+
 def test_long_texts_are_read_in_windows_as_hugging_face_has_it(llama):
     """Against the loop of transformers' documentation, "Perplexity of fixed-length models"."""
     texts = [" ".join(WORDS[(n * k) % len(WORDS)] for k in range(40)) for n in (3, 7)] + ["the cat sat", "dog"]
     found = quality.likelihoods(reader(llama, max_tokens=16), texts, None, batches(llama, 40), stride=6)
     for text, (nll, count) in zip(texts, found, strict=True):
         ids = torch.tensor([llama.tokenizer(text)["input_ids"]])
-        length, previous, expected = ids.shape[1], 0, 0.0
-        for begin in range(0, length, 6):
-            end = min(begin + 16, length)
-            new = end - previous
-            window = ids[:, begin:end]
-            labels = window.clone()
-            labels[:, :-new] = -100
-            with torch.no_grad():
-                loss = llama.model(window, labels=labels).loss
-            expected += loss.item() * (labels[:, 1:] != -100).sum().item()
-            previous = end
-            if end == length:
-                break
-        assert count == length - 1
+        expected, counted = plain_loop(llama.model, ids, 16, 6)
+        assert count == counted == ids.shape[1] - 1
         assert nll == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("stride", [None, 6, 15, 16])
+def test_a_stream_is_read_in_windows_as_hugging_face_has_it(llama, stride):
+    text = "\n\n".join(" ".join(WORDS[(n * k) % len(WORDS)] for k in range(n)) for n in range(40))
+    ids = torch.tensor([llama.tokenizer(text)["input_ids"]])
+    expected, counted = plain_loop(llama.model, ids, 16, stride or 16)
+    found, parts = quality.stream_likelihoods(reader(llama, max_tokens=16), text, batches(llama, 40), stride, None, 0)
+    assert sum(count for _, count in found) == counted
+    assert sum(nll for nll, _ in found) == pytest.approx(expected, rel=1e-5)
+    assert [len(llama.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts] == [count for _, count in found]
+    assert [part.split() for part in parts[:2]] == [
+        text.split()[1:16],
+        text.split()[17 if stride in (None, 16) else 16 :][: int(found[1][1])],
+    ]
+    drawn, some = quality.stream_likelihoods(reader(llama, max_tokens=16), text, batches(llama, 40), stride, 7, 1)
+    assert len(drawn) == 7
+    rest = zip(parts, found, strict=True)
+    in_order = [
+        any(part == other and row == pytest.approx(whole, rel=1e-5) for other, whole in rest) for part, row in zip(some, drawn, strict=True)
+    ]
+    assert all(in_order)
+
+
+def test_streams_that_cannot_be_read(llama):
+    with pytest.raises(DataError, match=r"data\.stride: 17 is too far for windows of 16 tokens"):
+        quality.stream_likelihoods(reader(llama, max_tokens=16), "the cat " * 40, batches(llama), 17, None, 0)
+    with pytest.raises(DataError, match="perplexity needs texts of two tokens or more"):
+        quality.stream_likelihoods(reader(llama), "", batches(llama), None, None, 0)
+    unbounded = reader(llama)
+    unbounded.context = None
+    with pytest.raises(
+        DataError, match=r"data\.join: windows are as long as the model's context, and this one has no limit; give data\.max"
+    ):
+        quality.stream_likelihoods(unbounded, "the cat", batches(llama), None, None, 0)
 
 
 def test_windows_count_every_token_but_the_first_once():

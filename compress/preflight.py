@@ -1,0 +1,185 @@
+"""What can be seen to go wrong with a recipe before any work: by its model's folder, its data's files, and what is installed here.
+
+Loads no torch and fetches nothing: of a hub id it says that it wasn't looked at. Of a model config.json and the headers of its weights are
+read, of a data file its first rows.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from compress import data, methods, model, rows
+from compress.errors import CompressError, DataError, InputError, MissingPackage, ModelError
+from compress.extras import install_line
+from compress.forecast.plan import read_config
+from compress.methods import Task, TuneSettings
+from compress.metrics import TASK
+from compress.recipe import Recipe, Stage
+from compress.scripts import PACKAGES
+from compress.yamlfile import Place, dotted
+
+CLASSIFIES = "ForSequenceClassification"
+WRITES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")  # where a template lies but in the config
+
+
+@dataclass
+class Sight:
+    """What was seen of a recipe's surroundings.
+
+    mistakes   a line each: file, line, key, what is wrong
+    seen       what was looked at, and how much of it
+    unseen     what lies on the hub
+    """
+
+    recipe: Recipe
+    mistakes: list[str] = field(default_factory=list)
+    seen: list[str] = field(default_factory=list)
+    unseen: list[str] = field(default_factory=list)
+    _kinds: set[type[CompressError]] = field(default_factory=set)
+
+    def add(self, place: Place, error: CompressError) -> None:
+        """Note a mistake that belongs to a key."""
+        key = dotted(place)
+        self.mistakes.append(f"{self.recipe.at(place)}: {key}: {str(error).removeprefix(f'{key}: ')}")
+        self._kinds.add(type(error))
+
+    def end(self) -> None:
+        """Raise what was seen to be wrong, if anything was, all of it at once."""
+        if self.mistakes:
+            raise (self._kinds.pop() if len(self._kinds) == 1 else InputError)("\n".join(self.mistakes))
+
+
+def look(recipe: Recipe, stages: bool = True) -> Sight:
+    """Look at all that a run of the recipe needs; without its model and `stages` where another model is only measured as it says."""
+    sight = Sight(recipe)
+    if stages:
+        _look_at_model(sight, recipe.model.id, ("model",))
+        for index, stage in enumerate(recipe.stages):
+            _look_at_stage(sight, stage, ("stages", index))
+    _look_at_measuring(sight)
+    for purpose in _purposes(recipe, stages):
+        _look_at_split(sight, purpose)
+    sight.seen, sight.unseen = list(dict.fromkeys(sight.seen)), list(dict.fromkeys(sight.unseen))
+    return sight
+
+
+def _look_at_model(sight: Sight, id: str, place: Place) -> None:
+    recipe = sight.recipe
+    try:
+        folder = Path(model.locate(id, recipe.folder))
+        if not folder.is_dir():
+            sight.unseen.append(id)
+            return
+        config = read_config(folder)
+    except ModelError as error:
+        sight.add((*place, "id"), error)
+        return
+    sight.seen.append(f"{folder} (config and headers)")
+    if problem := task_problem(config, recipe.model.task):
+        sight.add((*place, "task") if place == ("model",) else place, ModelError(f"{folder / 'config.json'}: {problem}"))
+    if place == ("model",) and recipe.data.chat and not _has_template(folder):
+        sight.add(("data", "chat"), DataError("the model's tokenizer has no chat template; write the prompt out and leave chat away"))
+
+
+def task_problem(config: dict[str, Any], task: Task) -> str | None:
+    """Why the class that a config names doesn't serve a task, as far as its name tells; None where it does or nothing is told."""
+    names = [str(name) for name in config.get("architectures") or []]
+    both = config.get("is_encoder_decoder")
+    serves: Task
+    if any(name.endswith(CLASSIFIES) for name in names):
+        serves = "sequence-classification"
+    elif not any(name.endswith(WRITES) for name in names):
+        return None if task != "sequence-classification" or not names else f"names {', '.join(names)}, which has no head that classifies"
+    elif both:
+        serves = "seq2seq"
+    elif any(name.endswith(WRITES[:2]) for name in names):
+        serves = "causal-lm"
+    else:  # models of images and text are called so, too
+        return None if task != "sequence-classification" else f"names {', '.join(names)}, which has no head that classifies"
+    return None if serves == task else f"names {', '.join(names)}, which is for task {serves}, not for {task}"
+
+
+def _has_template(folder: Path) -> bool:
+    if any((folder / name).exists() for name in TEMPLATES):
+        return True
+    try:
+        return "chat_template" in json.loads((folder / "tokenizer_config.json").read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return False
+    except (OSError, ValueError, TypeError, RecursionError):
+        return True  # loading says what is wrong with it
+
+
+def _look_at_stage(sight: Sight, stage: Stage, place: Place) -> None:
+    try:
+        methods.require(stage.family, stage.method, stage.settings)
+    except MissingPackage as error:
+        sight.add((*place, stage.family), error)
+    for role, other in stage.settings.models().items():
+        _look_at_model(sight, other.id, (*place, role))
+
+
+def _look_at_measuring(sight: Sight) -> None:
+    """lm_eval for its tasks, the C++ compiler that torch.compile calls."""
+    recipe, compiler = sight.recipe, os.environ.get("CXX", "g++")
+    if recipe.benchmark.runtime.compile and shutil.which(compiler) is None:
+        problem = (
+            f"torch.compile calls the C++ compiler {compiler}, which isn't here; install it "
+            "(apt-get install g++), name another in the environment variable CXX, or leave compile out"
+        )
+        sight.add(("benchmark", "runtime", "compile"), MissingPackage(problem))
+    if (package := PACKAGES.get(recipe.tokenizers.bleu)) and find_spec(package[0]) is None:
+        problem = (
+            f"bleu's tokenizer {recipe.tokenizers.bleu} needs packages that aren't here; char needs none. Install with: "
+            f"{install_line(package[1])}"
+        )
+        sight.add(("metrics",), MissingPackage(problem))
+    if any(group.startswith(TASK) for group in recipe.groups) and find_spec("lm_eval") is None:
+        problem = f"lm_eval's tasks need lm-eval, not installed here. Install with: {install_line('lm_eval')}"
+        sight.add(("metrics",), MissingPackage(problem))
+
+
+def _purposes(recipe: Recipe, stages: bool) -> Iterator[str]:
+    """What examples are needed for."""
+    yield "evaluation"
+    wanted = recipe.stages if stages else ()
+    if recipe.data.shots or any(methods.find(stage.family, stage.method).ABOUT.calibrated for stage in wanted):
+        yield "train"
+    if any(isinstance(stage.settings, TuneSettings) and stage.settings.early_stopping for stage in wanted):
+        yield "validation"
+
+
+def _look_at_split(sight: Sight, purpose: str) -> None:
+    """The first rows of a split as examples."""
+    recipe, wanted = sight.recipe, sight.recipe.data
+    split = wanted.splits.get(purpose)  # type: ignore[call-overload]
+    if split is None:
+        what = "the benchmark" if purpose == "evaluation" else "a stage"
+        sight.add(("data", "splits"), DataError(f"names no split for {purpose}, which {what} needs; it has {', '.join(wanted.splits)}"))
+        return
+    try:
+        place = rows.locate(wanted, recipe.folder, split)
+        if isinstance(place, rows.HubSplit):
+            rows.require_datasets(place)
+            sight.unseen.append(place.id)
+            return
+        table = rows.head(place, data.HEAD)
+    except (DataError, MissingPackage) as error:
+        sight.add(("data", "source"), error)
+        return
+    if table.rows and (missing := list(data.missing(wanted, table))):
+        for key, problem in missing:
+            sight.add(("data", key), DataError(problem))
+        return
+    try:
+        data.look(wanted, table)
+    except DataError as error:
+        sight.add(("data",), error)
+    else:
+        sight.seen.append(f"{place} ({'all' if table.whole else 'the first'} {len(table.rows):,} rows)")
