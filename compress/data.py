@@ -20,7 +20,7 @@ from compress.recipe import Data, digest, fields
 from compress.results import Split
 from compress.rows import Place, Row, Table
 
-HEAD = 200  # rows of a split that `Dataset.look` looks at
+HEAD = 200  # rows of a split that `look` is given
 
 
 def examples(data: Data, folder: Path, purpose: str, samples: int | None, seed: int) -> list[Example]:
@@ -60,6 +60,7 @@ class Dataset:
     def __init__(self, data: Data, folder: Path):
         self._data, self._folder = data, folder
         self._selections: dict[Place, Selection] = {}
+        self._drawn_from: set[Place] = set()
 
     def examples(self, purpose: str, samples: int | None, seed: int) -> list[Example]:
         """The examples of one purpose (train, validation, evaluation), `samples` of them drawn with `seed`, in the data's order.
@@ -72,9 +73,12 @@ class Dataset:
         split = self._data.splits.get(purpose)  # type: ignore[call-overload]
         if split is None:
             raise DataError(f"data.splits: names no split for {purpose}; it has {', '.join(self._data.splits)}")
-        selection = self._selection(rows.locate(self._data, self._folder, split))
+        place = rows.locate(self._data, self._folder, split)
+        selection = self._selection(place)
         if self._data.join is not None and purpose == "evaluation":
             return [_joined_rows(self._data, self._data.join, selection, split)]
+        _refuse_empty(self._data, selection)
+        self._drawn_from.add(place)
         numbers = selection.numbers
         if samples is not None and samples < len(numbers):
             numbers = [numbers[place] for place in sorted(random.Random(seed).sample(range(len(numbers)), samples))]
@@ -83,13 +87,15 @@ class Dataset:
 
     def splits(self) -> list[Split]:
         """What was read so far."""
-        return [
-            Split(
-                name=place.name if isinstance(place, Path) else str(place), path=place if isinstance(place, Path) else None,
-                rows=len(found.table.rows), filtered=found.filtered, empty=len(found.empty), why_empty=found.why, sha256=found.table.sha256,
-            )
-            for place, found in self._selections.items()
-        ]  # fmt: skip
+        return [self._split(place, found) for place, found in self._selections.items()]
+
+    def _split(self, place: Place, found: Selection) -> Split:
+        empty = len(found.empty) if place in self._drawn_from else 0  # in a stream they are part of the text
+        return Split(
+            name=place.name if isinstance(place, Path) else str(place), path=place if isinstance(place, Path) else None,
+            rows=len(found.table.rows), filtered=found.filtered, empty=empty, why_empty=found.why if empty else None,
+            sha256=found.table.sha256,
+        )  # fmt: skip
 
     def _selection(self, place: Place) -> Selection:
         if place not in self._selections:
@@ -117,9 +123,11 @@ def compared(splits: Sequence[Split]) -> list[Split]:
     return [split.model_copy(update={"changed": other}) for split, other in zip(splits, changed, strict=True)]
 
 
-def look(data: Data, table: Table) -> int:
+def look(data: Data, table: Table, purpose: str) -> int:
     """Make examples of the first rows of a split, as `rows.head` gives them; how many there are. Raises DataError."""
     selection = select(data, table)
+    if data.join is None or purpose != "evaluation":
+        _refuse_empty(data, selection)
     return len([_example(data, selection, number) for number in selection.numbers])
 
 
@@ -137,7 +145,7 @@ def missing(data: Data, table: Table) -> Iterator[tuple[str, str]]:
 def select(data: Data, table: Table) -> Selection:
     """The rows that are examples.
 
-    Raises DataError where none is, where a field is named that no row has, and for the first empty row with `data.empty: refuse`.
+    Raises DataError where none is, and where a field is named that no row has.
     """
     if not table.rows:
         raise DataError(f"{table.place}: has no rows")
@@ -155,15 +163,16 @@ def select(data: Data, table: Table) -> Selection:
         else:
             why = why or f"row {number + 1}: {lack}"
             empty.append(number)
-    if empty and data.empty == "refuse":
-        raise DataError(f"{table.place}, {why}; {_so_many(len(empty), len(kept))} empty, and data.empty is refuse")
     if kept and not numbers and table.whole:
         raise DataError(f"{table.place}, {why}; all {len(kept):,} rows are empty")
     return Selection(table, numbers, len(table.rows) - len(kept), empty, why)
 
 
-def _so_many(part: int, whole: int) -> str:
-    return f"{part:,} of {whole:,} rows {'is' if part == 1 else 'are'}"
+def _refuse_empty(data: Data, selection: Selection) -> None:
+    """Raises DataError for the first empty row with `data.empty: refuse`."""
+    if (part := len(selection.empty)) and data.empty == "refuse":
+        many = f"{part:,} of {part + len(selection.numbers):,} rows {'is' if part == 1 else 'are'}"
+        raise DataError(f"{selection.name}, {selection.why}; {many} empty, and data.empty is refuse")
 
 
 def _fields(templates: str | list[str] | None) -> list[str]:

@@ -178,7 +178,7 @@ def _look_at_split(sight: Sight, purpose: str) -> None:
             sight.add(("data", key), DataError(problem))
         return
     try:
-        data.look(wanted, table)
+        data.look(wanted, table, purpose)
     except DataError as error:
         sight.add(("data",), error)
     else:

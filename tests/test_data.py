@@ -193,8 +193,11 @@ def test_a_filter_that_leaves_nothing_says_what_there_is(tmp_path):
 
 def test_joined_texts_are_one_with_their_empty_rows(tmp_path):
     write(tmp_path, [{"text": text} for text in ("= A =", "", "b c", None, "d")])
+    block = Data(source=str(tmp_path), text="{text}", join="\n\n", samples=2, empty="refuse")
+    dataset = data.Dataset(block, tmp_path)
+    assert dataset.examples("evaluation", 2, 0) == [Example("test", "= A =\n\n\n\nb c\n\n\n\nd", [])]
+    assert dataset.splits()[0].empty == 0, "nothing is left out"
     block = Data(source=str(tmp_path), text="{text}", join="\n\n", samples=2)
-    assert found(block, tmp_path, 2) == [Example("test", "= A =\n\n\n\nb c\n\n\n\nd", [])]
     write(tmp_path, [{"text": "a"}, {"text": ""}, {"text": "b"}], "train.jsonl")
     assert [e.prompt for e in data.examples(block, tmp_path, "train", 9, 0)] == ["a", "b"], "calibration and training draw rows"
 
