@@ -13,12 +13,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from compress import data, methods, model, rows
+from compress import data, decoding, methods, model, rows
 from compress.errors import CompressError, DataError, InputError, MissingPackage, ModelError
 from compress.extras import install_line
 from compress.forecast.plan import read_config
 from compress.methods import Task, TuneSettings
-from compress.metrics import TASK
+from compress.metrics import GENERATED, TASK
+from compress.model import Source
 from compress.recipe import Recipe, Stage
 from compress.scripts import PACKAGES
 from compress.yamlfile import Place, dotted
@@ -83,6 +84,11 @@ def _look_at_model(sight: Sight, id: str, place: Place) -> None:
     sight.seen.append(f"{folder} (config and headers)")
     if problem := task_problem(config, recipe.model.task):
         sight.add((*place, "task") if place == ("model",) else place, ModelError(f"{folder / 'config.json'}: {problem}"))
+    if place == ("model",) and GENERATED & set(recipe.groups):
+        try:
+            decoding.check(Source(str(folder), recipe.model.task), recipe.generation.do_sample and recipe.generation.temperature is None)
+        except ModelError as error:
+            sight.add(("model", "id"), error)
     if place == ("model",) and recipe.data.chat and not _has_template(folder):
         sight.add(("data", "chat"), DataError("the model's tokenizer has no chat template; write the prompt out and leave chat away"))
 
