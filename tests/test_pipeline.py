@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from compress import methods, model, pipeline, recipe
+from compress import methods, model, pipeline, preflight, recipe
 from compress.benchmark import figures, isolate
 from compress.errors import MissingPackage, OutOfMemory
 from compress.model import Source
@@ -299,7 +299,7 @@ def test_a_hub_that_does_not_answer_is_said(monkeypatch):
 
 def test_a_tokenizer_whose_packages_are_missing_is_refused_with_the_way_out(monkeypatch):
     wanted = recipe.load("quickstart", ["metrics=[rouge, {bleu: {tokenizer: ja-mecab}}]"])
-    monkeypatch.setattr(pipeline, "find_spec", lambda name: None)
+    monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     with pytest.raises(
         MissingPackage,
         match=r"tokenizer ja-mecab needs packages that aren't here; char needs none\. Install with: pip install 'mecab-python3",
