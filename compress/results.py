@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from compress.errors import NoSpace, ReportError
 from compress.metrics import KERNELS, METRICS, Better, Missing
+from compress.phases import Phase
 from compress.process import is_disk_full
 from compress.recipe import Benchmark, Gate
 
@@ -279,6 +280,7 @@ class Report(Record):
     stages: list[StageRecord] = []
     sides: list[Side]
     turns: list[Turn] = Field([], repr=False)
+    phases: list[Phase] = []
     comparisons: list[Comparison] = []
     gates: list[GateResult] = []
     verdict: Verdict
