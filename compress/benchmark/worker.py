@@ -12,8 +12,8 @@ import psutil
 import torch
 import transformers
 
+from compress import held, scores
 from compress import model as models
-from compress import scores
 from compress.architecture import context_length, label_number
 from compress.benchmark import ceilings as ceiling
 from compress.benchmark import kernels, latency, memory, nvml, quality, tasks, work
@@ -33,7 +33,10 @@ class Worker:
     """One model under measurement."""
 
     def load(self, progress: Progress, source: dict[str, Any], device: str, threads: int | None, runtime: dict[str, Any]) -> dict[str, Any]:
-        """Load the model. Returns the peak while loading, the model's sizes and the environment."""
+        """Load the model and run its first step, at which some packed weights are unpacked or laid out anew, and code comes in.
+
+        Returns the peak meanwhile, the model's sizes after it, `rest` by which more is held than its tensors take, and the environment.
+        """
         progress("loading", 0, 1)
         self.device = models.pick_device(device)
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
@@ -50,18 +53,23 @@ class Worker:
                 f"{source['id']}: its tokenizer has {len(self.tokenizer)} tokens, its embedding only {rows}; they don't belong together"
             )
         memory.bring_in(self.model)
-        weight_bytes, parameters = models.weight_bytes(self.model), models.parameter_count(self.model)
+        parameters = models.parameter_count(self.model)
         self.runtime = Runtime.model_validate(runtime)
         self.called = self._compiled() if self.runtime.compile else self.model
         if self.runtime.cpu_int8 and self.device == "cpu":
             use_cpu_int8(self.model)
         if self.runtime.sparse_24:
             use_sparse_24(self.model)
+        latency.step(self.model, self.device)
+        memory.bring_in(self.model)
+        peak, weight_bytes = memory.peak(self.device, self.interpreter), held.weight_bytes(self.model)
         progress("loading", 1, 1)
         return {
-            "peak": memory.peak(self.device, self.interpreter),
+            "peak": peak,
             "interpreter": self.interpreter,
             "weight_bytes": weight_bytes,
+            "sampled_only": self.device == "cpu" and not memory.can_reset(),
+            "rest": memory.at_rest(self.device, self.interpreter) - weight_bytes,
             "buffer_bytes": memory.buffer_bytes(self.model),
             "file_bytes": models.file_bytes(models.local_folder(bundle.source)),
             "parameters": parameters,
