@@ -164,6 +164,7 @@ class About:
     smaller   it promises that the weights take fewer bytes than before
     trains    it trains weights, and where more than one process is wanted they do so together
     tasks     what the models may do that it works on
+    holds     bits of a linear weight while plain transformers runs what it makes; None where they are as many as before
     """
 
     at_run_time: str
@@ -176,6 +177,7 @@ class About:
     smaller: bool = True
     trains: bool = False
     tasks: tuple[Task, ...] = TASKS
+    holds: int | None = None
 
     @property
     def install_line(self) -> str:

@@ -5,7 +5,7 @@ import json
 import logging
 import math
 import struct
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -500,22 +500,6 @@ def skeleton_bytes(source: Source) -> int:
     return sum(p.numel() * p.element_size() for p in {id(p): p for p in skeleton(source).parameters()}.values())
 
 
-def weight_bytes(model: "PreTrainedModel") -> int:
-    """Bytes of all parameters and buffers as they lie in memory, packed ones packed, shared ones once."""
-    return sum(storages([*model.parameters(), *model.buffers()]).values())
-
-
-def storages(tensors: "Iterable[torch.Tensor]") -> dict[tuple[int, int], int]:
-    """The bytes of every piece of memory that tensors lie in, by its place; shared ones once."""
-    return {(part.data_ptr(), part.numel()): part.numel() * part.element_size() for part in plain_tensors(tensors)}
-
-
-def plain_tensors(tensors: "Iterable[torch.Tensor]") -> "Iterator[torch.Tensor]":
-    """The tensors in memory that tensors are made of, packed ones in their parts."""
-    for tensor in tensors:
-        yield from _plain_tensors(tensor)
-
-
 def parameter_count(model: "PreTrainedModel") -> int:
     """The number of weights; a packed one counts with its unpacked shape, a shared one once."""
     named = ((name.rpartition("."), parameter) for name, parameter in model.named_parameters())
@@ -542,16 +526,6 @@ def local_folder(source: Source) -> Path:
 def file_bytes(folder: Path) -> int:
     """Bytes of the weight files on disk."""
     return sum(file.stat().st_size for file in weight_files(folder))
-
-
-def _plain_tensors(tensor: Any) -> "Iterator[torch.Tensor]":
-    """The tensors that a packed one is made of: torchao's flatten protocol, bitsandbytes' states, or itself."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        for name in tensor.__tensor_flatten__()[0]:
-            yield from _plain_tensors(getattr(tensor, name))
-        return
-    yield tensor.data
-    yield from bnb.scales(tensor)
 
 
 def _first_line(error: BaseException) -> str:

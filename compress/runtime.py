@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from compress import held
 from compress.errors import DeviceError
 
 if TYPE_CHECKING:
@@ -29,6 +30,8 @@ class Int8Linear(nn.Module):
     Each token's numbers are spread over the whole grid from its least to its largest, whatever stands beside it in the batch; the least is
     taken off before and its product, which is it times the sums of the weight's rows, added after.
 
+    packed_bytes are those that a step has to read, held_bytes what the kernel's layout of them takes.
+
     integers (rows, columns) int8, scale (rows,), bias (rows,), factor (columns,) what the inputs are multiplied by before
     """
 
@@ -41,7 +44,9 @@ class Int8Linear(nn.Module):
         with warnings.catch_warnings():  # torch means to remove this kind of tensor one day, and has no other way to these kernels
             warnings.simplefilter("ignore")
             weight = torch._make_per_channel_quantized_tensor(integers, scale.double(), torch.zeros(len(scale), dtype=torch.long), 0)
+        before = held.allocated()
         self._packed = torch.ops.quantized.linear_prepack(weight, None)
+        self.held_bytes = max(self.packed_bytes, held.allocated() - before)  # the kernel's own layout, whose columns are padded
         self._sums = (integers.sum(dim=1, dtype=torch.int32) * scale.double()).float()
         self._step = 1 / (255 if torch.cpu._is_vnni_supported() else 127)
         self._factor, self._bias = factor, bias

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress import model
+from compress import held, model
 from compress.architecture import as_linear, context_length, linear_layers
 from compress.errors import DeviceError, InputError, ModelError
 from compress.model import Source
@@ -110,7 +110,7 @@ def test_sizes_are_those_of_the_weights(toys, kind):
     unique = {p.data_ptr(): p for p in loaded.parameters()}.values()
     assert model.parameter_count(loaded) == sum(p.numel() for p in unique)
     buffers = {b.data_ptr(): b for b in loaded.buffers()}.values()
-    assert model.weight_bytes(loaded) == 4 * model.parameter_count(loaded) + sum(b.numel() * b.element_size() for b in buffers)
+    assert held.weight_bytes(loaded) == 4 * model.parameter_count(loaded) + sum(b.numel() * b.element_size() for b in buffers)
     assert model.file_bytes(toys[kind]) >= 4 * model.parameter_count(loaded)
 
 

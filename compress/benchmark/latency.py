@@ -129,6 +129,15 @@ def classify(model: "PreTrainedModel", inputs: dict[str, Any], times: int, watch
             watch(inputs["input_ids"], None)
 
 
+def step(model: "PreTrainedModel", device: str) -> None:
+    """The shortest run of all of a model, plain, after which what a first step changes is changed: two tokens, or one classification."""
+    inputs, nobody = prompts(model, device, 1, 4), Clock(device)
+    if model.can_generate():
+        generate(model, inputs, 2, nobody)
+    else:
+        classify(model, inputs, 1, nobody)
+
+
 def _cache_options(model: "PreTrainedModel", runtime: Runtime) -> dict[str, Any]:
     """What has transformers take a static cache and compile the steps over it, each grid point for itself."""
     if runtime.cache == "dynamic":

@@ -1,22 +1,25 @@
 """What holds the memory of the process that looks, in bytes.
 
 On a GPU from torch's allocator and, for the whole process with its CUDA context, from NVML. On the CPU from the kernel's high-water mark
-of resident memory, which can be set back to now (Linux: /proc/self/clear_refs), less what the interpreter with its libraries
-held before the model was loaded. What glibc keeps of freed memory is given back to the kernel before each reading starts, since
+of resident memory, which can be set back to now (Linux: /proc/self/clear_refs; else from samples), less what the interpreter with its
+libraries held before the model was loaded. What glibc keeps of freed memory is given back to the kernel before each reading starts, since
 what a peak finds lying there doesn't show in it. How much of a peak is the allocator's own is told by a second reading, in which
 every tensor is given memory of its own that is returned when it is freed.
 """
 
 import ctypes
+import gc
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from compress.benchmark import nvml
 from compress.benchmark.work import cache_bytes
-from compress.model import plain_tensors, storages
+from compress.held import extent, plain_tensors
 
+CLEAR_REFS = Path("/proc/self/clear_refs")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h names them
 MADV_POPULATE_READ = 22  # as mman.h names it
 ON_A_GPU = ("cuda", "nvidia")  # in the names of libraries that are gigabytes, of which a CPU runs nothing
@@ -32,6 +35,15 @@ def resident() -> int:
     return _status("VmRSS")
 
 
+def can_reset() -> bool:
+    """Set the mark of the most that was resident back to now; whether the kernel lets it be."""
+    try:
+        CLEAR_REFS.write_text("5")
+    except OSError:
+        return False
+    return True
+
+
 def reset_peak(device: str) -> None:
     """Let the high-water marks start again from now."""
     if device == "cuda":
@@ -42,7 +54,8 @@ def reset_peak(device: str) -> None:
         torch.cuda.reset_peak_memory_stats()
     else:
         _give_back()
-        Path("/proc/self/clear_refs").write_text("5")
+        if not can_reset():
+            _Samples.begin()
 
 
 def peak(device: str, interpreter: int) -> dict[str, int]:
@@ -54,7 +67,7 @@ def peak(device: str, interpreter: int) -> dict[str, int]:
     context   GPU: of that, what torch's allocator doesn't hold: the CUDA context with its kernels
     """
     if device == "cpu":
-        return {"peak": max(0, _status("VmHWM") - interpreter)}
+        return {"peak": max(0, (_Samples.end() or _status("VmHWM")) - interpreter)}
     import torch
 
     torch.cuda.synchronize()
@@ -64,6 +77,16 @@ def peak(device: str, interpreter: int) -> dict[str, int]:
     if process is None:
         return figures
     return {**figures, "process": process, "context": max(0, process - torch.cuda.memory_reserved())}
+
+
+def at_rest(device: str, interpreter: int) -> int:
+    """Bytes held now, freed memory given back: resident ones less the interpreter's; on a GPU what is allocated to tensors."""
+    gc.collect()
+    if device == "cpu":
+        return resident() - interpreter
+    import torch
+
+    return torch.cuda.memory_allocated()
 
 
 def bring_in(model: "PreTrainedModel") -> None:
@@ -81,7 +104,7 @@ def bring_in(model: "PreTrainedModel") -> None:
 
 def buffer_bytes(model: "PreTrainedModel") -> int:
     """Bytes of the buffers: positions, masks and the like, which no file need hold; shared ones once."""
-    return sum(storages(model.buffers()).values())
+    return extent(model.buffers())
 
 
 @contextmanager
@@ -112,6 +135,36 @@ def apart() -> Iterator[None]:
     finally:
         _tell_glibc("mallopt", M_MMAP_THRESHOLD, 32 << 20)
         _tell_glibc("mallopt", M_TRIM_THRESHOLD, 64 << 20)
+
+
+class _Samples(threading.Thread):
+    """The most that is resident, looked at every 2 ms, where the kernel doesn't let its own mark be set back (some containers)."""
+
+    running: "ClassVar[_Samples | None]" = None
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.highest, self._over = 0, threading.Event()
+
+    @classmethod
+    def begin(cls) -> None:
+        cls.end()
+        cls.running = cls()
+        cls.running.start()
+
+    @classmethod
+    def end(cls) -> int:
+        """The most since the beginning; 0 where there was none."""
+        samples, cls.running = cls.running, None
+        if samples is None:
+            return 0
+        samples._over.set()
+        samples.join()
+        return max(samples.highest, _status("VmRSS"))
+
+    def run(self) -> None:
+        while not self._over.wait(0.002):
+            self.highest = max(self.highest, _status("VmRSS"))
 
 
 def _bring_in_code() -> None:

@@ -24,6 +24,7 @@ Point = tuple[int, int]  # batch size, prompt tokens
 Round = list[list[list[float]]]  # turns x iterations x tokens: seconds from the start of a generation
 OUT_OF_MEMORY = "out of memory"
 LEAST_RUNS = 9  # of a point: in each of three rounds two to warm up and one in a turn
+REST = 32 << 20  # bytes of objects and of code that come with a first step
 
 
 class Subject:
@@ -87,6 +88,11 @@ class Subject:
         except BaseException:
             self.stop()
             raise
+        if not self.loads and loaded["rest"] > max(REST, loaded["weight_bytes"] // 20):
+            more = f"{loaded['rest'] / 1e6:,.1f} MB more are held after the first step than the model's tensors take"
+            self.said.append(f"{more}: pages of its file that were read, or a copy that only a kernel knows of")
+        if not self.loads and loaded["sampled_only"]:
+            self.said.append("its peaks are the most of samples every 2 ms, for /proc/self/clear_refs can't be written here")
         self.loads.append(loaded)
         self.peaks.append(peaks)
         if self._recipe.benchmark.runtime.compile:

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import EncoderDecoderCache, StoppingCriteria
 from transformers.pytorch_utils import Conv1D
 
-from compress.model import storages
+from compress.held import storages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

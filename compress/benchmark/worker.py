@@ -13,7 +13,7 @@ import psutil
 import torch
 import transformers
 
-from compress import decoding, scores
+from compress import decoding, held, scores
 from compress import model as models
 from compress.architecture import context_length, label_number
 from compress.benchmark import ceilings as ceiling
@@ -36,7 +36,11 @@ class Worker:
     """One model under measurement."""
 
     def load(self, progress: Progress, source: dict[str, Any], device: str, threads: int | None, runtime: dict[str, Any]) -> dict[str, Any]:
-        """Load the model. Returns the peak while loading, the model's sizes, the environment, and how many layers the runtime `changed`."""
+        """Load the model and run its first step, at which some packed weights are unpacked or laid out anew, and code comes in.
+
+        Returns the peak meanwhile, the model's sizes after it, `rest` by which more is held than its tensors take, the environment, and how
+        many layers the runtime `changed`.
+        """
         progress("loading", 0, 1)
         self.device = models.pick_device(device)
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
@@ -53,16 +57,21 @@ class Worker:
                 f"{source['id']}: its tokenizer has {len(self.tokenizer)} tokens, its embedding only {rows}; they don't belong together"
             )
         memory.bring_in(self.model)
-        weight_bytes, parameters = models.weight_bytes(self.model), models.parameter_count(self.model)
+        parameters = models.parameter_count(self.model)
         self.runtime = Runtime.model_validate(runtime)
         self.called = self._compiled() if self.runtime.compile else self.model
         int8_layers = use_cpu_int8(self.model) if self.runtime.cpu_int8 and self.device == "cpu" else 0
         sparse_layers = use_sparse_24(self.model) if self.runtime.sparse_24 else 0
+        latency.step(self.model, self.device)
+        memory.bring_in(self.model)
+        peak, weight_bytes = memory.peak(self.device, self.interpreter), held.weight_bytes(self.model)
         progress("loading", 1, 1)
         return {
-            "peak": memory.peak(self.device, self.interpreter),
+            "peak": peak,
             "interpreter": self.interpreter,
             "weight_bytes": weight_bytes,
+            "sampled_only": self.device == "cpu" and not memory.can_reset(),
+            "rest": memory.at_rest(self.device, self.interpreter) - weight_bytes,
             "buffer_bytes": memory.buffer_bytes(self.model),
             "file_bytes": models.file_bytes(models.local_folder(bundle.source)),
             "parameters": parameters,

@@ -14,7 +14,8 @@ from compress.results import Measurement, Side
 def foretold(side: Side, source: Source, recipe: Recipe, device: str) -> list[Measurement]:
     """What config.json foretells of a side's peak while running, and how far off that is; nothing where neither can be told.
 
-    Packed weights count as they lie on disk, but compressed-tensors' as unpacked, which plain transformers does at loading.
+    Packed weights count as they lie on disk, but compressed-tensors' as unpacked, which plain transformers does, and torchao's as FBGEMM
+    lays them where it is taken.
     """
     values = {measured.metric: measured.value for measured in side.measurements if measured.batch_size is None}
     peak, on_disk = values.get("peak_run_bytes"), values.get("file_bytes")
@@ -29,7 +30,10 @@ def foretold(side: Side, source: Source, recipe: Recipe, device: str) -> list[Me
         return []
     dtype = stored_dtype(folder, config, source.dtype)
     method = (config.get("quantization_config") or {}).get("quant_method", "compressed-tensors")
-    weights = weight_bytes(shape, dtype) if method == "compressed-tensors" else round(on_disk)
+    if method == "torchao" and recipe.benchmark.runtime.cpu_int8 and device == "cpu":
+        weights = weight_bytes(shape, dtype, 8, padded=True)
+    else:
+        weights = weight_bytes(shape, dtype) if method == "compressed-tensors" else round(on_disk)
     width, new_tokens = 4 if dtype == "FP32" else 2, recipe.benchmark.new_tokens
     found = [footprint(weights, shape, width, batch or 1, prompt or 1, new_tokens, device) for batch, prompt in points]
     foretold = max(one.alive for one in found)

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from compress.forecast.shape import Shape, Stack
 
 MIB = 1 << 20
-DTYPES = {"FP32": 32, "FP16": 16, "BF16": 16, "INT8": 8, "INT4": 4}  # bits of a weight of a linear layer
+DTYPES = {"FP32": 32, "FP16": 16, "BF16": 16}  # bits of a weight
 GROUP = 128  # weights of 4 bits share a scale of 16 bits with so many
+FBGEMM_COLUMNS = 512  # a layer's columns are padded to a multiple of so many by FBGEMM's layout
 OBJECTS = 6 * MIB  # what Python's objects for a model and the kernels' plans take on a CPU; measured on six models
 # What a CUDA context with torch's kernels takes of a GPU, which no tensor sees: some 500 MiB since CUDA 12's lazy loading.
 CONTEXT = 500 * MIB
@@ -41,12 +42,17 @@ class Footprint:
         return self.alive + self.slack
 
 
-def weight_bytes(shape: Shape, dtype: str) -> int:
-    """Bytes of the weights and buffers; below 16 bits the linear layers' weights alone, with a scale a group of 128 in 4 bits."""
-    bits = DTYPES[dtype]
-    rest = shape.other * max(bits, 16) // 8
+def weight_bytes(shape: Shape, dtype: str, bits: int | None = None, padded: bool = False) -> int:
+    """Bytes of the weights and buffers in a dtype.
+
+    bits     what the linear layers' weights are packed in, with a scale a group of 128 in 4 bits; None leaves them in the dtype
+    padded   8 bits lie in FBGEMM's layout
+    """
+    linear = shape.linear
+    if padded:
+        linear = sum(stack.padded(FBGEMM_COLUMNS) for stack in (shape.encoder, shape.decoder) if stack) or linear
     scales = 2 * shape.linear // GROUP if bits == 4 else 0
-    return shape.linear * bits // 8 + scales + rest + 4 * shape.buffers
+    return linear * (bits or DTYPES[dtype]) // 8 + scales + shape.other * DTYPES[dtype] // 8 + 4 * shape.buffers
 
 
 def cache_bytes(shape: Shape, width: int, batch_size: int, prompt_tokens: int, new_tokens: int) -> int:

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compress import model
+from compress import methods, model
 from compress.errors import ModelError
 from compress.forecast.footprint import DTYPES, Footprint, footprint, weight_bytes
 from compress.forecast.machine import Machine
@@ -26,7 +26,10 @@ BATCH_TOKENS = 16384  # of the evaluation that are read together, where nothing 
 
 @dataclass(frozen=True)
 class Row:
-    """One dtype at one grid point. `held` is None where the architecture isn't known; `weights` are told then."""
+    """One dtype at one grid point; INT8 and INT4 are what the stages leave packed.
+
+    `held` is None where the architecture isn't known; `weights` are told then.
+    """
 
     dtype: str
     batch_size: int
@@ -78,19 +81,53 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
         )
     dtype = stored_dtype(folder, config, recipe.model.dtype)
     rows = []
-    for name in DTYPES:
+    left = _left(recipe, dtype)
+    sizes = {name: (weight_bytes(shape, name), name) for name in DTYPES}
+    if left.bits:
+        padded = benchmark.runtime.cpu_int8 and machine.device == "cpu" and left.pads
+        sizes[f"INT{left.bits}"] = weight_bytes(shape, left.dtype, left.bits, padded), left.dtype
+        said.append(f"{left.stage} leaves INT{left.bits} in memory; what it doesn't pack stays {left.dtype}")
+    elif left.stage:
+        said.append(f"{left.stage}: plain transformers unpacks the weights, so they take what {left.dtype} takes; files alone are smaller")
+    for name, (weights, stored) in sizes.items():
         for batch, prompt in benchmark.points:
-            weights = weight_bytes(shape, name)
-            width = 4 if name == "FP32" else 2
+            width = 4 if stored == "FP32" else 2
             held = footprint(weights, shape, width, batch, prompt, benchmark.new_tokens, machine.device) if known else None
             rows.append(Row(name, batch, prompt, weights, held, (held.peak if held else weights) <= machine.memory_bytes))
     seconds = {str(stage): _stage_seconds(stage, recipe, shape, machine) for stage in recipe.stages}
     if any(isinstance(stage.settings, TuneSettings) and stage.settings.samples is None for stage in recipe.stages):
         said.append(f"the rows of the train split weren't counted and are taken for {ROWS:,}")
-    for side in ("baseline", "candidate"):
-        seconds[f"measuring the {side}"] = _benchmark_seconds(recipe, shape, weight_bytes(shape, dtype), machine)
+    for side, name in (("baseline", dtype), ("candidate", f"INT{left.bits}" if left.bits else left.dtype)):
+        seconds[f"measuring the {side}"] = _benchmark_seconds(recipe, shape, sizes[name][0], machine)
     disk = sum(_artifacts(recipe, shape, dtype))
     return Plan(recipe.model.id, shape.architecture, shape.parameters, dtype, machine, rows, seconds, disk, said)
+
+
+@dataclass(frozen=True)
+class Left:
+    """How the stages leave the weights in memory.
+
+    dtype   of what isn't packed
+    bits    of the linear layers' where they are packed; `stage` is the one that does so, or whose packed weights are unpacked
+    pads    whether `cpu_int8` takes them
+    """
+
+    dtype: str
+    bits: int | None = None
+    stage: str = ""
+    pads: bool = False
+
+
+def _left(recipe: Recipe, dtype: str) -> Left:
+    left = Left(dtype)
+    for stage in recipe.stages:
+        about = methods.find(stage.family, stage.method).ABOUT
+        if stage.method == "cast":
+            left = Left(STORED[getattr(stage.settings, "dtype", "bfloat16")])
+        elif about.packs:
+            bits = getattr(stage.settings, "bits", None) if getattr(stage.settings, "format", None) == "gptq" else about.holds
+            left = Left(left.dtype, bits, str(stage), "torchao" in about.packages)
+    return left
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -191,7 +228,7 @@ def _artifacts(recipe: Recipe, shape: Shape, dtype: str) -> list[int]:
     for stage in recipe.stages:
         if stage.family == "quantize":
             bits = {"cast": 16, "bnb_nf4": 4}.get(stage.method) or getattr(stage.settings, "bits", 8)
-            now = min(now, weight_bytes(shape, "BF16" if bits == 16 else "INT8" if bits == 8 else "INT4"))
+            now = min(now, weight_bytes(shape, "BF16", None if bits == 16 else 8 if bits == 8 else 4))
         elif stage.method == "structured":
             now = round(now * float(getattr(stage.settings, "keep", 1)))
         found.append(now + (12 * shape.parameters if isinstance(stage.settings, TuneSettings) else 0))

@@ -42,6 +42,15 @@ class Stack:
         attention = 2 * self.width * self.head_width * (self.heads + self.key_heads)
         return self.layers * (attention * (2 if self.crossed else 1) + self.width * self.feed_forward * (3 if self.gated else 2))
 
+    def padded(self, multiple: int) -> int:
+        """The same where each layer's columns are padded to a multiple."""
+        width, inner, heads = (
+            -(-columns // multiple) * multiple for columns in (self.width, self.feed_forward, self.heads * self.head_width)
+        )
+        attention = width * self.head_width * (self.heads + 2 * self.key_heads) + heads * self.width
+        feed_forward = width * self.feed_forward * (2 if self.gated else 1) + inner * self.width
+        return self.layers * (attention * (2 if self.crossed else 1) + feed_forward)
+
 
 @dataclass(frozen=True)
 class Shape:

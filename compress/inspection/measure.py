@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from compress import bnb
+from compress import bnb, held
 from compress import model as models
 from compress.architecture import context_length, is_head
 from compress.benchmark.latency import prompts
@@ -36,7 +36,7 @@ def inspect(progress: Progress, source: dict[str, Any], device: str, batch_size:
     model = bundle.model
     tokens = _length(bundle, tokens)
     rows = _holdings(model)
-    total = models.weight_bytes(model)
+    total = held.extent([*model.parameters(), *model.buffers()])
     rows["the rest"] = {"kind": "rest", "parameters": 0, "bytes": total - sum(row["bytes"] for row in rows.values())}
     whole, seconds = _times(model, list(rows)[:-1], _inputs(bundle, batch_size, tokens), bundle.device, progress)
     for number, (name, row) in enumerate(rows.items()):
@@ -91,7 +91,7 @@ def _holdings(model: "PreTrainedModel") -> dict[str, Row]:
         if not own:
             continue
         new = {leaf: parameter for leaf, parameter in own.items() if id(parameter) not in owners}
-        storages = models.storages([*own.values(), *module.buffers(recurse=False)])
+        storages = held.storages([*own.values(), *module.buffers(recurse=False)])
         weight = own.get("weight", next(iter(own.values())))
         rows[name] = {
             "kind": _kind(model, name, module), "dtype": _short(weight.dtype),

@@ -16,6 +16,7 @@ ABOUT = About(
     packages=("bitsandbytes",),
     extra="bnb",
     packs=True,
+    holds=8,
 )
 
 

@@ -20,6 +20,7 @@ ABOUT = About(
     packages=("bitsandbytes",),
     extra="bnb",
     packs=True,
+    holds=4,
 )
 
 

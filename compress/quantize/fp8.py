@@ -15,6 +15,7 @@ ABOUT = About(
     packages=("torchao",),
     devices=("cuda",),
     packs=True,
+    holds=8,
 )
 
 

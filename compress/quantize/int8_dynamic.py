@@ -16,6 +16,7 @@ ABOUT = About(
     slows=True,
     packages=("torchao",),
     packs=True,
+    holds=8,
 )
 
 

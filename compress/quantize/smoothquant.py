@@ -24,6 +24,7 @@ ABOUT = About(
     packages=("torchao",),
     calibrated=True,
     packs=True,
+    holds=8,
 )
 
 

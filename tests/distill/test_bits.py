@@ -11,7 +11,8 @@ from transformers.pytorch_utils import Conv1D
 from compress import methods, pipeline, recipe
 from compress.distill import _pair
 from compress.errors import MissingPackage, ModelError, RecipeError
-from compress.model import Source, fingerprint, load_model, weight_bytes
+from compress.held import weight_bytes
+from compress.model import Source, fingerprint, load_model
 from tests.blocks import bundle, run
 from tests.conftest import TASKS, recipe_for
 from tests.distill.pairs import distil, source, two

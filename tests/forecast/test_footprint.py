@@ -3,11 +3,13 @@
 import pytest
 import torch
 
-from compress import model as models
+from compress import held
 from compress.forecast.footprint import OBJECTS, cache_bytes, footprint, weight_bytes
 from compress.forecast.shape import read
 from compress.methods import quiet
-from tests.blocks import cache_left
+from compress.model import Source, load_model
+from compress.runtime import use_cpu_int8
+from tests.blocks import cache_left, run
 from tests.conftest import TASKS, make_model, make_tokenizer
 
 BATCH, PROMPT, NEW = 3, 8, 5
@@ -21,13 +23,23 @@ def shape_of(model, kind):
 @pytest.mark.parametrize(("dtype", "name"), [(torch.float32, "FP32"), (torch.bfloat16, "BF16")])
 def test_weights_take_what_a_loaded_model_takes(kind, dtype, name):
     model = make_model(kind).to(dtype)
-    assert weight_bytes(shape_of(model, kind), name) == pytest.approx(models.weight_bytes(model), rel=0.01)
+    assert weight_bytes(shape_of(model, kind), name) == pytest.approx(held.weight_bytes(model), rel=0.01)
 
 
 def test_fewer_bits_are_for_the_linear_layers_alone():
     shape = shape_of(make_model("gpt2"), "gpt2")
-    assert weight_bytes(shape, "INT8") == shape.linear + 2 * shape.other
-    assert weight_bytes(shape, "INT4") == shape.linear // 2 + 2 * shape.linear // 128 + 2 * shape.other
+    assert weight_bytes(shape, "BF16", 8) == shape.linear + 2 * shape.other
+    assert weight_bytes(shape, "FP32", 4) == shape.linear // 2 + 2 * shape.linear // 128 + 4 * shape.other
+
+
+def test_columns_are_padded_as_fbgemm_lays_them(toys, tmp_path):
+    """Against what the process allocates; each layer takes some hundred bytes besides."""
+    loaded = load_model(Source(str(run("quantize", "int8_dynamic", toys["t5"], "t5", tmp_path / "made")), "seq2seq"), "cpu")
+    shape = shape_of(make_model("t5"), "t5")
+    layers = use_cpu_int8(loaded)
+    foretold = weight_bytes(shape, "FP32", 8, padded=True)
+    assert foretold == pytest.approx(held.weight_bytes(loaded), abs=layers * 3000)
+    assert foretold > 2 * weight_bytes(shape, "FP32", 8)
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -61,7 +73,7 @@ def test_the_peak_is_within_15_percent_of_the_measured_one(batch_size, tmp_path)
         version=1, model=Model(id=str(tmp_path), task="causal-lm"), data=Data(source="builtin", text="{dialogue}"),
         benchmark=Benchmark(batch_sizes=[batch_size], prompt_tokens=[128], new_tokens=4, rounds=1, warmup=0, threads=1),
     )  # fmt: skip
-    subject = Subject("candidate", models.Source(str(tmp_path), "causal-lm", "float32"), recipe, "cpu", tmp_path / "log", tmp_path, quiet)
+    subject = Subject("candidate", Source(str(tmp_path), "causal-lm", "float32"), recipe, "cpu", tmp_path / "log", tmp_path, quiet)
     try:
         subject.start()
     finally:

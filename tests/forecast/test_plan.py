@@ -40,6 +40,8 @@ def test_a_config_is_enough(seven):
     by_dtype = {row.dtype: row for row in found.rows if (row.batch_size, row.prompt_tokens) == (1, 128)}
     assert by_dtype["FP16"].weights == pytest.approx(2 * 6.738e9, rel=0.001)
     assert by_dtype["INT4"].weights < 0.35 * by_dtype["FP16"].weights
+    assert by_dtype["INT4"].held.activations == by_dtype["FP16"].held.activations
+    assert "quantize: bnb_nf4 leaves INT4 in memory; what it doesn't pack stays FP16" in found.said
     # 2 x layers x heads x width x tokens x 2 bytes
     assert by_dtype["FP16"].held.cache == 2 * 32 * 32 * 128 * (128 + 32 - 1) * 2
     assert (by_dtype["FP32"].fits, by_dtype["FP16"].fits) == (False, True)
@@ -49,15 +51,34 @@ def test_a_config_is_enough(seven):
     assert sum(faster.seconds.values()) < sum(found.seconds.values())
 
 
+@pytest.mark.parametrize(
+    ("stage", "dtypes", "said"),
+    [
+        (
+            {"quantize": "rtn", "bits": 4},
+            set(),
+            "rtn: plain transformers unpacks the weights, so they take what FP32 takes; files alone are smaller",
+        ),
+        ({"quantize": "int8_dynamic"}, {"INT8"}, "quantize: int8_dynamic leaves INT8 in memory; what it doesn't pack stays FP32"),
+        ({"quantize": "cast"}, set(), ""),
+    ],
+)
+def test_rows_are_what_transformers_holds(toys, rows, write_recipe, stage, dtypes, said):
+    """The foretold weights against those of the model that the stage makes, which is what is measured."""
+    found = plan(load(write_recipe(recipe_for("gpt2", toys["gpt2"], rows, stages=[stage]))), machine.here(None))
+    assert {row.dtype for row in found.rows} == {"FP32", "FP16", "BF16"} | dtypes
+    assert said in " ".join(found.said)
+
+
 def test_the_table_fits_80_and_120_columns(seven, monkeypatch):
     for columns in (80, 120):
         monkeypatch.setenv("COLUMNS", str(columns))
         done = program("plan", seven, "--gpu", "t4-16gb")
         assert done.returncode == 0, done.stderr
         assert max(map(len, done.stdout.splitlines())) <= columns
-        assert sum(line.lstrip().startswith(("FP32", "FP16", "BF16", "INT8", "INT4")) for line in done.stdout.splitlines()) == 5 * 4
+        assert sum(line.lstrip().startswith(("FP32", "FP16", "BF16", "INT8", "INT4")) for line in done.stdout.splitlines()) == 4 * 4
     found = json.loads(program("plan", seven, "--gpu", "t4-16gb", "--json").stdout)
-    assert {row["dtype"] for row in found["rows"]} == {"FP32", "FP16", "BF16", "INT8", "INT4"}
+    assert {row["dtype"] for row in found["rows"]} == {"FP32", "FP16", "BF16", "INT4"}
     assert found["rows"][0]["peak"] == sum(found["rows"][0]["held"].values())
 
 

@@ -12,7 +12,7 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import compress
-from compress import model, terminal
+from compress import held, model, terminal
 from compress.cli import parser
 from compress.errors import InputError, MissingPackage, ModelError
 from compress.inspection import findings, measure, picture
@@ -55,7 +55,7 @@ def test_counts_are_those_of_the_file(toys, looked, kind):
     assert found.task == TASKS[kind], "told from the config"
     assert found.parameters == sum(part.parameters for part in found.parts) == sum(tensor.size for tensor in stored.values())
     loaded = model.load_model(Source(str(toys[kind]), TASKS[kind]), "cpu")
-    assert found.bytes == sum(part.bytes for part in found.parts) == model.weight_bytes(loaded)
+    assert found.bytes == sum(part.bytes for part in found.parts) == held.weight_bytes(loaded)
     linear = {part.name: part for part in found.parts if part.kind == "linear"}
     blocks = {"t5": 2 * 7 + 2 * 11, "bart": 2 * 6 + 2 * 10, "llama": 2 * 7, "gpt2": 2 * 4, "bert": 2 * 6 + 1}
     assert len(linear) == blocks[kind]
@@ -147,7 +147,7 @@ def test_hooks_are_gone_afterwards():
 def test_packed_layers_are_measured_packed_and_looked_at_unpacked(toys, looked, tmp_path, kind, method):
     made = make(toys[kind], kind, method, tmp_path / "made")
     loaded, found = model.load_model(Source(str(made), TASKS[kind]), "cpu"), look(made)
-    assert found.bytes == model.weight_bytes(loaded) == sum(part.bytes for part in found.parts)
+    assert found.bytes == held.weight_bytes(loaded) == sum(part.bytes for part in found.parts)
     assert found.parameters == model.parameter_count(loaded) == sum(part.parameters for part in found.parts)
     assert "quantised already" in found.said[0]
     for part in found.parts:

@@ -10,7 +10,8 @@ from bitsandbytes.nn import Linear4bit, modules
 
 from compress import bnb, stage
 from compress.errors import BrokenPromise, ModelError
-from compress.model import Source, load_model, parameter_count, weight_bytes
+from compress.held import weight_bytes
+from compress.model import Source, load_model, parameter_count
 from tests.blocks import bundle, context, saved
 from tests.conftest import TASKS, make_model, make_tokenizer
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress import methods, model, stage
+from compress import held, methods, model, stage
 from compress.errors import BrokenPromise, MissingPackage
 from compress.model import Source
 from tests.blocks import run
@@ -85,7 +85,7 @@ def test_the_artifact_is_near_the_original_and_smaller(toys, tmp_path, kind, met
     if before.can_generate():
         assert told(after) == told(before), "the artifact generates as its model does"
     if "compressed-tensors" not in methods.find("quantize", method).ABOUT.packages:  # transformers unpacks these at loading
-        assert model.weight_bytes(after) < model.weight_bytes(before)
+        assert held.weight_bytes(after) < held.weight_bytes(before)
     assert model.file_bytes(target) < model.file_bytes(toys[kind])
 
 
@@ -167,9 +167,9 @@ def test_packed_weights_are_counted_to_the_byte(toys, tmp_path, method, per_laye
     packed = model.load_model(Source(str(target), "causal-lm"), "cpu")
     left = ("lm_head", "gate_proj", "up_proj", "down_proj") if method == "bnb_nf4" else ("lm_head",)  # 172 wide, which 4 bits don't take
     linear = {n: m for n, m in whole.named_modules() if isinstance(m, torch.nn.Linear) and not n.endswith(left)}
-    rest = model.weight_bytes(whole) - sum(4 * m.weight.numel() for m in linear.values())
+    rest = held.weight_bytes(whole) - sum(4 * m.weight.numel() for m in linear.values())
     expected = rest + sum(per_layer(*m.weight.shape) for m in linear.values())
-    assert model.weight_bytes(packed) == pytest.approx(expected, rel=0.001)
+    assert held.weight_bytes(packed) == pytest.approx(expected, rel=0.001)
 
 
 def test_ignored_layers_stay_as_they_are(toys, tmp_path):
