@@ -35,6 +35,16 @@ def reasons(sides: list[Side], where: Comparison, environment: dict[str, Any]) -
     return [*_costs(theirs, ours, point), *_limits(sides[0], theirs, where, environment, point)]
 
 
+def costs(sides: list[Side], where: Comparison) -> list[str]:
+    """Why the candidate is slower at a grid point, a sentence a reason; none where its steps take no longer."""
+    steps = [step for side in sides if (step := _step_at(side, where))]
+    if len(steps) != 2:
+        return []
+    theirs, ours = steps
+    slower = (ours.seconds or 0.0) > (theirs.seconds or 0.0)
+    return _costs(theirs, ours, f"at batch {where.batch_size}") if slower else []
+
+
 def section(report: Report) -> str:
     """The shares in Markdown, and what the machine can do at best."""
     found = rows(report)
