@@ -7,12 +7,13 @@ import math
 import struct
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import bnb
 from compress.errors import DataError, DeviceError, ModelError
+from compress.phases import phase
 
 if TYPE_CHECKING:
     import torch
@@ -240,12 +241,19 @@ def fingerprint(source: Source) -> dict[str, Any]:
     """What tells one model from another: the content of a folder's files but its card and weights beside it; id and commit of a hub's."""
     if not source.is_folder:
         return asdict(source)
-    content, folder = {}, Path(source.id)
-    unread = {CARD, *(f.name for f in weight_files_beside(folder))}
-    for file in sorted(f for f in folder.iterdir() if f.is_file() and f.name not in unread):
-        with file.open("rb") as stream:
-            content[file.name] = hashlib.file_digest(stream, "sha256").hexdigest()
+    folder = Path(source.id)
+    with phase("fingerprints"):
+        unread = {CARD, *(f.name for f in weight_files_beside(folder))}
+        files = sorted(f for f in folder.iterdir() if f.is_file() and f.name not in unread)
+        content = {file.name: _digest(file.resolve(), (now := file.stat()).st_size, now.st_mtime_ns) for file in files}
     return {"files": content, "task": source.task, "dtype": source.dtype, "bits": source.bits}
+
+
+@lru_cache(maxsize=4096)
+def _digest(file: Path, size: int, mtime_ns: int) -> str:
+    """SHA-256 of a file that has been this large since this time."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def pick_device(wanted: str) -> str:

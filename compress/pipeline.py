@@ -5,7 +5,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
@@ -23,6 +23,7 @@ from compress.methods import Example, TrainSettings, TuneSettings, quiet
 from compress.metrics import COMPARED, GENERATED
 from compress.model import Source
 from compress.nursery import copied, nursery
+from compress.phases import Phase, merged, phase, watching
 from compress.process import Child, Progress, Team, take_lock
 from compress.recipe import Gate, Recipe, Stage, digest, load, load_gates
 from compress.report import card, quality, verdict, why, write
@@ -41,6 +42,7 @@ class Prepared:
     name     what the report calls the candidate
     commit   git's, of the recipe
     splits   what was read of the data
+    phases   where the time for it went
     """
 
     recipe: Recipe
@@ -51,6 +53,7 @@ class Prepared:
     stages: list[StageRecord]
     commit: str | None = None
     splits: list[Split] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -87,32 +90,39 @@ def run(
 
 def prepare(recipe: Recipe, out: str | Path, device: str = "auto", progress: Progress = quiet, processes: int = 1) -> Prepared:
     """The first half of a run: make the smaller model, or find it made. Raises CompressError."""
-    refuse(recipe, device, processes)
-    wanted, commit = recipe.model, machine.commit(recipe.folder)
-    baseline = model.pinned(Source(model.locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
-    _refuse_generation(recipe, baseline)
-    dataset = data.Dataset(recipe.data, recipe.folder)
-    examples = dataset.examples("evaluation", recipe.data.samples, recipe.data.seed)
-    shown = _shown(recipe, dataset)
-    splits = dataset.splits()
-    del dataset  # with all of its rows
-    with _place(recipe, Path(out)) as (_, log):
-        stages = _stages(recipe, baseline, Path(out) / "artifacts", device, log, progress, processes, shown)
+    with watching() as watch:
+        refuse(recipe, device, processes)
+        wanted, commit = recipe.model, machine.commit(recipe.folder)
+        baseline = model.pinned(Source(model.locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
+        _refuse_generation(recipe, baseline)
+        with phase("data"):
+            dataset = data.Dataset(recipe.data, recipe.folder)
+            examples = dataset.examples("evaluation", recipe.data.samples, recipe.data.seed)
+            shown = _shown(recipe, dataset)
+            splits = dataset.splits()
+            del dataset  # with all of its rows
+        with _place(recipe, Path(out)) as (_, log):
+            stages = _stages(recipe, baseline, Path(out) / "artifacts", device, log, progress, processes, shown)
     candidate = Source(str(Path(stages[-1].artifact).resolve()), wanted.task) if stages else baseline
-    candidate_name = stages[-1].artifact if stages else wanted.id
-    return Prepared(_decided(recipe, examples), baseline, candidate, candidate_name, examples, stages, commit, splits)
+    name = stages[-1].artifact if stages else wanted.id
+    return Prepared(_decided(recipe, examples), baseline, candidate, name, examples, stages, commit, splits, watch.phases())
 
 
 def measure(
     prepared: Sequence[Prepared], out: str | Path, device: str = "auto", progress: Progress = quiet, strict: bool = False
 ) -> list[Report]:
     """The second half: measure, and write a report of each. Several take turns with one baseline; they have the same model, data, metrics,
-    generation and benchmark. Raises CompressError.
+    generation and benchmark; each report tells where the time of all of them went. Raises CompressError.
     """
     with ExitStack() as stack:
+        watch = stack.enter_context(watching())
         places, logs = zip(*(stack.enter_context(_place(one.recipe, Path(out))) for one in prepared), strict=True)
         reports = _measured(prepared, device, logs[0], progress, strict)
-        written = [_written(report, one.commit, place) for one, report, place in zip(prepared, reports, places, strict=True)]
+        with phase("report"):
+            written = [
+                _written(report, one.commit, place, lambda own=one.phases: merged(own, watch.phases()))  # type: ignore[misc]
+                for one, report, place in zip(prepared, reports, places, strict=True)
+            ]
         for one, report in zip(prepared, written, strict=True):
             card.write(one.recipe, one.baseline or one.candidate, one.stages, report)
         return written
@@ -264,9 +274,12 @@ def _stages(
             history.append({"processes": together})
         target = artifacts / f"{name}-{stage.method}-{digest(history)}"
         start, reused = time.monotonic(), _is_whole(target)
-        if not reused:
+        if reused:
+            progress(f"{stage}; made before", 1, 1)
+        else:
             models = {"original": original, **others}
-            _make(stage, source, models, asdict(seen), target, device, log, progress, together)
+            with phase("stages"):
+                _make(stage, source, models, asdict(seen), target, device, log, progress, together)
         seconds = time.monotonic() - start
         noted = write.read_notes(target)
         records.append(StageRecord(stage=stage.as_written(), artifact=str(target), seconds=seconds, reused=reused, **noted))
@@ -351,7 +364,8 @@ def _measured(prepared: Sequence[Prepared], device: str, log: Path, progress: Pr
     found, environment = isolate.measure(
         sources, first.recipe, first.examples, device, log, log.parent.parent / OUTPUTS, progress, clear, strict
     )
-    return [_reported(one, measured, environment) for one, measured in zip(prepared, found, strict=True)]
+    with phase("judging"):
+        return [_reported(one, measured, environment) for one, measured in zip(prepared, found, strict=True)]
 
 
 def _reported(one: Prepared, measured: isolate.Measured, environment: dict[str, Any]) -> Report:
@@ -383,9 +397,11 @@ def _reported(one: Prepared, measured: isolate.Measured, environment: dict[str, 
     return _judged(report, sides.get("baseline"), sides["candidate"], same_run=True)
 
 
-def _written(report: Report, commit: str | None, place: Path) -> Report:
+def _written(report: Report, commit: str | None, place: Path, phases: Callable[[], list[Phase]]) -> Report:
     """The report in its place, with what git says of its recipe."""
-    return write.write(report.model_copy(update={"run": place.name, "environment": {**report.environment, "commit": commit}}), place)
+    return write.write(
+        report.model_copy(update={"run": place.name, "environment": {**report.environment, "commit": commit}}), place, phases
+    )
 
 
 def _judged(report: Report, baseline: Side | None, candidate: Side, same_run: bool) -> Report:

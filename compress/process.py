@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Protocol
 
-from compress import errors
+from compress import errors, phases
 from compress.errors import ChildDied, CompressError, InputError, Killed, RunError
 
 Progress = Callable[[str, int, int], None]  # what, and behind a semicolon how it goes; done, total
@@ -90,7 +90,8 @@ class Child:
         request_read, self._request = os.pipe()
         self._reply, reply_write = os.pipe()
         try:
-            self._process = start(module, (request_read, reply_write), log, {**environment_of(threads), **(environment or {})})
+            with phases.phase("imports"):  # a copy begins when what it copies has imported
+                self._process = start(module, (request_read, reply_write), log, {**environment_of(threads), **(environment or {})})
         except BaseException:
             os.close(self._request)
             os.close(self._reply)
@@ -109,11 +110,16 @@ class Child:
 
         Raises what the child raised, or ChildDied when it ended or took longer than `limit_s` seconds.
         """
+        began = time.monotonic()
         self.tell(request, arguments)
-        deadline = None if limit_s is None else time.monotonic() + limit_s
+        deadline = None if limit_s is None else began + limit_s
+        bars = _Bars(self._progress)
         while "progress" in (message := self.hear(request, deadline)):
-            self._progress(*message["progress"])
-        return _answer(message)
+            bars(*message["progress"])
+        phases.told(message["spent"], time.monotonic() - began)
+        answer = _answer(message)
+        bars.end()
+        return answer
 
     def ask_in_slices(self, request: str, limit_s: float, **arguments: Any) -> Generator[float, None, Any]:
         """The child's answer, as `ask` has it; gives the share that is done after each progress, and meanwhile the child waits.
@@ -208,6 +214,26 @@ class Child:
         return f"; its last line: {lines[-1].strip()[:300]}" if lines else ""
 
 
+class _Bars:
+    """Passes progress on, and ends every step when a request was answered: training may end early, a loop may tell its begins only."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+        self._open: dict[str, tuple[str, int]] = {}
+
+    def __call__(self, what: str, done: int, total: int) -> None:
+        self._progress(what, done, total)
+        step = what.partition(";")[0]
+        if done < total:
+            self._open[step] = (what, total)
+        else:
+            self._open.pop(step, None)
+
+    def end(self) -> None:
+        for what, total in self._open.values():
+            self._progress(what, total, total)
+
+
 class Team:
     """Working processes that are asked the same thing at once and work on it together; a context, and asked, like a `Child`.
 
@@ -236,9 +262,10 @@ class Team:
 
         Raises what went wrong first in any of them; the others may wait for it forever, so nothing more can be asked.
         """
+        began = time.monotonic()
         for child in self._children:
             child.tell(request, arguments)
-        first, working, answer = self._children[0], list(self._children), None
+        first, working, answer, bars = self._children[0], list(self._children), None, _Bars(self._progress)
         while working:
             for child in [child for child in working if child.has_spoken] or select.select(working, [], [])[0]:
                 message = child.hear(request)
@@ -246,9 +273,12 @@ class Team:
                     raise self._cause(_error(message))
                 if "answer" in message:
                     working.remove(child)
-                    answer = message["answer"] if child is first else answer
+                    if child is first:
+                        answer = message["answer"]
+                        phases.told(message["spent"], time.monotonic() - began)
                 elif child is first:
-                    self._progress(*message["progress"])
+                    bars(*message["progress"])
+        bars.end()
         return answer
 
     def close(self) -> None:
@@ -325,6 +355,7 @@ def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan goes on computing
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     requests, replies = os.fdopen(int(sys.argv[1]), "r"), os.fdopen(int(sys.argv[2]), "w")
+    spent = {"imports": phases.since_start()}
 
     def send(message: dict[str, Any]) -> None:
         replies.write(json.dumps(message) + "\n")
@@ -338,13 +369,14 @@ def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
     for line in iter(requests.readline, ""):
         message = json.loads(line)
         paced = message["paced"]
-        try:
-            answer = handlers[message["request"]](progress=progress, **message["arguments"])
-        except Exception as error:
-            traceback.print_exc()
-            send(_as_message(error))
-        else:
-            send({"answer": answer})
+        with phases.watching() as watch:
+            try:
+                reply = {"answer": handlers[message["request"]](progress=progress, **message["arguments"])}
+            except Exception as error:
+                traceback.print_exc()
+                reply = _as_message(error)
+        send({**reply, "spent": {**spent, **watch.spent()}})
+        spent = {}
 
 
 def _answer(message: dict[str, Any]) -> Any:
@@ -386,7 +418,9 @@ def take_lock(file: IO[Any], another: str, progress: Progress) -> None:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         progress(f"waiting for another {another}", 0, 1)
-        fcntl.flock(file, fcntl.LOCK_EX)
+        with phases.phase("waiting for others"):
+            fcntl.flock(file, fcntl.LOCK_EX)
+        progress(f"waiting for another {another}", 1, 1)
 
 
 def _error(message: dict[str, Any]) -> CompressError:

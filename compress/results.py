@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationIn
 
 from compress.errors import NoSpace, ReportError
 from compress.metrics import KERNELS, METRICS, Better, Missing
+from compress.phases import Phase
 from compress.process import is_disk_full
 from compress.recipe import Benchmark, Gate
 
@@ -301,6 +302,7 @@ class Report(Record):
     sides: list[Side]
     splits: list[Split] = []
     turns: list[Turn] = Field([], repr=False)
+    phases: list[Phase] = []
     comparisons: list[Comparison] = []
     gates: list[GateResult] = []
     verdict: Verdict

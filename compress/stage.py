@@ -11,6 +11,7 @@ from compress import methods, model
 from compress.errors import BrokenPromise, DeviceError
 from compress.methods import Example
 from compress.process import Progress, serve
+from compress.products import in_float32
 from compress.results import NOTES, whole_folder
 
 
@@ -41,7 +42,8 @@ def run(
         device, progress, seen, shown["max_tokens"], shown["chat"], others, place, watched, shared, processes=processes, rank=rank
     )
     progress(f"{family}: {name}", 0, 1)
-    bundle = method.apply(model.Bundle(before, "cpu" if settings.sharded() else device), settings, context)
+    with in_float32(device):
+        bundle = method.apply(model.Bundle(before, "cpu" if settings.sharded() else device), settings, context)
     if rank > 0:
         return
     with whole_folder(Path(target)) as folder:
@@ -53,7 +55,8 @@ def run(
         gc.collect()
         if method.ABOUT.smaller:
             _check_smaller(model.skeleton_bytes(before), model.file_bytes(folder), f"{family}: {name}")
-        _check_logits(model.Source(str(folder), before.task), device, f"{family}: {name}")
+        with in_float32(device):
+            _check_logits(model.Source(str(folder), before.task), device, f"{family}: {name}")
     progress(f"{family}: {name}", 1, 1)
 
 

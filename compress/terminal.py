@@ -17,6 +17,7 @@ from compress import process
 from compress.errors import printable
 from compress.forecast.plan import Plan
 from compress.inspection.findings import NORMAL, Inspection, Part, grouped
+from compress.report import times
 from compress.report.compare import as_text, decisive, rows
 from compress.report.history import FEWEST, Line, Run
 from compress.report.layers import line
@@ -86,6 +87,8 @@ def show_report(report: Report) -> None:
     for record in report.stages:
         if record.layers:
             console.print(_shown(f"{record.name}: {line(record.layers)}"))
+    if report.phases:
+        console.print(_shown(times.sentence(report)), style="dim")
     for note in [*(f for side in report.sides for f in side.failures), *report.notes]:
         console.print(_shown(note), style="yellow")
     console.print(f"{_shown(report.recipe)}: [bold {colour}]{verdict_words(report.verdict)}[/]: {_shown(report.decided_by)}")

@@ -1,6 +1,7 @@
 """How many examples a model is given at once: as many tokens as memory holds, and half of it where that was too many."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import psutil
@@ -26,6 +27,7 @@ class Batches:
 
     def __init__(self, model: "PreTrainedModel", tokens: int | None, progress: Progress):
         self._model, self.tokens, self.halved, self._progress = model, tokens, 0, progress
+        self._at, self._share = ("", 0, 0, 0), 0.0  # the step, rows done before the batch in hand, its rows, all; its share done
 
     def each(self, lengths: list[int], work: Work, what: str, most_on_cpu: int = READ) -> None:
         """Do all rows, of so many tokens each. A row that is longer than a batch has one to itself.
@@ -37,14 +39,34 @@ class Batches:
         waiting = sorted(range(len(lengths)), key=lambda i: -lengths[i])
         fit = self.tokens or _fitting(self._model, max(lengths), most_on_cpu)
         while waiting:
-            self._progress(what, len(lengths) - len(waiting), len(lengths))
-            batch = waiting[: max(1, (self.tokens or fit) // lengths[waiting[0]])]
+            longest = lengths[waiting[0]]
+            batch = waiting[: max(1, (self.tokens or fit) // longest)]
+            if self.tokens is None and self._model.device.type == "cpu":  # where padding costs what tokens cost
+                batch = [row for row in batch if 2 * lengths[row] >= longest]
+            self._at = (what, len(lengths) - len(waiting), len(batch), len(lengths))
+            self._share = 0.0
+            self._tell(0.0)
             if self._has_room(work, batch):
                 waiting = waiting[len(batch) :]
             else:
-                self.tokens = max(1, len(batch) // 2) * lengths[waiting[0]]
+                self.tokens = max(1, len(batch) // 2) * longest
                 self.halved += 1
         self._progress(what, len(lengths), len(lengths))
+
+    @contextmanager
+    def stepwise(self, steps: int) -> Iterator[None]:
+        """Within it a batch takes about so many calls of the model, each of which is told."""
+        handle = self._model.register_forward_hook(lambda *_: self._tell(1 / steps))
+        try:
+            yield
+        finally:
+            handle.remove()
+
+    def _tell(self, share: float) -> None:
+        """So much more of the batch in hand is done; counted in rows."""
+        self._share = min(1.0, self._share + share)
+        what, before, rows, total = self._at
+        self._progress(what, before + int(self._share * rows), total)
 
     @staticmethod
     def _has_room(work: Work, batch: list[int]) -> bool:

@@ -22,7 +22,7 @@ from compress.benchmark.draws import WARPERS, GumbelNoise, at_edge, warpers
 from compress.benchmark.quality import Reader, Texts
 from compress.errors import DataError, RunError
 
-CHECKED = 8  # examples that are written once more, alone
+CHECKED = 8  # examples that are written once more, alone: of fewer than 80 a tenth, four at least, for alone each takes many times as long
 ENCODED = 1024  # tokens of prompts that an encoder on a CPU is given at once: what it computes of more is too much for the caches
 ENDED = 0.25  # of a batch's rows, when the others go on without them; a row that has ended costs as much as one that has not
 # relative errors that torch.testing takes for rounding
@@ -136,7 +136,8 @@ class Writer:
         Raises RunError where one comes out otherwise than in its batch for another reason than a tie, or one that is known. Beams part
         where hypotheses tie, which can't be told step by step, and are counted.
         """
-        chosen = range(0, len(outputs), max(1, len(outputs) // CHECKED))[:CHECKED]
+        checked = min(CHECKED, max(4, len(outputs) // 10))
+        chosen = range(0, len(outputs), max(1, len(outputs) // checked))[:checked]
         partings = [parting for example in chosen if (parting := self._parting(example, outputs[example])) is not None]
         reason = _depends_on_batch(self._reader.model)
         others = [parting for parting in partings if not parting.is_tie]

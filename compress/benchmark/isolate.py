@@ -27,6 +27,7 @@ from compress.errors import DeviceError, OutOfMemory, RunError
 from compress.methods import Example
 from compress.model import Source
 from compress.nursery import nursery
+from compress.phases import phase
 from compress.process import Progress
 from compress.recipe import Recipe
 from compress.results import Conditions, Role, Side, Turn
@@ -85,18 +86,23 @@ class Session:
         self._alone = False  # whether memory holds one side at a time only
         self._starting = self._timing = 0.0  # seconds of this round
         self._again = 0
+        self._began = self._aside = 0.0  # when rounds began, and seconds since that aren't theirs
         self._known: float | None = None  # half of the widest interval of a latency, as a share of it
         self._turns: list[tuple[Subject, Turn]] = []
 
     def run(self, examples: list[Example], clear: Clear) -> None:
         """Round after round; the examples are done in the first."""
-        began, fewest, done = time.monotonic(), self._benchmark.rounds * self._benchmark.turns, 0
+        fewest, done = self._benchmark.rounds * self._benchmark.turns, 0
+        self._began = time.monotonic()
         for number in itertools.count():
-            if self._is_enough(number, (time.monotonic() - began) / 60, clear):
+            with phase("judging"):
+                enough = self._is_enough(number, self._minutes, clear)
+            if enough:
+                self._progress("timing in turns", done, done)
                 return
             self._starting = self._timing = 0.0
             for turn in itertools.count():
-                if self._ends(turn):
+                if self._ends(number, turn):
                     break
                 if not self._take(number, turn, examples, last=self._again >= AGAIN * max(fewest, done)):
                     self._again += 1
@@ -104,8 +110,12 @@ class Session:
                 done += 1
                 known = "" if self._known is None else f"; latencies are known to {self._known:.1%}"
                 self._progress(f"timing in turns{known}", done, max(fewest, done))
+            began = time.monotonic()
             self._explain()
+            self._aside += time.monotonic() - began
             _stop(self._subjects)
+            for subject in self._subjects:
+                subject.needless = set(subject.rounds) - set(self._points(subject))
 
     @property
     def turns(self) -> list[Turn]:
@@ -127,7 +137,8 @@ class Session:
         """Whether so many rounds say what is wanted, or there is no time for another."""
         if rounds < min(FEWEST, self._benchmark.rounds):
             return False
-        if rounds >= self._benchmark.rounds and (self._benchmark.precision is None or minutes >= self._benchmark.max_minutes):
+        over = self._benchmark.precision is not None and minutes >= self._benchmark.max_minutes
+        if over or (rounds >= self._benchmark.rounds and self._benchmark.precision is None):
             return True
         if not self._well():
             return rounds >= self._benchmark.rounds
@@ -150,10 +161,20 @@ class Session:
         self._known = max(halves) if math.isfinite(max(halves)) else None
         return max(halves) <= (self._benchmark.precision or math.inf)
 
-    def _ends(self, turns: int) -> bool:
+    @property
+    def _minutes(self) -> float:
+        """How long the rounds have taken until now."""
+        return (time.monotonic() - self._began - self._aside) / 60
+
+    def _is_late(self, rounds: int) -> bool:
+        """Whether the fewest rounds won't be done in time, of which so many are, unless the next turns are left out."""
+        share = (rounds + 1) / min(FEWEST, self._benchmark.rounds)
+        return self._benchmark.precision is not None and self._minutes > share * self._benchmark.max_minutes
+
+    def _ends(self, number: int, turns: int) -> bool:
         """Whether a round that has so many turns needs no more."""
         if turns < self._benchmark.turns:
-            return False
+            return turns > 0 and self._is_late(number)
         if self._benchmark.precision is None or self._alone or not any(_common(pair) for pair in _pairs(self._well())):
             return True
         return self._timing >= self._starting
@@ -203,7 +224,9 @@ class Session:
 
     def _ready(self, subject: Subject, examples: list[Example]) -> None:
         if subject.outputs is None:
+            began = time.monotonic()
             subject.answer(examples)
+            self._aside += time.monotonic() - began
 
     def _in_slices(self, subjects: list[Subject]) -> list[tuple[Subject, Conditions]]:
         """A turn of each, in which they take slices: next is who is the furthest behind, and of several any."""
@@ -212,7 +235,8 @@ class Session:
         while turns:
             subject = min(self._random.sample(list(turns), len(turns)), key=done.__getitem__)
             try:
-                done[subject] = next(turns[subject])
+                with phase("timing", subject.role):
+                    done[subject] = next(turns[subject])
             except StopIteration as end:
                 taken.append((subject, end.value))
                 del turns[subject]

@@ -51,6 +51,7 @@ class Watch(StoppingCriteria):  # type: ignore[misc]
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device == "cuda" else [])]
         self.profiler = profile(activities=activities)
         self.seconds = self.watched_seconds = 0.0
+        self.begin: Callable[[], None] = lambda: None  # called when the first token is there, before the steps
         self._device, self._steps, self._calls, self._start = device, steps, 0, 0.0
 
     def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
@@ -60,6 +61,8 @@ class Watch(StoppingCriteria):  # type: ignore[misc]
     def tick(self) -> None:
         """A step has ended."""
         self._calls += 1
+        if self._calls == 1:
+            self.begin()
         if self._calls not in (1, 1 + self._steps, 1 + 2 * self._steps):
             return
         if self._device == "cuda":

@@ -19,6 +19,7 @@ Outputs = dict[str, Any]  # what `Worker.quality` gives
 HERE = Path(__file__).parent
 CODE = (
     *(HERE / f"{part}.py" for part in ("batching", "draws", "generation", "quality", "worker")),
+    HERE.parent / "products.py",  # which imports torch
     *(Path(str(module.__file__)) for module in (decoding, rouge, scores, scripts)),
 )
 PACKAGES = (
@@ -33,17 +34,20 @@ PACKAGES = (
     "regex",
     "lm-eval",
 )
-MACHINE = ("device", "gpu", "cuda", "cpu", "cpu_instructions", "threads")  # of the environment that a worker tells
+MACHINE = ("device", "gpu", "cuda", "cpu", "cpu_instructions", "cores")  # of the environment that a worker tells
 
 
-def name(source: Source, recipe: Recipe, examples: list[Example], environment: dict[str, Any]) -> str:
-    """Names outputs by all that they depend on: the model's content, examples, prompt, generation, code, versions, machine."""
-    data = recipe.data
+def name(source: Source, recipe: Recipe, examples: list[Example], loaded: dict[str, Any]) -> str:
+    """Names outputs by all that they depend on: the model's content, examples, prompt, generation, code, versions, machine.
+
+    loaded   what `Worker.load` gives: of the runtime's settings those count that changed layers, and the threads of timings don't
+    """
+    data, environment = recipe.data, loaded["environment"]
     return digest(
         [
             fingerprint(source), examples_digest(examples), recipe.groups, asdict(recipe.tokenizers), recipe.generation.model_dump(),
             [data.chat, data.max_tokens, data.stride, data.join, data.samples, data.seed, data.shots, data.shot_separator],
-            recipe.benchmark.runtime.model_dump(), {key: environment[key] for key in MACHINE},
+            sorted(setting for setting, layers in loaded["changed"].items() if layers), {key: environment[key] for key in MACHINE},
             {package: _version(package) for package in PACKAGES}, hashlib.sha256(b"".join(file.read_bytes() for file in CODE)).hexdigest(),
         ]
     )  # fmt: skip

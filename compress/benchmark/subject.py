@@ -1,5 +1,6 @@
 """One side under measurement, as the parent has it: its process while it runs, and what has been measured so far."""
 
+import math
 import time
 from collections.abc import Generator
 from dataclasses import asdict
@@ -14,6 +15,7 @@ from compress.errors import ChildDied, Killed, RunError
 from compress.methods import Example
 from compress.model import Source
 from compress.nursery import copied
+from compress.phases import phase
 from compress.process import Child, Progress
 from compress.recipe import Recipe
 from compress.results import Conditions, Role
@@ -21,6 +23,7 @@ from compress.results import Conditions, Role
 Point = tuple[int, int]  # batch size, prompt tokens
 Round = list[list[list[float]]]  # turns x iterations x tokens: seconds from the start of a generation
 OUT_OF_MEMORY = "out of memory"
+LEAST_RUNS = 9  # of a point: in each of three rounds two to warm up and one in a turn
 
 
 class Subject:
@@ -44,6 +47,8 @@ class Subject:
         self.failures: list[str] = []
         self.said: list[str] = []
         self.foreign_gpu_bytes = 0  # the most that processes of others held of the GPU
+        self.needless: set[Point] = set()  # points that need no run, since no side can be compared there
+        self._marks: dict[Point, list[float]] = {}  # of a warmed-up run at each point: seconds to every token
         self._interpreter = 0
 
     @property
@@ -63,14 +68,22 @@ class Subject:
         """A fresh process with the model loaded and, unless it is asked about examples alone, warmed up."""
         try:
             loaded, peaks, compiling = self._load(), {}, 0.0
-            for number, point in enumerate(self.usable if warm else []):
-                self._tell("warming up", number, len(self.usable))
-                found = self._warm_up(point)
+            points = [point for point in self.usable if point not in self.needless] if warm else []
+            for number, point in enumerate(points):
+                self._tell("warming up", number, len(points))
+                if (seconds := self._at_least(point)) * LEAST_RUNS > 60 * self._budget_minutes:
+                    self.reasons[point] = f"a run takes {seconds:.0f} s or more, and {LEAST_RUNS} of them are too many for max_minutes"
+                    continue
+                with phase("warming up", self.role):
+                    found = self._warm_up(point)
                 if found["reason"] is None:
                     peaks[point] = found["memory"]
                     compiling += found["compile_seconds"] or 0.0
+                    self._marks[point] = found["marks"]
                 else:
                     self.reasons[point] = found["reason"]
+            if warm:
+                self._tell("warming up", len(points), len(points))
         except BaseException:
             self.stop()
             raise
@@ -79,11 +92,25 @@ class Subject:
         if self._recipe.benchmark.runtime.compile:
             self.compiling.append(compiling)
 
+    @property
+    def _budget_minutes(self) -> float:
+        """How long all rounds may take; without a precision there are so many rounds as are wanted, however long they take."""
+        benchmark = self._recipe.benchmark
+        return math.inf if benchmark.precision is None else benchmark.max_minutes
+
+    def _at_least(self, point: Point) -> float:
+        """Seconds that a run takes at least, by smaller points: reading a prompt is arithmetic, as much as there is more of it."""
+        found = [0.0]
+        for (batch, prompt), marks in self._marks.items():
+            if batch <= point[0] and prompt <= point[1] and (batch, prompt) != point:
+                found.append(marks[0] * point[0] * point[1] / (batch * prompt) + marks[-1] - marks[0])
+        return max(found)
+
     def _load(self) -> dict[str, Any]:
         """Load the model in a new process."""
         benchmark = self._recipe.benchmark
         self._child = Child(self.module, self._log, self._tell, benchmark.threads, start=copied)
-        with Sampler(self._child.pid) as sampler:
+        with phase("loading", self.role), Sampler(self._child.pid) as sampler:
             loaded: dict[str, Any] = self.ask(
                 "load", source=asdict(self.source), device=self._device, threads=benchmark.threads, runtime=benchmark.runtime.model_dump()
             )
@@ -166,21 +193,25 @@ class Subject:
     def answer(self, examples: list[Example]) -> None:
         """Do the examples, or take what this model has made of them before."""
         recipe = self._recipe
-        name = kept.name(self.source, recipe, examples, self.loads[0]["environment"])
+        name = kept.name(self.source, recipe, examples, self.loads[0])
         self.outputs = kept.find(self._kept, name)
         if self.outputs is not None:
+            self._tell("taking outputs of a former run", len(examples), len(examples))
             return
-        self.outputs = self.ask(
-            "quality", examples=[asdict(e) for e in examples], groups=list(recipe.groups), tokenizers=asdict(recipe.tokenizers),
-            generation=recipe.generation.model_dump(), data=recipe.data.model_dump(mode="json"),
-            batch_tokens=recipe.benchmark.quality_batch_tokens,
-        )  # fmt: skip
+        with phase("examples", self.role):
+            self.outputs = self.ask(
+                "quality", examples=[asdict(e) for e in examples], groups=list(recipe.groups),
+                tokenizers=asdict(recipe.tokenizers),
+                generation=recipe.generation.model_dump(), data=recipe.data.model_dump(mode="json"),
+                batch_tokens=recipe.benchmark.quality_batch_tokens,
+            )  # fmt: skip
         kept.keep(self._kept, name, self.outputs)
 
     def explain(self, usable: list[Point]) -> None:
         """Look at what a step does at every point, after the last timing of a process. What can't be looked at is said; timings stand."""
         try:
-            self.explanation = self.ask("explain", points=usable, new_tokens=self._recipe.benchmark.new_tokens)
+            with phase("looking at steps", self.role):
+                self.explanation = self.ask("explain", points=usable, new_tokens=self._recipe.benchmark.new_tokens)
         except ChildDied:
             raise
         except RunError as error:

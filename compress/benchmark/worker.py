@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import platform
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ from compress.benchmark.batching import Batches
 from compress.benchmark.generation import Writer
 from compress.errors import ModelError
 from compress.metrics import CLASSIFIED, GENERATED, TASK
+from compress.phases import phase
 from compress.process import Progress, is_out_of_memory, serve
+from compress.products import in_float32
 from compress.recipe import Runtime
 from compress.runtime import use_cpu_int8, use_sparse_24
 from compress.scripts import Tokenizers
@@ -33,7 +36,7 @@ class Worker:
     """One model under measurement."""
 
     def load(self, progress: Progress, source: dict[str, Any], device: str, threads: int | None, runtime: dict[str, Any]) -> dict[str, Any]:
-        """Load the model. Returns the peak while loading, the model's sizes and the environment."""
+        """Load the model. Returns the peak while loading, the model's sizes, the environment, and how many layers the runtime `changed`."""
         progress("loading", 0, 1)
         self.device = models.pick_device(device)
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
@@ -53,10 +56,8 @@ class Worker:
         weight_bytes, parameters = models.weight_bytes(self.model), models.parameter_count(self.model)
         self.runtime = Runtime.model_validate(runtime)
         self.called = self._compiled() if self.runtime.compile else self.model
-        if self.runtime.cpu_int8 and self.device == "cpu":
-            use_cpu_int8(self.model)
-        if self.runtime.sparse_24:
-            use_sparse_24(self.model)
+        int8_layers = use_cpu_int8(self.model) if self.runtime.cpu_int8 and self.device == "cpu" else 0
+        sparse_layers = use_sparse_24(self.model) if self.runtime.sparse_24 else 0
         progress("loading", 1, 1)
         return {
             "peak": memory.peak(self.device, self.interpreter),
@@ -65,15 +66,16 @@ class Worker:
             "buffer_bytes": memory.buffer_bytes(self.model),
             "file_bytes": models.file_bytes(models.local_folder(bundle.source)),
             "parameters": parameters,
+            "changed": {"cpu_int8": int8_layers, "sparse_24": sparse_layers},
             "environment": _environment(self.device),
         }
 
     def warm_up(self, progress: Progress, point: Point, new_tokens: int, repeats: int) -> dict[str, Any]:
         """Run a point twice, and on until it ran 1 + `repeats` times.
 
-        Returns its peaks with the bytes of the `cache` and the allocator's `slack`, and where steps are compiled the seconds by which the
-        first run was longer than the second; or the reason why the point can't be run. On the CPU the peak is the first run's, whose
-        tensors lie apart; what the others' heap takes beyond it is the slack.
+        Returns its peaks with the bytes of the `cache` and the allocator's `slack`, the last run's seconds to each token as `marks`, and
+        where steps are compiled the seconds by which the first run was longer than the second; or the reason why the point can't be run. On
+        the CPU the peak is the first run's, whose tensors lie apart; what the others' heap takes beyond it is the slack.
         """
         memory.reset_peak(self.device)
         with memory.cache_seen(self.model) as cache, memory.apart():
@@ -88,8 +90,9 @@ class Worker:
             found = {**apart, "slack": max(0, found["peak"] - apart["peak"])}
         else:
             found["slack"] = found["reserved"] - found["peak"]
-        compiling = max(0.0, first[0] - seconds[0]) if self.runtime.compile and reason is None else None
-        return {"reason": reason, "memory": {**found, "cache": cache[-1]}, "compile_seconds": compiling}
+        compiling = max(0.0, first[0][-1] - seconds[0][-1]) if self.runtime.compile and reason is None else None
+        marks = seconds[-1] if seconds else first[-1]
+        return {"reason": reason, "memory": {**found, "cache": cache[-1]}, "compile_seconds": compiling, "marks": marks}
 
     def turn(self, progress: Progress, points: list[Point], new_tokens: int, iterations: int) -> dict[str, Any]:
         """For each point: `seconds` from the start to every token, a list an iteration; `joules` the GPU drew in all, or None.
@@ -119,6 +122,7 @@ class Worker:
         for number, (batch_size, prompt_tokens) in enumerate(points):
             progress("looking at a step", number, len(points))
             steps.append({"batch_size": batch_size, "prompt_tokens": prompt_tokens, **self._step(batch_size, prompt_tokens, new_tokens)})
+        progress("looking at a step", len(points), len(points))
         return {"dtype": _name(dtype), "ceilings": ceilings, "steps": steps}
 
     def _step(self, batch_size: int, prompt_tokens: int, new_tokens: int) -> dict[str, Any]:
@@ -126,7 +130,7 @@ class Worker:
         generates = self.model.can_generate()
         static = self.runtime.cache == "static"
         counter = work.Counter()
-        with counter.watching(self.model):  # not compiled, which would pass over the hooks
+        with counter.watching(self.model), in_float32(self.device):  # not compiled, which would pass over the hooks
             if generates:
                 tokens = new_tokens if static else new_tokens // 2 + 1
                 latency.generate(self.model, inputs, tokens, counter, Runtime(cache=self.runtime.cache))
@@ -138,7 +142,11 @@ class Worker:
 
         def run(watch: kernels.Watch) -> None:
             if generates:
-                latency.generate(self.model, inputs, new_tokens if static else 2 * steps + 1, watch, self.runtime)
+                with ExitStack() as prefill:  # which isn't looked at
+                    if not self.runtime.compile:
+                        prefill.enter_context(in_float32(self.device))
+                    watch.begin = prefill.close
+                    latency.generate(self.model, inputs, new_tokens if static else 2 * steps + 1, watch, self.runtime)
             else:
                 latency.classify(self.called, inputs, 2 * steps + 1, watch)
 
@@ -158,10 +166,24 @@ class Worker:
 
         With data.join, `windows` has the text that each window counts.
 
+        Nothing here is timed, so all cores work, and by the products that they are fast at.
+
         tokenizers     what metrics on texts cut these with, as `scripts.Tokenizers` has them
         data           the recipe's data block
         batch_tokens   None takes what free memory holds
         """
+        threads = torch.get_num_threads()
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        try:
+            with in_float32(self.device):
+                return self._quality(progress, examples, groups, tokenizers, generation, data, batch_tokens)
+        finally:
+            torch.set_num_threads(threads)
+
+    def _quality(
+        self, progress: Progress, examples: list[dict[str, Any]], groups: list[str], tokenizers: dict[str, str],
+        generation: dict[str, Any], data: dict[str, Any], batch_tokens: int | None,
+    ) -> dict[str, Any]:  # fmt: skip
         reader = quality.Reader(self.model, self.tokenizer, data["max_tokens"], data["chat"], keep_end=data["shots"] > 0)
         prompts = [e["prompt"] for e in examples]
         references = [e["references"] for e in examples]
@@ -176,29 +198,36 @@ class Worker:
             writer = Writer(reader, prompts, generation)
             if left_out := decoding.overruled(self.model.generation_config):
                 said.append(f"of {decoding.FILE} {', '.join(left_out)} was left out: how fast and how often is the benchmark's to say")
-            tokens = writer.write(batches)
-            said.append(writer.recheck(tokens).sentence)
+            with phase("generating"), batches.stepwise(generation["max_new_tokens"]):
+                tokens = writer.write(batches)
+            with phase("generating again, alone"):
+                said.append(writer.recheck(tokens).sentence)
             texts = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
             if data["shots"]:  # a model that goes on with the next example has answered before
                 texts = [text.split(data["shot_separator"])[0].strip() for text in texts]
-            samples.update(scores.score_texts(groups, texts, references, Tokenizers(**tokenizers)))
+            with phase("scoring"):
+                samples.update(scores.score_texts(groups, texts, references, Tokenizers(**tokenizers)))
             if "generated_tokens" in groups:
                 samples["generated_tokens"] = [[float(len(row))] for row in tokens]
         if "perplexity" in groups and data["join"] is not None:
-            rows, windows = quality.stream_likelihoods(reader, prompts[0], batches, data["stride"], data["samples"], data["seed"])
+            with phase("reading"):
+                rows, windows = quality.stream_likelihoods(reader, prompts[0], batches, data["stride"], data["samples"], data["seed"])
             samples["perplexity"] = scores.perplexity(rows)
         elif "perplexity" in groups:
             targets = [r[0] for r in references] if any(references) else None
-            samples["perplexity"] = scores.perplexity(quality.likelihoods(reader, prompts, targets, batches, data["stride"]))
+            with phase("reading"):
+                samples["perplexity"] = scores.perplexity(quality.likelihoods(reader, prompts, targets, batches, data["stride"]))
         if CLASSIFIED & set(groups):
             right = [label_number(self.model.config, r[0]) for r in references]
-            guesses = quality.classify(reader, prompts, batches)
+            with phase("reading"):
+                guesses = quality.classify(reader, prompts, batches)
             found = scores.labels(guesses, right, self.model.config.num_labels)
             samples.update({name: rows for name, rows in found.items() if name in groups})
             texts = ["" if guess is None else str(self.model.config.id2label.get(guess, guess)) for guess in guesses]
         for group in groups:
             if group.startswith(TASK):
-                found, left_out = tasks.evaluate(self.model, self.tokenizer, group.removeprefix(TASK), data["samples"])
+                with phase("tasks"):
+                    found, left_out = tasks.evaluate(self.model, self.tokenizer, group.removeprefix(TASK), data["samples"])
                 samples.update(found)
                 said += left_out
         if batches.halved:
@@ -218,14 +247,14 @@ class Worker:
         config = getattr(self.model, "generation_config", None)
         return {} if config is None else {key: str(value) for key, value in config.to_diff_dict().items() if key != "transformers_version"}
 
-    def _try(self, batch_size: int, prompt_tokens: int, new_tokens: int, times: int) -> tuple[str | None, list[float]]:
-        """Run a point so many times; why it can't be, or None, and the seconds of each run."""
+    def _try(self, batch_size: int, prompt_tokens: int, new_tokens: int, times: int) -> tuple[str | None, list[list[float]]]:
+        """Run a point so many times; why it can't be, or None, and each run's seconds to every token."""
         context = context_length(self.model.config, self.tokenizer)
         needed = max(prompt_tokens, new_tokens) if self.model.config.is_encoder_decoder else prompt_tokens + new_tokens
         if context is not None and needed > context:
             return f"{needed} tokens don't fit the model's context of {context}", []
         try:
-            return None, [self._time(batch_size, prompt_tokens, new_tokens)[-1] for _ in range(times)]
+            return None, [self._time(batch_size, prompt_tokens, new_tokens) for _ in range(times)]
         except Exception as error:
             if not is_out_of_memory(error):
                 raise

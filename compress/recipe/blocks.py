@@ -150,19 +150,29 @@ class Benchmark(Settings):
     batch_sizes: list[Count] = Field([1, 8], min_length=1)
     prompt_tokens: list[Count] = Field([128, 512], min_length=1)
     new_tokens: Annotated[int, Field(ge=2)] = 32
-    rounds: Count = Field(5, description="the fewest; fewer where the gates on speed and memory are clear beyond doubt before")
+    rounds: Count = Field(5, description="the fewest; three do where gates on speed and memory are clear, or time is over")
     precision: float | None = Field(
         0.02, gt=0, lt=1, description="half the interval of each latency ratio, as a share of it; null takes just `rounds`"
     )
-    max_minutes: float = Field(10, gt=0, le=100_000, description="no further round begins after so many minutes of rounds")
+    max_minutes: float = Field(
+        10,
+        gt=0,
+        le=100_000,
+        description="after so many no round follows; points too slow for three in it are left out",
+    )
     confidence: float = Field(0.95, ge=0.5, lt=1, description="of intervals, and so of every gate")
-    turns: Count = Field(9, description="the fewest of a round; with a precision it takes more, for as long as its processes took to start")
+    turns: Count = Field(
+        9,
+        description="the fewest of a round, if time allows; with a precision more, for as long as starting took",
+    )
     iterations: Count = Field(1, description="timings at each point that follow each other in a turn; what disturbs one disturbs the next")
     warmup: Annotated[int, Field(ge=0)] = 2
     quality_batch_tokens: Count | None = Field(
         None, description="tokens of one batch of quality examples, padding and output counted; null takes what free memory holds"
     )
-    threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(None, description="CPU threads; null takes all that the process may use")
+    threads: Annotated[int, Field(ge=1, le=4096)] | None = Field(
+        None, description="CPU threads of timings; null: all there are, as for examples"
+    )
     runtime: Runtime = Runtime()
     limit_minutes: float = Field(
         60, gt=0, le=100_000, description="the longest that one request to a measuring process may take, its rests not counted"

@@ -2,6 +2,7 @@
 training."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import yaml
 
 from compress.errors import printable
 from compress.metrics import METRICS, TASK
-from compress.report import memory, steps, turns
+from compress.phases import Phase
+from compress.report import memory, steps, times, turns
 from compress.report.frame import curves, frame, layers, predictions
 from compress.report.layers import lost_most, remarkable, summary
 from compress.report.numbers import change, figure, percent, share, verdict_words
@@ -28,21 +30,25 @@ SHOWN = (
 )  # fmt: skip
 
 
-def write(report: Report, folder: Path) -> Report:
-    """Write all files of a report into `folder`, which appears whole or not at all. Returns the report with its place."""
+def write(report: Report, folder: Path, phases: Callable[[], list[Phase]] = list) -> Report:
+    """Write all files of a report into `folder`, which appears whole or not at all. Returns the report with its place.
+
+    phases   where the time has gone until now; report.json comes last and has that of the other files too
+    """
     from compress.report import html
 
-    placed = report.model_copy(update={"folder": folder})
+    placed = report.model_copy(update={"folder": folder, "phases": phases()})
     with whole_folder(folder) as partial:
-        (partial / "report.json").write_text(report.model_dump_json(indent=1), encoding="utf-8")
         frame([placed]).to_parquet(partial / "measurements.parquet", index=False)
         predictions(report).to_parquet(partial / "predictions.parquet", index=False)
         if any(record.layers for record in report.stages):
             layers(report).to_parquet(partial / "layers.parquet", index=False)
         if any(record.curve for record in report.stages):
             curves(report).to_parquet(partial / "curves.parquet", index=False)
-        (partial / "report.md").write_text(markdown(report), encoding="utf-8")
-        (partial / "report.html").write_text(html.render([report]), encoding="utf-8")
+        (partial / "report.md").write_text(markdown(placed), encoding="utf-8")
+        (partial / "report.html").write_text(html.render([placed]), encoding="utf-8")
+        placed = placed.model_copy(update={"phases": phases()})
+        (partial / "report.json").write_text(placed.model_dump_json(indent=1), encoding="utf-8")
     return placed
 
 
@@ -56,6 +62,7 @@ def markdown(report: Report) -> str:
         *(_layers(record) for record in report.stages),
         *(_curve(record) for record in report.stages),
         _worst(report),
+        times.section(report),
         turns.section(report),
         _environment(report),
         f"## Recipe\n\nAs it was run, defaults filled in; digest {report.digest}, examples {report.examples_digest}.",

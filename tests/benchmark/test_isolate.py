@@ -84,6 +84,45 @@ def test_no_round_begins_when_time_is_over(monkeypatch):
     assert len(sides[0].rounds[POINT]) == 4
 
 
+def test_where_the_fewest_rounds_take_too_long_they_have_a_turn_each(monkeypatch):
+    sides = [Subject("baseline", 1.0, noisy(0)), Subject("candidate", 0.5, np.random.default_rng(0).uniform(0.2, 5, 1000))]
+    monkeypatch.setattr(isolate.time, "monotonic", lambda: 60 * sides[0].starts)
+    session(sides, benchmark(max_minutes=2, rounds=5, turns=9), monkeypatch)
+    assert [len(turns) for turns in sides[0].rounds[POINT]] == [1, 1, 1]
+    sides = [Subject("baseline", 1.0, noisy(0)), Subject("candidate", 0.5, np.random.default_rng(0).uniform(0.2, 5, 1000))]
+    session(sides, benchmark(precision=None, rounds=5, turns=9), monkeypatch)
+    assert [len(turns) for turns in sides[0].rounds[POINT]] == 5 * [9], "without a precision they are as many as are wanted"
+
+
+def test_a_point_that_can_not_be_done_in_time_is_left_out_with_the_reason(tmp_path):
+    points = {"batch_sizes": [1, 4], "prompt_tokens": [64], "new_tokens": 24}
+    asked, marks = [], [6.0 + 0.1 * token for token in range(24)]  # of which four prompts take 24 s, and 9 runs 3.9 minutes
+
+    class Slow(subject.Subject):
+        def _load(self):
+            return {}
+
+        def _warm_up(self, point):
+            asked.append(point)
+            return {"reason": None, "memory": {"peak": 1}, "compile_seconds": None, "marks": marks}
+
+    def started(**changes):
+        asked.clear()
+        recipe = type("Recipe", (), {"benchmark": Benchmark(**points, **changes)})
+        side = Slow("candidate", None, recipe, "cpu", tmp_path / "log", tmp_path, quiet)
+        side.start()
+        return side
+
+    side = started(max_minutes=2)
+    assert side.reasons == {(4, 64): "a run takes 26 s or more, and 9 of them are too many for max_minutes"}
+    assert asked == [(1, 64)]
+    side.start()
+    assert asked == [(1, 64), (1, 64)]
+    for enough in ({"max_minutes": 4}, {"max_minutes": 2, "precision": None}):
+        assert started(**enough).reasons == {}
+        assert asked == [(1, 64), (4, 64)]
+
+
 @pytest.mark.parametrize(("precision", "turns"), [(None, 2), (0.02, 7)])
 def test_a_round_takes_turns_for_as_long_as_its_processes_took_to_start(monkeypatch, precision, turns):
     sides = [Subject("baseline", 1.0, noisy(0)), Subject("candidate", 0.5, noisy(0))]

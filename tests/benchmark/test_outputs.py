@@ -1,14 +1,16 @@
 """Outputs that are kept: by what they are named, that they are whole or made anew, that a second run takes them."""
 
 import shutil
+import time
 
 import pytest
 
 import compress
-from compress import recipe
+from compress import phases, recipe
 from compress.benchmark import outputs
 from compress.methods import Example
 from compress.model import Source
+from compress.results import read_report
 from tests.conftest import recipe_for
 
 MACHINE = dict.fromkeys(outputs.MACHINE, "x")
@@ -16,9 +18,10 @@ MADE = {"samples": {"rougeL": [[1.0], [0.1 + 0.2]]}, "texts": ["a", "é"], "cut"
 
 
 def test_they_are_named_by_all_that_they_depend_on(toys, rows, write_recipe, tmp_path, monkeypatch):
-    def name(source=None, machine=MACHINE, said="one", **changes):
+    def name(source=None, machine=MACHINE, changed=0, said="one", **changes):
+        told = {"environment": {**machine, "threads": 7}, "changed": {"cpu_int8": changed, "sparse_24": 0}}
         loaded = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, **changes)))
-        return outputs.name(source or Source(str(toys["llama"]), "causal-lm", "float32"), loaded, [Example("0", said, ["two"])], machine)
+        return outputs.name(source or Source(str(toys["llama"]), "causal-lm", "float32"), loaded, [Example("0", said, ["two"])], told)
 
     first = name()
     copy = tmp_path / "moved"
@@ -26,16 +29,18 @@ def test_they_are_named_by_all_that_they_depend_on(toys, rows, write_recipe, tmp
     same = {name(), name(Source(str(copy), "causal-lm", "float32")), name(check={"rougeL": {"max_drop": 1.0}})}
     same.add(name(stages=[{"quantize": "cast"}]))
     same.add(name(benchmark={"rounds": 9, "threads": 1}))
+    same.add(name(benchmark={"runtime": {"cpu_int8": True}}))  # which changed no layer of it
+    same.add(name(benchmark={"runtime": {"cache": "static", "compile": True}}))  # of timed generations
     assert same == {first}, "the place, the stages, gates and timings don't count"
     others = {
         name(said="other"), name(generation={"max_new_tokens": 9}), name(generation={"max_new_tokens": 8, "seed": 1}),
-        name(Source(str(toys["llama"]), "causal-lm", "bfloat16")), name(machine={**MACHINE, "threads": 2}), name(metrics=["bleu"]),
+        name(Source(str(toys["llama"]), "causal-lm", "bfloat16")), name(machine={**MACHINE, "cores": 2}), name(changed=3), name(metrics=["bleu"]),
     }  # fmt: skip
     (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
     others.add(name(Source(str(copy), "causal-lm", "float32")))
     monkeypatch.setattr(outputs, "_version", lambda package: "0")
     others.add(name())
-    assert len(others | {first}) == 9
+    assert len(others | {first}) == 10
 
 
 @pytest.mark.parametrize("harm", ["", "{}", "[]", "cut short", "changed"])
@@ -55,10 +60,13 @@ def test_a_damaged_file_is_put_away(tmp_path, harm):
 def test_a_second_run_takes_them_and_says_so(toys, rows, write_recipe, tmp_path):
     data = {"source": str(rows), "prompt": "{said}", "target": "{short}", "shots": 1}
     file = write_recipe(recipe_for("t5", toys["t5"], rows, data=data))
-    first, again = (compress.bench(str(toys["t5"]), file, tmp_path / "out", device="cpu") for _ in range(2))
+    began = time.monotonic()
+    first = compress.bench(str(toys["t5"]), file, tmp_path / "out", device="cpu")
+    took = time.monotonic() - began
+    again = compress.bench(str(toys["t5"]), file, tmp_path / "out", device="cpu")
     (kept,) = (tmp_path / "out" / "artifacts" / "outputs").glob("*/outputs.json")
     (said,) = first.candidate.said
-    assert said.startswith("8 examples were written once more, each alone: ")
+    assert said.startswith("4 examples were written once more, each alone: ")
     assert again.candidate.said == [f"outputs and scores were taken from a former run ({kept.parent.name})", said]
     assert f"Candidate: {said}." in again.notes
     assert first.predictions == again.predictions
@@ -66,3 +74,10 @@ def test_a_second_run_takes_them_and_says_so(toys, rows, write_recipe, tmp_path)
     assert figures[0]["rougeL"] == figures[1]["rougeL"]
     timed = "latency_p50 [batch 1, prompt 8]"
     assert figures[0][timed].raw != figures[1][timed].raw, "times are never kept"
+    spent = {phase.name: phase.seconds for phase in first.phases}
+    assert {"imports", "loading", "warming up", "generating", "timing", "looking at steps", "report"} <= set(spent)
+    assert sum(spent.values()) == pytest.approx(took, rel=0.05), "phases add up to the whole"
+    assert spent[phases.REST] < 0.05 * took
+    assert "generating" not in {phase.name for phase in again.phases}
+    assert again.folder.joinpath("report.md").read_text().count("## Time\n\n| phase | baseline | candidate | neither | in all |") == 1
+    assert read_report(first.folder).phases == first.phases

@@ -9,7 +9,7 @@ import yaml
 
 from compress.errors import printable
 from compress.metrics import METRICS
-from compress.report import memory, steps, turns
+from compress.report import memory, steps, times, turns
 from compress.report.layers import lost_most, remarkable, summary
 from compress.report.numbers import change, duration, figure, percent, scaled, share, verdict_words
 from compress.report.verdict import baseline_key
@@ -69,6 +69,7 @@ def of(columns: Sequence[Column]) -> dict[str, Any]:
         "steps": [(c.name, rows, steps.ceilings(c.report.environment)) for c in candidates if (rows := steps.rows(c.report))],
         "stages": [(c.name, [_stage(record) for record in c.report.stages], _bought(c)) for c in candidates if c.report.stages],
         "layers": [(c.name, r.name, *_layers(r)) for c in candidates for r in c.report.stages if r.layers],
+        "time_head": times.HEAD, "times": [(c.name, times.rows(c.report), times.sentence(c.report)) for c in candidates if c.report.phases],
         "turn_head": turns.HEAD, "turns": [(c.name, rows) for c in candidates if (rows := turns.rows(c.report))],
         "recipes": [(c.name, c.report, _recipe(c.report)) for c in candidates],
         "environments": [(c.name, [(k, _value(k, v)) for k, v in c.report.environment.items() if v is not None]) for c in candidates],

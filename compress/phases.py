@@ -1,0 +1,115 @@
+"""Where a run's time goes, by phase: a clock that always runs for one phase alone, the innermost.
+
+The parent watches; what it does and what it waits for count for the phase that it is in. A working process tells with each answer how long
+it was in phases of its own, and so much is taken from the phase in which the parent waited.
+"""
+
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+REST = "the rest"
+_watch: "ContextVar[Watch | None]" = ContextVar("watch", default=None)  # of this thread
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Seconds of wall time that went into one kind of work.
+
+    name   imports, stages, loading, generating, timing ...
+    side   baseline or candidate where it was for one of them
+    """
+
+    name: str
+    seconds: float
+    side: str | None = None
+
+
+class Watch:
+    """A clock with a hand for each phase, of which one moves at a time."""
+
+    def __init__(self) -> None:
+        self._spent: dict[tuple[str, str | None], float] = {}
+        self._now: tuple[str, str | None] = (REST, None)
+        self._since = time.monotonic()
+
+    def turn_to(self, name: str, side: str | None) -> tuple[str, str | None]:
+        """Time counts for this phase from now on. Gives the one that it counted for."""
+        now = time.monotonic()
+        before, self._now = self._now, (name, side)
+        self.add(*before, now - self._since)
+        self._since = now
+        return before
+
+    def add(self, name: str, side: str | None, seconds: float) -> None:
+        self._spent[name, side] = self._spent.get((name, side), 0.0) + seconds
+
+    @property
+    def now(self) -> tuple[str, str | None]:
+        """The phase that time counts for."""
+        return self._now
+
+    def phases(self) -> list[Phase]:
+        """All until now, in the order in which they began; what was in none of them comes last."""
+        self.turn_to(*self._now)
+        rest = self._spent.get((REST, None), 0.0)
+        named = [Phase(name, seconds, side) for (name, side), seconds in self._spent.items() if name != REST]
+        return [*named, Phase(REST, rest)]
+
+    def spent(self) -> dict[str, float]:
+        """What a working process tells: seconds by name."""
+        return {found.name: round(found.seconds, 3) for found in self.phases() if found.name != REST}
+
+
+@contextmanager
+def watching() -> Iterator[Watch]:
+    """A watch of what is done within; another that runs already stands still meanwhile."""
+    watch = Watch()
+    outer = _watch.set(watch)
+    try:
+        yield watch
+    finally:
+        _watch.reset(outer)
+
+
+@contextmanager
+def phase(name: str, side: str | None = None) -> Iterator[None]:
+    """What is done within counts for this phase, where somebody watches."""
+    watch = _watch.get()
+    if watch is None:
+        yield
+        return
+    before = watch.turn_to(name, side)
+    try:
+        yield
+    finally:
+        watch.turn_to(*before)
+
+
+def told(spent: dict[str, float], waited: float) -> None:
+    """A working process told that it spent so many seconds in phases of its own, at most all that the parent waited for it."""
+    watch, whole = _watch.get(), sum(spent.values())
+    if watch is None or not whole:
+        return
+    (name, side), most = watch.now, min(1.0, waited / whole)
+    for own, seconds in ((own, most * seconds) for own, seconds in spent.items()):
+        watch.add(own, side, seconds)
+        watch.add(name, side, -seconds)
+
+
+def since_start() -> float:
+    """Seconds that this process is old."""
+    fields = open("/proc/self/stat").read().rpartition(")")[2].split()  # noqa: SIM115, PTH123
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
+
+
+def merged(*parts: list[Phase]) -> list[Phase]:
+    """The phases of several watches, one after another, as those of one."""
+    whole = Watch()
+    for found in (found for part in parts for found in part):
+        whole.add(found.name, found.side, found.seconds)
+    rest = whole._spent.pop((REST, None), 0.0)
+    return [*(Phase(name, seconds, side) for (name, side), seconds in whole._spent.items()), Phase(REST, rest)]
