@@ -123,7 +123,7 @@ def test_of_two_runs_that_make_the_same_the_second_waits(loaded, toys, tmp_path,
     first.join(10)
     second.join(10)
     assert asked == [str(target)], "one of them made it"
-    assert told == ["waiting for another run that makes the same"]
+    assert told == 2 * ["waiting for another run that makes the same"], "it waits, and has waited"
     assert [path.name for path in target.parent.iterdir()] == ["a"]
 
 

@@ -176,6 +176,8 @@ class Worker:
         With data.join, `windows` has the text that each window counts.
         Nothing here is timed, so all cores work, and by the products that they are fast at.
 
+        Nothing here is timed, so all cores work, and by the products that they are fast at.
+
         tokenizers     what metrics on texts cut these with, as `scripts.Tokenizers` has them
         data           the recipe's data block
         batch_tokens   None takes what free memory holds
