@@ -174,7 +174,6 @@ class Worker:
         there is to say of them.
 
         With data.join, `windows` has the text that each window counts.
-        Nothing here is timed, so all cores work, and by the products that they are fast at.
 
         Nothing here is timed, so all cores work, and by the products that they are fast at.
 
