@@ -20,6 +20,7 @@ from compress.benchmark import kernels, latency, memory, nvml, quality, tasks, w
 from compress.benchmark.batching import Batches
 from compress.benchmark.generation import Writer
 from compress.errors import ModelError
+from compress.methods import Example
 from compress.metrics import CLASSIFIED, GENERATED, TASK
 from compress.process import Progress, is_out_of_memory, serve
 from compress.recipe import Runtime
@@ -163,7 +164,7 @@ class Worker:
         batch_tokens   None takes what free memory holds
         """
         reader = quality.Reader(self.model, self.tokenizer, data["max_tokens"], data["chat"], keep_end=data["shots"] > 0)
-        prompts = [e["prompt"] for e in examples]
+        prompts = [Example(**example) for example in examples]
         references = [e["references"] for e in examples]
         batches = Batches(self.model, batch_tokens, progress)
         samples: scores.Samples = {}
@@ -208,7 +209,8 @@ class Worker:
             "samples": samples,
             "texts": texts,
             "windows": windows,
-            "cut": reader.cut,
+            "cut": len(reader.cut),
+            "limit": reader.limit(),
             "generation_config": self._own_generation(),
             "said": said,
         }
