@@ -88,8 +88,8 @@ def show_report(report: Report) -> None:
             console.print(_shown(f"{record.name}: {line(record.layers)}"))
     for note in [*(f for side in report.sides for f in side.failures), *report.notes]:
         console.print(_shown(note), style="yellow")
-    for one in report.cuts:
-        console.print(_shown(f"{one.sentence}."), style="bold yellow")
+    for cut in report.cuts:
+        console.print(_shown(f"{cut.sentence}."), style="bold yellow")
     console.print(f"{_shown(report.recipe)}: [bold {colour}]{verdict_words(report.verdict)}[/]: {_shown(report.decided_by)}")
     if report.stages:
         console.print(f"artifact  {_shown(report.stages[-1].artifact)}", soft_wrap=True)

@@ -186,7 +186,7 @@ class Worker:
             if "generated_tokens" in groups:
                 samples["generated_tokens"] = [[float(len(row))] for row in tokens]
         if "perplexity" in groups and data["join"] is not None:
-            rows, windows = quality.stream_likelihoods(reader, prompts[0], batches, data["stride"], data["samples"], data["seed"])
+            rows, windows = quality.stream_likelihoods(reader, prompts[0].prompt, batches, data["stride"], data["samples"], data["seed"])
             samples["perplexity"] = scores.perplexity(rows)
         elif "perplexity" in groups:
             targets = [r[0] for r in references] if any(references) else None
