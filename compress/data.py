@@ -7,9 +7,10 @@ import math
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
+from string import Formatter
 from typing import Any
 
 from compress import rows
@@ -30,7 +31,7 @@ def examples(data: Data, folder: Path, purpose: str, samples: int | None, seed: 
 
 def examples_digest(found: Sequence[Example]) -> str:
     """Names the examples, so that two reports can tell whether they were measured on the same ones."""
-    return digest([asdict(example) for example in found])
+    return digest([{"id": example.id, "prompt": example.prompt, "references": example.references} for example in found])
 
 
 @dataclass(frozen=True)
@@ -113,7 +114,8 @@ class Dataset:
             if len(others) < data.shots:
                 raise DataError(f"data.shots: {data.shots} are wanted and the train split has {len(others)} other examples")
             shots = "".join(f"{_joined(shot.prompt, shot.references[0])}{data.shot_separator}" for shot in others)
-            after.append(replace(example, prompt=shots + example.prompt))
+            end = example.content[1] if example.content else len(example.prompt)
+            after.append(replace(example, prompt=shots + example.prompt, content=(0, len(shots) + end)))
         return after
 
 
@@ -242,7 +244,18 @@ def _example(data: Data, selection: Selection, number: int) -> Example:
     assert data.prompt is not None
     targets = [data.target] if isinstance(data.target, str) else data.target or []
     references = [text for target in targets for text in _references(target, row, where)]
-    return Example(name, _fill(data.prompt, row, where, "prompt"), references)
+    return Example(name, _fill(data.prompt, row, where, "prompt"), references, _content(data.prompt, row))
+
+
+def _content(template: str, row: Row) -> tuple[int, int]:
+    """From which character to which of a filled template its longest field stands."""
+    start, spans = 0, []
+    for literal, name, _, _ in Formatter().parse(template):
+        start += len(literal)
+        if name is not None:
+            spans.append((start, start + len(str(row[name]))))
+            start = spans[-1][1]
+    return max(spans, key=lambda span: span[1] - span[0], default=(0, start))
 
 
 def _references(template: str, row: Row, where: str) -> list[str]:

@@ -191,11 +191,15 @@ class About:
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to be done: complete `prompt` (references say how well), or read `prompt` as plain text (no references)."""
+    """One thing to be done: complete `prompt` (references say how well), or read `prompt` as plain text (no references).
+
+    content   where in the prompt, from which character to which, the text stands that is cut when all is too long; None for all of it
+    """
 
     id: str
     prompt: str
     references: list[str]
+    content: tuple[int, int] | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -214,6 +218,7 @@ class Context:
     processes: int = 1  # so many do the stage together, each with a context of its own
     rank: int = 0  # which of them this one is; what the first says and makes counts
     said: list[str] = field(default_factory=list)  # for the report, by `say`
+    cut: list[dict[str, int | bool]] = field(default_factory=list)  # for the report: each reading's `cut` prompts of `all`, the `limit`
     layers: list[dict[str, Any]] = field(default_factory=list)  # for the report, by `note` and `leave_out`
     curve: list[dict[str, float | int | None]] = field(default_factory=list)  # for the report: training, step by step
     remarks: dict[str, str] = field(default_factory=dict)  # for the report: what is odd about a layer
@@ -293,7 +298,7 @@ def made_with(method: Method) -> dict[str, str]:
     """What a method's output depends on besides model and settings: the code that makes it, and the versions of what that uses."""
     file, package = Path(cast(ModuleType, method).__file__ or ""), Path(__file__).parent
     shared = sorted([*file.parent.glob("_*.py"), *(path for part in ("calibration", "training") for path in (package / part).glob("*.py"))])
-    names = ("architecture", "decoding", "model", "products", "scores", "stage", "writing")
+    names = ("architecture", "decoding", "model", "products", "prompts", "scores", "stage", "writing")
     code = [file, *shared, *(package / f"{name}.py" for name in names)]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()
     return {"code": digest, **{name: _version(name) or "" for name in ("torch", "transformers", *method.ABOUT.packages)}}

@@ -28,7 +28,7 @@ from compress.process import Child, Progress, Team, take_lock
 from compress.recipe import Gate, Recipe, Stage, digest, load, load_gates
 from compress.report import card, quality, verdict, why, write
 from compress.report.turns import disturbances
-from compress.results import Prediction, Report, Role, Side, Split, StageRecord
+from compress.results import Cut, Prediction, Report, Role, Side, Split, StageRecord
 from compress.scripts import shares
 
 OUTPUTS = Path("artifacts") / "outputs"  # below a run's `out`: what models made of examples
@@ -95,6 +95,7 @@ def prepare(recipe: Recipe, out: str | Path, device: str = "auto", progress: Pro
         wanted, commit = recipe.model, machine.commit(recipe.folder)
         baseline = model.pinned(Source(model.locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
         _refuse_generation(recipe, baseline)
+        _refuse_chat(recipe, baseline, progress)
         with phase("data"):
             dataset = data.Dataset(recipe.data, recipe.folder)
             examples = dataset.examples("evaluation", recipe.data.samples, recipe.data.seed)
@@ -140,6 +141,7 @@ def bench(
     preflight.look(recipe, stages=False).end()
     source, commit = model.pinned(Source(model.locate(model_id, Path()), recipe.model.task)), machine.commit(recipe.folder)
     _refuse_generation(recipe, source)
+    _refuse_chat(recipe, source, progress)
     dataset = data.Dataset(recipe.data, recipe.folder)
     examples = dataset.examples("evaluation", recipe.data.samples, recipe.data.seed)
     alone = Prepared(_decided(recipe, examples), None, source, model_id, examples, [], commit, dataset.splits())
@@ -206,6 +208,23 @@ def _refuse_generation(recipe: Recipe, source: Source) -> None:
     """Raises ModelError where texts are to be written and the model's generation config says what can't be done."""
     if GENERATED & set(recipe.groups):
         decoding.check(source, sampled=recipe.generation.do_sample and recipe.generation.temperature is None)
+
+
+def _refuse_chat(recipe: Recipe, source: Source, progress: Progress) -> None:
+    """Raises DataError where prompts are a user's turns and the model's chat template can't serve, in a working process."""
+    if not recipe.data.chat:
+        return
+    with tempfile.TemporaryDirectory() as folder, Child("compress.prompts", Path(folder) / "log", progress, start=copied) as child:
+        child.ask("look", source=asdict(source))
+
+
+def _cut(measured: isolate.Measured, recipe: Recipe, examples: int) -> Cut | None:
+    """How many prompts of the evaluation were cut, on the side where they were most; None where nothing limits them."""
+    most = max(measured.outputs.values(), key=lambda output: int(output["cut"]), default=None)
+    if most is None or most["limit"] is None:
+        return None
+    key = "data.max_tokens" if most["limit"] == recipe.data.max_tokens else None
+    return Cut(where="the evaluation", cut=most["cut"], all=examples, limit=most["limit"], key=key)
 
 
 def usable(out: Path) -> None:
@@ -282,7 +301,9 @@ def _stages(
                 _make(stage, source, models, asdict(seen), target, device, log, progress, together)
         seconds = time.monotonic() - start
         noted = write.read_notes(target)
-        records.append(StageRecord(stage=stage.as_written(), artifact=str(target), seconds=seconds, reused=reused, **noted))
+        record = StageRecord(stage=stage.as_written(), artifact=str(target), seconds=seconds, reused=reused, **noted)
+        key = "the stage's max_tokens" if isinstance(stage.settings, TrainSettings) else "calibration.max_tokens"
+        records.append(record.model_copy(update={"cut": write.read_cut(target, record.name, key)}))
         card.write(recipe, original, records)
         source = Source(str(target.resolve()), source.task)
     return records
@@ -392,7 +413,8 @@ def _reported(one: Prepared, measured: isolate.Measured, environment: dict[str, 
         digest=recipe.digest,
         examples_digest=data.examples_digest(one.examples), settings=recipe.as_written(), environment=environment, stages=one.stages,
         sides=list(sides.values()), splits=data.compared(one.splits), turns=measured.turns,
-        verdict="cannot_tell", decided_by="", score=score, predictions=_predictions(one.examples, measured.outputs, score),
+        verdict="cannot_tell", decided_by="", cut=_cut(measured, recipe, len(one.examples)), score=score,
+        predictions=_predictions(one.examples, measured.outputs, score),
     )  # fmt: skip
     return _judged(report, sides.get("baseline"), sides["candidate"], same_run=True)
 
@@ -432,7 +454,7 @@ def _predictions(examples: Sequence[Example], outputs: dict[Role, Outputs], scor
         examples = [Example(f"window {number}", text, []) for number, text in enumerate(windows, 1)]
     found = []
     for index, example in enumerate(examples):
-        row: dict[str, Any] = asdict(example)
+        row: dict[str, Any] = {"id": example.id, "prompt": example.prompt, "references": example.references}
         for role, output in outputs.items():
             row[role] = output["texts"][index] if output["texts"] is not None else None
             if score is not None and isinstance(sample := output["samples"][score][index], list):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     import msgspec
 
 FORMAT = 1
+MUCH_CUT = 0.01  # of the prompts
 NOTES = "compress_notes.json"  # in an artifact: what a stage did to each layer and what it has to say
 Verdict = Literal["pass", "fail", "cannot_tell"]
 Role = Literal["baseline", "candidate"]
@@ -237,6 +238,30 @@ class Point(Record):
     validation: float | None = None
 
 
+class Cut(Record):
+    """How many prompts were longer than they may be.
+
+    where   evaluation, or the stage's name
+    limit   in tokens
+    key     what sets it in the recipe; None where it is the model's own context
+    """
+
+    where: str
+    cut: int
+    all: int
+    limit: int
+    key: str | None
+
+    @property
+    def share(self) -> float:
+        return self.cut / self.all if self.all else 0.0
+
+    @property
+    def sentence(self) -> str:
+        more = f", more of which {self.key} lets in" if self.key else ", which is the model's context"
+        return f"{self.cut:,} of the {self.all:,} prompts of {self.where} ({self.share:.1%}) were cut to {self.limit:,} tokens{more}"
+
+
 class StageRecord(Record):
     """What one stage did: the claims in it are read from the saved artifact."""
 
@@ -247,6 +272,7 @@ class StageRecord(Record):
     layers: list[Layer] = Field([], repr=False)
     said: list[str] = []
     curve: list[Point] = Field([], repr=False)
+    cut: Cut | None = None
 
     @property
     def name(self) -> str:
@@ -308,6 +334,7 @@ class Report(Record):
     verdict: Verdict
     decided_by: str
     notes: list[str] = []
+    cut: Cut | None = None
     score: str | None = None
     predictions: list[Prediction] = Field([], repr=False)
     folder: Path = Field(Path(), exclude=True)
@@ -352,6 +379,12 @@ class Report(Record):
         if not all(record.stage for record in self.stages):
             raise ValueError("a stage without a name")
         return self
+
+    @property
+    def cuts(self) -> list[Cut]:
+        """Where so many prompts were cut that the figures are of another task than the prompts'."""
+        found = [self.cut, *(record.cut for record in self.stages)]
+        return [one for one in found if one is not None and one.share > MUCH_CUT]
 
     @property
     def machine(self) -> str | None:

@@ -48,9 +48,8 @@ def run(
         return
     with whole_folder(Path(target)) as folder:
         bundle.save(folder)
-        (folder / NOTES).write_text(
-            json.dumps({"layers": context.layers, "said": context.said, "curve": context.curve}, indent=1), encoding="utf-8"
-        )
+        noted = {"layers": context.layers, "said": context.said, "curve": context.curve, "cut": context.cut}
+        (folder / NOTES).write_text(json.dumps(noted, indent=1), encoding="utf-8")
         del bundle
         gc.collect()
         if method.ABOUT.smaller:

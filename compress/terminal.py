@@ -91,6 +91,8 @@ def show_report(report: Report) -> None:
         console.print(_shown(times.sentence(report)), style="dim")
     for note in [*(f for side in report.sides for f in side.failures), *report.notes]:
         console.print(_shown(note), style="yellow")
+    for cut in report.cuts:
+        console.print(_shown(f"{cut.sentence}."), style="bold yellow")
     console.print(f"{_shown(report.recipe)}: [bold {colour}]{verdict_words(report.verdict)}[/]: {_shown(report.decided_by)}")
     if report.stages:
         console.print(f"artifact  {_shown(report.stages[-1].artifact)}", soft_wrap=True)

@@ -1,6 +1,6 @@
 """What a model writes to prompts, batch by batch, and whether it writes the same to one alone."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -19,8 +19,9 @@ from transformers.modeling_outputs import BaseModelOutput
 from compress import decoding
 from compress.benchmark.batching import WRITTEN, Batches
 from compress.benchmark.draws import WARPERS, GumbelNoise, at_edge, warpers
-from compress.benchmark.quality import Reader, Texts
+from compress.benchmark.quality import Reader
 from compress.errors import DataError, RunError
+from compress.prompts import Prompt
 
 CHECKED = 8  # examples that are written once more, alone: of fewer than 80 a tenth, four at least, for alone each takes many times as long
 ENCODED = 1024  # tokens of prompts that an encoder on a CPU is given at once: what it computes of more is too much for the caches
@@ -98,7 +99,7 @@ class Writer:
     Decoder-only models are padded on the left.
     """
 
-    def __init__(self, reader: Reader, prompts: Texts, settings: dict[str, Any]):
+    def __init__(self, reader: Reader, prompts: Sequence[Prompt], settings: dict[str, Any]):
         model, both = reader.model, reader.model.config.is_encoder_decoder
         self._reader, self._both, self._new_tokens, self._seed = reader, both, settings["max_new_tokens"], settings["seed"]
         if reader.context is not None and self._new_tokens >= reader.context:

@@ -1,6 +1,7 @@
 """How a model reads the examples: their tokens, likelihoods and labels. What it writes is in generation.py, scores are in scores.py."""
 
 import random
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compress.architecture import context_length
 from compress.benchmark.batching import Batches
 from compress.errors import DataError
-from compress.model import require_template
+from compress.prompts import Prompt, Prompts, text_of
 
 Texts = list[str]
 Piece = tuple[int, list[int], list[int]]  # example, input, and the labels of it or, behind an encoder, of the answer
@@ -21,18 +22,17 @@ class Reader:
     max_tokens   the longest input wanted, or None
     chat         texts are a user's turns, put into the tokenizer's chat template
     keep_end     what is too long loses its start, where examples of the task stand, and not its end
-    cut          how many inputs have been cut so far
+    cut          the prompts that have been cut so far
     """
 
     def __init__(
         self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None, chat: bool = False,
         keep_end: bool = False,
     ):  # fmt: skip
-        self.model, self.tokenizer, self.cut = model, tokenizer, 0
+        self.model, self.tokenizer, self.cut = model, tokenizer, set[str]()
         self.context = context_length(model.config, tokenizer)
-        self._max_tokens, self._chat, self._keep_end = max_tokens, chat, keep_end
-        if chat:
-            require_template(tokenizer)
+        self._max_tokens = max_tokens
+        self._prompts = {unended: Prompts(tokenizer, chat, unended, keep_end) for unended in (False, True)}
 
     def limit(self, room: int = 0) -> int | None:
         """The longest input, leaving `room` in the context; None where nothing bounds it. Raises DataError when nothing is left."""
@@ -42,31 +42,23 @@ class Reader:
             raise DataError(f"{room} tokens to come leave no room for a prompt in the model's context of {self.context} tokens")
         return limit
 
-    def read(self, texts: Texts, room: int = 0, unended: bool = False, whole: bool = False) -> list[list[int]]:
-        """Token ids of each text, leaving `room` in the context; `unended` leaves off the end token that some tokenizers add.
+    def read(self, prompts: Sequence[Prompt], room: int = 0, unended: bool = False, whole: bool = False) -> list[list[int]]:
+        """Token ids of each prompt, leaving `room` in the context; `unended` leaves off the end token that some tokenizers add.
 
         whole   nothing is cut
 
-        Raises DataError when nothing is left, or when a text has no token.
+        Raises DataError when nothing is left, or when a prompt has no token.
         """
         limit = None if whole else self.limit(room)
-        if self._chat:
-            turns = [[{"role": "user", "content": text}] for text in texts]
-            texts = [str(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)) for turn in turns]
-        rows = self.tokenizer(texts, add_special_tokens=not self._chat, return_attention_mask=False, verbose=False)["input_ids"]
         found = []
-        for number, row in enumerate(rows):
-            kept = row[:-1] if unended and len(row) > 1 and row[-1] == self.tokenizer.eos_token_id else row
-            if limit is not None and len(kept) > limit:
-                ended = kept[-1] == self.tokenizer.eos_token_id
-                if self._keep_end:
-                    kept = kept[-limit:]
-                else:
-                    kept = [*kept[: limit - 1], kept[-1]] if ended else kept[:limit]
-                self.cut += 1
-            if not kept:
-                raise DataError(f"example {number + 1} of those drawn is empty and the tokenizer adds nothing to it: {texts[number]!r}")
-            found.append(kept)
+        for number, prompt in enumerate(prompts):
+            ids, cut = self._prompts[unended].read(prompt, limit)
+            text = text_of(prompt)
+            if not ids:
+                raise DataError(f"example {number + 1} of those drawn is empty and the tokenizer adds nothing to it: {text!r}")
+            if cut:
+                self.cut.add(text)
+            found.append(ids)
         return found
 
     def batch(self, rows: list[list[int]], left: bool = False) -> Any:
@@ -75,7 +67,9 @@ class Reader:
         return self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
 
 
-def likelihoods(reader: Reader, prompts: Texts, targets: Texts | None, batches: Batches, stride: int | None = None) -> list[list[float]]:
+def likelihoods(
+    reader: Reader, prompts: Sequence[Prompt], targets: Texts | None, batches: Batches, stride: int | None = None
+) -> list[list[float]]:
     """[negative log-likelihood in nats, tokens] of each target given its prompt, or of each text where there are no targets.
 
     A plain text's first token is given, not predicted. Texts and targets are cut to the context; with a `stride`
@@ -91,6 +85,7 @@ def likelihoods(reader: Reader, prompts: Texts, targets: Texts | None, batches: 
     else:
         answers = reader.tokenizer(text_target=targets, add_special_tokens=both, verbose=False)["input_ids"]
         most = reader.context if both or reader.context is None else reader.context // 2
+        reader.cut |= {text_of(prompt) for prompt, answer in zip(prompts, answers, strict=True) if most is not None and len(answer) > most}
         answers = [answer[:most] for answer in answers]
         if both:
             pieces = list(zip(range(len(prompts)), reader.read(prompts), answers, strict=True))
@@ -176,7 +171,7 @@ def windows(row: list[int], size: int | None, stride: int | None) -> list[tuple[
         start, counted = start + stride, end
 
 
-def classify(reader: Reader, prompts: Texts, batches: Batches) -> list[int | None]:
+def classify(reader: Reader, prompts: Sequence[Prompt], batches: Batches) -> list[int | None]:
     """The label that the model gives each input; None where its scores are no numbers."""
     encoded = reader.read(prompts)
     labels: list[int | None] = [None] * len(prompts)

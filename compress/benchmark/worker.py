@@ -21,6 +21,7 @@ from compress.benchmark import kernels, latency, memory, nvml, quality, tasks, w
 from compress.benchmark.batching import Batches
 from compress.benchmark.generation import Writer
 from compress.errors import ModelError
+from compress.methods import Example
 from compress.metrics import CLASSIFIED, GENERATED, TASK
 from compress.phases import phase
 from compress.process import Progress, is_out_of_memory, serve
@@ -194,7 +195,7 @@ class Worker:
         generation: dict[str, Any], data: dict[str, Any], batch_tokens: int | None,
     ) -> dict[str, Any]:  # fmt: skip
         reader = quality.Reader(self.model, self.tokenizer, data["max_tokens"], data["chat"], keep_end=data["shots"] > 0)
-        prompts = [e["prompt"] for e in examples]
+        prompts = [Example(**example) for example in examples]
         references = [e["references"] for e in examples]
         batches = Batches(self.model, batch_tokens, progress)
         samples: scores.Samples = {}
@@ -220,7 +221,9 @@ class Worker:
                 samples["generated_tokens"] = [[float(len(row))] for row in tokens]
         if "perplexity" in groups and data["join"] is not None:
             with phase("reading"):
-                rows, windows = quality.stream_likelihoods(reader, prompts[0], batches, data["stride"], data["samples"], data["seed"])
+                rows, windows = quality.stream_likelihoods(
+                    reader, prompts[0].prompt, batches, data["stride"], data["samples"], data["seed"]
+                )
             samples["perplexity"] = scores.perplexity(rows)
         elif "perplexity" in groups:
             targets = [r[0] for r in references] if any(references) else None
@@ -244,8 +247,8 @@ class Worker:
             said.append(f"memory ran out {times}; batches then held no more than {batches.tokens:,} tokens")
         room = generation["max_new_tokens"] if GENERATED & set(groups) and not self.model.config.is_encoder_decoder else 0
         return {
-            "samples": samples, "texts": texts, "windows": windows, "cut": reader.cut, "longest_input": reader.limit(room),
-            "generation_config": self._own_generation(), "said": said,
+            "samples": samples, "texts": texts, "windows": windows, "cut": len(reader.cut), "limit": reader.limit(),
+            "longest_input": reader.limit(room), "generation_config": self._own_generation(), "said": said,
         }  # fmt: skip
 
     def _own_generation(self) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 from compress.architecture import context_length
 from compress.errors import DataError, ModelError
 from compress.methods import Context, Example
-from compress.model import require_template
+from compress.prompts import Prompts
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -69,28 +69,26 @@ def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cont
             f"{type(model).__name__}: an encoder-decoder that classifies can't be shown examples here;"
             " methods that need none work on it (`compress methods` says which)"
         )
-    if context.chat:
-        require_template(tokenizer)
     if not model.can_generate() and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # by it decoders that classify find the last real token
     found, cut = [], 0
+    prompts = {behind: Prompts(tokenizer, context.chat, unended=behind) for behind in (False, True)}
     for example in context.examples:
-        prompt, target = example.prompt, example.references[0] if example.references else ""
-        if context.chat:
-            turn = [{"role": "user", "content": prompt}]
-            prompt = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-        ids, longer = _ids(tokenizer, limit, not context.chat, text=prompt)
-        answer: list[int] = []
+        target, answer, behind = example.references[0] if example.references else "", list[int](), False
         if model.can_generate() and (both or target):
-            room = limit - 1  # for a decoder's end token; for others since `padded` may need one more
-            answer, too_long = _ids(tokenizer, room, both, text_target=target)
-            longer |= too_long
-            if not both and not too_long and tokenizer.eos_token_id is not None:
-                answer.append(tokenizer.eos_token_id)
-        if answer and not both:
-            ids = ids[:-1] if ids and ids[-1] == tokenizer.eos_token_id else ids
-            longer |= len(ids) + len(answer) > limit
-            ids = [*ids[: limit - len(answer)], *answer]
+            behind = not both  # the target stands behind the prompt
+            ends = [tokenizer.eos_token_id] if behind and tokenizer.eos_token_id is not None else []
+            answer = [*tokenizer(text_target=target, add_special_tokens=both, verbose=False)["input_ids"], *ends]
+        if not behind:
+            ids, longer = prompts[False].read(example, limit)
+            if len(answer) > limit - 1:  # `padded` may need one more
+                answer, longer = _ids(tokenizer, limit - 1, text_target=target), True
+        else:
+            ids, longer = prompts[True].read(example, None)
+            if longer := len(ids) + len(answer) > limit:  # of the target at least half, of the prompt at least its template
+                answer = answer[: max(1, min(max(limit // 2, limit - len(ids)), limit - prompts[True].least))]
+                ids, _ = prompts[True].read(example, limit - len(answer))
+            ids = [*([] if ids == ends else ids), *answer]  # an end token alone is no prompt
         cut += longer
         if len(ids) > 1:
             found.append((example, ids, answer))
@@ -99,6 +97,7 @@ def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cont
             f"no example has two tokens or more, of {len(context.examples)};"
             f" look at data.prompt, and at max_tokens, which is {context.max_tokens}"
         )
+    context.cut.append({"cut": cut, "all": len(context.examples), "limit": limit, "by_key": limit == context.max_tokens})
     if cut:
         context.say(f"{cut:,} of the {len(context.examples):,} examples were longer than {limit:,} tokens and were cut at an end")
     if short := len(context.examples) - len(found):
@@ -106,12 +105,11 @@ def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cont
     return found
 
 
-def _ids(tokenizer: "PreTrainedTokenizerBase", limit: int, special: bool, **text: str) -> tuple[list[int], bool]:
-    """The tokens of a `text` or `text_target`, at most so many, and whether it has more."""
-    whole = tokenizer(**text, add_special_tokens=special, verbose=False)["input_ids"]
-    if len(whole) <= limit:
-        return whole, False
-    return tokenizer(**text, add_special_tokens=special, truncation=True, max_length=limit)["input_ids"], True
+def _ids(tokenizer: "PreTrainedTokenizerBase", limit: int, **text: str) -> list[int]:
+    """The tokens of a `text_target`, at most so many, its special tokens kept."""
+    tokenizer.truncation_side = "right"
+    ids: list[int] = tokenizer(**text, truncation=True, max_length=limit, verbose=False)["input_ids"]
+    return ids
 
 
 def batches(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: Context) -> list[Inputs]:

@@ -81,7 +81,7 @@ def written(teacher: Bundle, settings: Settings, context: Context) -> list[Examp
         limit = min(limit, room if model.config.is_encoder_decoder else room - most)
         if limit < 1 or most >= room:
             raise DataError(f"max_new_tokens: {most} does not fit the teacher's context of {room} tokens")
-    bare = [Example(example.id, example.prompt, []) for example in context.examples]
+    bare = [replace(example, references=[]) for example in context.examples]
     rows = encoded(model, teacher.tokenizer, replace(context, examples=bare, max_tokens=limit))
     texts, beams = _kept(context), 1 if settings.sampling_temperature else settings.num_beams
     mine = list(enumerate(_batches(rows, settings.batch_size), settings.seed))[context.rank :: context.processes]

@@ -42,8 +42,8 @@ def notes(
         )
     if cut := environment.get("inputs_cut"):
         found.append(
-            f"{cut} inputs were longer than the model's context or data.max_tokens and were cut, alike on both sides: at their end,"
-            " or at their start where shots stand there."
+            f"{cut} inputs were longer than the model's context or data.max_tokens and were cut, alike on both sides: at the end of"
+            " their longest field, or at their start where shots stand there; what stands around it is whole."
         )
     return found + [sentence for record in stages for sentence in _left_out(record)]
 

@@ -17,7 +17,7 @@ from compress.report.layers import lost_most, remarkable, summary
 from compress.report.numbers import change, figure, percent, share, verdict_words
 from compress.report.table import cell, table
 from compress.report.why import at_run_time
-from compress.results import NOTES, Comparison, Layer, Measurement, Point, Prediction, Report, StageRecord, whole_folder
+from compress.results import NOTES, Comparison, Cut, Layer, Measurement, Point, Prediction, Report, StageRecord, whole_folder
 
 FIGURES = "Of speed and memory a figure is the geometric mean of the rounds, and its change the ratio of two of them."
 WORST = 10
@@ -75,7 +75,8 @@ def markdown(report: Report) -> str:
 def brief(report: Report) -> str:
     """How the report for people who read text begins: the verdict, the gates, the figures, what is to be said of them."""
     heading = f"# {cell(report.recipe)}: {verdict_words(report.verdict)}"
-    parts = [heading, f"{cell(report.decided_by)}.", gates(report), figures(report), _notes(report)]
+    cuts = [f"**{cell(one.sentence)}.**" for one in report.cuts]
+    parts = [heading, f"{cell(report.decided_by)}.", *cuts, gates(report), figures(report), _notes(report)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -95,6 +96,14 @@ def read_notes(artifact: Path) -> dict[str, Any]:
     noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"layers": [], "said": []}
     layers, curve = ([kind.model_validate(one) for one in noted.get(key, [])] for key, kind in (("layers", Layer), ("curve", Point)))
     return {"layers": layers, "said": noted["said"], "curve": curve}
+
+
+def read_cut(artifact: Path, where: str, key: str) -> Cut | None:
+    """The reading of a stage in which most prompts were cut, `key` being what the recipe limits them by; None where it read none."""
+    file = artifact / NOTES
+    noted = json.loads(file.read_text(encoding="utf-8")).get("cut", []) if file.is_file() else []
+    found = [Cut(where=where, key=key if one["by_key"] else None, **{name: one[name] for name in ("cut", "all", "limit")}) for one in noted]
+    return max(found, key=lambda one: one.share, default=None)
 
 
 def indented(settings: dict[str, Any]) -> str:

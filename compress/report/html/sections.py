@@ -161,7 +161,7 @@ def _card(column: Column) -> dict[str, Any]:
     return {
         "name": column.name, "verdict": report.verdict, "words": verdict_words(report.verdict), "sentence": sentence(report),
         "line": "" if report.line == column.name else report.line,
-        "gist": gist,
+        "gist": gist, "cuts": [one.sentence for one in report.cuts],
     }  # fmt: skip
 
 

@@ -1,0 +1,161 @@
+"""A prompt as token ids, no longer than it may be: evaluation, calibration and training all have theirs from here.
+
+What is too long is cut within its content, so that what stands around it stays whole: the chat template with the assistant's opening, the
+words that the recipe puts before and behind a field. The text is cut where one of its tokens ends, and is put into its template and
+tokenised again, so that the ids are those of the shorter prompt.
+
+    python -m compress.prompts REQUEST_FD REPLY_FD     looks at a model's chat template before the work, as a working process
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from compress.errors import DataError
+from compress.methods import Example
+from compress.model import Source, load_tokenizer, require_template
+from compress.process import Progress, serve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Prompt = str | Example  # a text is content from end to end
+WORD, ANSWER = "compress", "workbench"  # stand for what is said where a template is looked at
+
+
+class Prompts:
+    """How a tokenizer makes prompts.
+
+    chat      they are a user's turns, put into the tokenizer's chat template
+    unended   the end token that some tokenizers add is left off, for decoders, which go on from there
+    keep_end  what is too long loses the start of its content, where examples of the task stand, and not its end
+
+    Raises DataError where chat is wanted and the template can't serve.
+    """
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat: bool = False, unended: bool = False, keep_end: bool = False):
+        self._tokenizer, self._chat, self._unended, self._keep_end = tokenizer, chat, unended, keep_end
+        if chat:
+            check_template(tokenizer)
+
+    def read(self, prompt: Prompt, limit: int | None) -> tuple[list[int], bool]:
+        """The ids, at most `limit`, and whether they are those of a prompt that was cut.
+
+        Raises DataError where the chat template alone takes more.
+        """
+        text = text_of(prompt)
+        whole = self._ids(text)
+        if limit is None or len(whole) <= limit:
+            return whole, False
+        head, content, tail = _parts(prompt)
+        ids = self._longest(head, content, tail, limit) if self._chat or head or tail else None
+        if ids is None and self._chat and (head or tail):  # the words around it are too long themselves
+            ids = self._longest("", text, "", limit)
+        if ids is None and self._chat:
+            raise DataError(f"{limit:,} tokens hold no prompt: the chat template alone takes {self.least:,}; raise max_tokens")
+        return (self._truncated(text, limit) if ids is None else ids), True
+
+    @property
+    def least(self) -> int:
+        """Tokens of the shortest prompt."""
+        return len(self._ids("")) if self._chat else 1
+
+    def _ids(self, text: str) -> list[int]:
+        if self._chat:
+            ids: list[int] = self._tokenizer(rendered(self._tokenizer, text), add_special_tokens=False, verbose=False)["input_ids"]
+            return ids
+        ids = self._tokenizer(text, verbose=False)["input_ids"]
+        return ids[:-1] if self._unended and len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
+
+    def _longest(self, head: str, content: str, tail: str, limit: int) -> list[int] | None:
+        """The ids with as much of the content as fits; None where nothing does."""
+        ends = _ends(self._tokenizer, content, self._keep_end)[: limit + 1]
+
+        def ids(number: int) -> list[int]:
+            kept = content[len(content) - ends[number] :] if self._keep_end else content[: ends[number]]
+            return self._ids(f"{head}{kept}{tail}")
+
+        low, high = 0, len(ends) - 1
+        if len(best := ids(0)) > limit:
+            return None
+        while low < high:
+            middle = (low + high + 1) // 2
+            if len(found := ids(middle)) <= limit:
+                low, best = middle, found
+            else:
+                high = middle - 1
+        return best
+
+    def _truncated(self, text: str, limit: int) -> list[int]:
+        """A plain text as the tokenizer itself truncates it, its special tokens kept."""
+        if limit < 1:
+            return []
+        ended = self._unended and self._tokenizer(text, verbose=False)["input_ids"][-1] == self._tokenizer.eos_token_id
+        self._tokenizer.truncation_side = "left" if self._keep_end else "right"
+        ids: list[int] = self._tokenizer(text, truncation=True, max_length=limit + ended, verbose=False)["input_ids"]
+        return ids[:-1] if ended else ids
+
+
+def rendered(tokenizer: "PreTrainedTokenizerBase", text: str, opened: bool = True) -> str:
+    """A user's turn as the chat template has it, with the opening of the assistant's. Raises DataError with what the template says."""
+    return _rendered(tokenizer, [{"role": "user", "content": text}], opened)
+
+
+def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
+    """Raises DataError for a tokenizer without a chat template, or with one that doesn't show a user's turn and open the assistant's."""
+    require_template(tokenizer)
+    way_out = "write the prompt out and leave data.chat away, or give the model another template"
+    shown, bare = rendered(tokenizer, WORD), rendered(tokenizer, WORD, opened=False)
+    if WORD not in shown:
+        raise DataError(f"data.chat: the model's chat template leaves out what the user says: {shown[:200]!r} for {WORD!r}; {way_out}")
+    if shown != bare:
+        return
+    try:
+        both = _rendered(tokenizer, [{"role": "user", "content": WORD}, {"role": "assistant", "content": ANSWER}], opened=False)
+    except DataError:
+        return
+    # templates such as Mistral's end a user's turn by what opens the assistant's; others have to be asked for it
+    opening = both.removeprefix(bare).partition(ANSWER)[0]
+    if both.startswith(bare) and opening.strip():
+        raise DataError(
+            f"data.chat: the model's chat template begins the assistant's turn by {opening!r}, and doesn't where add_generation_prompt asks"
+            f" for it; {way_out}"
+        )
+
+
+def _rendered(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict[str, str]], opened: bool) -> str:
+    try:
+        return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opened))
+    except Exception as error:  # a template may raise anything
+        said = str(error).strip() or type(error).__name__
+        raise DataError(
+            f"data.chat: the model's chat template refuses a user's turn alone: {said[:300]}; write the prompt out and leave data.chat away"
+        ) from None
+
+
+def text_of(prompt: Prompt) -> str:
+    """The whole text of a prompt."""
+    return prompt if isinstance(prompt, str) else prompt.prompt
+
+
+def _parts(prompt: Prompt) -> tuple[str, str, str]:
+    """What stands before the content, the content, what stands behind it."""
+    text = text_of(prompt)
+    start, end = (0, len(text)) if isinstance(prompt, str) or prompt.content is None else prompt.content
+    return text[:start], text[start:end], text[end:]
+
+
+def _ends(tokenizer: "PreTrainedTokenizerBase", text: str, from_end: bool) -> list[int]:
+    """After how many characters a text may be cut, none of them first: where its tokens end, or counted from its end where they begin."""
+    if not tokenizer.is_fast:
+        return list(range(len(text) + 1))
+    offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
+    return sorted({0, *((len(text) - start if from_end else end) for start, end in offsets)})
+
+
+def look(progress: Progress, source: dict[str, Any]) -> None:
+    """See that a model's chat template serves. Raises DataError, and ModelError for a tokenizer that can't be loaded."""
+    check_template(load_tokenizer(Source(**source)))
+
+
+if __name__ == "__main__":
+    serve({"look": look})
