@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ from compress import data, methods, model
 from compress.benchmark import isolate, machine
 from compress.benchmark.outputs import Outputs
 from compress.benchmark.statistics import corpus_value
-from compress.errors import DeviceError, InputError, MissingPackage, ModelError, RunError
+from compress.errors import DataError, DeviceError, InputError, MissingPackage, ModelError, RunError
 from compress.extras import install_line
 from compress.forecast.beside import foretold
 from compress.inspection.findings import Inspection
@@ -32,6 +32,7 @@ from compress.report.turns import disturbances
 from compress.results import Prediction, Report, Role, Side, StageRecord
 
 OUTPUTS = Path("artifacts") / "outputs"  # below a run's `out`: what models made of examples
+MEASURED_ROWS, MEASURED_TOKENS = 8, 64  # on which methods that need no data measure what layers lose
 HEADLINE = ("rougeL", "perplexity", "accuracy")  # the metric by which single examples are ranked
 
 
@@ -225,11 +226,9 @@ def _stages(
     history: list[Any] = [model.fingerprint(source), device]
     for stage in recipe.stages:
         method = methods.find(stage.family, stage.method)
-        seen: list[Example] = []
-        wanted = stage.settings if isinstance(stage.settings, TrainSettings) else recipe.calibration
-        if method.ABOUT.calibrated:
-            seen = data.examples(recipe.data, recipe.folder, "train", wanted.samples, wanted.seed)
-            history.append([data.examples_digest(seen), wanted.max_tokens, recipe.data.chat])
+        seen, max_tokens = _seen(stage, recipe)
+        if seen:
+            history.append([data.examples_digest(seen), max_tokens, recipe.data.chat])
         watched = _watched(stage, recipe)
         if watched:
             history.append(data.examples_digest(watched))
@@ -247,7 +246,7 @@ def _stages(
         if not reused:
             models = {"original": original, **others}
             shown = {
-                "examples": [asdict(e) for e in seen], "validation": [asdict(e) for e in watched], "max_tokens": wanted.max_tokens,
+                "examples": [asdict(e) for e in seen], "validation": [asdict(e) for e in watched], "max_tokens": max_tokens,
                 "chat": recipe.data.chat,
             }  # fmt: skip
             _make(stage, source, models, shown, target, device, log, progress, together)
@@ -257,6 +256,19 @@ def _stages(
         card.write(recipe, original, records)
         source = Source(str(target.resolve()), source.task)
     return records
+
+
+def _seen(stage: Stage, recipe: Recipe) -> tuple[list[Example], int]:
+    """The examples of the train split that a stage is shown, and how many tokens of each: a few beginnings where they only measure."""
+    about = methods.find(stage.family, stage.method).ABOUT
+    wanted = stage.settings if isinstance(stage.settings, TrainSettings) else recipe.calibration
+    if about.calibrated or stage.settings.needs_examples():
+        return data.examples(recipe.data, recipe.folder, "train", wanted.samples, wanted.seed), wanted.max_tokens
+    few, short = min(wanted.samples or MEASURED_ROWS, MEASURED_ROWS), min(wanted.max_tokens, MEASURED_TOKENS)
+    if about.measured:
+        with suppress(DataError):  # there is no such split, and it isn't needed
+            return data.examples(recipe.data, recipe.folder, "train", few, wanted.seed), short
+    return [], short
 
 
 def _watched(stage: Stage, recipe: Recipe) -> list[Example]:

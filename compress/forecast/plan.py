@@ -76,6 +76,7 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
         said.append(
             f"{shape.architecture!r} isn't known here: its weights are read from its files' headers, and what else it takes can't be told"
         )
+    said += remarks(recipe)
     dtype = stored_dtype(folder, config, recipe.model.dtype)
     rows = []
     for name in DTYPES:
@@ -91,6 +92,21 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
         seconds[f"measuring the {side}"] = _benchmark_seconds(recipe, shape, weight_bytes(shape, dtype), machine)
     disk = sum(_artifacts(recipe, shape, dtype))
     return Plan(recipe.model.id, shape.architecture, shape.parameters, dtype, machine, rows, seconds, disk, said)
+
+
+def remarks(recipe: Recipe) -> list[str]:
+    """What its stages' settings will do to layers of the model's shapes, where its config lies on this disk and is of a known kind."""
+    place = model.BUILTIN if recipe.model.id == "builtin" else recipe.folder / model.user_path(recipe.model.id)
+    try:
+        columns = read(read_config(place), recipe.model.task).columns
+    except ModelError:
+        return []
+    found = []
+    for stage in recipe.stages:
+        if stage.method == "structured":  # the shapes are others then
+            break
+        found += [f"{stage}: {sentence}" for sentence in stage.settings.about_shapes(columns)]
+    return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:
