@@ -15,7 +15,7 @@ import hashlib
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -52,6 +52,14 @@ class Settings(BaseModel):
     def models(self) -> "dict[str, OtherModel]":
         """Models that these settings name besides the one that is worked on, by what the method calls each (`Context.models`)."""
         return {}
+
+    def needs_examples(self) -> bool:
+        """Whether a method so set must be shown examples of the train split, which else it needn't."""
+        return False
+
+    def about_shapes(self, weights: Mapping[int, int]) -> list[str]:
+        """What is to be said of these settings on layers of these shapes: how many weights are in layers of so many columns."""
+        return []
 
     def sharded(self) -> bool:
         """Whether the models are split over the stage's processes, for which they are loaded into main memory."""
@@ -160,6 +168,7 @@ class About:
     extra     the extra of this package that installs them; None where the plain install has them
     devices   where the method itself can run
     calibrated  it is shown examples of the train split
+    measured    what its layers lose is measured on a few of them, where there are any
     packs     its output is packed, so no stage may follow
     smaller   it promises that the weights take fewer bytes than before
     trains    it trains weights, and where more than one process is wanted they do so together
@@ -173,6 +182,7 @@ class About:
     extra: str | None = None
     devices: tuple[str, ...] = ("cpu", "cuda")
     calibrated: bool = False
+    measured: bool = False
     packs: bool = False
     smaller: bool = True
     trains: bool = False

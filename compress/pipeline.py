@@ -6,7 +6,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +16,7 @@ from compress import data, decoding, methods, model, preflight
 from compress.benchmark import isolate, machine
 from compress.benchmark.outputs import Outputs
 from compress.benchmark.statistics import corpus_value
-from compress.errors import DeviceError, InputError, ModelError, RunError
+from compress.errors import DataError, DeviceError, InputError, ModelError, RunError
 from compress.forecast.beside import foretold
 from compress.inspection.findings import Inspection
 from compress.methods import Example, TrainSettings, TuneSettings, quiet
@@ -32,6 +32,7 @@ from compress.results import Cut, Prediction, Report, Role, Side, Split, StageRe
 from compress.scripts import shares
 
 OUTPUTS = Path("artifacts") / "outputs"  # below a run's `out`: what models made of examples
+MEASURED_ROWS, MEASURED_TOKENS = 8, 64  # on which methods that need no data measure what layers lose
 HEADLINE = ("rougeL", "perplexity", "accuracy", "chrf", "cer", "exact_match")  # the metric by which single examples are ranked
 
 
@@ -278,7 +279,7 @@ def _stages(
     shown = _shown(recipe, data.Dataset(recipe.data, recipe.folder)) if shown is None else shown
     for stage, seen in zip(recipe.stages, shown, strict=True):
         method = methods.find(stage.family, stage.method)
-        if method.ABOUT.calibrated:
+        if seen.examples:
             history.append([data.examples_digest(seen.examples), seen.max_tokens, seen.chat])
         if seen.validation:
             history.append(data.examples_digest(seen.validation))
@@ -310,18 +311,22 @@ def _stages(
 
 
 def _shown(recipe: Recipe, dataset: data.Dataset) -> list[Shown]:
-    """The examples of every stage, drawn as its settings or the recipe's calibration block say."""
-    found = []
+    """The examples of every stage, drawn as its settings or the recipe's calibration block say; few beginnings where they only measure."""
+    shown = []
     for stage in recipe.stages:
-        settings = stage.settings
+        settings, about = stage.settings, methods.find(stage.family, stage.method).ABOUT
         wanted = settings if isinstance(settings, TrainSettings) else recipe.calibration
-        seen, watched = list[Example](), list[Example]()
-        if methods.find(stage.family, stage.method).ABOUT.calibrated:
+        max_tokens, seen, watched = wanted.max_tokens, list[Example](), list[Example]()
+        if stage.needs_examples:
             seen = dataset.examples("train", wanted.samples, wanted.seed)
+        elif about.measured:
+            max_tokens = min(max_tokens, MEASURED_TOKENS)
+            with suppress(DataError):  # there is no such split, and it isn't needed
+                seen = dataset.examples("train", min(wanted.samples or MEASURED_ROWS, MEASURED_ROWS), wanted.seed)
         if isinstance(settings, TuneSettings) and settings.early_stopping is not None:
             watched = dataset.examples("validation", settings.early_stopping.samples, settings.seed)
-        found.append(Shown(seen, watched, wanted.max_tokens, recipe.data.chat))
-    return found
+        shown.append(Shown(seen, watched, max_tokens, recipe.data.chat))
+    return shown
 
 
 def _is_whole(artifact: Path) -> bool:

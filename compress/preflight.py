@@ -155,7 +155,7 @@ def _purposes(recipe: Recipe, stages: bool) -> Iterator[str]:
     """What examples are needed for."""
     yield "evaluation"
     wanted = recipe.stages if stages else ()
-    if recipe.data.shots or any(methods.find(stage.family, stage.method).ABOUT.calibrated for stage in wanted):
+    if recipe.data.shots or any(stage.needs_examples for stage in wanted):
         yield "train"
     if any(isinstance(stage.settings, TuneSettings) and stage.settings.early_stopping for stage in wanted):
         yield "validation"

@@ -8,6 +8,7 @@ Two zeros in every four weights (`prune`, pattern 2:4) are stored densely and co
 (Mishra et al. 2021) skip them, once the weights lie packed in memory.
 """
 
+import platform
 import warnings
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,16 @@ if TYPE_CHECKING:
 
 # inputs rounded on one grid whose step and zero are told, not looked for; quicker called without its overloads being searched
 ROUNDED_PRODUCT = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
+
+
+def working_dtype(stored: torch.dtype, device: str) -> torch.dtype:
+    """The dtype to compute with where results are to be at least as exact as in the stored one, and soon there.
+
+    An x86 CPU without instructions for 16 bits (AVX-512 BF16, AMX) takes many times as long in 16 bits as in 32.
+    """
+    if device != "cpu" or stored not in (torch.bfloat16, torch.float16) or platform.machine() not in ("x86_64", "AMD64"):
+        return stored
+    return stored if stored == torch.bfloat16 and torch.cpu._is_avx512_bf16_supported() else torch.float32
 
 
 class Int8Linear(nn.Module):

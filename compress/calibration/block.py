@@ -33,6 +33,7 @@ class Block:
     bits    that a weight of each layer will be stored in
     given   its inputs as the solved blocks before it make them
     targets what the uncompressed model has behind this block, batch by batch; empty unless asked for
+    stored  the dtype that each tensor of the model is stored in, by its name; it is computed with in another where that is faster
     weights what each layer would compute with if it were not compressed
     left_out  why a layer keeps its full precision
     """
@@ -44,6 +45,7 @@ class Block:
     given: Stream
     targets: list[Tensor]
     device: str
+    stored: dict[str, torch.dtype]
     weights: dict[str, Tensor] = field(init=False)
     solved: dict[str, Solution] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
@@ -58,7 +60,7 @@ class Block:
     def set(self, name: str, solution: Solution) -> None:
         """Give a layer its solution; it computes with it from here on."""
         layer = self.layers[name]
-        layer.weight.data = solution.weight().to(layer.weight.dtype)
+        layer.weight.data = solution.weight().to(self.stored[f"{name}.weight"]).to(layer.weight.dtype)
         layer.forward = lambda x: linear(solution.given(x), layer.weight, layer.bias)  # type: ignore
         self.solved[name] = solution
 

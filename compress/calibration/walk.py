@@ -22,11 +22,12 @@ from torch import Tensor, nn
 from compress.architecture import block_stacks, linear_layers
 from compress.calibration.block import Block
 from compress.calibration.lost import measuring
-from compress.calibration.stream import Stream, batches, encode, is_encoder, lead_in, without_cache
+from compress.calibration.stream import Inputs, Stream, batches, encode, is_encoder, lead_in, without_cache
 from compress.calibration.weights import empty
-from compress.errors import BrokenPromise, ModelError
+from compress.errors import BrokenPromise, InputError, ModelError
 from compress.methods import Context, LayerSettings
 from compress.model import Bundle
+from compress.runtime import working_dtype
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,17 +56,24 @@ Prepare = Callable[["PreTrainedModel", dict[str, nn.Linear]], Storage]
 
 
 def walk(
-    bundle: Bundle, settings: LayerSettings, context: Context, prepare: Prepare, solve: Callable[[Block], None], targets: bool = False
+    bundle: Bundle,
+    settings: LayerSettings,
+    context: Context,
+    prepare: Prepare,
+    solve: Callable[[Block], None],
+    targets: bool = False,
+    blind: bool = False,
 ) -> Bundle:
     """Lead the calibration examples through the model and have `solve` set every layer of every block; the model comes back as stored.
 
     prepare   makes the storage, given the model without weights and the layers to work on
     targets   give each block the uncompressed model's hidden states to aim at; keeps a second set of them
+    blind     `solve` looks at weights alone: examples serve to measure what was lost, and where there are none that isn't
 
     Raises DataError when there is nothing to calibrate on, BrokenPromise when the model has no blocks with linear layers.
     """
     with tempfile.TemporaryDirectory() as scratch:  # for a checkpoint that has to be written anew; read until the last block
-        model = _walk(bundle, Path(scratch), settings, context, prepare, solve, targets)
+        model = _walk(bundle, Path(scratch), settings, context, prepare, solve, targets, blind)
     return bundle.holding(model)
 
 
@@ -77,6 +85,7 @@ def _walk(
     prepare: Prepare,
     solve: Callable[[Block], None],
     targets: bool,
+    blind: bool,
 ) -> "PreTrainedModel":
     model, weights = empty(bundle.source, scratch)
     if any(scratch.iterdir()):
@@ -85,9 +94,11 @@ def _walk(
     stacks = block_stacks(model)
     layers = layers_in_blocks(model, stacks, settings, context)
     store = prepare(model, layers)
+    stored = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    model.to(working_dtype(model.dtype, bundle.device))
     weights.fill(model, "", bundle.device, skip=tuple(f"{stack}." for stack in stacks))
     model.tie_weights(recompute_mapping=False)
-    examples = batches(model, bundle.tokenizer, context)
+    examples = _few(model, bundle, context) if blind else batches(model, bundle.tokenizer, context)
     # two ways through the model: as the solved blocks go, and as the uncompressed ones do
     ways = [examples, [dict(inputs) for inputs in examples]] if targets else [examples]
     solved = 0
@@ -103,7 +114,8 @@ def _walk(
                 aims = _led_through(streams[1][index], module, bundle.device) if targets else []
                 # taken out, so that nothing holds a layer's weights once it is packed
                 inside = {full: layers.pop(full) for full in list(layers) if full.startswith(f"{name}.") and full in store.bits}
-                block = Block(name, module, inside, {full: store.bits[full] for full in inside}, streams[0][index], aims, bundle.device)
+                bits = {full: store.bits[full] for full in inside}
+                block = Block(name, module, inside, bits, streams[0][index], aims, bundle.device, stored)
                 if block.layers:
                     solve(block)
                 last = index + 1 == len(blocks)
@@ -111,6 +123,7 @@ def _walk(
                 if not last:
                     for stream in streams:
                         stream[index + 1].hidden, stream[index].hidden = stream[index].hidden, []
+                _as_stored(model, name, stored)
                 for full, solution in block.solved.items():
                     model.set_submodule(full, store.packed(full, block.layers[full], solution))
                 solved += len(block.solved)
@@ -123,8 +136,28 @@ def _walk(
                     encode(model, blocks, way, stream[-1].hidden)
     if not solved:
         raise BrokenPromise(f"{type(model).__name__}: every layer was left out; nothing would be smaller")
+    _as_stored(model, "", stored)
     store.describe(model.to("cpu"))
     return model
+
+
+def _few(model: "PreTrainedModel", bundle: Bundle, context: Context) -> list[Inputs]:
+    """The examples that there are; what is lost isn't measured where there is none, or none that can be read."""
+    if not context.examples:
+        context.say("what its layers lost wasn't measured, for want of a train split")
+        return []
+    try:
+        return batches(model, bundle.tokenizer, context)
+    except InputError as error:
+        context.say(f"what its layers lost wasn't measured: {error}")
+        return []
+
+
+def _as_stored(model: "PreTrainedModel", prefix: str, dtypes: dict[str, torch.dtype]) -> None:
+    """Give the weights of the module of this name the dtypes that they are stored in, each once: what is packed then has its own."""
+    inside = f"{prefix}." if prefix else ""
+    for name, tensor in model.get_submodule(prefix).state_dict(keep_vars=True).items():
+        tensor.data = tensor.data.to(dtypes.pop(inside + name, tensor.dtype))
 
 
 def check_dtype(model: "PreTrainedModel") -> None:

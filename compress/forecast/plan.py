@@ -79,6 +79,7 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
         said.append(
             f"{shape.architecture!r} isn't known here: its weights are read from its files' headers, and what else it takes can't be told"
         )
+    said += remarks(recipe)
     dtype = stored_dtype(folder, config, recipe.model.dtype)
     rows = []
     left = _left(recipe, dtype)
@@ -128,6 +129,21 @@ def _left(recipe: Recipe, dtype: str) -> Left:
             bits = getattr(stage.settings, "bits", None) if getattr(stage.settings, "format", None) == "gptq" else about.holds
             left = Left(left.dtype, bits, str(stage), "torchao" in about.packages)
     return left
+
+
+def remarks(recipe: Recipe) -> list[str]:
+    """What its stages' settings will do to layers of the model's shapes, where its config lies on this disk and is of a known kind."""
+    place = model.BUILTIN if recipe.model.id == "builtin" else recipe.folder / model.user_path(recipe.model.id)
+    try:
+        columns = read(read_config(place), recipe.model.task).columns
+    except ModelError:
+        return []
+    found = []
+    for stage in recipe.stages:
+        if stage.method == "structured":  # the shapes are others then
+            break
+        found += [f"{stage}: {sentence}" for sentence in stage.settings.about_shapes(columns)]
+    return found
 
 
 def read_config(folder: Path) -> dict[str, Any]:

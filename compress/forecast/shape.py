@@ -3,6 +3,7 @@
 Each function adds up what transformers makes of such a config; the tests hold every sum against the real thing.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -51,6 +52,17 @@ class Stack:
         feed_forward = width * self.feed_forward * (2 if self.gated else 1) + inner * self.width
         return self.layers * (attention * (2 if self.crossed else 1) + feed_forward)
 
+    @property
+    def columns(self) -> Counter[int]:
+        """The same weights by the columns of the layers that they are in."""
+        inner, sides = self.heads * self.head_width, 2 if self.crossed else 1
+        found = Counter[int]()
+        found[self.width] += self.layers * self.width * self.head_width * (self.heads + 2 * self.key_heads) * sides
+        found[inner] += self.layers * self.width * inner * sides
+        found[self.width] += self.layers * self.width * self.feed_forward * (2 if self.gated else 1)
+        found[self.feed_forward] += self.layers * self.width * self.feed_forward
+        return found
+
 
 @dataclass(frozen=True)
 class Shape:
@@ -69,6 +81,11 @@ class Shape:
     other: int
     buffers: int
     vocabulary: int | None
+
+    @property
+    def columns(self) -> Counter[int]:
+        """How many weights of the blocks' linear layers are in layers of so many columns."""
+        return sum((stack.columns for stack in (self.encoder, self.decoder) if stack), Counter[int]())
 
     @property
     def parameters(self) -> int:

@@ -10,19 +10,43 @@ x are the layer's inputs and g the gradients at its outputs, with targets drawn 
 backward over the calibration examples gives both; the whole model is in memory while it lasts.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from compress.architecture import as_linear, block_stacks, match, packs_alike
+from compress.architecture import as_linear, block_stacks, has_transposed_layers, linear_layers, match, packs_alike
 from compress.errors import BrokenPromise
 from compress.methods import Context, LayerSettings
-from compress.model import Bundle, load_model
+from compress.model import Bundle, load_model, skeleton
 from compress.quantize._grid import PER_ROW, WIDTHS, GridSettings, Kind, fit, group_columns
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
+
+Sized = TypeVar("Sized", bound=GridSettings)
+
+
+def sized(bundle: Bundle, settings: Sized, context: Context) -> Sized:
+    """The settings with the group size that the model's layers get, which the report tells.
+
+    Raises InputError for a pattern that matches no layer.
+    """
+    model = skeleton(bundle.source)
+    layers, weights = linear_layers(model, settings.ignore)[0], Counter[int]()
+    inside = [name for name in layers if any(name.startswith(f"{stack}.") for stack in block_stacks(model))]
+    if isinstance(settings.bits, dict):
+        inside = sorted({name for pattern in settings.bits for name in match(pattern, inside, "bits")})
+    side = 0 if has_transposed_layers(model) else 1
+    for name in inside:
+        weight: Tensor = layers[name].weight  # type: ignore[assignment]
+        weights[weight.shape[side]] += weight.numel()
+    if not weights:
+        return settings
+    for sentence in settings.about_shapes(weights):
+        context.say(sentence)
+    return settings.sized(weights)
 
 
 def plan(

@@ -21,7 +21,13 @@ Files = Callable[["PreTrainedModel", dict[str, Kind]], Storage]
 
 
 def quantise(
-    bundle: Bundle, settings: LayerSettings, context: Context, files: Files, solve: Callable[[Block], None], targets: bool = False
+    bundle: Bundle,
+    settings: LayerSettings,
+    context: Context,
+    files: Files,
+    solve: Callable[[Block], None],
+    targets: bool = False,
+    blind: bool = False,
 ) -> Bundle:
     """The model with every layer as `solve` sets it, stored in these files.
 
@@ -36,7 +42,7 @@ def quantise(
             )
         return files(model, plan(bundle, model, settings, context, layers))
 
-    return walk(bundle, settings, context, prepare, solve, targets)
+    return walk(bundle, settings, context, prepare, solve, targets, blind)
 
 
 def files_of(settings: GridSettings) -> Files:

@@ -4,8 +4,9 @@ A weight W of shape (rows, columns) has a scale and a zero point of shape (rows,
 q = clamp(round(w / scale) + zero, 0, 2^bits - 1) and read as scale (q - zero). Symmetric grids have their zero in the middle.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -15,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 PER_ROW = -1
+SIZES = (128, 64, 32)  # columns; what fused kernels (vLLM's Marlin, gptqmodel's) know
 WIDTHS = (2, 3, 4, 8)
 CACHED = 2**16  # weights
 Width = Literal[2, 3, 4, 8]
@@ -39,7 +41,9 @@ class GridSettings(methods.LayerSettings):
         4, description="for all layers; by patterns, the first that matches counting, others left out; or auto, as each layer needs"
     )
     average_bits: float | None = Field(None, ge=2, le=8, description="with bits: auto, the mean over all weights; 4 where not given")
-    group_size: Literal[32, 64, 128, -1] = Field(128, description="columns that share a scale; -1 is a scale a row")
+    group_size: Literal[32, 64, 128, -1] | None = Field(
+        None, description="columns that share a scale; -1 is a scale a row; null takes the largest that divides every layer worked on"
+    )
     symmetric: bool = False
     format: Literal["compressed-tensors", "gptq"] = Field(
         "compressed-tensors", description="of the files; gptq is for decoders and encoders, and runs packed by gptqmodel's kernels"
@@ -55,8 +59,48 @@ class GridSettings(methods.LayerSettings):
             raise ValueError("format: gptq holds one width, so bits: auto has no place in it")
         return self
 
+    def sized(self, weights: Mapping[int, int]) -> Self:
+        """These settings with a group size for layers of these shapes; `weights` has how many there are by their layer's columns.
+
+        There is one size for the model, since many read no more: plain transformers of encoder-decoders, GPTQ's files, fused kernels.
+        Where none divides every layer, it is the one that divides most weights, and in GPTQ's files, which hold one kind of grid, a scale
+        a row.
+        """
+        if self.group_size is not None:
+            return self
+        size = max(SIZES, key=lambda size: (_divided(weights, size), size))
+        whole = _divided(weights, size) == sum(weights.values())
+        fits = whole or (_divided(weights, size) and self.format != "gptq")
+        return self.model_copy(update={"group_size": size if fits else PER_ROW})
+
+    def about_shapes(self, weights: Mapping[int, int]) -> list[str]:
+        size, total = self.sized(weights).group_size or PER_ROW, sum(weights.values())
+        odd = [columns for columns in sorted(weights) if columns % size]
+        row = f"{100 * (1 - _divided(weights, size) / total):.0f} % of the weights, in layers of {_listed(odd)} columns, have a scale a row"
+        if self.group_size is not None:
+            fitting = [other for other in SIZES if _divided(weights, other) == total]
+            way_out = f"{fitting[0]} divides them all" if fitting else "leave group_size out for the one that divides most"
+            return [f"group_size {size} does not divide every layer's columns: {row}, which is less exact; {way_out}"] if odd else []
+        if size == PER_ROW:
+            return [f"group_size is -1, a scale a row: 128, 64 and 32 do not divide the layers' {_listed(sorted(weights))} columns"]
+        if odd:
+            return [f"group_size is {size}, which divides most: none of 128, 64 and 32 divides every layer's columns, and {row}"]
+        return [f"group_size is {size}, the largest of 128, 64 and 32 that divides every layer's columns"]
+
+    def needs_examples(self) -> bool:
+        return self.bits == "auto"
+
     def needs(self) -> dict[str, str]:
         return {"gptqmodel": "gptqmodel"} if self.format == "gptq" else {}
+
+
+def _divided(weights: Mapping[int, int], size: int) -> int:
+    """How many weights are in layers whose columns a group size divides."""
+    return sum(count for columns, count in weights.items() if columns % size == 0)
+
+
+def _listed(columns: list[int]) -> str:
+    return ", ".join(f"{number:,}" for number in columns)
 
 
 @dataclass(frozen=True, order=True)
@@ -112,9 +156,9 @@ class PerToken:
         return (states.float() / scale).round().clamp(-128, 127) * scale
 
 
-def group_columns(columns: int, group_size: int) -> int:
+def group_columns(columns: int, group_size: int | None) -> int:
     """The group size in columns that a layer gets: the wanted one where it divides the layer's width, else the whole row."""
-    return group_size if group_size != PER_ROW and columns % group_size == 0 else columns
+    return group_size if group_size not in (None, PER_ROW) and columns % group_size == 0 else columns
 
 
 def fit(weight: "Tensor", settings: GridSettings, bits: int, moments: "Tensor | None" = None, search: bool = True) -> Grid:
@@ -141,17 +185,24 @@ def _searched(groups: "Tensor", blocks: "Tensor | None", bits: int, symmetric: b
     import torch
 
     low, high = groups.amin(dim=2).clamp(max=0), groups.amax(dim=2).clamp(min=0)
+    least, most = (low, high) if not symmetric else (-torch.maximum(high, -low), torch.maximum(high, -low))
     best = torch.full_like(low, float("inf"))
-    scale, zero = torch.ones_like(low), torch.zeros_like(low)
+    scale, zero, change = torch.ones_like(low), torch.zeros_like(low), torch.empty_like(groups)
     for step in range(80 if search else 1):
         shrink = 1 - step / 100
         tried_scale, tried_zero = grid_of(low * shrink, high * shrink, bits, symmetric)
         s, z = tried_scale[..., None], tried_zero[..., None]
-        change = (groups / s).add_(z).round_().clamp_(0, 2**bits - 1).sub_(z).mul_(s).sub_(groups)
+        torch.div(groups, s, out=change).add_(z).round_().clamp_(0, 2**bits - 1).sub_(z).mul_(s).sub_(groups)
         error = (change.square_() if blocks is None else torch.einsum("rgi,gij->rgj", change, blocks).mul_(change)).sum(dim=2)
         better = error < best
         best = torch.where(better, error, best)
         scale, zero = torch.where(better, tried_scale, scale), torch.where(better, tried_zero, zero)
+        if blocks is None and step % 4 == 3:
+            # the largest and the smallest weight lose at least this by clipping, at this range and every smaller one
+            above, below = high - most * shrink - tried_scale / 2, least * shrink - tried_scale / 2 - low
+            clipped = above.clamp(min=0).square() + below.clamp(min=0).square()
+            if ((clipped > best * 1.001) | (best == 0)).all():
+                break
     return scale, zero
 
 

@@ -28,8 +28,11 @@ class Settings(GridSettings):
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with packed integer weights."""
+    from compress.quantize._bits import sized
     from compress.quantize._calibrated import files_of, quantise
     from compress.quantize._gptq import solve_block
+
+    settings = sized(bundle, settings, context)
 
     def solve(block: "Block") -> None:
         solve_block(block, settings, damping=0.01)

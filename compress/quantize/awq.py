@@ -30,9 +30,12 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with packed integer weights."""
     from compress.calibration.block import Block
     from compress.calibration.inputs import in_order, reach, second_moments
+    from compress.quantize._bits import sized
     from compress.quantize._calibrated import files_of, quantise
     from compress.quantize._fold import fold_before
     from compress.quantize._solution import Quantised
+
+    settings = sized(bundle, settings, context)
 
     def solve(block: Block) -> None:
         most = reach(block)

@@ -25,8 +25,11 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     Raises BrokenPromise when a layer's Hessian can't be factored at any damping.
     """
     from compress.calibration.block import Block
+    from compress.quantize._bits import sized
     from compress.quantize._calibrated import files_of, quantise
     from compress.quantize._gptq import solve_block
+
+    settings = sized(bundle, settings, context)
 
     def solve(block: Block) -> None:
         solve_block(block, settings, settings.damping)

@@ -45,9 +45,10 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     from compress.architecture import as_linear, block_stacks
     from compress.calibration.walk import check_dtype, layers_in_blocks
-    from compress.quantize._bits import plan
+    from compress.quantize._bits import plan, sized
     from compress.quantize._calibrated import files_of
 
+    settings = sized(bundle, settings, context)
     check_dtype(bundle.model)
     original = as_linear(bundle.model).requires_grad_(False)
     model = copy.deepcopy(original).float()

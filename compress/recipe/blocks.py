@@ -208,6 +208,11 @@ class Stage(BaseModel):
     method: str
     settings: SerializeAsAny[Settings]
 
+    @property
+    def needs_examples(self) -> bool:
+        """Whether it can't do without examples of the train split."""
+        return methods.find(self.family, self.method).ABOUT.calibrated or self.settings.needs_examples()
+
     def as_written(self) -> dict[str, Any]:
         return {self.family: self.method, **self.settings.model_dump(mode="json")}
 

@@ -11,9 +11,10 @@ Example:  compress run recipes/quickstart.yaml --set data.samples=100
 """
 
 import gc
+import sys
 from argparse import ArgumentParser, Namespace
 
-from compress.errors import InputError
+from compress.errors import InputError, printable
 from compress.verbs._answer import finish, log, refuse, tell
 from compress.verbs._arguments import measuring, telling, tracking
 
@@ -29,6 +30,7 @@ def arguments(parser: ArgumentParser) -> None:
 def call(given: Namespace) -> int:
     gc.enable()  # which `main` turned off, for verbs that answer at once
     from compress import pipeline, terminal, trackers
+    from compress.forecast.plan import remarks
     from compress.process import launched
     from compress.recipe import load
 
@@ -40,6 +42,8 @@ def call(given: Namespace) -> int:
     refuse(given)
     trackers.require(given.log)
     loaded = load(given.recipe, given.set)
+    for sentence in remarks(loaded):
+        print(printable(sentence), file=sys.stderr)
     with terminal.bars() as progress:
         report = pipeline.run(loaded, given.out, given.device, progress, processes, given.strict)
     status = finish([report], given.json)

@@ -1,6 +1,7 @@
 """A recipe foretold: from config.json alone, on a named GPU, and refused by name where it can't be."""
 
 import json
+import re
 import shutil
 import sys
 import types
@@ -11,7 +12,7 @@ from safetensors.torch import save_file
 
 from compress.errors import DeviceError, ModelError
 from compress.forecast import machine
-from compress.forecast.plan import plan
+from compress.forecast.plan import plan, remarks
 from compress.recipe import load
 from tests.conftest import recipe_for
 from tests.test_cli import program
@@ -31,6 +32,17 @@ def seven(tmp_path, rows, write_recipe):
     data = recipe_for("llama", folder, rows, stages=[{"quantize": "bnb_nf4"}], benchmark="standard")
     data["model"]["dtype"] = "auto"
     return write_recipe(data)
+
+
+def test_layers_that_a_group_size_does_not_divide_are_said_before_anything_is_loaded(seven, tmp_path):
+    config = {**LLAMA_7B, "hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9}
+    (tmp_path / "seven" / "config.json").write_text(json.dumps(config))
+    overrides = ["stages=[{quantize: rtn, group_size: 128}]"]
+    found = plan(load(seven, overrides), machine.named("t4-16gb")).said
+    assert found == remarks(load(seven, overrides))
+    assert re.fullmatch(r"quantize: rtn: group_size 128 does not divide .*, in layers of 576 columns, have a scale a row.*", found[0])
+    assert "group_size is 64" in remarks(load(seven, ["stages=[{quantize: rtn}]"]))[0]
+    assert remarks(load(seven, ["stages=[{quantize: rtn, group_size: 32}]"])) == remarks(load(seven)) == []
 
 
 def test_a_config_is_enough(seven):

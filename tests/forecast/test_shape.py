@@ -1,6 +1,7 @@
 """Numbers of weights from config.json, held against transformers' own models and published figures."""
 
 import json
+from collections import Counter
 
 import pytest
 import torch
@@ -168,6 +169,10 @@ def test_every_weight_is_counted(task, config, tmp_path):
     heads = ("lm_head", "score", "classifier", "classification_head", "pooler")
     blocks = [m for name, m in model.named_modules() if type(m).__name__ in ("Linear", "Conv1D") and not any(h in name for h in heads)]
     assert shape.linear == sum(m.weight.numel() for m in blocks)
+    columns = Counter[int]()
+    for m in blocks:
+        columns[m.weight.shape[0 if type(m).__name__ == "Conv1D" else 1]] += m.weight.numel()
+    assert shape.columns == columns
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

@@ -1,5 +1,6 @@
 """Grids, solvers and packing against definitions written out in float64."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -118,3 +119,47 @@ def test_packed_layers_are_unpacked_to_the_same_values_by_the_formats_own_librar
     read = BaseCompressor.get_value_from_registry("pack-quantized").decompress(state, QuantizationScheme(**group))["weight"]
     assert torch.allclose(read, grid.values(integers), atol=1e-6)
     assert holder.weight_packed.numel() * 32 == w.numel() * bits
+
+
+@pytest.mark.parametrize(
+    ("weights", "given", "size", "said"),
+    [
+        ({576: 75, 1536: 25}, None, 64, "group_size is 64, the largest of 128, 64 and 32 that divides every layer's columns"),
+        ({576: 75, 1536: 25}, 32, 32, None),
+        ({576: 75, 1536: 25}, -1, -1, None),
+        ({576: 75, 1536: 25}, 128, 128, "75 % of the weights, in layers of 576 columns, have a scale a row.*; 64 divides them all"),
+        ({64: 77, 172: 23}, None, 64, "64, which divides most: none of.*23 % of the weights, in layers of 172 columns, have a scale a row"),
+        ({64: 77, 172: 23}, 128, 128, "100 % of the weights, in layers of 64, 172 columns.*leave group_size out"),
+        ({100: 1, 172: 1}, None, -1, "group_size is -1, a scale a row: 128, 64 and 32 do not divide the layers' 100, 172 columns"),
+    ],
+)
+def test_the_group_size_is_what_divides_and_the_rest_is_said(weights, given, size, said):
+    settings = Settings(group_size=given)
+    assert settings.sized(weights).group_size == size
+    sentences = settings.about_shapes(weights)
+    assert len(sentences) == (said is not None)
+    assert said is None or re.search(said, sentences[0])
+
+
+def test_gptqs_files_hold_one_kind_of_grid_and_get_one():
+    assert Settings(format="gptq").sized({64: 77, 172: 23}).group_size == -1
+    assert Settings(format="gptq").sized({64: 77, 192: 23}).group_size == 64
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_a_search_that_ends_early_has_found_what_the_whole_search_finds(bits, symmetric):
+    """All 80 ranges tried one by one, in float64; some groups are zeros, some of one sign, some with one large weight."""
+    w = weight(rows=40)
+    w[0], w[1], w[2, 5] = 0, w[1].abs(), 9
+    found = _grid.fit(w, Settings(group_size=32, symmetric=symmetric), bits)
+    w64 = w.double().reshape(40, 2, 32)
+    low, high = w64.amin(dim=2).clamp(max=0), w64.amax(dim=2).clamp(min=0)
+    errors = []
+    for step in range(80):
+        scale, zero = (part[..., None] for part in _grid.grid_of(low * (1 - step / 100), high * (1 - step / 100), bits, symmetric))
+        values = ((w64 / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale
+        errors.append(((values - w64) ** 2).sum(dim=2))
+    least = torch.stack(errors).amin(dim=0)
+    made = ((found.rounded(w).double().reshape(40, 2, 32) - w64) ** 2).sum(dim=2)
+    assert torch.allclose(made, least, rtol=1e-3, atol=1e-9)
