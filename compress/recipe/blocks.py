@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_validator
 
+from compress import methods
 from compress.methods import Dtype, Settings, Task
 from compress.metrics import GROUPS
 from compress.recipe.scoring import Scoring, tokenizers
