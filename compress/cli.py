@@ -10,9 +10,11 @@ import importlib
 import os
 import signal
 import sys
+import warnings
 from typing import NoReturn
 
 from compress.errors import CompressError, printable
+from compress.quiet import QUIET
 from compress.verbs._answer import ignore_stdout
 
 # in the order that help has them
@@ -43,6 +45,7 @@ def parser() -> argparse.ArgumentParser:
 
 def main() -> NoReturn:
     """The program: errors become one line and an exit status, an interrupt becomes 130."""
+    _quiet()
     gc.disable()  # imports make many objects and no rubbish: a tenth of the time that validation takes
     for number in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, _on_signal)
@@ -66,6 +69,14 @@ def main() -> NoReturn:
         _fail(f"{error.filename or 'standard output'}: {error.strerror or error}", 3)
     except Exception as error:
         _fail(f"unexpected {type(error).__name__}: {error} (a fault of this program, not of yours)", 3)
+
+
+def _quiet() -> None:
+    """Keep libraries' messages off the terminal; PYTHONWARNINGS brings warnings back, the libraries' own variables the rest."""
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
+    if not sys.warnoptions:
+        warnings.simplefilter("ignore")
 
 
 def _on_signal(number: int, frame: object) -> NoReturn:

@@ -27,16 +27,13 @@ from typing import IO, Any, Protocol
 
 from compress import errors, phases
 from compress.errors import ChildDied, CompressError, InputError, Killed, RunError
+from compress.quiet import QUIET
 
 Progress = Callable[[str, int, int], None]  # what, and behind a semicolon how it goes; done, total
 ENVIRONMENT = {
+    **QUIET,
     "OMP_WAIT_POLICY": "passive",  # a spinning thread on a shared core makes the other side's turn many times slower
-    "TOKENIZERS_PARALLELISM": "false",
-    "TRANSFORMERS_VERBOSITY": "error",
-    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-    "HF_HUB_DISABLE_TELEMETRY": "1",
     "DISABLE_SAFETENSORS_CONVERSION": "1",  # else a repository of pickles makes transformers ask a service to convert it
-    "BITSANDBYTES_NOWELCOME": "1",
 }
 LAUNCHER = (  # what torchrun and accelerate launch tell their copies; our processes are told their own
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME",

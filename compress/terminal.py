@@ -18,11 +18,11 @@ from compress.errors import printable
 from compress.forecast.plan import Plan
 from compress.inspection.findings import NORMAL, Inspection, Part, grouped
 from compress.report import times
-from compress.report.compare import as_text, decisive, rows
+from compress.report.compare import as_text, decisive, gates, rows
 from compress.report.history import FEWEST, Line, Run
 from compress.report.layers import line
 from compress.report.numbers import change, count, duration, figure, percent, scaled, verdict_words
-from compress.report.table import room
+from compress.report.table import fitted, room
 from compress.report.write import shown
 from compress.results import Report
 
@@ -98,9 +98,12 @@ def show_report(report: Report) -> None:
 
 
 def show_comparison(reports: Sequence[Report], minimised: str | None = None) -> None:
-    """One table over reports: the figures that their gates limit and what is minimised first; below it what decided against which."""
+    """One table over reports: the figures that their gates limit and what is minimised first; below it every gate, and what decided
+    against which."""
     models = rows(reports)
     print(as_text(models, decisive(models, reports, minimised), "table", room()))
+    if any(report.gates for report in reports):
+        print("\n".join(["", *fitted(*gates(reports), room()), ""]))
     if doubtful := [report for report in reports if report.verdict != "pass"]:
         show_reasons("didn't pass", [(report.recipe, f"{verdict_words(report.verdict)}: {report.decided_by}") for report in doubtful])
 

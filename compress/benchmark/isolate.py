@@ -72,6 +72,7 @@ def measure(
     outputs = [s.outputs for s in subjects if s.outputs is not None]
     environment |= facts()
     environment["foreign_gpu_bytes"] = max(subject.foreign_gpu_bytes for subject in subjects)
+    environment["longest_input"] = next((output["longest_input"] for output in reversed(outputs)), None)  # the candidate's
     environment["inputs_cut"] = max((output["cut"] for output in outputs), default=0)
     environment["generation_config"] = next((output["generation_config"] for output in outputs), {})
     return [session.measured(pair) for pair in _pairs(subjects)], environment

@@ -233,11 +233,13 @@ class Worker:
         if batches.halved:
             times = "once" if batches.halved == 1 else f"{batches.halved} times"
             said.append(f"memory ran out {times}; batches then held no more than {batches.tokens:,} tokens")
+        room = generation["max_new_tokens"] if GENERATED & set(groups) and not self.model.config.is_encoder_decoder else 0
         return {
             "samples": samples,
             "texts": texts,
             "windows": windows,
             "cut": reader.cut,
+            "longest_input": reader.limit(room),
             "generation_config": self._own_generation(),
             "said": said,
         }

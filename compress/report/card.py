@@ -5,10 +5,10 @@ card is of the newest that measured it. A card is no part of what tells one mode
 once, so runs that read the artifact meanwhile don't notice.
 """
 
-import json
 import re
 import secrets
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from compress import __version__, model
 from compress.metrics import GROUPS
-from compress.model import AUTO, CARD, Source
+from compress.model import CARD, Source
 from compress.recipe import Recipe, digest
+from compress.report import usage
 from compress.report import write as tables
 from compress.report.numbers import verdict_words
 from compress.report.table import cell, table
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
     from huggingface_hub import EvalResult
 
 RUN = "compress_run"  # in the metadata: recipe and run of the report that the figures are from
-READERS = {"gptq": "gptqmodel optimum", "bitsandbytes": "bitsandbytes accelerate"}  # what reads packed weights, not called as their format
 PIPELINES = {"causal-lm": "text-generation", "sequence-classification": "text-classification"}
 METRIC = {figure: group for group, figures in GROUPS.items() for figure in figures if group != "generated_tokens"}  # as the hub calls it
 LICENCE = ("license", "license_name", "license_link")
@@ -54,14 +54,31 @@ class Origin:
 
         where = self.source
         try:
-            file = Path(where.id) / CARD if where.is_folder else Path(hf_hub_download(where.id, CARD, revision=where.revision))
-            return dict(ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()) if file.is_file() else None
+            with _quiet_hub():
+                file = Path(where.id) / CARD if where.is_folder else Path(hf_hub_download(where.id, CARD, revision=where.revision))
+                return dict(ModelCard.load(file, ignore_metadata_errors=True).data.to_dict()) if file.is_file() else None
         except Exception:  # people write anything into a card, and the hub may not answer
             return None
 
     def stated(self, key: str) -> Any:
         """What its card says."""
         return (self.card or {}).get(key)
+
+
+@contextmanager
+def _quiet_hub() -> Iterator[None]:
+    """Within it the hub's library says nothing of a card without metadata, and draws no bars."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+
+    verbosity, drawn = logging.get_verbosity(), not are_progress_bars_disabled()
+    logging.set_verbosity(logging.ERROR)
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if drawn:
+            enable_progress_bars()
 
 
 def write(recipe: Recipe, source: Source, stages: list[StageRecord], report: Report | None = None) -> None:
@@ -90,18 +107,19 @@ def write(recipe: Recipe, source: Source, stages: list[StageRecord], report: Rep
 def text(recipe: Recipe, source: Source, stages: list[StageRecord], report: Report | None) -> str:
     """The card, metadata and all. Absolute paths are cut to their last names: the machine's folders are nobody's business."""
     origins = _origins(recipe, source, len(stages))
-    config = json.loads((Path(stages[-1].artifact) / "config.json").read_text(encoding="utf-8"))
     title = f"{origins[0].name.rsplit('/', 1)[-1]}, {', '.join(record.name for record in stages)}"
-    parts = [
+    first = [
         f"# {cell(title)}",
         f"Made from {cell(origins[0].name)} by the recipe {cell(recipe.name)} (digest {recipe.digest}) with compress {__version__}.",
-        _verdict(report),
-        _loading(recipe.model.task, (config.get("quantization_config") or {}).get("quant_method")),
+        _verdict(recipe, report),
+    ]
+    then = [
         _done(stages),
         *([] if report is None else [tables.figures(report), tables.gates(report), _notes(report)]),
         _provenance(origins),
     ]
-    body = ABSOLUTE.sub("", "\n\n".join(part for part in parts if part))
+    before, behind = (ABSOLUTE.sub("", "\n\n".join(part for part in parts if part)) for parts in (first, then))
+    body = "\n\n".join([before, usage.section(recipe, Path(stages[-1].artifact), report), behind])  # whose example stays as it is
     written = tables.indented(_without_folders(recipe.as_written()))
     return f"---\n{_metadata(recipe, origins, stages, report, title)}\n---\n\n{body}\n\n## Recipe\n\nDefaults filled in.\n\n{written}\n"
 
@@ -167,7 +185,7 @@ def _results(recipe: Recipe, report: Report, measured: dict[str, float | None], 
     ]  # fmt: skip
 
 
-def _verdict(report: Report | None) -> str:
+def _verdict(recipe: Recipe, report: Report | None) -> str:
     if report is None:
         return "Not measured yet; its figures stand here once a run has measured it."
     where, data = report.environment, report.settings["data"]
@@ -178,33 +196,12 @@ def _verdict(report: Report | None) -> str:
     made = [f"{name} {where[name]}" for name in ("torch", "transformers") if where.get(name)]
     examples = [f"{len(report.predictions):,} examples of {_name(str(data.get('source')))}"] if report.predictions else []
     measured = ", ".join(str(part) for part in [*examples, *machine, *made] if part)
+    by = usage.measured_with(recipe, where.get("device", "cpu"))
     return (
         f"May it replace the original? **{verdict_words(report.verdict)}**: {cell(report.decided_by)}.\n\n"
-        f"Measured on {cell(measured)}; {report.created[:10]}, run {cell(f'{report.recipe}/{report.run}')}."
+        f"Measured on {cell(measured)}; {report.created[:10]}, run {cell(f'{report.recipe}/{report.run}')}.\n\n"
+        f"Runtime of both models: {by or 'plain transformers'}."
     )
-
-
-def _loading(task: str, packed: str | None) -> str:
-    """Code that runs as it stands in the artifact's folder."""
-    auto, packages = AUTO[task], ["torch", "transformers", *([READERS.get(packed, packed)] if packed else [])]
-    use = "tokenizer.decode(model.generate(**inputs)[0], skip_special_tokens=True)"
-    if task == "sequence-classification":
-        use = "model.config.id2label[model(**inputs).logits.argmax().item()]"
-    return f"""## How to load it
-
-    pip install {" ".join(packages)}
-
-```python
-from transformers import {auto}, AutoTokenizer
-
-place = "."  # this folder, or the model's id on the hub
-tokenizer = AutoTokenizer.from_pretrained(place)
-model = {auto}.from_pretrained(place)
-inputs = tokenizer("A text.", return_tensors="pt")
-print({use})
-```
-
-The recipe below says by which prompt it was measured."""
 
 
 def _done(stages: list[StageRecord]) -> str:

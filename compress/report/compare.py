@@ -16,7 +16,7 @@ from compress.report.numbers import change, figure, verdict_words
 from compress.report.table import cell, fitted, html_table, latex, latex_table, table
 from compress.report.tradeoff import pareto
 from compress.report.verdict import baseline_key, differing, measured_how
-from compress.results import Comparison, Measurement, Report, Role, Side, Verdict
+from compress.results import Comparison, GateResult, Measurement, Report, Role, Side, Verdict
 
 HEAD = (
     "rougeL",
@@ -117,6 +117,26 @@ def decisive(found: Sequence[Row], reports: Sequence[Report], minimised: str | N
     gated = dict.fromkeys(metric for report in reports for metric in report.settings["check"])
     wanted = [name for name in [*gated, *([minimised] if minimised else [])] if name in measured]
     return list(dict.fromkeys([*(labels(found, wanted) if wanted else []), *labels(found)]))
+
+
+def gates(reports: Sequence[Report]) -> tuple[list[str], list[list[str]]]:
+    """Header and rows of text: for each recipe how every gate of any of them came out, with what it bounds and the interval."""
+    every = list(dict.fromkeys(gate.label for report in reports for gate in report.gates))
+    body = []
+    for report in reports:
+        results = {gate.label: gate for gate in report.gates}
+        body.append([report.recipe, verdict_words(report.verdict), *(_gate(results.get(label)) for label in every)])
+    return ["recipe", "verdict", *(label.replace(" [", ", ").replace("]: ", ", ").replace(": ", ", ") for label in every)], body
+
+
+def _gate(result: GateResult | None) -> str:
+    """FAIL 1.21 (1.15 to 1.28)"""
+    if result is None:
+        return "-"
+    parts = [verdict_words(result.verdict), *([] if result.estimate is None else [f"{result.estimate:.4g}"])]
+    if result.interval and result.interval[0] < result.interval[1]:
+        parts.append(f"({result.interval[0]:.4g} to {result.interval[1]:.4g})")
+    return " ".join(parts)
 
 
 def ranked(found: Sequence[Row], by: str) -> list[Row]:

@@ -101,9 +101,9 @@ def tradeoff(points: Sequence[Row], across: str | None = None, up: str | None = 
 
 
 def latencies(rows: Sequence[Row], names: Sequence[str]) -> Spec:
-    """Every timing of every side, a tick each, with the median.
+    """Every timing of every side, a tick each, with the figure that stands for them.
 
-    rows    `what` (label of the figure), `name` (of the side), `ms`
+    rows    `what` (label of the figure), `name` (of the side), `figure` and `ms`, in milliseconds
     names   of the sides, in order
     """
     import altair as alt
@@ -116,11 +116,11 @@ def latencies(rows: Sequence[Row], names: Sequence[str]) -> Spec:
     ticks = base.mark_tick(thickness=2, size=22, opacity=0.55, aria=False).encode(
         tooltip=[alt.Tooltip("name:N"), alt.Tooltip("ms:Q", format=".4~g")]
     )
-    median = base.mark_tick(thickness=4, size=40, opacity=1).encode(
-        alt.X("median(ms):Q"), tooltip=[alt.Tooltip("name:N"), alt.Tooltip("median(ms):Q", title="median, ms", format=".4~g")]
+    figure = base.mark_tick(thickness=4, size=40, opacity=1).encode(
+        alt.X("mean(figure):Q"), tooltip=[alt.Tooltip("name:N"), alt.Tooltip("mean(figure):Q", title="the figure, ms", format=".4~g")]
     )
-    chart = alt.LayerChart(layer=[ticks, median]).properties(width="container", height=52 * len(names))
-    return _drawn(chart, rows, "Timings of each side; a long tick is the median.")
+    chart = alt.LayerChart(layer=[ticks, figure]).properties(width="container", height=52 * len(names))
+    return _drawn(chart, rows, "Timings of each side; a long tick is the figure that stands for them.")
 
 
 def memory(rows: Sequence[Row], names: Sequence[str], parts: Sequence[str]) -> Spec:
@@ -138,7 +138,7 @@ def memory(rows: Sequence[Row], names: Sequence[str], parts: Sequence[str]) -> S
         .mark_bar(size=26)
         .encode(
             alt.X("size:Q", title="MB", axis=alt.Axis(tickCount=6)), alt.Y("name:N", title=None, sort=list(names)),
-            alt.Color("part:N", title=None, scale=alt.Scale(domain=kept), legend=alt.Legend(orient="bottom", columns=3)),
+            alt.Color("part:N", title=None, scale=alt.Scale(domain=kept), legend=alt.Legend(orient="bottom", columns=2)),
             order="order:Q", tooltip=[alt.Tooltip("name:N"), alt.Tooltip("part:N"), alt.Tooltip("text:N", title="bytes")],
         )
         .properties(width="container", height=42 * len(names))

@@ -35,6 +35,14 @@ def reasons(sides: list[Side], where: Comparison, environment: dict[str, Any]) -
     return [*_costs(theirs, ours, point), *_limits(sides[0], theirs, where, environment, point)]
 
 
+def costs(sides: list[Side], where: Comparison) -> list[str]:
+    """Why the candidate is slower at a grid point, a sentence a reason; none where its steps take no longer."""
+    steps = [step for side in sides if (step := _step_at(side, where))]
+    if len(steps) != 2 or (steps[1].seconds or 0.0) <= (steps[0].seconds or 0.0):
+        return []
+    return _costs(*steps, f"at batch {where.batch_size}")
+
+
 def section(report: Report) -> str:
     """The shares in Markdown, and what the machine can do at best."""
     found = rows(report)

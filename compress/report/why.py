@@ -58,19 +58,26 @@ def _speed(
     """
     timed = [c for c in compared if c.metric == "latency_p50" and c.low is not None and c.high is not None]
     undecided = open_points(gates)
-    slower = [c for c in timed if c.low is not None and c.low > 1 and c.point not in undecided]
-    alike = [c for c in timed if c not in slower and c.high is not None and c.high >= 1]
+    higher = [c for c in timed if c.low is not None and c.low > 1]
+    slower, unsure = ([c for c in higher if (c.point in undecided) == doubted] for doubted in (False, True))
+    alike = [c for c in timed if c not in higher and c.high is not None and c.high >= 1]
     shrank = any(c.metric == "weight_bytes" and c.candidate < SMALLER * c.baseline for c in compared)
-    missed = slower or (alike if shrank else [])
-    if not missed:
-        return []
-    worst = max(missed, key=lambda c: c.estimate or 0)
-    reasons = steps.reasons(sides, worst, environment)[:2]
-    if not slower and not reasons:
-        return []
-    where = ", ".join(f"batch {c.batch_size} x prompt {c.prompt_tokens}: {change(c)}" for c in missed)
-    reasons = reasons or [_at_run_time(stages, slows=True)]
-    return [" ".join([f"{'Slower' if slower else 'Not shown to be faster'} than the baseline at {where}.", *reasons])]
+    found = [f"Not shown to be slower than the baseline at {_places(unsure)}: the gate there can't tell yet."] if unsure else []
+    if slower:
+        reasons = steps.costs(sides, max(slower, key=_estimate))[:2] or [_at_run_time(stages, slows=True)]
+        found.insert(0, " ".join([f"Slower than the baseline at {_places(slower)}.", *reasons]))
+    elif alike and shrank and (reasons := steps.reasons(sides, max(alike, key=_estimate), environment)[:2]):
+        found.append(" ".join([f"Not shown to be faster than the baseline at {_places(alike)}.", *reasons]))
+    return found
+
+
+def _places(compared: list[Comparison]) -> str:
+    """batch 1 x prompt 64: x1.029 (1.012 to 1.046), and so on"""
+    return ", ".join(f"batch {c.batch_size} x prompt {c.prompt_tokens}: {change(c)}" for c in compared)
+
+
+def _estimate(compared: Comparison) -> float:
+    return compared.estimate or 0.0
 
 
 def at_run_time(record: StageRecord) -> str | None:

@@ -19,6 +19,7 @@ from compress.report.table import cell, table
 from compress.report.why import at_run_time
 from compress.results import NOTES, Comparison, Layer, Measurement, Point, Prediction, Report, StageRecord, whole_folder
 
+FIGURES = "Of speed and memory a figure is the geometric mean of the rounds, and its change the ratio of two of them."
 WORST = 10
 POINTS = 10  # of a training's curve
 SHOWN = (
@@ -110,7 +111,9 @@ def gates(report: Report) -> str:
 
 
 def figures(report: Report) -> str:
-    return "## Figures\n\n" + table(*sides(report))
+    header, rows = sides(report)
+    by_rounds = any(c.kind == "ratio" and c.low is not None and c.low != c.high for c in report.comparisons)
+    return "\n\n".join(["## Figures", table(header, rows), *([FIGURES] if by_rounds else [])])
 
 
 def sides(report: Report) -> tuple[list[str], list[list[str]]]:

@@ -14,10 +14,14 @@ Example:  compress search quickstart-rtn --keep rougeL:-2.0 --minimise file_byte
 import gc
 from argparse import ArgumentParser, Namespace
 from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import InputError
 from compress.verbs._answer import print_json
 from compress.verbs._arguments import measuring, spreading
+
+if TYPE_CHECKING:
+    from compress.search import Tried
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -50,7 +54,7 @@ def call(given: Namespace) -> int:
         found = search.run(given.out, given.trials, given.device, progress, given.strict, workers)
     best, verdicts = found.best, [one.verdict for one in found.tried]
     if given.json:
-        print_json({"best": best and {**asdict(best), "recipe": str(found.file)}, "tried": [asdict(one) for one in found.tried]})
+        print_json({"best": best and {**asdict(best), "recipe": str(found.file)}, "tried": [{**asdict(one), **_judged(one)} for one in found.tried]})
     else:
         if reports := [read_report(one.report, figures_only=True) for one in found.tried if one.report]:
             terminal.show_comparison(reports, given.minimise)
@@ -63,3 +67,13 @@ def call(given: Namespace) -> int:
             change = f"x{best.value:.3f}" if METRICS[given.minimise].kind != "quality" else f"{best.value:+.3g}"
             print(f"best: {name}, {given.minimise} {change}\nrecipe    {found.file}\nreport    {best.report}")
     return 0 if best else 4 if "cannot_tell" in verdicts else 1 if "fail" in verdicts else 3
+
+
+def _judged(tried: "Tried") -> dict[str, Any]:
+    """What decided of a recipe that was measured, and each of its gates."""
+    from compress.results import read_report
+
+    if tried.report is None:
+        return {}
+    report = read_report(tried.report, figures_only=True)
+    return {"decided_by": report.decided_by, "gates": [gate.model_dump(mode="json") for gate in report.gates]}

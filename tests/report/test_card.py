@@ -89,6 +89,14 @@ def test_an_odd_card_of_the_base_model_stops_nothing(run, odd):
     assert "## How to load it" in read(records).text
 
 
+def test_a_card_without_metadata_is_nothing_to_tell_a_person(run, capfd, caplog):
+    found, source, records = run()
+    (Path(source.id) / CARD).write_text("A toy.\n")
+    card.write(found, source, records, measured(found))
+    assert "## How to load it" in read(records).text
+    assert not capfd.readouterr().err and not caplog.records
+
+
 def test_a_base_model_on_the_hub_is_named(run, monkeypatch):
     found, _, records = run("llama", data={"source": "someone/texts", "prompt": "{said}", "target": "{short}"})
     monkeypatch.setattr(card.Origin, "card", {"license": "mit", "license_link": "LICENSE"})

@@ -89,6 +89,28 @@ def test_everybody_can_read_it(visit, one, scheme, width):
     assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
 
 
+LONG = f"{'a_name_of_' * 20}candidate"
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_on_a_telephone_no_column_is_cut_and_no_name_broken_inside_a_word(visit, tmp_path, number):
+    """At 390 px nothing is to be scrolled sideways but code, and a name's every piece stands on one line."""
+    reports = [large(each, examples=2, points=2) for each in range(1, number)]
+    last = large(number, examples=2, points=2)
+    page = visit(written(tmp_path, *reports, last.model_copy(update={"recipe": LONG})), viewport={"width": 390, "height": 800})
+    page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+    assert page.evaluate("document.documentElement.scrollWidth") == 390
+    assert page.evaluate("[...document.querySelectorAll('.scroll')].filter((one) => one.scrollWidth > one.clientWidth).length") == 0
+    cells = "[...document.querySelectorAll('td, tbody th')].filter((one) => one.getBoundingClientRect().right > 390).length"
+    assert page.evaluate(cells) == 0
+    lines = """[...document.querySelectorAll('[data-name]')].flatMap((one) => [...one.childNodes]).filter((node) => {
+        const range = document.createRange();
+        range.selectNodeContents(node);
+        return node.nodeType === Node.TEXT_NODE && node.data.trim() && !/\\s/.test(node.data.trim()) && range.getClientRects().length > 1;
+    }).map((node) => node.data)"""
+    assert page.evaluate(lines) == []
+
+
 def test_plots_follow_the_scheme(visit, one):
     page = visit(one, color_scheme="light")
     colour = "getComputedStyle(document.querySelector('.chart svg .role-axis-label text')).fill"

@@ -140,6 +140,12 @@
     setTimeout(() => URL.revokeObjectURL(link.href), 10000);
   });
 
+  // Names break behind their underscores, dots and slashes, where they must.
+  for (const element of document.querySelectorAll("[data-name]")) {
+    const pieces = element.firstChild?.textContent.split(/(?<=[_./])(?=\w)/) ?? [];
+    if (pieces.length > 1) element.firstChild.replaceWith(...pieces.flatMap((piece, n) => (n ? [made("wbr", ""), piece] : [piece])));
+  }
+
   explore();
   await draw();
   dark.addEventListener("change", draw);

@@ -14,7 +14,7 @@ from compress.report.layers import lost_most, remarkable, summary
 from compress.report.numbers import change, duration, figure, percent, scaled, share, verdict_words
 from compress.report.verdict import baseline_key
 from compress.report.why import at_run_time, open_points
-from compress.report.write import shown
+from compress.report.write import FIGURES, shown
 from compress.results import Comparison, GateResult, Measurement, Report, Side, StageRecord
 
 GIST = ("weight_bytes", "peak_run_bytes", "latency_p50")  # beside the headline metric
@@ -63,7 +63,7 @@ def of(columns: Sequence[Column]) -> dict[str, Any]:
         "cards": [_card(column) for column in candidates],
         "gates": [(c.name, [(g, verdict_words(g.verdict), picture(g)) for g in c.report.gates]) for c in candidates if c.report.gates],
         "notes": [(c.name, said) for c in candidates if (said := _notes(c.report))],
-        "figures": figures(columns),
+        "figures": figures(columns), "figures_said": FIGURES,
         "memory": memory.held(sides), "checks": memory.checked(sides),
         "step_head": steps.HEAD, "step_said": steps.SAID,
         "steps": [(c.name, rows, steps.ceilings(c.report.environment)) for c in candidates if (rows := steps.rows(c.report))],

@@ -1,0 +1,195 @@
+"""How an artifact's card says that the model is used: code that loads and runs it as it was measured, and what that must print.
+
+Plain transformers, but for kernels that the recipe's runtime set. The code holds the report's first example whole.
+"""
+
+import json
+import re
+import shlex
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from compress.errors import printable
+from compress.metrics import GENERATED
+from compress.model import AUTO
+from compress.recipe import Recipe
+from compress.report.table import cell
+from compress.results import Prediction, Report
+
+READERS = {"gptq": "gptqmodel optimum", "bitsandbytes": "bitsandbytes accelerate"}  # what reads packed weights, not called as their format
+LONGEST = 4000  # characters of an example that the code holds
+LINE = 100  # characters of a piece of it
+UNBOUND = 10**9  # tokens, from which on a tokenizer means that it has no limit
+PLACEHOLDER = "A text."
+
+
+@dataclass(frozen=True)
+class Use:
+    """How a model is to be run.
+
+    task     of the recipe
+    data, generation   the recipe's blocks, as plain data
+    device   where it was measured
+    packed   how its weights are, by its config; empty where they aren't
+    kernels  functions of this package that it was run by
+    longest  tokens of an input; None where nothing bounds it
+    stops    whether the model's own generation config has strings to stop at
+    likely   whether a likelihood is all that was measured
+    """
+
+    task: str
+    data: dict[str, Any]
+    generation: dict[str, Any]
+    device: str
+    packed: str
+    kernels: list[str]
+    longest: int | None
+    stops: bool
+    likely: bool
+
+
+def section(recipe: Recipe, artifact: Path, report: Report | None) -> str:
+    """The code that runs as it stands in the artifact's folder, with what it prints where a report says."""
+    use = _use(recipe, artifact, report)
+    example = next((one for one in report.predictions if len(one.prompt) <= LONGEST), None) if report else None
+    lines = [*_loaded(use), "", *_asked(use, example), *_printed(use, example is not None)]
+    readers = READERS.get(use.packed, use.packed).split()
+    packages = ["torch", "transformers", *readers, *(["accelerate"] if use.device != "cpu" else [])]
+    install = f"    pip install {' '.join(map(shlex.quote, dict.fromkeys(packages)))}"
+    if use.kernels:
+        install += f"\n\nand this package, whose kernels it was measured with ({' and '.join(f'`{name}`' for name in use.kernels)})."
+    code = "```python\n" + "\n".join(lines) + "\n```"
+    return "\n\n".join(["## How to load it", install, "In this folder, as it was measured:", code, *_promise(use, example, report)])
+
+
+def measured_with(recipe: Recipe, device: str) -> str:
+    """The runtime in which figures were measured, where it isn't plain transformers; else nothing."""
+    runtime = recipe.benchmark.runtime
+    parts = ["int8 layers by `compress.use_cpu_int8`"] if runtime.cpu_int8 and device == "cpu" else []
+    parts += ["2:4 layers by `compress.use_sparse_24`"] if runtime.sparse_24 and device == "cuda" else []
+    parts += ["timed with a static cache"] if runtime.cache == "static" else []
+    parts += ["timed steps compiled by torch.compile"] if runtime.compile else []
+    return ", ".join(parts)
+
+
+def _use(recipe: Recipe, artifact: Path, report: Report | None) -> Use:
+    written, environment = recipe.as_written(), report.environment if report else {}
+    task, generated, device = recipe.model.task, bool(GENERATED & set(recipe.groups)), environment.get("device", "cpu")
+    packed = (_json(artifact / "config.json").get("quantization_config") or {}).get("quant_method") or ""
+    runtime, longest = recipe.benchmark.runtime, environment.get("longest_input")
+    kernels = ["use_cpu_int8"] if runtime.cpu_int8 and device == "cpu" and packed == "torchao" else []
+    kernels += ["use_sparse_24"] if runtime.sparse_24 and device == "cuda" else []
+    return Use(
+        task=task, data=written["data"], generation=written["generation"], device=device, packed=packed, kernels=kernels,
+        longest=longest if longest and longest < UNBOUND else None,
+        stops=bool(_json(artifact / "generation_config.json").get("stop_strings")),
+        likely="perplexity" in recipe.groups and not generated and task != "sequence-classification",
+    )  # fmt: skip
+
+
+def _loaded(use: Use) -> list[str]:
+    auto = AUTO[use.task]
+    where = '"."  # this folder, or the model\'s id on the hub'
+    device = "" if use.device == "cpu" else f', device_map="{use.device}"'
+    side = ', truncation_side="left"' if use.data["shots"] and use.longest and use.task != "causal-lm" else ""
+    return [
+        "import torch",
+        f"from transformers import {auto}, AutoTokenizer",
+        *(["", "import compress"] if use.kernels else []),
+        "",
+        f"place = {where}",
+        f"tokenizer = AutoTokenizer.from_pretrained(place{side})",
+        f'model = {auto}.from_pretrained(place, dtype="auto"{device})',
+        *(f"compress.{function}(model)" for function in use.kernels),
+        *(["model.config.pad_token_id = tokenizer.pad_token_id"] if use.task == "sequence-classification" else []),
+    ]
+
+
+def _asked(use: Use, example: Prediction | None) -> list[str]:
+    """The input, as token ids of one row."""
+    lines = _literal("prompt", example.prompt if example else PLACEHOLDER)
+    text, special = "prompt", ""
+    if use.data["chat"]:
+        turn = '[{"role": "user", "content": prompt}]'
+        lines.append(f"text = tokenizer.apply_chat_template({turn}, tokenize=False, add_generation_prompt=True)")
+        text, special = "text", ", add_special_tokens=False"
+    plain = use.task == "causal-lm" and use.data["text"] is None
+    cut = f", truncation=True, max_length={use.longest}" if use.longest and use.task != "causal-lm" else ""
+    lines.append(f"ids = tokenizer({text}{special}{cut}).input_ids")
+    if plain:
+        lines.append("ids = ids[:-1] if len(ids) > 1 and ids[-1] == tokenizer.eos_token_id else ids  # it is to go on")
+    if use.longest and use.task == "causal-lm" and not (use.likely and plain):
+        lines.append(f"ids = ids[{f'-{use.longest}:' if use.data['shots'] else f':{use.longest}'}]")
+    if use.likely and use.data["text"] is None:
+        lines += _literal("target", example.references[0] if example and example.references else PLACEHOLDER)
+        special = "" if use.task == "seq2seq" else ", add_special_tokens=False"
+        lines.append(f"answer = tokenizer(text_target=target{special}).input_ids")
+    return [*lines, *_inputs(use)]
+
+
+def _inputs(use: Use) -> list[str]:
+    inputs = "inputs = torch.tensor([ids], device=model.device)"
+    if not use.likely:
+        return [inputs]
+    if use.data["text"] is not None:
+        return [inputs, "labels = inputs"]
+    if use.task == "seq2seq":
+        return [inputs, "labels = torch.tensor([answer], device=model.device)"]
+    return [
+        "inputs = torch.tensor([ids + answer], device=model.device)",
+        "labels = torch.tensor([[-100] * len(ids) + answer], device=model.device)",
+    ]
+
+
+def _printed(use: Use, measured: bool) -> list[str]:
+    """What is made of the input."""
+    if use.likely:
+        result = "loss = model(inputs, labels=labels).loss"
+        shown = 'print(f"{loss.exp().item():.4g}")  # perplexity'
+    elif use.task == "sequence-classification":
+        result = "label = model(inputs).logits.argmax().item()"
+        shown = "print(model.config.id2label[label])"
+    else:
+        settings = {key: value for key, value in use.generation.items() if value is not None and key != "seed"}
+        given = ", ".join(["attention_mask=torch.ones_like(inputs)", *(f"{key}={value!r}" for key, value in settings.items())])
+        result = f"output = model.generate(inputs, {given}{', tokenizer=tokenizer' if use.stops else ''})"
+        new = "output[0, len(ids) :]" if use.task == "causal-lm" else "output[0]"
+        first = f".split({use.data['shot_separator']!r})[0].strip()" if use.data["shots"] else ""
+        shown = f"print(tokenizer.decode({new}, skip_special_tokens=True).strip(){first})"
+    return ["with torch.inference_mode():", f"    {result}", shown]
+
+
+def _promise(use: Use, example: Prediction | None, report: Report | None) -> list[str]:
+    """What the code prints, or why that can't be said."""
+    if report is None or not report.predictions:
+        return []
+    if example is None:
+        return [f"All of the report's examples are longer than {LONGEST:,} characters, so none of them stands here."]
+    name = f"That is the report's example {cell(example.id[:100])}"
+    if use.generation["do_sample"] and example.candidate is not None:
+        return [f"{name}. Its output was drawn, and transformers draws another."]
+    expected = example.candidate
+    if expected is None and use.likely and example.candidate_score is not None and not (use.data["stride"] or use.data.get("join")):
+        expected = f"{example.candidate_score:.4g}"
+    if expected is None:
+        return []
+    if not expected:
+        return [f"{name}, for which it prints an empty line, as it did in the report."]
+    shown = "\n".join(f"    {line}" for line in printable(expected).split("\n"))
+    return [f"{name}, for which it prints, as it did in the report:", shown]
+
+
+def _literal(name: str, text: str) -> list[str]:
+    """Python that gives a name to a text: printable, in lines of some length, with nothing that Markdown or HTML would act upon."""
+    pieces = re.findall(rf"(?s:.{{1,{LINE}}}(?:\s|\Z)|.{{1,{LINE}}})", text) or [""]
+    written = [repr(piece).replace("`", r"\x60").replace("<", r"\x3c") for piece in pieces]
+    return [f"{name} = {written[0]}"] if len(written) == 1 else [f"{name} = (", *(f"    {piece}" for piece in written), ")"]
+
+
+def _json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
