@@ -417,7 +417,7 @@ def _judged(report: Report, baseline: Side | None, candidate: Side, same_run: bo
         update={
             "sides": sides, "comparisons": comparisons, "gates": gates, "verdict": decision, "decided_by": reason,
             "notes": [
-                *why.notes(report.stages, comparisons, gates, report.environment, sides),
+                *why.notes(report.stages, comparisons, report.environment, sides, gates),
                 *quality.notes(sides, compared, [example.id for example in report.predictions], report.environment),
                 *quality.left_out(report.splits),
                 *disturbances(report.turns),

@@ -1,6 +1,7 @@
 """The program as a person meets it: verbs, exit statuses, what goes to stdout, and how fast it answers."""
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
@@ -164,6 +165,12 @@ def test_run_prints_one_document_and_leaves_a_report(finished):
     latency = next(m for m in raw["sides"][0]["measurements"] if m["metric"] == "latency_p50")
     assert [len(timings) for timings in latency["raw"]] == [4], "one round of two turns of two generations"
     assert raw["environment"]["threads"] == 1
+
+
+@pytest.mark.slow
+def test_a_terminal_gets_our_own_lines_alone(finished):
+    ours = r"quantize: cast|saving|(baseline|candidate): .*|timing in turns.*|waiting for .*"
+    assert [line for line in finished[2].stderr.splitlines() if not re.fullmatch(ours, line)] == []
 
 
 @pytest.mark.slow

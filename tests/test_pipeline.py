@@ -245,19 +245,19 @@ STAGES = [StageRecord(stage={"quantize": "bnb_nf4"}, artifact="a", seconds=1, re
 
 def test_the_report_says_why_it_is_slower_or_no_smaller():
     slow = ratio("latency_p50", 1.5, 1.2, 1.8, batch_size=8, prompt_tokens=64)
-    (note,) = why.notes(STAGES, [slow], [], {}, [])
+    (note,) = why.notes(STAGES, [slow], {}, [])
     assert note.startswith(
         "Slower than the baseline at batch 8 x prompt 64: x1.500 (1.200 to 1.800). quantize: bnb_nf4: the weights are unpacked"
     )
     maybe = ratio("latency_p50", 1.5, 0.9, 2.5, batch_size=8, prompt_tokens=64)
-    assert why.notes(STAGES, [maybe], [], {}, []) == []
-    (note,) = why.notes(STAGES, [ratio("weight_bytes", 1.0, 1.0, 1.0)], [], {}, [])
+    assert why.notes(STAGES, [maybe], {}, []) == []
+    (note,) = why.notes(STAGES, [ratio("weight_bytes", 1.0, 1.0, 1.0)], {}, [])
     assert note.startswith("Once loaded, the weights take no less memory than before. quantize: bnb_nf4:")
-    found = why.notes(STAGES, [ratio("weight_bytes", 1.0, 1.0, 1.0), ratio("file_bytes", 0.3, 0.3, 0.3)], [], {}, [])
+    found = why.notes(STAGES, [ratio("weight_bytes", 1.0, 1.0, 1.0), ratio("file_bytes", 0.3, 0.3, 0.3)], {}, [])
     assert "though on disk they are x0.300" in found[0]
-    (note,) = why.notes(STAGES, [ratio("weight_bytes", 0.3, 0.3, 0.3), ratio("peak_run_bytes", 1.0, 0.99, 1.01)], [], {}, [])
+    (note,) = why.notes(STAGES, [ratio("weight_bytes", 0.3, 0.3, 0.3), ratio("peak_run_bytes", 1.0, 0.99, 1.01)], {}, [])
     assert "they are now 30% of it" in note
-    assert "3 inputs were longer" in why.notes(STAGES, [], [], {"inputs_cut": 3}, [])[0]
+    assert "3 inputs were longer" in why.notes(STAGES, [], {"inputs_cut": 3}, [])[0]
 
 
 def test_a_note_is_no_surer_than_the_gate():
@@ -266,16 +266,16 @@ def test_a_note_is_no_surer_than_the_gate():
         metric="latency_p50", limit_kind="max_ratio", limit=1.0, estimate=1.06, interval=(1.01, 1.11), verdict="cannot_tell",
         sentence="alone it would fail, as one of 7 it may be chance", batch_size=8, prompt_tokens=64,
     )  # fmt: skip
-    assert why.notes(STAGES, [slow], [], {}, [])[0].startswith("Slower than the baseline")
+    assert why.notes(STAGES, [slow], {}, [])[0].startswith("Slower than the baseline")
     shrank = ratio("weight_bytes", 0.3, 0.3, 0.3)
-    assert not any(note.startswith("Slower") for note in why.notes(STAGES, [slow, shrank], [gate], {}, []))
+    assert not any(note.startswith("Slower") for note in why.notes(STAGES, [slow, shrank], {}, [], [gate]))
     assert sections.mark(slow, set()) == "worse" and sections.mark(slow, {slow.point}) == ""
 
 
 def test_no_reason_is_given_that_can_not_slow_a_step():
     slow = ratio("latency_p50", 1.5, 1.2, 1.8, batch_size=8, prompt_tokens=64)
     for method, family in (("gptq", "quantize"), ("structured", "prune"), ("wanda", "prune"), ("full", "finetune")):
-        (note,) = why.notes([StageRecord(stage={family: method}, artifact="a", seconds=1, reused=False)], [slow], [], {}, [])
+        (note,) = why.notes([StageRecord(stage={family: method}, artifact="a", seconds=1, reused=False)], [slow], {}, [])
         assert note.endswith("Nothing was done to the model that would explain it."), method
 
 

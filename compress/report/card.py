@@ -68,10 +68,13 @@ class Origin:
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
     """Within it the hub's library says nothing of a card without metadata, and draws no bars."""
-    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars, logging
+    from logging import ERROR
+
+    from huggingface_hub.utils import logging
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     verbosity, drawn = logging.get_verbosity(), not are_progress_bars_disabled()
-    logging.set_verbosity(logging.ERROR)
+    logging.set_verbosity(ERROR)
     disable_progress_bars()
     try:
         yield

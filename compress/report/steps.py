@@ -38,9 +38,11 @@ def reasons(sides: list[Side], where: Comparison, environment: dict[str, Any]) -
 def costs(sides: list[Side], where: Comparison) -> list[str]:
     """Why the candidate is slower at a grid point, a sentence a reason; none where its steps take no longer."""
     steps = [step for side in sides if (step := _step_at(side, where))]
-    if len(steps) != 2 or (steps[1].seconds or 0.0) <= (steps[0].seconds or 0.0):
+    if len(steps) != 2:
         return []
-    return _costs(*steps, f"at batch {where.batch_size}")
+    theirs, ours = steps
+    slower = (ours.seconds or 0.0) > (theirs.seconds or 0.0)
+    return _costs(theirs, ours, f"at batch {where.batch_size}") if slower else []
 
 
 def section(report: Report) -> str:

@@ -58,7 +58,7 @@ def section(recipe: Recipe, artifact: Path, report: Report | None) -> str:
     packages = ["torch", "transformers", *readers, *(["accelerate"] if use.device != "cpu" else [])]
     install = f"    pip install {' '.join(map(shlex.quote, dict.fromkeys(packages)))}"
     if use.kernels:
-        install += f"\n\nand this package, whose kernels it was measured with ({' and '.join(f'`{name}`' for name in use.kernels)})."
+        install += f"\n\nand compress, the package that made it: {' and '.join(f'`{name}`' for name in use.kernels)} sets the kernels."
     code = "```python\n" + "\n".join(lines) + "\n```"
     return "\n\n".join(["## How to load it", install, "In this folder, as it was measured:", code, *_promise(use, example, report)])
 
@@ -166,7 +166,7 @@ def _promise(use: Use, example: Prediction | None, report: Report | None) -> lis
         return []
     if example is None:
         return [f"All of the report's examples are longer than {LONGEST:,} characters, so none of them stands here."]
-    name = f"That is the report's example {cell(example.id[:100])}"
+    name = f"The prompt is example {cell(example.id[:100])} of the report"
     if use.generation["do_sample"] and example.candidate is not None:
         return [f"{name}. Its output was drawn, and transformers draws another."]
     expected = example.candidate
@@ -175,9 +175,9 @@ def _promise(use: Use, example: Prediction | None, report: Report | None) -> lis
     if expected is None:
         return []
     if not expected:
-        return [f"{name}, for which it prints an empty line, as it did in the report."]
+        return [f"{name}, for which the code prints an empty line, as the report has it."]
     shown = "\n".join(f"    {line}" for line in printable(expected).split("\n"))
-    return [f"{name}, for which it prints, as it did in the report:", shown]
+    return [f"{name}, for which the code prints what the report has:", shown]
 
 
 def _literal(name: str, text: str) -> list[str]:

@@ -1,5 +1,6 @@
 """Why a candidate is not smaller or not faster, and what was left out unasked, in a sentence each, by rules over what was measured."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from compress import methods
@@ -16,10 +17,13 @@ SMALLER = 0.9  # weights that shrank by less aren't expected to make a differenc
 
 
 def notes(
-    stages: list[StageRecord], compared: list[Comparison], gates: list[GateResult], environment: dict[str, Any], sides: list[Side]
+    stages: list[StageRecord], compared: list[Comparison], environment: dict[str, Any], sides: list[Side], gates: Sequence[GateResult] = ()
 ) -> list[str]:
-    """The sentences; none where the candidate is smaller and faster everywhere and every layer was compressed that was to be."""
-    found = _speed(stages, compared, gates, environment, sides)
+    """The sentences; none where the candidate is smaller and faster everywhere and every layer was compressed that was to be.
+
+    gates   than which no sentence is surer
+    """
+    found = _speed(stages, compared, environment, sides, gates)
     by_name = {c.metric: c for c in compared}
     weights, run = by_name.get("weight_bytes"), by_name.get("peak_run_bytes")
     if weights and weights.candidate >= weights.baseline:
@@ -44,13 +48,13 @@ def notes(
     return found + [sentence for record in stages for sentence in _left_out(record)]
 
 
-def open_points(gates: list[GateResult]) -> set[tuple[str, int | None, int | None]]:
+def open_points(gates: Sequence[GateResult]) -> set[tuple[str, int | None, int | None]]:
     """The figures of which a gate can't tell whether they keep it: what nothing else of a report calls better or worse either."""
     return {(gate.metric, gate.batch_size, gate.prompt_tokens) for gate in gates if gate.verdict == "cannot_tell"}
 
 
 def _speed(
-    stages: list[StageRecord], compared: list[Comparison], gates: list[GateResult], environment: dict[str, Any], sides: list[Side]
+    stages: list[StageRecord], compared: list[Comparison], environment: dict[str, Any], sides: list[Side], gates: Sequence[GateResult]
 ) -> list[str]:
     """Where the candidate is slower, or no faster although its weights shrank; and why, where it is worst, in two sentences at most.
 

@@ -1,8 +1,8 @@
 """Check the gates of reports again, gates of a file, or one report against another.
 
-Reports are what `compare` takes: folders, folders of reports, patterns, recipes. Of several each is checked, and the worst decides. With
---against, the candidate of another report is the baseline; the two must have been measured alike. With --best, the other one is found: of
-all reports in a place that passed and were measured alike, the one with the best figure.
+Reports are what `compare` takes: folders, folders of reports, patterns, recipes. Of several each is checked, and the worst decides; those
+that can't be read are named on stderr. With --against, the candidate of another report is the baseline; the two must have been measured
+alike. With --best, the other one is found: of all reports in a place that passed and were measured alike, the one with the best figure.
 
 On GitHub's runners (GITHUB_ACTIONS=true) every gate that doesn't pass becomes an annotation.
 
@@ -12,10 +12,15 @@ Example:  compress check reports/quickstart/20261120-101500-ab12cd --gates mlper
 """
 
 from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from compress.errors import InputError
+from compress.errors import InputError, ReportError
 from compress.verbs._answer import complain, finish, refuse, tell
 from compress.verbs._arguments import of_reports, telling
+
+if TYPE_CHECKING:
+    from compress.results import Report
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -40,13 +45,13 @@ def call(given: Namespace) -> int:
             raise InputError(f"{flag} '': it is empty, as a variable is that isn't set")
     if given.best and not given.against:
         raise InputError("--best says which of the reports under --against counts; give --against DIR with it")
-    reports = [read_report(file) for file in find_reports(given.reports, given.out)]
+    reports = _read(find_reports(given.reports, given.out))
     if given.best:
         others, damaged = read_reports(find_reports([given.against], given.out))
         complain(damaged)
-        baselines = [read_report(history.best(report, others, given.best).folder) for report in reports]
+        baselines: list[Report | None] = [read_report(history.best(report, others, given.best).folder) for report in reports]
     else:
-        baselines = [read_report(file) for file in find_reports([given.against], given.out)] if given.against else [None]
+        baselines = [*map(read_report, find_reports([given.against], given.out))] if given.against else [None]
         if len(baselines) > 1:
             raise InputError(f"--against {given.against}: {len(baselines)} reports lie there; name one, or give --best METRIC with it")
         baselines *= len(reports)
@@ -54,3 +59,19 @@ def call(given: Namespace) -> int:
     status = finish(checked, given.json)
     tell(checked, given)
     return status
+
+
+def _read(files: list[Path]) -> "list[Report]":
+    """Reports with all that they hold; those that can't be read are named. Raises ReportError where none can."""
+    from compress.results import read_report
+
+    reports, damaged = [], []
+    for file in files:
+        try:
+            reports.append(read_report(file))
+        except ReportError as error:
+            damaged.append(str(error))
+    if not reports:
+        raise ReportError("\n".join(damaged[:10]))
+    complain(damaged)
+    return reports

@@ -54,7 +54,12 @@ def call(given: Namespace) -> int:
         found = search.run(given.out, given.trials, given.device, progress, given.strict, workers)
     best, verdicts = found.best, [one.verdict for one in found.tried]
     if given.json:
-        print_json({"best": best and {**asdict(best), "recipe": str(found.file)}, "tried": [{**asdict(one), **_judged(one)} for one in found.tried]})
+        print_json(
+            {
+                "best": best and {**asdict(best), "recipe": str(found.file)},
+                "tried": [{**asdict(one), **_judged(one)} for one in found.tried],
+            }
+        )
     else:
         if reports := [read_report(one.report, figures_only=True) for one in found.tried if one.report]:
             terminal.show_comparison(reports, given.minimise)

@@ -19,7 +19,7 @@ from compress.errors import InputError, ReportError
 from compress.report import compare, write
 from compress.report.verdict import compare as compared
 from compress.report.verdict import pairs
-from compress.results import Comparison, Measurement, Side, read_report
+from compress.results import Comparison, GateResult, Measurement, Side, read_report
 from tests.report.test_files import made
 
 COMMITTED = sorted((Path(__file__).parents[2] / "reports").glob("*/**/report.json"))
@@ -312,3 +312,26 @@ def test_a_thousand_reports_take_less_than_three_seconds(tmp_path):
         return after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
     assert any(took() < 3 for _ in range(3)), "seconds of a core; others may use the machine"
+
+
+def test_every_gate_and_why_it_fails_stand_below_the_figures(tmp_path, capsys, monkeypatch):
+    """As sweeps and searches end: a row a recipe and a column a gate, then what decided against which."""
+    monkeypatch.setenv("COLUMNS", "80")
+
+    def gate(verdict, estimate, metric="rougeL", **point):
+        return GateResult(
+            metric=metric, limit_kind="max_drop" if metric == "rougeL" else "max_ratio", limit=1, estimate=estimate, interval=(estimate, 2),
+            verdict=verdict, sentence="", **point,
+        )  # fmt: skip
+
+    slow = gate("fail", 1.5, "latency_p50", batch_size=1, prompt_tokens=64)
+    reports = [
+        one("toy+bits=2", tmp_path / "a", gates=[gate("cannot_tell", 0.6), slow], verdict="fail", decided_by="latency ratio is 1.5"),
+        one("toy+bits=8", tmp_path / "b", gates=[gate("pass", 0.1)]),
+    ]
+    terminal.show_comparison(reports, "weight_bytes")
+    _, below = capsys.readouterr().out.split("\nrecipe", 1)
+    gates, reasons = below.split("didn't pass", 1)
+    assert "cannot tell yet 0.6 (0.6 to 2)" in gates and "FAIL 1.5 (1.5 to 2)" in gates and "pass 0.1 (0.1 to 2)" in gates
+    assert "max_ratio 1" in gates and "prompt 64" in gates
+    assert "latency ratio is 1.5" in reasons and "toy+bits=8" not in reasons

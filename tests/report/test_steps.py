@@ -4,7 +4,7 @@ import pytest
 
 from compress.metrics import KERNELS
 from compress.report import why, write
-from compress.results import Comparison, Measurement, Side, StageRecord, Step
+from compress.results import Comparison, GateResult, Measurement, Side, StageRecord, Step
 from tests.report.test_files import made
 
 STAGES = [StageRecord(stage={"quantize": "bnb_nf4"}, artifact="a", seconds=1, reused=False)]
@@ -39,8 +39,8 @@ SLOWER = compared("latency_p50", 2.0, 1.9, 2.1)
 SHRUNK = compared("weight_bytes", 0.3, 0.3, 0.3)
 
 
-def said(theirs, ours, *comparisons, environment=MACHINE):
-    return why.notes(STAGES, list(comparisons) or [SLOWER], environment, [theirs, ours])
+def said(theirs, ours, *comparisons, environment=MACHINE, gates=()):
+    return why.notes(STAGES, list(comparisons) or [SLOWER], environment, [theirs, ours], gates)
 
 
 def test_unpacking_is_named_with_its_share():
@@ -66,6 +66,28 @@ def test_a_step_takes_what_the_timings_say():
 def test_a_difference_of_less_than_a_tenth_of_a_step_is_no_reason():
     (note,) = said(side("baseline", step(0.0100)), side("candidate", step(0.0105)))
     assert note.startswith(f"{FIRST} quantize: bnb_nf4: the weights are unpacked"), "then the method says what it does"
+
+
+def test_what_hides_a_gain_is_no_reason_to_be_slower():
+    """Nor is a profile of steps that take no longer."""
+    (hidden,) = said(side("baseline", step(0.0125, overhead=0.7)), side("candidate", step(0.013, overhead=0.7)))
+    (prefill,) = said(side("baseline", step(0.010)), side("candidate", step(0.009, unpacking=0.5)))
+    assert hidden == prefill and hidden.startswith(f"{FIRST} quantize: bnb_nf4: the weights are unpacked at every step")
+
+
+def test_where_a_gate_can_not_tell_no_note_says_slower():
+    def gate(verdict, batch_size):
+        return GateResult(
+            metric="latency_p50", batch_size=batch_size, prompt_tokens=64, limit_kind="max_ratio", limit=1.0, estimate=1.03,
+            interval=(1.01, 1.05), verdict=verdict, sentence="alone it would fail, as one of 6 it may be chance",
+        )  # fmt: skip
+
+    little, much = compared("latency_p50", 1.03, 1.01, 1.05), compared("latency_p50", 2.0, 1.9, 2.1, batch_size=8)
+    both = [side("baseline", step(0.01)), side("candidate", step(0.02, unpacking=0.5))]
+    unsure = "Not shown to be slower than the baseline at batch 1 x prompt 64: x1.030 (1.010 to 1.050): the gate there can't tell yet."
+    assert said(*both, little, gates=[gate("cannot_tell", 1)]) == [unsure]
+    slower, other = said(*both, little, much, gates=[gate("cannot_tell", 1), gate("fail", 8)])
+    assert slower.startswith("Slower than the baseline at batch 8 x prompt 64: x2.000 (1.900 to 2.100).") and other == unsure
 
 
 def test_overhead_hides_smaller_weights():

@@ -70,7 +70,8 @@ def measured(found, folder):
     runtime = written["benchmark"]["runtime"]
     worker.load(quiet, source=asdict(source), device="cpu", threads=1, runtime=runtime)
     outputs = worker.quality(
-        quiet, examples=[asdict(one) for one in examples], groups=list(found.groups), generation=written["generation"],
+        quiet, examples=[asdict(one) for one in examples], groups=list(found.groups), tokenizers=asdict(found.tokenizers),
+        generation=written["generation"],
         data=written["data"], batch_tokens=None,
     )  # fmt: skip
     score = next((name for name in ("rougeL", "perplexity", "accuracy") if name in outputs["samples"]), None)
@@ -118,10 +119,10 @@ def test_its_code_gives_the_reports_first_output(cards, name):
     text, report, printed = cards[name]
     first = report.predictions[0]
     if printed.strip():
-        shown = text.split("as it did in the report:\n\n")[1].split("\n\n#")[0]
+        shown = text.split("what the report has:\n\n")[1].split("\n\n#")[0]
         assert [line.removeprefix("    ") for line in shown.split("\n")] == printed.rstrip("\n").split("\n")
     else:
-        assert "for which it prints an empty line" in text
+        assert "prints an empty line" in text
     if first.candidate is None:
         assert float(printed) == pytest.approx(first.candidate_score, rel=1e-3)
     else:
@@ -152,4 +153,4 @@ def test_what_can_not_be_promised_is_not(toys, rows, write_recipe, tmp_path):
     assert "longer than 4,000 characters" in long and "    mat" not in long
     data = {"source": str(rows), "text": "{said}", "stride": 4}
     windows = section([Prediction(id="a", prompt="the cat", references=[], candidate_score=3.0)], data=data)
-    assert "as it did in the report" not in windows
+    assert "what the report has" not in windows
