@@ -174,6 +174,8 @@ def _promise(use: Use, example: Prediction | None, report: Report | None) -> lis
         expected = f"{example.candidate_score:.4g}"
     if expected is None:
         return []
+    if report.environment.get("inputs_cut") and use.longest:
+        name += f", if it is no longer than {use.longest:,} tokens (longer ones were cut within, and this code cuts at an end)"
     if not expected:
         return [f"{name}, for which the code prints an empty line, as the report has it."]
     shown = "\n".join(f"    {line}" for line in printable(expected).split("\n"))
