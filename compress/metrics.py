@@ -114,7 +114,8 @@ METRICS: dict[str, Metric] = _Metrics(
         Metric("forecast_run_bytes", "bytes", "neither", "size", "what config.json alone foretells of peak_run_bytes"),
         Metric("forecast_error", "%", "neither", "size", "forecast_run_bytes over peak_run_bytes, less one"),
         Metric("kv_cache_bytes", "bytes", "lower", "memory", "of peak_run_bytes: keys and values that a generation leaves"),
-        Metric("activation_bytes", "bytes", "lower", "memory", "of peak_run_bytes: the rest, which is what lives from layer to layer"),
+        Metric("activation_bytes", "bytes", "lower", "memory", "of peak_run_bytes: what comes and goes with a run: states, scores"),
+        Metric("other_bytes", "bytes", "lower", "memory", "of peak_run_bytes: held at rest beside weights: objects, file pages, copies"),
         Metric("allocator_slack_bytes", "bytes", "lower", "memory", "beside peak_run_bytes: freed and not given back; GPU: reserved"),
         Metric("peak_reserved_bytes", "bytes", "lower", "memory", "GPU: peak of reserved memory while running"),
         Metric("process_gpu_bytes", "bytes", "lower", "memory", "GPU: what NVML says the process holds"),
@@ -122,7 +123,7 @@ METRICS: dict[str, Metric] = _Metrics(
         Metric(
             "compile_seconds", "s", "lower", "memory", "first runs of the grid's points less second ones, the longest of the rounds"
         ),
-        Metric("weight_bytes", "bytes", "lower", "size", "parameters and buffers as loaded"),
+        Metric("weight_bytes", "bytes", "lower", "size", "all tensors that the model holds after its first step, kernels' own layouts too"),
         Metric("buffer_bytes", "bytes", "lower", "size", "of weight_bytes: positions, masks and the like"),
         Metric("file_bytes", "bytes", "lower", "size", "safetensors on disk"),
         Metric("parameters", "1", "lower", "size", "number of weights, packed ones counted unpacked"),

@@ -69,7 +69,8 @@ def _memory(subject: Subject, common: list[Point]) -> list[Measurement]:
             run = dict(max((peaks[point] for point in common), key=lambda found: found["peak"]))
             for name in run.keys() & {"reserved", "process"}:  # these may be highest elsewhere
                 run[name] = max(peaks[point][name] for point in common if name in peaks[point])
-            run["activations"] = max(0, run["peak"] - held - run["cache"])
+            run["other"] = max(0, min(subject.loads[0]["rest"], run["peak"] - held - run["cache"]))
+            run["activations"] = max(0, run["peak"] - held - run["cache"] - run["other"])
             runs.append(run)
     series = {
         "peak_load_bytes": ("peak", loads),
@@ -78,6 +79,7 @@ def _memory(subject: Subject, common: list[Point]) -> list[Measurement]:
         "sampled_run_bytes": ("sampled", runs),
         "kv_cache_bytes": ("cache", runs),
         "activation_bytes": ("activations", runs),
+        "other_bytes": ("other", runs),
         "allocator_slack_bytes": ("slack", runs),
         "peak_reserved_bytes": ("reserved", runs),
         "process_gpu_bytes": ("process", runs),

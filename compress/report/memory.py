@@ -58,6 +58,7 @@ PARTS: dict[str, Callable[[Values], float | None]] = {
     "weights": _less,
     "buffers": lambda values: values.get("buffer_bytes"),
     "keys and values": lambda values: values.get("kv_cache_bytes"),
+    "beside the weights": lambda values: values.get("other_bytes"),
     "activations": lambda values: values.get("activation_bytes"),
     "allocator's slack": lambda values: values.get("allocator_slack_bytes"),
     "CUDA context": lambda values: values.get("cuda_context_bytes"),
