@@ -148,7 +148,9 @@ def central(samples: list[list[float]]) -> float:
     """The value that stands for samples, a row a round: their geometric mean, of which the ratio between two sides is the one that is
     judged (`statistics.paired_ratio`). Where one is zero the median."""
     flat = [sample for row in samples for sample in row]
-    return geometric_mean(samples).estimate if min(flat) > 0 else statistics.median(flat)
+    if min(flat) <= 0 or min(flat) == max(flat):  # without a logarithm, or exact without one
+        return statistics.median(flat)
+    return geometric_mean(samples).estimate
 
 
 def _unmeasured(reason: str, batch_size: int, prompt_tokens: int) -> list[Measurement]:

@@ -88,11 +88,6 @@ class Subject:
         except BaseException:
             self.stop()
             raise
-        if not self.loads and loaded["rest"] > max(REST, loaded["weight_bytes"] // 20):
-            more = f"{loaded['rest'] / 1e6:,.1f} MB more are held after the first step than the model's tensors take"
-            self.said.append(f"{more}: pages of its file that were read, or a copy that only a kernel knows of")
-        if not self.loads and loaded["sampled_only"]:
-            self.said.append("its peaks are the most of samples every 2 ms, for /proc/self/clear_refs can't be written here")
         self.loads.append(loaded)
         self.peaks.append(peaks)
         if self._recipe.benchmark.runtime.compile:
@@ -122,6 +117,8 @@ class Subject:
             )
         self._interpreter = loaded["interpreter"]
         self._note(loaded["peak"], sampler, loaded["environment"]["device"])
+        if not self.said:
+            self.said += _remarks(loaded)
         return loaded
 
     def _warm_up(self, point: Point) -> dict[str, Any]:
@@ -244,3 +241,14 @@ class Subject:
 
     def _tell(self, what: str, done: int, total: int) -> None:
         self._progress(f"{self.role}: {what}", done, total)
+
+
+def _remarks(loaded: dict[str, Any]) -> list[str]:
+    """What there is to say of how a model's memory was read."""
+    remarks = []
+    if loaded["rest"] > max(REST, loaded["weight_bytes"] // 20):
+        more = f"{loaded['rest'] / 1e6:,.1f} MB more are held after the first step than the model's tensors take"
+        remarks.append(f"{more}: pages of its file that were read, or a copy that only a kernel knows of")
+    if loaded["sampled_only"]:
+        remarks.append("its peaks are the most of samples every 2 ms, for /proc/self/clear_refs can't be written here")
+    return remarks
