@@ -4,7 +4,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from compress import pipeline
+from compress import data, pipeline
 from compress.quantize import rtn
 from compress.recipe import load
 from tests.blocks import bundle, context, lively, saved
@@ -46,11 +46,12 @@ def test_weights_that_are_no_numbers_are_left_out(tmp_path):
 
 def test_a_recipe_needs_no_train_split_unless_its_settings_do(toys, rows, tmp_path):
     def shown(splits, **settings):
-        data = {"source": str(rows), "prompt": "{said}", "target": "{short}", "splits": splits}
+        block = {"source": str(rows), "prompt": "{said}", "target": "{short}", "splits": splits}
         stages = [{"quantize": "rtn", **settings}]
-        (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe_for("llama", toys["llama"], rows, data=data, stages=stages)))
+        (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe_for("llama", toys["llama"], rows, data=block, stages=stages)))
         recipe = load(tmp_path / "r.yaml")
-        return pipeline._seen(recipe.stages[0], recipe)
+        (seen,) = pipeline._shown(recipe, data.Dataset(recipe.data, recipe.folder))
+        return seen.examples, seen.max_tokens
 
     assert shown({"evaluation": "test"}) == ([], 64)
     assert shown({"evaluation": "test", "train": "nowhere"}) == ([], 64)
