@@ -13,16 +13,17 @@ from compress.builtin import corpus
 from compress.methods import quiet
 from compress.model import Bundle, Source
 from compress.recipe import load
+from compress.rows import BUILTIN
 
 
 def test_the_shipped_dialogues_are_written_again_by_their_generator(tmp_path):
     corpus.write(tmp_path)
     for split in corpus.SPLITS:
-        assert (tmp_path / f"{split}.jsonl").read_bytes() == (data.BUILTIN / f"{split}.jsonl").read_bytes()
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == (BUILTIN / f"{split}.jsonl").read_bytes()
 
 
 def test_no_dialogue_stands_in_two_splits_and_every_slot_is_filled():
-    rows = [json.loads(line) for split in corpus.SPLITS for line in (data.BUILTIN / f"{split}.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for split in corpus.SPLITS for line in (BUILTIN / f"{split}.jsonl").read_text().splitlines()]
     assert len(rows) == sum(corpus.SPLITS.values()) == len({row["dialogue"] for row in rows})
     assert not any("{" in row["dialogue"] + row["summary"] for row in rows)
 
