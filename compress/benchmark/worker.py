@@ -49,9 +49,10 @@ class Worker:
         _import_all(bundle)
         if self.device == "cuda":
             torch.zeros(1, device="cuda")  # the context is no part of the model
+        self.tokenizer = bundle.tokenizer  # alike on both sides, and no part of what a model holds
         self.interpreter = memory.resident()
         memory.reset_peak(self.device)
-        self.model, self.tokenizer = bundle.model, bundle.tokenizer
+        self.model = bundle.model
         self.model.config.pad_token_id = self.tokenizer.pad_token_id  # decoder-only classifiers look for the last real token by it
         if len(self.tokenizer) > (rows := self.model.get_input_embeddings().num_embeddings):
             raise ModelError(
@@ -301,7 +302,8 @@ def _import_all(bundle: models.Bundle) -> None:
     if bundle.device == "cpu":  # on a GPU what is allocated is told, and code isn't
         shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
         small = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, pad_token_id=0, eos_token_id=1))
-        latency.step(small.to(models.skeleton(bundle.source).dtype).eval(), "cpu")
+        stored = bundle.config.dtype if bundle.source.dtype == "auto" else getattr(torch, bundle.source.dtype)
+        latency.step(small.to(stored or torch.float32).eval(), "cpu")
 
 
 def _environment(device: str) -> dict[str, Any]:
