@@ -2,9 +2,9 @@
 
 On a GPU from torch's allocator and, for the whole process with its CUDA context, from NVML. On the CPU from the kernel's high-water mark
 of resident memory, which can be set back to now (Linux: /proc/self/clear_refs; else from samples), less what the interpreter with its
-libraries and the tokenizer held before the model was loaded. What glibc keeps of freed memory is given back to the kernel before each reading starts, since
-what a peak finds lying there doesn't show in it. How much of a peak is the allocator's own is told by a second reading, in which
-every tensor is given memory of its own that is returned when it is freed.
+libraries and the tokenizer held before the model was loaded. What glibc keeps of freed memory is given back to the kernel before each
+reading starts, since what a peak finds lying there doesn't show in it. How much of a peak is the allocator's own is told by a second
+reading, in which every tensor is given memory of its own that is returned when it is freed.
 """
 
 import ctypes
