@@ -63,7 +63,7 @@ def fitted(header: list[str], rows: list[list[str]], width: int | None) -> list[
     if width is None or _width(_widths(grid)) <= width:
         return _laid(grid, left=2)
     titles = [title.replace(" [", "\n[") for title in header]
-    for most in NAMES:
+    for most in NAMES if 10 * len(rows) <= width else ():  # a column is seldom narrower
         names, *cells = zip(*([_folded(row[0], most), *row[1:]] for row in rows), strict=True)
         turned = _grid([[titles[0], *names], *([title, *column] for title, column in zip(titles[1:], cells, strict=True))])
         if _width(_widths(turned)) <= width:
