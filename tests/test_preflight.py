@@ -29,7 +29,7 @@ def mistakes(loaded_recipe, **options):
 
 
 def test_nothing_is_wrong_with_what_is_right(loaded, toys, rows):
-    sight = preflight.look(loaded(stages=[{"quantize": "rtn", "group_size": -1}]))
+    sight = preflight.look(loaded(stages=[{"quantize": "gptq", "group_size": -1}]))
     assert sight.mistakes == []
     assert sight.seen == [
         f"{toys['llama'].resolve()} (config and headers)",
@@ -45,7 +45,7 @@ def test_every_mistake_is_told_at_once_by_line_and_key(loaded, rows, tmp_path):
     wrong = loaded(
         model=tmp_path / "nowhere",
         data={"source": str(rows), "prompt": "{sad}", "target": "{short}", "where": {"lang": "de"}, "splits": {"evaluation": "test"}},
-        stages=[{"quantize": "rtn"}],
+        stages=[{"quantize": "gptq"}],
     )
     place = f"{tmp_path / 'toy.yaml'}:"
     found = preflight.look(wrong)
@@ -165,7 +165,7 @@ def test_data_that_changes_under_way_is_said_and_what_was_read_counts(loaded, tm
         target.mkdir(parents=True)
 
     monkeypatch.setattr(pipeline, "_make", make)
-    stages = [{"prune": "wanda", "sparsity": 0.5}, {"quantize": "rtn", "group_size": -1}]
+    stages = [{"prune": "wanda", "sparsity": 0.5}, {"quantize": "gptq", "group_size": -1}]
     prepared = pipeline.prepare(
         loaded(data={"source": str(folder), "prompt": "{said}", "target": "{short}"}, stages=stages), tmp_path / "out", "cpu"
     )
