@@ -140,7 +140,7 @@ def finished(toys, rows, tmp_path_factory):
     folder = tmp_path_factory.mktemp("run")
     data = recipe_for(
         "t5", toys["t5"], rows, metrics=["rouge", "bleu", "generated_tokens", "perplexity"], stages=[{"quantize": "cast", "dtype": "bfloat16"}],
-        check={"weight_bytes": {"max_ratio": 0.6}, "rougeL": {"max_drop": 100}},
+        check={"weight_bytes": {"max_ratio": 0.6}, "perplexity": {"max_ratio": 100}},
     )  # fmt: skip
     (folder / "toy.yaml").write_text(yaml.safe_dump(data))
     done = program("run", "toy.yaml", "--json", cwd=folder)
@@ -152,7 +152,7 @@ def finished(toys, rows, tmp_path_factory):
 def test_run_prints_one_document_and_leaves_a_report(finished):
     folder, answer, _ = finished
     assert answer["verdict"] == "pass"
-    assert {g["metric"] for g in answer["gates"]} == {"weight_bytes", "rougeL"}
+    assert {g["metric"] for g in answer["gates"]} == {"weight_bytes", "perplexity"}
     assert answer["gates"][0].keys() >= {"metric", "verdict", "estimate", "interval", "limit"}
     assert answer["candidate"]["weight_bytes"] == answer["baseline"]["weight_bytes"] / 2
     for metric in ("rouge1", "bleu", "perplexity", "generated_tokens", "peak_load_bytes", "peak_run_bytes", "ttft [batch 2, prompt 8]"):

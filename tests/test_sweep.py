@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from compress import pipeline, process, sweep
 from compress.benchmark.isolate import Session
@@ -244,7 +245,9 @@ def test_a_sweep_on_ray(toy, tmp_path, monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
     bad = toy.with_name("bad.yaml")
-    bad.write_text(toy.read_text().replace("said", "nothing"))
+    written = yaml.safe_load(toy.read_text())
+    written["stages"][0]["ignore"] = ["nothing"]
+    bad.write_text(yaml.safe_dump(written))
     monkeypatch.chdir(tmp_path)
     done = subprocess.run(
         [sys.executable, "-m", "compress", "sweep", toy, bad, "--on", "ray", "--set", "benchmark.turns=1", "--json"],
