@@ -189,7 +189,7 @@ def test_check_compare_and_bench_agree_with_the_run(finished):
     assert (again.returncode, json.loads(again.stdout)["gates"]) == (0, answer["gates"])
     against = program("check", answer["report"], "--against", answer["report"], "--json", cwd=folder)
     verdicts = {g["metric"]: g["verdict"] for g in json.loads(against.stdout)["gates"]}
-    assert verdicts == {"weight_bytes": "fail", "rougeL": "pass"}, "against itself nothing is smaller"
+    assert verdicts == {"weight_bytes": "fail", "perplexity": "pass"}, "against itself nothing is smaller"
     assert against.returncode == 1
     for style in ("table", "md", "csv", "json"):
         assert program("compare", "reports", "--format", style, cwd=folder).returncode == 0
