@@ -22,6 +22,7 @@ from compress.benchmark.draws import WARPERS, GumbelNoise, at_edge, warpers
 from compress.benchmark.quality import Reader
 from compress.errors import DataError, RunError
 from compress.prompts import Prompt
+from compress.runtime import Int8Linear
 
 CHECKED = 8  # examples that are written once more, alone: of fewer than 80 a tenth, four at least, for alone each takes many times as long
 ENCODED = 1024  # tokens of prompts that an encoder on a CPU is given at once: what it computes of more is too much for the caches
@@ -142,6 +143,8 @@ class Writer:
         partings = [parting for example in chosen if (parting := self._parting(example, outputs[example])) is not None]
         reason = _depends_on_batch(self._reader.model)
         others = [parting for parting in partings if not parting.is_tie]
+        if others and self._beams == 1 and reason is None and _rounds_inputs(self._reader.model):
+            reason = "its layers round their inputs, which makes whole steps of what sums of a batch differ by"
         if others and self._beams == 1 and reason is None:
             raise RunError(
                 f"{others[0].sentence}; so do {len(others)} of {len(chosen)} that were looked at. Figures of this model would depend on"
@@ -271,3 +274,13 @@ def _depends_on_batch(model: PreTrainedModel) -> str | None:
     if packing is not None and getattr(packing, "load_in_8bit", False) and packing.llm_int8_threshold > 0:
         return "bitsandbytes holds a column in 16 bits when any input of a batch has an outlier there, so what is served together matters"
     return None
+
+
+def _rounds_inputs(model: PreTrainedModel) -> bool:
+    """Whether layers round what they are given as they run: torchao's, FBGEMM's, compressed-tensors' with a scheme for inputs."""
+    return any(
+        isinstance(module, Int8Linear)
+        or getattr(getattr(module, "weight", None), "act_quant_kwargs", None) is not None
+        or getattr(getattr(module, "quantization_scheme", None), "input_activations", None) is not None
+        for module in model.modules()
+    )
