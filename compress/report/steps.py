@@ -27,20 +27,18 @@ DOING = {
 
 def reasons(sides: list[Side], where: Comparison, environment: dict[str, Any]) -> list[str]:
     """Why the candidate is no faster at a grid point, a sentence a reason: what costs it more, then what smaller weights can't help."""
-    steps = [step for side in sides if (step := _step_at(side, where))]
-    if len(steps) != 2:
+    if (both := _both(sides, where)) is None:
         return []
-    theirs, ours = steps
+    theirs, ours = both
     point = f"at batch {where.batch_size}"
     return [*_costs(theirs, ours, point), *_limits(sides[0], theirs, where, environment, point)]
 
 
 def costs(sides: list[Side], where: Comparison) -> list[str]:
     """Why the candidate is slower at a grid point, a sentence a reason; none where its steps take no longer."""
-    steps = [step for side in sides if (step := _step_at(side, where))]
-    if len(steps) != 2:
+    if (both := _both(sides, where)) is None:
         return []
-    theirs, ours = steps
+    theirs, ours = both
     slower = (ours.seconds or 0.0) > (theirs.seconds or 0.0)
     return _costs(theirs, ours, f"at batch {where.batch_size}") if slower else []
 
@@ -73,6 +71,12 @@ def ceilings(environment: dict[str, Any]) -> str:
 
 def _percentages(step: Step) -> list[str]:
     return [f"{step.shares[kind]:.0%}" for kind in KERNELS]
+
+
+def _both(sides: list[Side], where: Comparison) -> tuple[Step, Step] | None:
+    """The baseline's and the candidate's step at a comparison's grid point, where both were profiled."""
+    steps = [step for side in sides if (step := _step_at(side, where))]
+    return (steps[0], steps[1]) if len(steps) == 2 else None
 
 
 def _step_at(side: Side, where: Comparison) -> Step | None:
