@@ -143,8 +143,8 @@ class Writer:
         partings = [parting for example in chosen if (parting := self._parting(example, outputs[example])) is not None]
         reason = _depends_on_batch(self._reader.model)
         others = [parting for parting in partings if not parting.is_tie]
-        if others and self._beams == 1 and reason is None and _rounds_inputs(self._reader.model):
-            reason = "its layers round their inputs, which makes whole steps of what sums of a batch differ by"
+        if others and self._beams == 1 and reason is None:
+            reason = _why_it_may_part(self._reader.model)
         if others and self._beams == 1 and reason is None:
             raise RunError(
                 f"{others[0].sentence}; so do {len(others)} of {len(chosen)} that were looked at. Figures of this model would depend on"
@@ -276,11 +276,13 @@ def _depends_on_batch(model: PreTrainedModel) -> str | None:
     return None
 
 
-def _rounds_inputs(model: PreTrainedModel) -> bool:
-    """Whether layers round what they are given as they run: torchao's, FBGEMM's, compressed-tensors' with a scheme for inputs."""
-    return any(
+def _why_it_may_part(model: PreTrainedModel) -> str | None:
+    """Why outputs may part beyond a tie where they do: layers that round what they are given as they run, which are torchao's, FBGEMM's and
+    compressed-tensors' with a scheme for inputs. None where there are none."""
+    rounds = any(
         isinstance(module, Int8Linear)
         or getattr(getattr(module, "weight", None), "act_quant_kwargs", None) is not None
         or getattr(getattr(module, "quantization_scheme", None), "input_activations", None) is not None
         for module in model.modules()
     )
+    return "its layers round their inputs, which makes whole steps of what sums of a batch differ by" if rounds else None
