@@ -25,11 +25,14 @@ Batching = Literal["leaving", "whole", "equal"]
 FILE = "generation_config.json"
 
 SPECIAL = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"})
+# say how tokens are drawn or beams searched, how many are written, how fast: nothing of which token is the best one
+SEARCH = frozenset({
+    "do_sample", "early_stopping", "epsilon_cutoff", "eta_cutoff", "length_penalty", "max_new_tokens", "min_p", "num_beams", "temperature",
+    "top_h", "top_k", "top_p", "typical_p", "use_cache",
+})  # fmt: skip
 # read a row's own tokens or scores, wherever its generation began and whatever stands beside it
-FREE = SPECIAL | {
-    "bad_words_ids", "do_sample", "early_stopping", "epsilon_cutoff", "eta_cutoff", "forced_eos_token_id", "length_penalty",
-    "max_new_tokens", "min_p", "num_beams", "remove_invalid_values", "renormalize_logits", "sequence_bias", "suppress_tokens",
-    "temperature", "top_h", "top_k", "top_p", "typical_p", "use_cache",
+FREE = SPECIAL | SEARCH | {
+    "bad_words_ids", "forced_eos_token_id", "remove_invalid_values", "renormalize_logits", "sequence_bias", "suppress_tokens",
 }  # fmt: skip
 # the same where the prompt is an encoder's: a decoder's padding, on the left, counts as tokens written before
 FREE_BEHIND_ENCODER = frozenset({"forced_bos_token_id", "min_length", "no_repeat_ngram_size", "repetition_penalty"})
@@ -73,14 +76,23 @@ def batching(config: "GenerationConfig", encoder: bool) -> Batching:
 
     encoder   the prompt is an encoder's
     """
-    values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
-    acting = {name for name, value in values.items() if value is not None and value != NEUTRAL.get(name)}
-    acting -= FREE | OVERRULED | DETAILS | (FREE_BEHIND_ENCODER if encoder else frozenset())
+    acting = _acting(config) - FREE - (FREE_BEHIND_ENCODER if encoder else frozenset())
     if passes_over_padding():
         acting.discard("repetition_penalty")
     if acting - WHOLE - (WHOLE_BEHIND_ENCODER if encoder else frozenset()):
         return "equal"
     return "whole" if acting else "leaving"
+
+
+def takes_the_best(config: "GenerationConfig") -> bool:
+    """Whether a greedy generation takes the token that the model itself scores highest, at every step."""
+    return not _acting(config) - SPECIAL - SEARCH
+
+
+def _acting(config: "GenerationConfig") -> set[str]:
+    """The settings that may change what is written and aren't the harness's to decide."""
+    values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
+    return {name for name, value in values.items() if value is not None and value != NEUTRAL.get(name)} - OVERRULED - DETAILS
 
 
 @cache

@@ -85,7 +85,7 @@ def _memory(subject: Subject, common: list[Point]) -> list[Measurement]:
         "process_gpu_bytes": ("process", runs),
         "cuda_context_bytes": ("context", runs),
     }
-    rows = {metric: [[float(one[name])] for one in found] for metric, (name, found) in series.items() if all(name in one for one in found)}
+    rows = {metric: [[float(one[name])] for one in found if name in one] for metric, (name, found) in series.items()}
     return [_figure(metric, central(samples), samples=samples) for metric, samples in rows.items() if samples]
 
 

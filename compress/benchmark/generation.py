@@ -1,5 +1,6 @@
 """What a model writes to prompts, batch by batch, and whether it writes the same to one alone."""
 
+import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -24,7 +25,7 @@ from compress.errors import DataError, RunError
 from compress.prompts import Prompt
 from compress.runtime import Int8Linear
 
-CHECKED = 8  # examples that are written once more, alone: of fewer than 80 a tenth, four at least, for alone each takes many times as long
+CHECKED = 8  # examples that are done once more, alone: of fewer than 80 a tenth, four at least, for alone each takes many times as long
 ENCODED = 1024  # tokens of prompts that an encoder on a CPU is given at once: what it computes of more is too much for the caches
 ENDED = 0.25  # of a batch's rows, when the others go on without them; a row that has ended costs as much as one that has not
 # relative errors that torch.testing takes for rounding
@@ -43,9 +44,21 @@ class Ended(StoppingCriteria):  # type: ignore[misc]
         return (self.rows.float().mean() >= ENDED).expand(len(input_ids))
 
 
+class Parted(StoppingCriteria):  # type: ignore[misc]
+    """Stops a single row, whose first tokens up to `start` are given, at the first one that isn't as expected; behind all an end is."""
+
+    def __init__(self, expected: list[int], start: int, ends: set[int]):
+        self._expected, self._start, self._ends = expected, start, ends
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        place, token = input_ids.shape[1] - self._start - 1, int(input_ids[0, -1])
+        is_expected = token == self._expected[place] if place < len(self._expected) else token in self._ends
+        return torch.tensor([not is_expected], device=input_ids.device)
+
+
 @dataclass(frozen=True)
 class Parting:
-    """Where an example that was written once more, alone, comes out otherwise than in its batch.
+    """Where an example that was done once more, alone, comes out otherwise than in its batch.
 
     position  of the first token that differs, from 0 on
     alone     the token there, and `batched` that of the batch, as they are called in messages
@@ -71,7 +84,7 @@ class Parting:
 
 @dataclass(frozen=True)
 class Recheck:
-    """What became of examples that were written once more, alone.
+    """What became of examples that were done once more, alone.
 
     differ   came out otherwise than in their batch
     ties     those of them whose outputs part at two tokens with scores within the model's noise; None where beams were searched
@@ -91,7 +104,7 @@ class Recheck:
             found = f"{self.differ} came out otherwise than in their batch"
         if self.differ and self.ties is not None:
             found += f", {self.ties} of them where two tokens' scores were within rounding of each other"
-        return "; ".join(filter(None, [f"{self.checked} examples were written once more, each alone: {found}", self.reason]))
+        return "; ".join(filter(None, [f"{self.checked} examples were done once more, each alone: {found}", self.reason]))
 
 
 class Writer:
@@ -114,6 +127,7 @@ class Writer:
         self._beams = settings["num_beams"]
         batching = decoding.batching(self._config, encoder=both)
         self._batching = "whole" if batching == "leaving" and self._beams > 1 else batching
+        self._takes_the_best = self._beams == 1 and self._warpers is None and decoding.takes_the_best(self._config)
         ends = model.generation_config.eos_token_id
         self._stop = {reader.tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [])} | (
             {ends} if isinstance(ends, int) else set()
@@ -133,7 +147,7 @@ class Writer:
         return outputs
 
     def recheck(self, outputs: list[list[int]]) -> Recheck:
-        """Write a sample of the prompts once more, each alone.
+        """Do a sample of the prompts once more, each alone: look whether the model would write the same, and where not, have it write.
 
         Raises RunError where one comes out otherwise than in its batch for another reason than a tie, or one that is known. Beams part
         where hypotheses tie, which can't be told step by step, and are counted.
@@ -155,8 +169,11 @@ class Writer:
     def _parting(self, example: int, batched: list[int]) -> Parting | None:
         """Where an example alone parts from what the batch gave it; None where it doesn't."""
         given, start = self._inputs([example])
+        if self._takes_the_best and self._would_write(given, batched):
+            return None
         greedy = self._beams == 1
-        found = self._generate([example], given, start, output_scores=greedy, output_logits=greedy)
+        watch = {"stopping_criteria": StoppingCriteriaList([Parted(batched, start, self._stop)])} if greedy else {}
+        found = self._generate([example], given, start, output_scores=greedy, output_logits=greedy, **watch)
         alone = self._until_end(found.sequences[0, start:].tolist())
         if alone == batched:
             return None
@@ -174,17 +191,42 @@ class Writer:
         is_tie = gap <= slack or (self._warpers is not None and at_edge(scores, logits, others, slack))
         return Parting(example, part, mine, theirs, gap, noise, is_tie)
 
+    def _would_write(self, given: dict[str, Any], tokens: list[int]) -> bool:
+        """Whether each of these tokens, and the end behind them, is what the model scores highest after those before it.
+
+        All are read at once, which takes a small part of writing them. What rounding alone changes may come out otherwise step by step.
+        """
+        if self._both:
+            start = getattr(self._config, "decoder_start_token_id", None)
+            if start is None:
+                return False  # transformers looks for another one
+            before = torch.tensor([[start]], device=given["input_ids"].device)
+        else:
+            before = given["input_ids"]
+        ends = len(tokens) < self._new_tokens
+        written = torch.cat([before, before.new_tensor([tokens])], dim=1)
+        best = self._at_once(given, written, len(tokens) + 1).argmax(dim=-1).tolist()
+        return best[: len(tokens)] == tokens and (not ends or best[-1] in self._stop)
+
+    def _at_once(self, given: dict[str, Any], written: Tensor, last: int) -> Tensor:
+        """The logits (positions, vocabulary) behind the `last` tokens of a prompt alone and what is written to it."""
+        model = self._reader.model
+        if self._both:
+            inputs = {**given, "decoder_input_ids": written}
+        else:
+            inputs = {"input_ids": written, "attention_mask": torch.ones_like(written)}
+            if "logits_to_keep" in inspect.signature(model.forward).parameters:  # of the whole prompt they may be gigabytes
+                inputs["logits_to_keep"] = last
+        with torch.inference_mode():
+            logits: Tensor = model(**inputs).logits[0, -last:]
+        return logits.float()
+
     def _noise(self, given: dict[str, Any], written: Tensor, stepwise: Tensor) -> float:
         """How far logits (steps, vocabulary) of the same tokens lie apart that were computed step by step and that are computed at once.
 
         Both mean the same, so what lies between them is the rounding of this model, in its dtype and with its inputs rounded or not.
         """
-        if self._both:
-            inputs = {**given, "decoder_input_ids": written}
-        else:
-            inputs = {"input_ids": written, "attention_mask": torch.ones_like(written)}
-        with torch.inference_mode():
-            at_once = self._reader.model(**inputs).logits[0, -len(stepwise) :].float()
+        at_once = self._at_once(given, written, len(stepwise))
         noise = (at_once - stepwise.float()).abs().max().item() / (self._config.temperature or 1.0 if self._warpers is not None else 1.0)
         return noise if np.isfinite(noise) else 0.0
 

@@ -20,7 +20,7 @@ from transformers import StoppingCriteria
 
 from compress.metrics import KERNELS
 
-STEPS = 8  # unwatched, and as many watched; fewer where a generation has fewer
+STEPS, FEW_STEPS, ENOUGH_S = 8, 3, 0.5  # unwatched, and as many watched; the fewer, the longer a step is, since each operator is read back
 RULES = tuple(
     (re.compile(pattern), kind)
     for pattern, kind in (
@@ -42,6 +42,11 @@ def kind_of(name: str) -> str | None:
     Batched products (`bmm`) are attention: transformers multiplies with weights by `linear`.
     """
     return next((kind for pattern, kind in RULES if pattern.search(name.lower())), None)
+
+
+def enough(step_seconds: float) -> int:
+    """How many steps are watched where one takes so long."""
+    return max(FEW_STEPS, min(STEPS, int(ENOUGH_S / step_seconds)))
 
 
 class Watch(StoppingCriteria):  # type: ignore[misc]

@@ -23,7 +23,7 @@ from compress.results import Conditions, Role
 Point = tuple[int, int]  # batch size, prompt tokens
 Round = list[list[list[float]]]  # turns x iterations x tokens: seconds from the start of a generation
 OUT_OF_MEMORY = "out of memory"
-LEAST_RUNS = 9  # of a point: in each of three rounds two to warm up and one in a turn
+LONG_S = 1.0  # a run that takes so long has nothing to gain from another one before it
 REST = 32 << 20  # bytes of objects and of code that come with a first step
 
 
@@ -72,8 +72,8 @@ class Subject:
             points = [point for point in self.usable if point not in self.needless] if warm else []
             for number, point in enumerate(points):
                 self._tell("warming up", number, len(points))
-                if (seconds := self._at_least(point)) * LEAST_RUNS > 60 * self._budget_minutes:
-                    self.reasons[point] = f"a run takes {seconds:.0f} s or more, and {LEAST_RUNS} of them are too many for max_minutes"
+                if (seconds := self._at_least(point)) * self._fewest_runs > 60 * self._budget_minutes:
+                    self.reasons[point] = f"a run takes {seconds:.0f} s or more; {self._fewest_runs} of them are too many for max_minutes"
                     continue
                 with phase("warming up", self.role):
                     found = self._warm_up(point)
@@ -98,6 +98,12 @@ class Subject:
         """How long all rounds may take; without a precision there are so many rounds as are wanted, however long they take."""
         benchmark = self._recipe.benchmark
         return math.inf if benchmark.precision is None else benchmark.max_minutes
+
+    @property
+    def _fewest_runs(self) -> int:
+        """Of a point: in each of three rounds a first one, those that warm up, at least one in all, and one in a turn."""
+        warmup = self._recipe.benchmark.warmup
+        return 3 * (2 + warmup) + (not warmup)
 
     def _at_least(self, point: Point) -> float:
         """Seconds that a run takes at least, by smaller points: reading a prompt is arithmetic, as much as there is more of it."""
@@ -127,14 +133,20 @@ class Subject:
         assert self._child is not None
         with Sampler(self._child.pid) as sampler:
             try:
-                found: dict[str, Any] = self.ask("warm_up", point=point, new_tokens=benchmark.new_tokens, repeats=benchmark.warmup)
+                found: dict[str, Any] = self.ask("warm_up", point=point, new_tokens=benchmark.new_tokens, repeats=self._repeats(point))
             except Killed:
                 self.stop()
                 self._load()
                 return {"reason": f"{OUT_OF_MEMORY}: its process was killed"}
-        if found["reason"] is None:
+        if found["reason"] is None and "slack" in found["memory"]:
             self._note(found["memory"], sampler, "cuda" if "reserved" in found["memory"] else "cpu")
         return found
+
+    def _repeats(self, point: Point) -> int:
+        """Runs of a point after the first. One at least shows what the heap takes and how long compiling was; a long one does so once."""
+        benchmark = self._recipe.benchmark
+        short = point not in self._marks or self._marks[point][-1] < LONG_S
+        return max(benchmark.warmup, int(short or benchmark.runtime.compile))
 
     def _note(self, peaks: dict[str, int], sampler: Sampler, device: str) -> None:
         """Put what the sampler saw beside what the process itself found."""

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import os
 import platform
+import time
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -82,28 +83,29 @@ class Worker:
         }
 
     def warm_up(self, progress: Progress, point: Point, new_tokens: int, repeats: int) -> dict[str, Any]:
-        """Run a point twice, and on until it ran 1 + `repeats` times.
+        """Run a point once and `repeats` times more.
 
         Returns its peaks with the bytes of the `cache` and the allocator's `slack`, the last run's seconds to each token as `marks`, and
         where steps are compiled the seconds by which the first run was longer than the second; or the reason why the point can't be run. On
-        the CPU the peak is the first run's, whose tensors lie apart; what the others' heap takes beyond it is the slack.
+        the CPU the peak is the first run's, whose tensors lie apart; what the others' heap takes beyond it is the slack, unknown without.
         """
         memory.reset_peak(self.device)
         with memory.cache_seen(self.model) as cache, memory.apart():
             reason, first = self._try(*point, new_tokens, 1)
         if reason is not None:
             return {"reason": reason}
-        apart = memory.peak(self.device, self.interpreter)
-        memory.reset_peak(self.device)
-        reason, seconds = self._try(*point, new_tokens, max(1, repeats))
-        found = memory.peak(self.device, self.interpreter)
-        if self.device == "cpu":
-            found = {**apart, "slack": max(0, found["peak"] - apart["peak"])}
-        else:
-            found["slack"] = found["reserved"] - found["peak"]
-        compiling = max(0.0, first[0][-1] - seconds[0][-1]) if self.runtime.compile and reason is None else None
-        marks = seconds[-1] if seconds else first[-1]
-        return {"reason": reason, "memory": {**found, "cache": cache[-1]}, "compile_seconds": compiling, "marks": marks}
+        peaks, runs = memory.peak(self.device, self.interpreter), first
+        if repeats:
+            memory.reset_peak(self.device)
+            reason, runs = self._try(*point, new_tokens, repeats)
+            if reason is not None:
+                return {"reason": reason}
+            again = memory.peak(self.device, self.interpreter)
+            peaks = again if self.device == "cuda" else {**peaks, "slack": max(0, again["peak"] - peaks["peak"])}
+        if self.device == "cuda":
+            peaks["slack"] = peaks["reserved"] - peaks["peak"]
+        compiling = max(0.0, first[0][-1] - runs[0][-1]) if self.runtime.compile else None
+        return {"reason": None, "memory": {**peaks, "cache": cache[-1]}, "compile_seconds": compiling, "marks": runs[-1]}
 
     def turn(self, progress: Progress, points: list[Point], new_tokens: int, iterations: int) -> dict[str, Any]:
         """For each point: `seconds` from the start to every token, a list an iteration; `joules` the GPU drew in all, or None.
@@ -140,13 +142,14 @@ class Worker:
         inputs = latency.prompts(self.model, self.device, batch_size, prompt_tokens)
         generates = self.model.can_generate()
         static = self.runtime.cache == "static"
-        counter = work.Counter()
+        counter, began = work.Counter(), time.perf_counter()
         with counter.watching(self.model), in_float32(self.device):  # not compiled, which would pass over the hooks
             if generates:
                 tokens = new_tokens if static else new_tokens // 2 + 1
                 latency.generate(self.model, inputs, tokens, counter, Runtime(cache=self.runtime.cache))
             else:
                 latency.classify(self.model, inputs, 1, counter)
+        counted_seconds = (time.perf_counter() - began) / (tokens if generates else 1)
         step = counter.step if generates else counter.prefill
         seconds: float | None = None
         shares: dict[str, float] = {}
@@ -161,7 +164,7 @@ class Worker:
             else:
                 latency.classify(self.called, inputs, 2 * steps + 1, watch)
 
-        if steps := min(kernels.STEPS, (new_tokens - 1) // 2):
+        if steps := min(kernels.enough(counted_seconds), (new_tokens - 1) // 2):
             seconds, shares = kernels.profiled(run, self.device, steps)
         return {
             "weight_bytes": step.weight_bytes, "cache_bytes": counter.cache_bytes, "flops": step.flops,
@@ -211,7 +214,7 @@ class Worker:
                 said.append(f"of {decoding.FILE} {', '.join(left_out)} was left out: how fast and how often is the benchmark's to say")
             with phase("generating"), batches.stepwise(generation["max_new_tokens"]):
                 tokens = writer.write(batches)
-            with phase("generating again, alone"):
+            with phase("checking examples alone"):
                 said.append(writer.recheck(tokens).sentence)
             texts = [text.strip() for text in self.tokenizer.batch_decode(tokens, skip_special_tokens=True)]
             if data["shots"]:  # a model that goes on with the next example has answered before

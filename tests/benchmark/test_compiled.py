@@ -65,7 +65,7 @@ def test_steps_are_compiled_in_the_warm_up_alone(toys, kind, device):
 
     expected = [written(point, Runtime()) for point in points]
     counters.clear()
-    warm = [worker.warm_up(quiet, point, 5, 0) for point in points]
+    warm = [worker.warm_up(quiet, point, 5, 1) for point in points]
     assert all(found["compile_seconds"] > 0 for found in warm)
     compiled = counters["stats"]["unique_graphs"]
     assert compiled >= len(points)
@@ -81,7 +81,7 @@ def test_steps_are_compiled_in_the_warm_up_alone(toys, kind, device):
 def test_a_classifier_is_compiled(toys):
     worker = loaded(toys["bert"], "bert", Runtime(compile=True))
     counters.clear()
-    worker.warm_up(quiet, (2, 8), 5, 0)
+    worker.warm_up(quiet, (2, 8), 5, 1)
     assert counters["stats"]["unique_graphs"] >= 1
     assert len(worker.turn(quiet, [(2, 8)], 5, 2)["seconds"][0]) == 2
 

@@ -164,7 +164,7 @@ def test_outputs_that_change_alone_are_counted_and_ties_told_from_others(random_
     model = random_bundle.model
     made = writer(random_bundle, GREEDY)
     outputs = made.write(Batches(model, 1000, quiet))
-    assert made.recheck(outputs).sentence == "4 examples were written once more, each alone: all came out as in their batch"
+    assert made.recheck(outputs).sentence == "4 examples were done once more, each alone: all came out as in their batch"
     other = (outputs[1][3] + 1) % 64
     changed = [outputs[0], [*outputs[1][:3], other, *outputs[1][4:]], outputs[2][:5], outputs[3]]
     with pytest.raises(
@@ -179,6 +179,30 @@ def test_outputs_that_change_alone_are_counted_and_ties_told_from_others(random_
     other = ({first, twin} - {outputs[0][0]}).pop()
     found = made.recheck([[other, *outputs[0][1:]], *outputs[1:]])
     assert (found.differ, found.ties) == (1, 1)
+
+
+def test_an_example_that_a_look_confirms_is_not_written_again(random_bundle, monkeypatch):
+    """The look is at all tokens and at the end behind them; where another token is added to a score, it isn't the model's own."""
+    model = random_bundle.model
+    model.generation_config.suppress_tokens = None
+    free = writer(random_bundle, GREEDY).write(Batches(model, 1000, quiet))
+    place, ended, end = max((row.index(token), example, token) for example, row in enumerate(free) for token in row)
+    model.generation_config.eos_token_id = [1, end]
+    made = writer(random_bundle, GREEDY)
+    outputs = made.write(Batches(model, 1000, quiet))
+    assert outputs[ended] == free[ended][:place], place > 0
+    written, own = [], model.generate
+    monkeypatch.setattr(model, "generate", lambda **given: written.append(given["input_ids"]) or own(**given))
+    assert (made.recheck(outputs).differ, len(written)) == (0, 0)
+    for wrong in (outputs[ended][:-1], [*outputs[ended], 5]):
+        written.clear()
+        with pytest.raises(RunError, match=f"example {ended + 1} of those drawn comes out otherwise"):
+            made.recheck([*outputs[:ended], wrong, *outputs[ended + 1 :]])
+        assert len(written) == 1
+    for changes in ({"repetition_penalty": 1.3}, {"num_beams": 2}, {"do_sample": True, "top_k": 3}):
+        written.clear()
+        writer(random_bundle, {**GREEDY, **changes}).recheck(writer(random_bundle, {**GREEDY, **changes}).write(Batches(model, 1, quiet)))
+        assert len(written) == 8, "four in batches of one, and four alone"
 
 
 def test_what_differs_for_a_reason_that_is_known_is_said_and_ends_nothing(toys):

@@ -1,5 +1,8 @@
 """When rounds end, and what is done with a turn that was disturbed: by subjects that only pretend."""
 
+import os
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -95,8 +98,8 @@ def test_where_the_fewest_rounds_take_too_long_they_have_a_turn_each(monkeypatch
 
 
 def test_a_point_that_can_not_be_done_in_time_is_left_out_with_the_reason(tmp_path):
-    points = {"batch_sizes": [1, 4], "prompt_tokens": [64], "new_tokens": 24}
-    asked, marks = [], [6.0 + 0.1 * token for token in range(24)]  # of which four prompts take 24 s, and 9 runs 3.9 minutes
+    points = {"batch_sizes": [1, 4], "prompt_tokens": [64], "new_tokens": 24, "warmup": 0}
+    asked, marks = [], [6.0 + 0.1 * token for token in range(24)]  # of which four prompts take 26 s, and 7 runs 3 minutes
 
     class Slow(subject.Subject):
         def _load(self):
@@ -114,13 +117,36 @@ def test_a_point_that_can_not_be_done_in_time_is_left_out_with_the_reason(tmp_pa
         return side
 
     side = started(max_minutes=2)
-    assert side.reasons == {(4, 64): "a run takes 26 s or more, and 9 of them are too many for max_minutes"}
+    assert side.reasons == {(4, 64): "a run takes 26 s or more; 7 of them are too many for max_minutes"}
     assert asked == [(1, 64)]
     side.start()
     assert asked == [(1, 64), (1, 64)]
     for enough in ({"max_minutes": 4}, {"max_minutes": 2, "precision": None}):
         assert started(**enough).reasons == {}
         assert asked == [(1, 64), (4, 64)]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "changes", "runs"),
+    [(0.4, {}, [1, 1]), (4.0, {}, [1, 0]), (4.0, {"warmup": 3}, [3, 3]), (4.0, {"runtime": {"compile": True, "cache": "static"}}, [1, 1])],
+)
+def test_a_long_run_is_warmed_up_by_itself_once_the_heap_has_been_seen(tmp_path, monkeypatch, seconds, changes, runs):
+    asked = []
+
+    class Slow(subject.Subject):
+        def _load(self):
+            self._child = SimpleNamespace(pid=os.getpid())
+            return {}
+
+        def ask(self, request, repeats, **_):
+            asked.append(repeats)
+            return {"reason": None, "memory": {"peak": 1}, "compile_seconds": None, "marks": [seconds]}
+
+    settings = Benchmark(**{"batch_sizes": [1], "prompt_tokens": [8], "warmup": 0, "precision": None, **changes})
+    side = Slow("candidate", None, SimpleNamespace(benchmark=settings), "cpu", tmp_path / "log", tmp_path, quiet)
+    side.start()
+    side.start()
+    assert asked == runs
 
 
 @pytest.mark.parametrize(("precision", "turns"), [(None, 2), (0.02, 7)])

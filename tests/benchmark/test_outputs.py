@@ -67,7 +67,7 @@ def test_a_second_run_takes_them_and_says_so(toys, rows, write_recipe, tmp_path)
     again = compress.bench(str(toys["t5"]), file, tmp_path / "out", device="cpu")
     (kept,) = (tmp_path / "out" / "artifacts" / "outputs").glob("*/outputs.json")
     (said,) = first.candidate.said
-    assert said.startswith("4 examples were written once more, each alone: ")
+    assert said.startswith("4 examples were done once more, each alone: ")
     assert again.candidate.said == [f"outputs and scores were taken from a former run ({kept.parent.name})", said]
     assert f"Candidate: {said}." in again.notes
     assert first.predictions == again.predictions
