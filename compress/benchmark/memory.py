@@ -21,6 +21,7 @@ from compress.held import extent, plain_tensors
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h names them
+OWN = 64 << 10  # bytes from which on an allocation has memory of its own
 MADV_POPULATE_READ = 22  # as mman.h names it
 ON_A_GPU = ("cuda", "nvidia")  # in the names of libraries that are gigabytes, of which a CPU runs nothing
 
@@ -127,14 +128,41 @@ def cache_seen(model: "PreTrainedModel") -> Iterator[list[int]]:
 def apart() -> Iterator[None]:
     """While the block runs, each tensor on the CPU has memory of its own, from the kernel and back to it: no heap, so no holes in one.
 
-    Afterwards glibc works as it does by itself once it has seen large tensors come and go (mallopt(3): its thresholds grow to this).
+    A tensor would still go where a heap has room for it, and how much room importing left differs from process to process; so the heap's
+    holes are filled meanwhile. Afterwards glibc works as it does by itself once it has seen large tensors come and go (mallopt(3): its
+    thresholds grow to this).
     """
-    _tell_glibc("mallopt", M_MMAP_THRESHOLD, 64 << 10)
+    fillings = _fill_holes()
+    _tell_glibc("mallopt", M_MMAP_THRESHOLD, OWN)
     try:
         yield
     finally:
+        for filling in fillings:
+            _tell_glibc("free", ctypes.c_void_p(filling))
         _tell_glibc("mallopt", M_MMAP_THRESHOLD, 32 << 20)
         _tell_glibc("mallopt", M_TRIM_THRESHOLD, 64 << 20)
+
+
+def _fill_holes() -> list[int]:
+    """Take all that lies free in glibc's heap in pieces of `OWN` bytes or more, largest first; nothing is written there. Where it lies."""
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return []
+    libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
+    libc.malloc.argtypes, libc.sbrk.argtypes = [ctypes.c_size_t], [ctypes.c_ssize_t]
+    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # what isn't found in the heap makes it grow, which is seen
+    libc.mallopt(M_TRIM_THRESHOLD, 0)
+    libc.malloc_trim(0)
+    fillings, size = list[int](), 16 << 20
+    while size >= OWN:
+        end = libc.sbrk(0)
+        filling = libc.malloc(size)
+        if libc.sbrk(0) == end:
+            fillings.append(filling)
+        else:
+            libc.free(ctypes.c_void_p(filling))
+            size //= 2
+    return fillings
 
 
 class _Samples(threading.Thread):

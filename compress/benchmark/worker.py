@@ -37,6 +37,7 @@ Point = tuple[int, int]  # batch size, prompt tokens
 class Worker:
     """One model under measurement."""
 
+    @memory.apart()  # what loading left in a heap, a run would fill, in each process otherwise
     def load(self, progress: Progress, source: dict[str, Any], device: str, threads: int | None, runtime: dict[str, Any]) -> dict[str, Any]:
         """Load the model and run its first step, at which some packed weights are unpacked or laid out anew, and code comes in.
 
