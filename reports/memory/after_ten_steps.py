@@ -29,7 +29,8 @@ def main() -> None:
         return
     print("| model | resident | mapped from files | tensors | peak | report: weights | report: peak |\n|---|---|---|---|---|---|---|")
     for folder, report in zip(arguments.folders, [*arguments.report, *[None] * len(arguments.folders)], strict=False):
-        apart = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0"}  # tensors have memory of their own, for the holes in a heap are chance
+        # tensors have memory of their own, for the holes in a heap are chance
+        apart = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0"}
         run = subprocess.run([sys.executable, __file__, "--one", folder], check=True, capture_output=True, text=True, env=apart)
         lines = run.stdout.splitlines()
         found = json.loads(lines[-1])
