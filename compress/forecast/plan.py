@@ -226,13 +226,15 @@ def _generation_seconds(shape: Shape, weights: int, machine: Machine, batch: int
 
 
 def _stage_seconds(stage: Stage, recipe: Recipe, shape: Shape, machine: Machine) -> float:
-    """A training step computes three times a forward pass; a calibrated method passes over its examples twice."""
+    """A training step computes three times a forward pass; a calibrated method passes over its examples twice, and others over none."""
     settings = stage.settings
     forward = 2 * shape.linear / machine.flops
     if isinstance(settings, TuneSettings):
         rows = settings.samples or ROWS
         examples = (settings.steps or 0) * settings.batch_size * settings.accumulate or (settings.epochs or 1) * rows
         return START_S + 3 * forward * examples * min(settings.max_tokens, recipe.data.max_tokens or INPUT_TOKENS)
+    if not stage.needs_examples:
+        return START_S
     steps, batch = getattr(settings, "steps", 0), getattr(settings, "batch_size", 1)
     tokens = max(recipe.calibration.samples, 3 * steps * batch) * min(recipe.calibration.max_tokens, INPUT_TOKENS)
     return START_S + 2 * forward * tokens

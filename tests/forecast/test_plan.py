@@ -61,6 +61,8 @@ def test_a_config_is_enough(seven):
     faster = plan(load(seven), machine.named("h100-80gb"))
     assert all(row.fits for row in faster.rows)
     assert sum(faster.seconds.values()) < sum(found.seconds.values())
+    calibrated = plan(load(seven, ["stages=[{quantize: gptq}]"]), machine.named("t4-16gb"))
+    assert calibrated.seconds["quantize: gptq"] > 2 * found.seconds["quantize: bnb_nf4"], "which passes over no examples"
 
 
 @pytest.mark.parametrize(
