@@ -4,6 +4,7 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,9 @@ from compress.report.layers import line
 from compress.report.numbers import change, count, duration, figure, percent, scaled, verdict_words
 from compress.report.table import fitted, room
 from compress.report.write import shown
-from compress.results import Report
+from compress.results import Comparison, Measurement, Report
 
+Row = tuple[Measurement | None, Measurement | None, Comparison | None]  # baseline's, candidate's, how they compare
 COLOURS = {"pass": "green", "fail": "red", "cannot_tell": "yellow"}
 WIDE = 110  # columns from which on every column of an inspection fits
 
@@ -72,16 +74,21 @@ def show_report(report: Report) -> None:
         for gate in report.gates:
             gates.add_row(f"[{COLOURS[gate.verdict]}]{verdict_words(gate.verdict)}[/]", _shown(gate.sentence))
     figures = _table("figure", "baseline", "candidate", f"change ({percent(report)} interval)", right=(1, 2))
-    point: tuple[int | None, int | None] = (None, None)
-    for theirs, ours, compared in shown(report):
-        one = ours or theirs
-        assert one is not None
-        if point != (one.batch_size, one.prompt_tokens):
-            point = (one.batch_size, one.prompt_tokens)
+    unmeasured = dict[str, str]()
+    for (batch, prompt), point in groupby(shown(report), _point):
+        entries, name = list(point), f"batch {batch}, prompt {prompt}"
+        if batch is not None and all(side is None or side.value is None for row in entries for side in row[:2]):
+            unmeasured[name] = "; ".join(dict.fromkeys(side.reason or "-" for side in entries[0][:2] if side is not None))
+            continue
+        if batch is not None:
             figures.add_section()
-            figures.add_row(f"[bold]batch {point[0]}, prompt {point[1]}[/]")
-        figures.add_row(one.metric, _shown(figure(theirs)), _shown(figure(ours)), change(compared))
+            figures.add_row(f"[bold]{name}[/]")
+        for row in entries:
+            theirs, ours, compared = row
+            figures.add_row(_either(row).metric, _shown(figure(theirs)), _shown(figure(ours)), change(compared))
     console.print(figures)
+    for name, reason in unmeasured.items():
+        console.print(_shown(f"{name}: not measured: {reason}"), style="yellow")
     if report.gates:
         console.print(gates)
     for record in report.stages:
@@ -97,6 +104,19 @@ def show_report(report: Report) -> None:
     if report.stages:
         console.print(f"artifact  {_shown(report.stages[-1].artifact)}", soft_wrap=True)
     console.print(f"report    {_shown(str(report.folder))}", soft_wrap=True)
+
+
+def _point(row: Row) -> tuple[int | None, int | None]:
+    """Batch size and prompt tokens of a report's row."""
+    figure = _either(row)
+    return figure.batch_size, figure.prompt_tokens
+
+
+def _either(row: Row) -> Measurement:
+    """The candidate's figure, or the baseline's where it has none."""
+    figure = row[1] or row[0]
+    assert figure is not None
+    return figure
 
 
 def show_comparison(reports: Sequence[Report], minimised: str | None = None) -> None:

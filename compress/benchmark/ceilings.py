@@ -31,7 +31,8 @@ def flops_per_second(device: str, dtype: torch.dtype) -> float:
         if time.perf_counter() - start > ENOUGH_S:
             break
         one = torch.rand(side, side, device=device).to(dtype)
-        best = max(best, 2 * side**3 / _best(partial(torch.mm, one, one, out=torch.empty_like(one)), device))
+        for other in (one, one.t()):  # a layer multiplies by its weight turned round, which some kernels are several times as fast at
+            best = max(best, 2 * side**3 / _best(partial(torch.mm, one, other, out=torch.empty_like(one)), device))
     return best
 
 
