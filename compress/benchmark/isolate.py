@@ -115,8 +115,6 @@ class Session:
             self._explain()
             self._aside += time.monotonic() - began
             _stop(self._subjects)
-            for subject in self._subjects:
-                subject.needless = set(subject.rounds) - set(self._points(subject))
 
     @property
     def turns(self) -> list[Turn]:
@@ -216,6 +214,7 @@ class Session:
             if self._alone:
                 _stop(others)
             if not subject.running:
+                subject.needless = set(subject.rounds) - set(self._points(subject))
                 self._alone = _bring_up(subject, others) or self._alone
                 self._starting += time.monotonic() - began
             return work()

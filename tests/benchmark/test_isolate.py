@@ -157,6 +157,22 @@ def test_a_round_takes_turns_for_as_long_as_its_processes_took_to_start(monkeypa
     assert [len(taken) for side in sides for taken in side.rounds[POINT]] == 6 * [turns]
 
 
+def test_a_point_that_one_side_cannot_do_in_time_is_not_warmed_up_by_the_other(monkeypatch):
+    sides, large, starts = [Subject("baseline", 1.0, noisy(0)), Subject("candidate", 0.5, noisy(0))], (4, 8), []
+    for side in sides:
+        side.rounds[large], side.joules[large] = [], []
+        monkeypatch.setattr(side, "start", lambda side=side, start=side.start: starts.append(side) or note(side) or start())
+
+    def note(side):
+        if len(starts) == 1:
+            side.reasons[large] = "a run takes long"
+        else:
+            assert large in side.needless
+
+    session(sides, benchmark(precision=None, rounds=3, turns=2), monkeypatch)
+    assert len(starts) == 6
+
+
 def no_time():
     yield 0.5
     return conditions().model_copy(update={"seconds": 0.0})
