@@ -24,10 +24,9 @@ from compress.report.history import FEWEST, Line, Run
 from compress.report.layers import line
 from compress.report.numbers import change, count, duration, figure, percent, scaled, verdict_words
 from compress.report.table import fitted, room
-from compress.report.write import shown
-from compress.results import Comparison, Measurement, Report
+from compress.report.write import Row, either, shown
+from compress.results import Report
 
-Row = tuple[Measurement | None, Measurement | None, Comparison | None]  # baseline's, candidate's, how they compare
 COLOURS = {"pass": "green", "fail": "red", "cannot_tell": "yellow"}
 WIDE = 110  # columns from which on every column of an inspection fits
 
@@ -85,7 +84,7 @@ def show_report(report: Report) -> None:
             figures.add_row(f"[bold]{name}[/]")
         for row in entries:
             theirs, ours, compared = row
-            figures.add_row(_either(row).metric, _shown(figure(theirs)), _shown(figure(ours)), change(compared))
+            figures.add_row(either(row).metric, _shown(figure(theirs)), _shown(figure(ours)), change(compared))
     console.print(figures)
     for name, reason in unmeasured.items():
         console.print(_shown(f"{name}: not measured: {reason}"), style="yellow")
@@ -108,15 +107,7 @@ def show_report(report: Report) -> None:
 
 def _point(row: Row) -> tuple[int | None, int | None]:
     """Batch size and prompt tokens of a report's row."""
-    figure = _either(row)
-    return figure.batch_size, figure.prompt_tokens
-
-
-def _either(row: Row) -> Measurement:
-    """The candidate's figure, or the baseline's where it has none."""
-    figure = row[1] or row[0]
-    assert figure is not None
-    return figure
+    return either(row).batch_size, either(row).prompt_tokens
 
 
 def show_comparison(reports: Sequence[Report], minimised: str | None = None) -> None:

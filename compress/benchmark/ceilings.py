@@ -30,9 +30,9 @@ def flops_per_second(device: str, dtype: torch.dtype) -> float:
     for side in SIDES:
         if time.perf_counter() - start > ENOUGH_S:
             break
-        one = torch.rand(side, side, device=device).to(dtype)
-        for other in (one, one.t()):  # a layer multiplies by its weight turned round, which some kernels are several times as fast at
-            best = max(best, 2 * side**3 / _best(partial(torch.mm, one, other, out=torch.empty_like(one)), device))
+        matrix = torch.rand(side, side, device=device).to(dtype)
+        for weight in (matrix, matrix.t()):  # as layers do, which some kernels are several times as fast at
+            best = max(best, 2 * side**3 / _best(partial(torch.mm, matrix, weight, out=torch.empty_like(matrix)), device))
     return best
 
 

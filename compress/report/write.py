@@ -19,6 +19,7 @@ from compress.report.table import cell, table
 from compress.report.why import at_run_time
 from compress.results import NOTES, Comparison, Cut, Layer, Measurement, Point, Prediction, Report, StageRecord, whole_folder
 
+Row = tuple[Measurement | None, Measurement | None, Comparison | None]  # a figure: baseline's, candidate's, how they compare
 FIGURES = "Of speed and memory a figure is the geometric mean of the rounds, and its change the ratio of two of them."
 WORST = 10
 POINTS = 10  # of a training's curve
@@ -80,7 +81,7 @@ def brief(report: Report) -> str:
     return "\n\n".join(part for part in parts if part)
 
 
-def shown(report: Report) -> list[tuple[Measurement | None, Measurement | None, Comparison | None]]:
+def shown(report: Report) -> list[Row]:
     """The figures worth a line, in order: baseline's, candidate's, and how they compare."""
     baseline, candidate = report.side("baseline"), report.side("candidate")
     compared = {c.point: c for c in report.comparisons}
@@ -88,6 +89,13 @@ def shown(report: Report) -> list[tuple[Measurement | None, Measurement | None, 
     order = {name: place for place, name in enumerate([*sorted(p[0] for p in every if p[0].startswith(TASK)), *SHOWN])}
     points = sorted((p for p in every if p[0] in order), key=lambda p: (p[2] or 0, p[1] or 0, order[p[0]]))
     return [(baseline.figure(p) if baseline else None, candidate.figure(p) if candidate else None, compared.get(p)) for p in points]
+
+
+def either(row: Row) -> Measurement:
+    """The figure of the side that has one, for what both have: metric and point."""
+    measurement = row[0] or row[1]
+    assert measurement is not None
+    return measurement
 
 
 def read_notes(artifact: Path) -> dict[str, Any]:
@@ -128,10 +136,9 @@ def figures(report: Report) -> str:
 def sides(report: Report) -> tuple[list[str], list[list[str]]]:
     """Header and rows of the figures of both sides."""
     rows = []
-    for theirs, ours, compared in shown(report):
-        one = theirs or ours
-        assert one is not None
-        rows.append([one.label, figure(theirs), figure(ours), change(compared), METRICS[one.metric].better])
+    for row in shown(report):
+        (theirs, ours, compared), named = row, either(row)
+        rows.append([named.label, figure(theirs), figure(ours), change(compared), METRICS[named.metric].better])
     header = ["figure", "baseline", "candidate", f"change ({percent(report)} interval)", "better"]
     return header, rows
 

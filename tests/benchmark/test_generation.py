@@ -190,7 +190,8 @@ def test_an_example_that_a_look_confirms_is_not_written_again(random_bundle, mon
     model.generation_config.eos_token_id = [1, end]
     made = writer(random_bundle, GREEDY)
     outputs = made.write(Batches(model, 1000, quiet))
-    assert outputs[ended] == free[ended][:place], place > 0
+    assert place > 0
+    assert outputs[ended] == free[ended][:place]
     written, own = [], model.generate
     monkeypatch.setattr(model, "generate", lambda **given: written.append(given["input_ids"]) or own(**given))
     assert (made.recheck(outputs).differ, len(written)) == (0, 0)
