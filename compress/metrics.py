@@ -26,7 +26,7 @@ class Metric:
     speed    a row a round with a number a turn, at each grid point, paired by round and turn
     memory   a row a round with one number; time to compile too
              of both the value is the geometric mean, as the ratio of two sides is one of such means
-    size     exact, read once
+    size     exact, read once; of a divergence the worst of the examples that there are
     """
 
     name: str
@@ -82,6 +82,11 @@ METRICS: dict[str, Metric] = _Metrics(
         Metric("exact_match", "points", "higher", "quality", "share of outputs that are a reference"),
         Metric("cer", "points", "lower", "quality", "character error rate: edits over the references' characters"),
         Metric("perplexity", "1", "lower", "quality", "exp of the mean negative log-likelihood a token"),
+        Metric("divergence", "nats", "lower", "quality", "KL divergence of the original's next-token distributions, a token's mean"),
+        Metric("divergence_first", "nats", "lower", "quality", "divergence at the first token that is predicted of each text"),
+        Metric("divergence_rest", "nats", "lower", "quality", "divergence at all others"),
+        Metric("divergence_worst", "nats", "lower", "size", "divergence of the text that has most of it"),
+        Metric("equal_top", "points", "higher", "quality", "share of tokens at which the likeliest one is the original's"),
         Metric("accuracy", "points", "higher", "quality", "share of right labels"),
         Metric("f1", "points", "higher", "quality", "macro-averaged F1 over the labels"),
         Metric("generated_tokens", "tokens", "neither", "quality", "mean length of an output"),
@@ -147,12 +152,14 @@ GROUPS: dict[str, tuple[str, ...]] = {
     "exact_match": ("exact_match",),
     "cer": ("cer",),
     "perplexity": ("perplexity",),
+    "divergence": ("divergence", "divergence_first", "divergence_rest", "divergence_worst", "equal_top"),
     "accuracy": ("accuracy",),
     "f1": ("f1",),
     "generated_tokens": ("generated_tokens",),
 }
 COMPARED = {"rouge", "bleu", "chrf", "exact_match", "cer"}  # groups that compare generated text with references
 GENERATED = COMPARED | {"generated_tokens"}  # groups that need generated text
+READ = {"perplexity", "divergence"}  # groups that need a text's likelihoods
 CLASSIFIED = {"accuracy", "f1"}  # groups that need predicted labels
 
 

@@ -33,7 +33,7 @@ from compress.scripts import shares
 
 OUTPUTS = Path("artifacts") / "outputs"  # below a run's `out`: what models made of examples
 MEASURED_ROWS, MEASURED_TOKENS = 8, 64  # on which methods that need no data measure what layers lose
-HEADLINE = ("rougeL", "perplexity", "accuracy", "chrf", "cer", "exact_match")  # the metric by which single examples are ranked
+HEADLINE = ("rougeL", "divergence", "perplexity", "accuracy", "chrf", "cer", "exact_match")  # single examples are ranked by
 
 
 @dataclass(frozen=True)

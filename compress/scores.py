@@ -4,6 +4,7 @@ import math
 import sys
 import unicodedata
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from compress import scripts
 from compress.metrics import GROUPS, Missing
@@ -15,6 +16,25 @@ Samples = dict[str, list[Row]]  # metric -> a row an example
 
 LARGEST = math.log(sys.float_info.max)  # nats a token, beyond which a perplexity is no number
 ORDER = 6  # of chrF's n-grams
+
+
+class Likelihood(NamedTuple):
+    """What a model makes of a text, summed over the tokens that it predicts.
+
+    nats         negative log-likelihood
+    tokens       how many there are
+    divergence   of the model's distributions from the original's, nats; `first` that of the first token
+    equal        tokens at which both think the same token the likeliest
+    """
+
+    nats: float = 0.0
+    tokens: float = 0.0
+    divergence: float = 0.0
+    equal: float = 0.0
+    first: float = 0.0
+
+    def plus(self, other: "Likelihood") -> "Likelihood":
+        return Likelihood(*(a + b for a, b in zip(self, other, strict=True)))
 
 
 def score_texts(groups: Sequence[str], predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizers: Tokenizers) -> Samples:
@@ -142,9 +162,19 @@ def edits(ours: str, theirs: str) -> int:
     return distance
 
 
-def perplexity(likelihoods: Sequence[Sequence[float]]) -> list[Row]:
+def perplexity(likelihoods: Sequence[Likelihood]) -> list[Row]:
     """Rows of a negative log-likelihood in nats and its tokens, where they make a perplexity."""
-    return [_perplexity(nats, tokens) for nats, tokens in likelihoods]
+    return [_perplexity(row.nats, row.tokens) for row in likelihoods]
+
+
+def divergence(likelihoods: Sequence[Likelihood]) -> Samples:
+    """The figures of how far distributions are from the original's: rows of a sum and its tokens."""
+    return {
+        "divergence": [_a_token(row.divergence, row.tokens) for row in likelihoods],
+        "equal_top": [_a_token(row.equal, row.tokens) for row in likelihoods],
+        "divergence_first": [_a_token(row.first, min(row.tokens, 1)) for row in likelihoods],
+        "divergence_rest": [_a_token(row.divergence - row.first, row.tokens - 1) for row in likelihoods],
+    }
 
 
 def labels(predicted: Sequence[int | None], right: Sequence[int], count: int) -> Samples:
@@ -184,6 +214,13 @@ def _tokenizer(name: str) -> Callable[[str], list[str]]:
         own: Callable[[str], list[str]] = DefaultTokenizer(use_stemmer=True).tokenize
         return own
     return {"words": scripts.words, "characters": scripts.characters}[name]
+
+
+def _a_token(total: float, tokens: float) -> Row:
+    if tokens < 1:
+        return Missing.UNPREDICTED
+    score = finite(total)
+    return [*score, tokens] if isinstance(score, list) else score
 
 
 def _perplexity(nats: float, tokens: float) -> Row:

@@ -43,8 +43,8 @@ def hopeless(prepared: Prepared, out: Path, device: str, progress: Progress) -> 
     assert prepared.baseline is not None
     with tempfile.TemporaryDirectory() as folder, nursery():
         how = (asked, device, Path(folder) / "log", out / OUTPUTS, progress)
-        theirs = list(_looks(Subject("baseline", prepared.baseline, *how), looks))
-        for number, ours in enumerate(_looks(Subject("candidate", prepared.candidate, *how), looks)):
+        theirs = list(_looks(Subject("baseline", prepared.baseline, *how, prepared.baseline), looks))
+        for number, ours in enumerate(_looks(Subject("candidate", prepared.candidate, *how, prepared.baseline), looks)):
             baseline, candidate = _side("baseline", theirs[number]), _side("candidate", ours)
             results = verdict.gates(
                 limits, verdict.pairs(baseline, candidate, same_run=True), baseline, candidate, recipe.benchmark.confidence

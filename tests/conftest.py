@@ -21,6 +21,8 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from compress.nursery import nursery
+
 # a busy machine is no fault of what is tested
 settings.register_profile("patient", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("patient")
@@ -35,6 +37,13 @@ def pytest_collection_modifyitems(items):
         for item in items:
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA device"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def shared_nursery():
+    """The processes of every run are copies of one, which imports once a session."""
+    with nursery():
+        yield
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

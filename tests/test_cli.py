@@ -139,8 +139,8 @@ def finished(toys, rows, tmp_path_factory):
     """One real run over a random T5, from the command line."""
     folder = tmp_path_factory.mktemp("run")
     data = recipe_for(
-        "t5", toys["t5"], rows, metrics=["rouge", "bleu", "generated_tokens", "perplexity"], stages=[{"quantize": "cast", "dtype": "bfloat16"}],
-        check={"weight_bytes": {"max_ratio": 0.6}, "perplexity": {"max_ratio": 100}},
+        "t5", toys["t5"], rows, metrics=["rouge", "bleu", "generated_tokens", "perplexity", "divergence"], stages=[{"quantize": "cast", "dtype": "bfloat16"}],
+        check={"weight_bytes": {"max_ratio": 0.6}, "perplexity": {"max_ratio": 100}, "divergence": {"max": 0.1}},
     )  # fmt: skip
     (folder / "toy.yaml").write_text(yaml.safe_dump(data))
     done = program("run", "toy.yaml", "--json", cwd=folder)
@@ -152,7 +152,9 @@ def finished(toys, rows, tmp_path_factory):
 def test_run_prints_one_document_and_leaves_a_report(finished):
     folder, answer, _ = finished
     assert answer["verdict"] == "pass"
-    assert {g["metric"] for g in answer["gates"]} == {"weight_bytes", "perplexity"}
+    assert {g["metric"] for g in answer["gates"]} == {"weight_bytes", "perplexity", "divergence"}
+    assert (answer["baseline"]["divergence"], answer["baseline"]["equal_top"]) == (0, 100)
+    assert 0 < answer["candidate"]["divergence"] < answer["candidate"]["divergence_worst"] < 0.1, "bfloat16"
     assert answer["gates"][0].keys() >= {"metric", "verdict", "estimate", "interval", "limit"}
     assert answer["candidate"]["weight_bytes"] == answer["baseline"]["weight_bytes"] / 2
     for metric in ("rouge1", "bleu", "perplexity", "generated_tokens", "peak_load_bytes", "peak_run_bytes", "ttft [batch 2, prompt 8]"):
@@ -189,7 +191,7 @@ def test_check_compare_and_bench_agree_with_the_run(finished):
     assert (again.returncode, json.loads(again.stdout)["gates"]) == (0, answer["gates"])
     against = program("check", answer["report"], "--against", answer["report"], "--json", cwd=folder)
     verdicts = {g["metric"]: g["verdict"] for g in json.loads(against.stdout)["gates"]}
-    assert verdicts == {"weight_bytes": "fail", "perplexity": "pass"}, "against itself nothing is smaller"
+    assert verdicts == {"weight_bytes": "fail", "perplexity": "pass", "divergence": "pass"}, "against itself nothing is smaller"
     assert against.returncode == 1
     for style in ("table", "md", "csv", "json"):
         assert program("compare", "reports", "--format", style, cwd=folder).returncode == 0

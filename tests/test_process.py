@@ -49,6 +49,14 @@ SERVER = """
 """
 
 
+@pytest.fixture(autouse=True)
+def no_nursery():
+    """Each test has its own."""
+    outer = nursery._current.set(None)
+    yield
+    nursery._current.reset(outer)
+
+
 @pytest.fixture
 def server(tmp_path, monkeypatch):
     monkeypatch.setattr(nursery, "IMPORTED", ("server",))

@@ -13,6 +13,7 @@ from compress import scores
 from compress.benchmark.figures import quality
 from compress.benchmark.statistics import corpus_value
 from compress.metrics import COMPARED, Missing
+from compress.scores import Likelihood
 from compress.scripts import Tokenizers
 
 CANDIDATE, REFERENCE = "the cat sat on the big red mat", "the cat sat on the mat"
@@ -133,12 +134,25 @@ def test_outputs_that_are_all_empty_score_nothing():
 
 
 def test_likelihoods_that_make_no_perplexity_are_missing():
-    rows = [[7.0, 2.0], [math.nan, 3.0], [math.inf, 3.0], [0.0, 0.0], [3000.0, 4.0]]
+    rows = [Likelihood(*row) for row in ([7.0, 2.0], [math.nan, 3.0], [math.inf, 3.0], [0.0, 0.0], [3000.0, 4.0])]
     found = quality("perplexity", scores.perplexity(rows))
     assert found.samples == [[7.0, 2.0], Missing.NAN, Missing.INFINITE, Missing.UNPREDICTED, Missing.INFINITE]
     assert (found.value, found.missing) == (pytest.approx(math.exp(3.5)), 4)
     none = quality("perplexity", scores.perplexity(rows[2:3]))
     assert (none.value, none.reason) == (None, "none: infinite in 1 of 1 examples")
+
+
+def test_divergence_is_a_mean_over_tokens_with_the_first_ones_apart():
+    rows = [Likelihood(9, 4, 2.0, 3, 1.4), Likelihood(9, 1, 0.5, 0, 0.5), Likelihood(), Likelihood(9, 3, math.inf, 3, 0.1)]
+    found = {metric: quality(metric, samples) for metric, samples in scores.divergence(rows).items()}
+    assert {metric: one.value for metric, one in found.items()} == {
+        "divergence": pytest.approx(2.5 / 5),
+        "equal_top": pytest.approx(100 * 6 / 8),
+        "divergence_first": pytest.approx(2.0 / 3),
+        "divergence_rest": pytest.approx(0.6 / 3),
+    }
+    assert found["divergence"].samples[2:] == [Missing.UNPREDICTED, Missing.INFINITE]
+    assert found["divergence_rest"].samples[1:] == [Missing.UNPREDICTED, Missing.UNPREDICTED, Missing.INFINITE]
 
 
 def test_a_label_from_scores_that_are_no_numbers_is_missing():

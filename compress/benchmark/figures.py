@@ -21,7 +21,10 @@ def side(subject: Subject, common: list[Point], ceilings: dict[str, float]) -> S
         found += _memory(subject, common)
     if subject.compiling:  # inductor keeps on disk what it compiled, so that later rounds take less
         found.append(_figure("compile_seconds", max(subject.compiling), samples=[[max(subject.compiling)]]))
-    found += [quality(metric, samples) for metric, samples in (subject.outputs or {}).get("samples", {}).items()]
+    outcomes = (subject.outputs or {}).get("samples", {})
+    found += [quality(metric, samples) for metric, samples in outcomes.items()]
+    if rows := [row for row in outcomes.get("divergence", []) if isinstance(row, list)]:
+        found.append(_figure("divergence_worst", max(corpus_value("divergence", [row]) for row in rows)))
     explained = subject.explanation or {"dtype": None, "steps": []}
     steps = {(step["batch_size"], step["prompt_tokens"]): Step(**step) for step in explained["steps"]}
     for point, rounds in subject.rounds.items():

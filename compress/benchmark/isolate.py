@@ -61,7 +61,8 @@ def measure(
     DeviceError where `strict` refuses.
     """
     with alone(progress), nursery():
-        subjects = [Subject(role, source, recipe, device, log, kept_outputs, progress) for role, source in sources]
+        original = next((source for role, source in sources if role == "baseline"), None)
+        subjects = [Subject(role, source, recipe, device, log, kept_outputs, progress, original) for role, source in sources]
         session = Session(subjects, recipe, progress, strict)
         try:
             session.run(examples, clear)

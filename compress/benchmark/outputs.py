@@ -37,15 +37,17 @@ PACKAGES = (
 MACHINE = ("device", "gpu", "cuda", "cpu", "cpu_instructions", "cores")  # of the environment that a worker tells
 
 
-def name(source: Source, recipe: Recipe, examples: list[Example], loaded: dict[str, Any]) -> str:
+def name(source: Source, recipe: Recipe, examples: list[Example], loaded: dict[str, Any], original: Source | None = None) -> str:
     """Names outputs by all that they depend on: the model's content, examples, prompt, generation, code, versions, machine.
 
-    loaded   what `Worker.load` gives: of the runtime's settings those count that changed layers, and the threads of timings don't
+    original   the model whose distributions are compared with, if any
+    loaded     what `Worker.load` gives: of the runtime's settings those count that changed layers, and the threads of timings don't
     """
     data, environment = recipe.data, loaded["environment"]
     return digest(
         [
-            fingerprint(source), examples_digest(examples), recipe.groups, asdict(recipe.tokenizers), recipe.generation.model_dump(),
+            fingerprint(source), original and fingerprint(original), examples_digest(examples), recipe.groups,
+            asdict(recipe.tokenizers), recipe.generation.model_dump(),
             [data.chat, data.max_tokens, data.stride, data.join, data.samples, data.seed, data.shots, data.shot_separator],
             sorted(setting for setting, layers in loaded["changed"].items() if layers), {key: environment[key] for key in MACHINE},
             {package: _version(package) for package in PACKAGES}, hashlib.sha256(b"".join(file.read_bytes() for file in CODE)).hexdigest(),

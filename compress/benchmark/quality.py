@@ -11,8 +11,10 @@ from compress.architecture import context_length
 from compress.benchmark.batching import Batches
 from compress.errors import DataError
 from compress.prompts import Prompt, Prompts, text_of
+from compress.scores import Likelihood
 
 Texts = list[str]
+AT_ONCE = 256  # tokens whose distributions are compared together; one of 150,000 numbers takes 600 kB, several times
 Piece = tuple[int, list[int], list[int]]  # example, input, and the labels of it or, behind an encoder, of the answer
 
 
@@ -68,9 +70,12 @@ class Reader:
 
 
 def likelihoods(
-    reader: Reader, prompts: Sequence[Prompt], targets: Texts | None, batches: Batches, stride: int | None = None
-) -> list[list[float]]:
-    """[negative log-likelihood in nats, tokens] of each target given its prompt, or of each text where there are no targets.
+    reader: Reader, prompts: Sequence[Prompt], targets: Texts | None, batches: Batches, stride: int | None = None,
+    original: PreTrainedModel | None = None,
+) -> list[Likelihood]:  # fmt: skip
+    """The likelihood of each target given its prompt, or of each text where there are no targets.
+
+    original   the model from which the reader's diverges
 
     A plain text's first token is given, not predicted. Texts and targets are cut to the context; with a `stride`
     texts are read whole, in windows.
@@ -93,13 +98,14 @@ def likelihoods(
             for example, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
                 read = reader.read([prompt], room=len(answer), unended=True)[0]
                 pieces.append((example, read + answer, [-100] * len(read) + answer))
-    return _summed(reader, pieces, len(prompts), batches)
+    return _summed(reader, pieces, len(prompts), batches, original)
 
 
 def stream_likelihoods(
-    reader: Reader, text: str, batches: Batches, stride: int | None, samples: int | None, seed: int
-) -> tuple[list[list[float]], Texts]:
-    """[negative log-likelihood in nats, tokens] of each window of one long text, and the part of the text that it counts.
+    reader: Reader, text: str, batches: Batches, stride: int | None, samples: int | None, seed: int,
+    original: PreTrainedModel | None = None,
+) -> tuple[list[Likelihood], Texts]:  # fmt: skip
+    """The likelihood of each window of one long text, and the part of the text that it counts.
 
     Without a stride, or with one of their size, windows follow each other, and the first token of each is only given, as where perplexities
     of GPTQ were taken (Frantar et al. 2022), but for the last window, which may be shorter. Else every token but the first counts once.
@@ -120,36 +126,58 @@ def stream_likelihoods(
     if samples is not None and samples < len(found):
         found = [found[number] for number in sorted(random.Random(seed).sample(range(len(found)), samples))]
     pieces = [(number, window, [-100] * given + window[given:]) for number, (window, given) in enumerate(found)]
-    return _summed(reader, pieces, len(found), batches), [reader.tokenizer.decode(window[given:]) for window, given in found]
+    return _summed(reader, pieces, len(found), batches, original), [reader.tokenizer.decode(window[given:]) for window, given in found]
 
 
-def _summed(reader: Reader, pieces: list[Piece], examples: int, batches: Batches) -> list[list[float]]:
-    """[negative log-likelihood in nats, tokens] of each of so many `examples` over its pieces. Raises DataError where none has a token."""
+def _summed(
+    reader: Reader, pieces: list[Piece], examples: int, batches: Batches, original: PreTrainedModel | None
+) -> list[Likelihood]:  # fmt: skip
+    """The likelihood of each of so many `examples` over its pieces. Raises DataError where none has a token."""
     model, both = reader.model, reader.model.config.is_encoder_decoder
-    rows = [[0.0, 0.0] for _ in range(examples)]
+    rows = [Likelihood()] * examples
+    begins = {example: index for index, (example, _, _) in reversed(list(enumerate(pieces)))}
 
     def work(batch: list[int]) -> None:
         inputs = reader.batch([pieces[i][1] for i in batch])
         labels = _padded([pieces[i][2] for i in batch]).to(model.device)
         if both:
             inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+        else:
+            labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
         with torch.inference_mode():
-            logits = model(**inputs).logits
-        if not both:
-            logits, labels = logits[:, :-1], labels[:, 1:]
-        found = []
-        for told, label in zip(logits, labels, strict=True):
-            real = label != -100
-            loss = torch.nn.functional.cross_entropy(told[real].float(), label[real], reduction="none")
-            found.append((loss.double().sum().item(), float(real.sum())))
-        for index, (loss_sum, count) in zip(batch, found, strict=True):  # all of a batch or, where memory ran out, nothing
-            row = rows[pieces[index][0]]
-            row[0], row[1] = row[0] + loss_sum, row[1] + count
+            ours = model(**inputs).logits
+            theirs = ours if original is None else original(**inputs).logits
+            found = [
+                _likelihood(ours[row][real], theirs[row][real], label[real], begins[pieces[i][0]] == i)
+                for row, (i, label) in enumerate(zip(batch, labels, strict=True))
+                for real in [label != -100]
+            ]
+        for index, likelihood in zip(batch, found, strict=True):  # all of a batch or, where memory ran out, nothing
+            example = pieces[index][0]
+            rows[example] = rows[example].plus(likelihood)
 
     batches.each([len(ids) + (len(labels) if both else 0) for _, ids, labels in pieces], work, "reading")
-    if not sum(row[1] for row in rows):
+    if not sum(row.tokens for row in rows):
         raise DataError("no example has a token to predict; perplexity needs texts of two tokens or more")
     return rows
+
+
+def _likelihood(ours: torch.Tensor, theirs: torch.Tensor, labels: torch.Tensor, begins: bool) -> Likelihood:
+    """Of labels (tokens,) and logits (tokens, vocabulary), of which the shorter vocabulary counts. `begins`: the text does."""
+    if theirs is ours:
+        nats = torch.nn.functional.cross_entropy(ours.float(), labels, reduction="none")
+        return Likelihood(nats.double().sum().item(), len(labels), equal=len(labels))
+    size, total = min(ours.shape[-1], theirs.shape[-1]), Likelihood()
+    parts = zip(ours.split(AT_ONCE), theirs[:, :size].split(AT_ONCE), labels.split(AT_ONCE), strict=True)  # type: ignore[no-untyped-call]
+    for our, their, label in parts:
+        nats = torch.nn.functional.cross_entropy(our.float(), label, reduction="none")
+        q, p = (logits.float().log_softmax(dim=-1) for logits in (our[:, :size], their))
+        shares = p.exp()
+        divergence = torch.where(shares > 0, shares * (p - q), 0).sum(dim=-1, dtype=torch.float64)
+        equal = (p.argmax(dim=-1) == q.argmax(dim=-1)).sum().item()
+        first = divergence[0].item() if begins and not total.tokens and len(label) else 0.0
+        total = total.plus(Likelihood(nats.double().sum().item(), len(label), divergence.sum().item(), equal, first))
+    return total
 
 
 def windows(row: list[int], size: int | None, stride: int | None) -> list[tuple[list[int], int]]:

@@ -135,7 +135,11 @@ class Student(Effect):
 
 @dataclass(frozen=True)
 class Bootstrapped(Effect):
-    """Draws of the bootstrap, in order, with Efron's corrections for bias and for an error that depends on the value (BCa, 1987)."""
+    """Draws of the bootstrap, in order, with Efron's corrections for bias and for an error that depends on the value (BCa, 1987).
+
+    Draws from a sample spread less than the sample's truth does, by what Student's t is wider than the normal, and shares of them are
+    taken further out by as much (Hesterberg 2015, the expanded percentile interval).
+    """
 
     draws: tuple[float, ...] = ()
     bias: float = 0.0
@@ -143,8 +147,9 @@ class Bootstrapped(Effect):
 
     def quantile(self, share: float) -> float:
         import numpy as np
+        from scipy import special
 
-        z = self.bias + NormalDist().inv_cdf(share)
+        z = self.bias + self._expansion * float(special.stdtrit(self.samples - 1, share))
         return float(np.quantile(self.draws, NormalDist().cdf(self.bias + z / (1 - self.acceleration * z))))
 
     def at_most(self, limit: float) -> float:
@@ -159,10 +164,16 @@ class Bootstrapped(Effect):
 
     def _corrected(self, share: float) -> float:
         """The confidence that `quantile` turns into this share of the draws."""
+        from scipy import special
+
         if share in (0, 1):
             return share
         w = NormalDist().inv_cdf(share) - self.bias
-        return NormalDist().cdf(w / (1 + self.acceleration * w) - self.bias)
+        return float(special.stdtr(self.samples - 1, (w / (1 + self.acceleration * w) - self.bias) / self._expansion))
+
+    @property
+    def _expansion(self) -> float:
+        return math.sqrt(self.samples / (self.samples - 1))
 
 
 def combine(metric: str) -> "Callable[[Array, int], Array]":
@@ -176,8 +187,10 @@ def combine(metric: str) -> "Callable[[Array, int], Array]":
         return _bleu
     if metric == "chrf":
         return _chrf
-    if metric == "cer":
-        return _cer
+    if metric in ("cer", "equal_top"):
+        return _share
+    if metric.startswith("divergence"):
+        return _a_token
     if metric == "f1":
         return _f1
     return _mean
@@ -362,9 +375,14 @@ def _chrf(sums: "Array", n: int) -> "Array":
     return score
 
 
-def _cer(sums: "Array", n: int) -> "Array":
-    """Edits over the references' characters, times 100."""
+def _share(sums: "Array", n: int) -> "Array":
+    """Edits over the references' characters, or equal tokens over all, times 100."""
     return 100 * sums[..., 0] / sums[..., 1]
+
+
+def _a_token(sums: "Array", n: int) -> "Array":
+    """A sum over tokens, over their number."""
+    return sums[..., 0] / sums[..., 1]
 
 
 def _f1(sums: "Array", n: int) -> "Array":

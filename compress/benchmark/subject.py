@@ -32,8 +32,11 @@ class Subject:
 
     module = "compress.benchmark.worker"
 
-    def __init__(self, role: Role, source: Source, recipe: Recipe, device: str, log: Path, outputs: Path, progress: Progress):
-        self.role, self.source, self._recipe, self._device = role, source, recipe, device
+    def __init__(
+        self, role: Role, source: Source, recipe: Recipe, device: str, log: Path, outputs: Path, progress: Progress,
+        original: Source | None = None,
+    ):  # fmt: skip
+        self.role, self.source, self._recipe, self._device, self._original = role, source, recipe, device, original
         self._log, self._kept, self._progress = log, outputs, progress
         self._child: Child | None = None
         self.loads: list[dict[str, Any]] = []
@@ -208,7 +211,7 @@ class Subject:
     def answer(self, examples: list[Example]) -> None:
         """Do the examples, or take what this model has made of them before."""
         recipe = self._recipe
-        name = kept.name(self.source, recipe, examples, self.loads[0])
+        name = kept.name(self.source, recipe, examples, self.loads[0], self._original if "divergence" in recipe.groups else None)
         self.outputs = kept.find(self._kept, name)
         if self.outputs is not None:
             self._tell("taking outputs of a former run", len(examples), len(examples))
@@ -218,7 +221,7 @@ class Subject:
                 "quality", examples=[asdict(e) for e in examples], groups=list(recipe.groups),
                 tokenizers=asdict(recipe.tokenizers),
                 generation=recipe.generation.model_dump(), data=recipe.data.model_dump(mode="json"),
-                batch_tokens=recipe.benchmark.quality_batch_tokens,
+                batch_tokens=recipe.benchmark.quality_batch_tokens, original=self._original and asdict(self._original),
             )  # fmt: skip
         kept.keep(self._kept, name, self.outputs)
 

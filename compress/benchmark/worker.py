@@ -1,5 +1,6 @@
 """The measuring process: holds one model and answers what the parent asks of it. One side, one device, nothing else."""
 
+import gc
 import importlib
 import importlib.util
 import os
@@ -13,6 +14,7 @@ from typing import Any
 import psutil
 import torch
 import transformers
+from transformers import PreTrainedModel
 
 from compress import decoding, held, scores
 from compress import model as models
@@ -21,9 +23,10 @@ from compress.benchmark import ceilings as ceiling
 from compress.benchmark import kernels, latency, memory, nvml, quality, tasks, work
 from compress.benchmark.batching import Batches
 from compress.benchmark.generation import Writer
+from compress.benchmark.quality import Reader
 from compress.errors import ModelError
 from compress.methods import Example
-from compress.metrics import CLASSIFIED, GENERATED, TASK
+from compress.metrics import CLASSIFIED, GENERATED, READ, TASK
 from compress.phases import phase
 from compress.process import Progress, is_out_of_memory, serve
 from compress.products import in_float32
@@ -47,7 +50,8 @@ class Worker:
         progress("loading", 0, 1)
         self.device = models.pick_device(device)
         torch.set_num_threads(threads or len(os.sched_getaffinity(0)))
-        bundle = models.Bundle(models.Source(**source), self.device)
+        self.source = models.Source(**source)
+        bundle = models.Bundle(self.source, self.device)
         _import_all(bundle)
         if self.device == "cuda":
             torch.zeros(1, device="cuda")  # the context is no part of the model
@@ -174,7 +178,7 @@ class Worker:
 
     def quality(
         self, progress: Progress, examples: list[dict[str, Any]], groups: list[str], tokenizers: dict[str, str],
-        generation: dict[str, Any], data: dict[str, Any], batch_tokens: int | None,
+        generation: dict[str, Any], data: dict[str, Any], batch_tokens: int | None, original: dict[str, Any] | None,
     ) -> dict[str, Any]:  # fmt: skip
         """Per-example statistics of every metric asked for or why there are none, the outputs as texts (None where there are none), what
         there is to say of them.
@@ -186,20 +190,21 @@ class Worker:
         tokenizers     what metrics on texts cut these with, as `scripts.Tokenizers` has them
         data           the recipe's data block
         batch_tokens   None takes what free memory holds
+        original       the source of the model from which this one diverges, which may be itself; None where there is none
         """
         threads = torch.get_num_threads()
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         try:
             with in_float32(self.device):
-                return self._quality(progress, examples, groups, tokenizers, generation, data, batch_tokens)
+                return self._quality(progress, examples, groups, tokenizers, generation, data, batch_tokens, original)
         finally:
             torch.set_num_threads(threads)
 
     def _quality(
         self, progress: Progress, examples: list[dict[str, Any]], groups: list[str], tokenizers: dict[str, str],
-        generation: dict[str, Any], data: dict[str, Any], batch_tokens: int | None,
+        generation: dict[str, Any], data: dict[str, Any], batch_tokens: int | None, original: dict[str, Any] | None,
     ) -> dict[str, Any]:  # fmt: skip
-        reader = quality.Reader(self.model, self.tokenizer, data["max_tokens"], data["chat"], keep_end=data["shots"] > 0)
+        reader = Reader(self.model, self.tokenizer, data["max_tokens"], data["chat"], keep_end=data["shots"] > 0)
         prompts = [Example(**example) for example in examples]
         references = [e["references"] for e in examples]
         batches = Batches(self.model, batch_tokens, progress)
@@ -224,16 +229,11 @@ class Worker:
                 samples.update(scores.score_texts(groups, texts, references, Tokenizers(**tokenizers)))
             if "generated_tokens" in groups:
                 samples["generated_tokens"] = [[float(len(row))] for row in tokens]
-        if "perplexity" in groups and data["join"] is not None:
-            with phase("reading"):
-                rows, windows = quality.stream_likelihoods(
-                    reader, prompts[0].prompt, batches, data["stride"], data["samples"], data["seed"]
-                )
-            samples["perplexity"] = scores.perplexity(rows)
-        elif "perplexity" in groups:
+        if READ & set(groups):
             targets = [r[0] for r in references] if any(references) else None
-            with phase("reading"):
-                samples["perplexity"] = scores.perplexity(quality.likelihoods(reader, prompts, targets, batches, data["stride"]))
+            read, windows, left_out = self._read(reader, prompts, targets, batches, groups, data, original)
+            samples.update(read)
+            said += left_out
         if CLASSIFIED & set(groups):
             right = [label_number(self.model.config, r[0]) for r in references]
             with phase("reading"):
@@ -255,6 +255,44 @@ class Worker:
             "samples": samples, "texts": texts, "windows": windows, "cut": len(reader.cut), "limit": reader.limit(),
             "longest_input": reader.limit(room), "generation_config": self._own_generation(), "said": said,
         }  # fmt: skip
+
+    def _read(
+        self, reader: Reader, prompts: list[Example], targets: list[str] | None, batches: Batches, groups: list[str],
+        data: dict[str, Any], original: dict[str, Any] | None,
+    ) -> tuple[scores.Samples, list[str] | None, list[str]]:  # fmt: skip
+        """Statistics of metrics on likelihoods, the text of each window with data.join, and what there is to say of them."""
+        samples: scores.Samples = {}
+        with phase("reading"):
+            other, reason = self._original(original) if "divergence" in groups else (None, None)
+            if data["join"] is not None:
+                rows, windows = quality.stream_likelihoods(
+                    reader, prompts[0].prompt, batches, data["stride"], data["samples"], data["seed"], other
+                )
+            else:
+                rows, windows = quality.likelihoods(reader, prompts, targets, batches, data["stride"], other), None
+        del other
+        gc.collect()
+        if "perplexity" in groups:
+            samples["perplexity"] = scores.perplexity(rows)
+        if "divergence" in groups and reason is None:
+            samples.update(scores.divergence(rows))
+        return samples, windows, [f"divergence was not measured: {reason}"] if reason else []
+
+    def _original(self, source: dict[str, Any] | None) -> tuple[PreTrainedModel | None, str | None]:
+        """The model of that source, None where it is this one; or why there is none to compare distributions with."""
+        if source is None:
+            return None, "it is from an original, and none is beside this model"
+        if models.Source(**source) == self.source:
+            return None, None
+        try:
+            bundle = models.Bundle(models.Source(**source), self.device)
+            if bundle.tokenizer.get_vocab() != self.tokenizer.get_vocab():
+                return None, f"the tokens of {source['id']} are others than this model's"
+            return bundle.model, None
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+        return None, f"memory doesn't hold {source['id']} beside this model"
 
     def _own_generation(self) -> dict[str, Any]:
         """What the model's own generation config says; it holds where the recipe says nothing."""

@@ -72,8 +72,7 @@ def _unmeasured(name: str, measured: set[str], groups: tuple[str, ...]) -> str |
     if name.startswith(TASK):
         if not any(name.startswith(f"{group}:") for group in groups):
             return f"{name} isn't measured by this recipe; put {':'.join(name.split(':')[:2])} under metrics"
-    elif METRICS[name].kind == "quality" and name not in measured:
-        group = next(group for group, names in GROUPS.items() if name in names)
+    elif (group := next((group for group, names in GROUPS.items() if name in names), None)) and name not in measured:
         return f"{name} isn't measured by this recipe; put {group} under metrics"
     return None
 

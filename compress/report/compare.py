@@ -25,6 +25,7 @@ HEAD = (
     "cer",
     "exact_match",
     "perplexity",
+    "divergence",
     "accuracy",
     "weight_bytes",
     "peak_run_bytes",

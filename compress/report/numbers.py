@@ -31,6 +31,8 @@ def scaled(value: float, unit: str) -> str:
         return f"{value * 1000:.1f} ms" if abs(value) < 1 else f"{value:.2f} s"
     if unit == "1":
         return f"{value:,.0f}" if value == int(value) else f"{value:.3f}"
+    if unit == "nats":
+        return f"{value:.4g} nats"
     return f"{value:.2f}" if unit == "points" else f"{value:,.1f} {unit}"
 
 
@@ -69,7 +71,7 @@ def change(compared: Comparison | None, interval: bool = True) -> str:
     if not interval:
         low = high = None
     if compared.kind == "difference":
-        digits = ".3f" if METRICS[compared.metric].unit == "1" else ".2f"
+        digits = {"1": ".3f", "nats": ".4f"}.get(METRICS[compared.metric].unit, ".2f")
         text = f"{estimate:+{digits}}"
         return text if low is None or high is None else f"{text} ({low:+{digits}} to {high:+{digits}})"
     text = f"x{estimate:.3f}"

@@ -17,7 +17,7 @@ Row = Mapping[str, Any]
 Spec = dict[str, Any]
 ACROSS, UP = (
     ("peak_run_bytes", "weight_bytes", "file_bytes", "latency_p50"),
-    ("rougeL", "bleu", "chrf", "accuracy", "exact_match", "cer", "perplexity"),
+    ("rougeL", "bleu", "chrf", "accuracy", "exact_match", "cer", "divergence", "perplexity"),
 )  # shown first
 DATA = "rows"
 NAMED = 12  # models; among more, only those on the front have their names beside them

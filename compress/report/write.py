@@ -24,7 +24,8 @@ FIGURES = "Of speed and memory a figure is the geometric mean of the rounds, and
 WORST = 10
 POINTS = 10  # of a training's curve
 SHOWN = (
-    "rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "exact_match", "cer", "perplexity", "accuracy", "f1", "generated_tokens",
+    "rouge1", "rouge2", "rougeL", "rougeLsum", "bleu", "chrf", "exact_match", "cer", "perplexity",
+    "divergence", "divergence_first", "divergence_rest", "divergence_worst", "equal_top", "accuracy", "f1", "generated_tokens",
     "weight_bytes", "file_bytes", "parameters", "bits_per_weight", "peak_load_bytes", "peak_run_bytes", "process_gpu_bytes",
     "compile_seconds",
     "latency_p50", "latency_p90", "latency_p99", "ttft", "tpot", "tokens_per_second", "examples_per_second",

@@ -19,10 +19,12 @@ MADE = {"samples": {"rougeL": [[1.0], [0.1 + 0.2]]}, "texts": ["a", "é"], "cut"
 
 
 def test_they_are_named_by_all_that_they_depend_on(toys, rows, write_recipe, tmp_path, monkeypatch):
-    def name(source=None, machine=MACHINE, changed=0, said="one", **changes):
+    def name(source=None, machine=MACHINE, changed=0, said="one", original=None, **changes):
         told = {"environment": {**machine, "threads": 7}, "changed": {"cpu_int8": changed, "sparse_24": 0}}
         loaded = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, **changes)))
-        return outputs.name(source or Source(str(toys["llama"]), "causal-lm", "float32"), loaded, [Example("0", said, ["two"])], told)
+        return outputs.name(
+            source or Source(str(toys["llama"]), "causal-lm", "float32"), loaded, [Example("0", said, ["two"])], told, original
+        )
 
     first = name()
     copy = tmp_path / "moved"
@@ -39,9 +41,10 @@ def test_they_are_named_by_all_that_they_depend_on(toys, rows, write_recipe, tmp
     }  # fmt: skip
     (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
     others.add(name(Source(str(copy), "causal-lm", "float32")))
+    others |= {name(metrics=["divergence"], original=Source(str(folder), "causal-lm", "float32")) for folder in (toys["llama"], copy)}
     monkeypatch.setattr(outputs, "_version", lambda package: "0")
     others.add(name())
-    assert len(others | {first}) == 10
+    assert len(others | {first}) == 12
 
 
 @pytest.mark.parametrize("harm", ["", "{}", "[]", "cut short", "changed"])

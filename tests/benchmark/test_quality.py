@@ -1,5 +1,7 @@
 """Likelihood in batches against plain transformers, one example at a time; what is cut and what is refused."""
 
+import copy
+
 import pytest
 import torch
 
@@ -31,7 +33,7 @@ def test_likelihoods_are_those_of_a_plain_loop(random_bundle):
     bundle = random_bundle
     model, words = bundle.model, bundle.tokenizer
     found = quality.likelihoods(reader(bundle), PROMPTS, TARGETS, batches(bundle))
-    for prompt, target, (nll, count) in zip(PROMPTS, TARGETS, found, strict=True):
+    for prompt, target, (nll, count, *_) in zip(PROMPTS, TARGETS, found, strict=True):
         given = words(prompt)["input_ids"]
         if model.config.is_encoder_decoder:
             answer = words(target)["input_ids"]
@@ -45,6 +47,55 @@ def test_likelihoods_are_those_of_a_plain_loop(random_bundle):
         assert nll == pytest.approx(-chosen.sum().item(), rel=1e-5)
 
 
+def bent(bundle, spread):
+    """Another model of the same kind: every matrix moved."""
+    other = copy.deepcopy(bundle.model)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(spread * torch.randn_like(parameter))
+    return other
+
+
+@pytest.mark.parametrize("spread", [0.001, 0.1])
+def test_divergence_is_that_of_a_plain_loop_in_float64(random_bundle, spread):
+    bundle, original = random_bundle, bent(random_bundle, spread)
+    words, both = bundle.tokenizer, bundle.model.config.is_encoder_decoder
+    found = quality.likelihoods(reader(bundle), PROMPTS, TARGETS, batches(bundle), original=original)
+    for prompt, target, row in zip(PROMPTS, TARGETS, found, strict=True):
+        given, answer = words(prompt)["input_ids"], words(target, add_special_tokens=both)["input_ids"]
+        if both:
+            inputs = {"input_ids": [given], "decoder_input_ids": [[bundle.model.config.decoder_start_token_id, *answer[:-1]]]}
+        else:
+            inputs = {"input_ids": [given[:-1] + answer]}
+        inputs = {name: torch.tensor(ids) for name, ids in inputs.items()}
+        q, p = (model(**inputs).logits[0, -len(answer) - (not both) :].double().log_softmax(-1) for model in (bundle.model, original))
+        q, p = q[: len(answer)], p[: len(answer)]
+        expected = (p.exp() * (p - q)).sum(-1)
+        assert (row.divergence, row.first) == pytest.approx((expected.sum().item(), expected[0].item()), rel=1e-3, abs=1e-6)
+        assert row.equal == (p.argmax(-1) == q.argmax(-1)).sum().item()
+        assert row.tokens == len(answer)
+
+
+def test_divergence_over_windows_counts_every_token_once(llama, monkeypatch):
+    monkeypatch.setattr(quality, "AT_ONCE", 3)
+    original, text = bent(llama, 0.1), " ".join(WORDS[(3 * k) % len(WORDS)] for k in range(40))
+    (whole,) = quality.likelihoods(reader(llama), [text], None, batches(llama, 64), original=original)
+    ids = torch.tensor([llama.tokenizer(text)["input_ids"]])
+    q, p = (model(ids).logits[0, :-1].double().log_softmax(-1) for model in (llama.model, original))
+    expected = (p.exp() * (p - q)).sum(-1)
+    assert whole.divergence == pytest.approx(expected.sum().item(), rel=1e-4)
+    (parts,) = quality.likelihoods(reader(llama, max_tokens=16), [text], None, batches(llama, 40), 6, original)
+    assert (parts.tokens, parts.first) == (whole.tokens, pytest.approx(expected[0].item(), rel=1e-4))
+
+
+def test_a_model_that_gives_no_chance_to_what_the_original_writes_diverges_without_end():
+    ours, theirs = torch.tensor([[0.0, -torch.inf], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, -torch.inf]])
+    rows = [quality._likelihood(ours[n : n + 1], theirs[n : n + 1], torch.tensor([0]), True) for n in (0, 1)]
+    assert [row.divergence for row in rows] == [torch.inf, pytest.approx(torch.log(torch.tensor(2.0)).item())]
+
+
 @pytest.fixture
 def llama(toys):
     return Bundle(Source(str(toys["llama"]), "causal-lm", "float32"), "cpu")
@@ -52,7 +103,7 @@ def llama(toys):
 
 def test_plain_text_is_predicted_from_its_second_token(llama):
     found = quality.likelihoods(reader(llama), PROMPTS, None, batches(llama))
-    assert [count for _, count in found] == [len(llama.tokenizer(p)["input_ids"]) - 1 for p in PROMPTS]
+    assert [row.tokens for row in found] == [len(llama.tokenizer(p)["input_ids"]) - 1 for p in PROMPTS]
 
 
 def plain_loop(model, ids, size, stride):
@@ -76,7 +127,7 @@ def test_long_texts_are_read_in_windows_as_hugging_face_has_it(llama):
     """Against the loop of transformers' documentation, "Perplexity of fixed-length models"."""
     texts = [" ".join(WORDS[(n * k) % len(WORDS)] for k in range(40)) for n in (3, 7)] + ["the cat sat", "dog"]
     found = quality.likelihoods(reader(llama, max_tokens=16), texts, None, batches(llama, 40), stride=6)
-    for text, (nll, count) in zip(texts, found, strict=True):
+    for text, (nll, count, *_) in zip(texts, found, strict=True):
         ids = torch.tensor([llama.tokenizer(text)["input_ids"]])
         expected, counted = plain_loop(llama.model, ids, 16, 6)
         assert count == counted == ids.shape[1] - 1
@@ -89,12 +140,12 @@ def test_a_stream_is_read_in_windows_as_hugging_face_has_it(llama, stride):
     ids = torch.tensor([llama.tokenizer(text)["input_ids"]])
     expected, counted = plain_loop(llama.model, ids, 16, stride or 16)
     found, parts = quality.stream_likelihoods(reader(llama, max_tokens=16), text, batches(llama, 40), stride, None, 0)
-    assert sum(count for _, count in found) == counted
-    assert sum(nll for nll, _ in found) == pytest.approx(expected, rel=1e-5)
-    assert [len(llama.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts] == [count for _, count in found]
+    assert sum(row.tokens for row in found) == counted
+    assert sum(row.nats for row in found) == pytest.approx(expected, rel=1e-5)
+    assert [len(llama.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts] == [row.tokens for row in found]
     assert [part.split() for part in parts[:2]] == [
         text.split()[1:16],
-        text.split()[17 if stride in (None, 16) else 16 :][: int(found[1][1])],
+        text.split()[17 if stride in (None, 16) else 16 :][: int(found[1].tokens)],
     ]
     drawn, some = quality.stream_likelihoods(reader(llama, max_tokens=16), text, batches(llama, 40), stride, 7, 1)
     assert len(drawn) == 7
