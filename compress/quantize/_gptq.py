@@ -48,7 +48,8 @@ def _refitted(weight: Tensor, grid: Grid, integers: Tensor, moments: Tensor) -> 
     ridge = 1e-6 * products.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=1e-12)
     products.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
     scale, failed = torch.linalg.solve_ex(products, wanted)
-    near = (scale > grid.scale / 2) & (scale < grid.scale * 2) & (failed == 0)[:, None]
+    times = scale / grid.scale
+    near = (times > 0.5) & (times < 2) & (failed == 0)[:, None]
     return torch.where(near.all(dim=1, keepdim=True), scale, grid.scale)
 
 

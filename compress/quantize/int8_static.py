@@ -72,7 +72,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
             scale, zero = grid_of(low.float()[:, None], high.float()[:, None], 8, settings.symmetric)
             for name in group:
                 weight = block.weights[name]
-                grid = fit(weight, by_row, 8)
+                grid = fit(weight, by_row, 8, signed=False)
                 block.set(name, Quantised(grid, grid.integers(weight), Grid(8, settings.symmetric, scale, zero)))
 
     return quantise(bundle, settings, context, _Static, solve)

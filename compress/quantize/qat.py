@@ -88,19 +88,21 @@ def _rounded(grid: Grid, kept: "Tensor") -> Any:
 
     from compress.quantize._solution import Quantised
 
+    sign = grid.scale.sign()
+
     class Rounded(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.scale = torch.nn.Parameter(grid.scale.clone())
+            self.scale = torch.nn.Parameter(grid.scale.abs())
 
         def solution(self, weight: "Tensor") -> Quantised:
-            learned = replace(grid, scale=self.scale.detach().clamp(min=1e-10))
+            learned = replace(grid, scale=self.scale.detach().clamp(min=1e-10) * sign)
             return Quantised(learned, learned.integers(weight * kept))
 
         def forward(self, weight: "Tensor") -> "Tensor":
             # the step sizes' gradient is large beside the weights': LSQ divides it by the root of weights a step times levels
             share = (grid.scale.numel() / (weight.numel() * grid.top)) ** 0.5
-            scale = (self.scale * share + (self.scale * (1 - share)).detach()).clamp(min=1e-10)
+            scale = (self.scale * share + (self.scale * (1 - share)).detach()).clamp(min=1e-10) * sign
             scale, zero = replace(grid, scale=scale).columns(weight.shape[1])
             wanted = weight * kept / scale + zero
             inside = wanted.clamp(0, grid.top)

@@ -57,7 +57,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         for name in (name for group in groups for name in group):
             weight = block.weights[name]
             scaled = weight.float() * divided.get(name, torch.ones((), device=weight.device))
-            grid = fit(scaled, by_row, 8)
+            grid = fit(scaled, by_row, 8, signed=False)
             block.set(name, Quantised(grid, grid.integers(scaled), PerToken(), divided.get(name)))
 
     return quantise(bundle, settings, context, Int8, solve)

@@ -156,10 +156,24 @@ def test_a_search_that_ends_early_has_found_what_the_whole_search_finds(bits, sy
     w64 = w.double().reshape(40, 2, 32)
     low, high = w64.amin(dim=2).clamp(max=0), w64.amax(dim=2).clamp(min=0)
     errors = []
+    sign = torch.where(high > -low, -1, 1)[..., None] if symmetric else 1  # the longer end has the level more
     for step in range(80):
         scale, zero = (part[..., None] for part in _grid.grid_of(low * (1 - step / 100), high * (1 - step / 100), bits, symmetric))
+        scale = scale * sign
         values = ((w64 / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale
         errors.append(((values - w64) ** 2).sum(dim=2))
     least = torch.stack(errors).amin(dim=0)
     made = ((found.rounded(w).double().reshape(40, 2, 32) - w64) ** 2).sum(dim=2)
     assert torch.allclose(made, least, rtol=1e-3, atol=1e-9)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_longer_end_of_a_symmetric_grid_has_the_level_more(bits):
+    """A group that is all levels of such a grid, turned either way, is read as it was; with a positive scale alone one of them isn't."""
+    levels = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).float()
+    w = torch.stack([levels, -levels]).repeat(1, max(1, 32 // len(levels)))[:, :256] * 0.25
+    found = _grid.fit(w, Settings(group_size=-1, symmetric=True), bits)
+    assert found.scale.sign().flatten().tolist() == [1, -1]
+    assert (found.rounded(w) - w).abs().max() < 0.02 * w.abs().max(), "but for the hundredths by which ranges shrink"
+    plain = _grid.fit(w, Settings(group_size=-1, symmetric=True), bits, signed=False)
+    assert (plain.rounded(w) - w)[1].square().mean() > 2 * (found.rounded(w) - w)[1].square().mean()
