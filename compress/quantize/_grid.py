@@ -46,7 +46,9 @@ class GridSettings(methods.LayerSettings):
     group_size: Literal[32, 64, 128, -1] | None = Field(
         None, description="columns that share a scale; -1 is a scale a row; null takes the largest that divides every layer worked on"
     )
-    symmetric: bool = False
+    symmetric: bool = Field(
+        False, description="zero in the middle of every range, whose longer end has the level more; else each range has its own zero"
+    )
     format: Literal["compressed-tensors", "gptq"] = Field(
         "compressed-tensors", description="of the files; gptq is for decoders and encoders, and runs packed by gptqmodel's kernels"
     )
