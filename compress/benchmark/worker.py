@@ -178,7 +178,7 @@ class Worker:
 
     def quality(
         self, progress: Progress, examples: list[dict[str, Any]], groups: list[str], tokenizers: dict[str, str],
-        generation: dict[str, Any], data: dict[str, Any], batch_tokens: int | None, original: dict[str, Any] | None,
+        generation: dict[str, Any], data: dict[str, Any], batch_tokens: int | None, original: dict[str, Any] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Per-example statistics of every metric asked for or why there are none, the outputs as texts (None where there are none), what
         there is to say of them.

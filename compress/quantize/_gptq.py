@@ -26,11 +26,13 @@ def solve_block(block: Block, settings: GridSettings, damping: float) -> None:
 def solve_layer(weight: Tensor, moments: Tensor, settings: GridSettings, bits: int, damping: float, name: str = "") -> Quantised:
     """Integers for a weight (rows, columns) that keep its outputs, given its inputs' second moments (columns, columns).
 
-    Once the integers stand, the scales that suit them best are a least-squares problem with a closed solution, which is taken.
+    Ranges are searched by what they cost the outputs, not the weights: a text's first tokens make states so large that a few columns carry
+    them, and ranges by weights alone lose those (SmolLM2 at 3 bits: a divergence of 3.3 at first tokens, 0.06 with this; 0.54 and 0.44 in
+    the mean). Once the integers stand, the scales that suit them best are a least-squares problem with a closed solution, which is taken.
 
     Raises BrokenPromise when the Hessian can't be factored at any damping.
     """
-    grid = fit(weight, settings, bits)
+    grid = fit(weight, settings, bits, moments)
     integers = _columns(weight, grid, moments, damping, settings.keep_zeros, name)
     return Quantised(replace(grid, scale=_refitted(weight, grid, integers, moments)), integers)
 
