@@ -164,20 +164,23 @@ def _summed(
 
 def _likelihood(ours: torch.Tensor, theirs: torch.Tensor, labels: torch.Tensor, begins: bool) -> Likelihood:
     """Of labels (tokens,) and logits (tokens, vocabulary), of which the shorter vocabulary counts. `begins`: the text does."""
+    nats = torch.nn.functional.cross_entropy(ours.float(), labels, reduction="none").double().sum().item()
     if theirs is ours:
-        nats = torch.nn.functional.cross_entropy(ours.float(), labels, reduction="none")
-        return Likelihood(nats.double().sum().item(), len(labels), equal=len(labels))
-    size, total = min(ours.shape[-1], theirs.shape[-1]), Likelihood()
-    parts = zip(ours.split(AT_ONCE), theirs[:, :size].split(AT_ONCE), labels.split(AT_ONCE), strict=True)  # type: ignore[no-untyped-call]
-    for our, their, label in parts:
-        nats = torch.nn.functional.cross_entropy(our.float(), label, reduction="none")
-        q, p = (logits.float().log_softmax(dim=-1) for logits in (our[:, :size], their))
-        shares = p.exp()
-        divergence = torch.where(shares > 0, shares * (p - q), 0).sum(dim=-1, dtype=torch.float64)
-        equal = (p.argmax(dim=-1) == q.argmax(dim=-1)).sum().item()
-        first = divergence[0].item() if begins and not total.tokens and len(label) else 0.0
-        total = total.plus(Likelihood(nats.double().sum().item(), len(label), divergence.sum().item(), equal, first))
-    return total
+        return Likelihood(nats, len(labels), equal=len(labels))
+    size = min(ours.shape[-1], theirs.shape[-1])
+    parts = zip(ours[:, :size].split(AT_ONCE), theirs[:, :size].split(AT_ONCE), strict=True)  # type: ignore[no-untyped-call]
+    compared = [_divergence(*part) for part in parts]
+    divergence = torch.cat([apart for apart, _ in compared])
+    first = divergence[0].item() if begins and len(labels) else 0.0
+    return Likelihood(nats, len(labels), divergence.sum().item(), sum(equal for _, equal in compared), first)
+
+
+def _divergence(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, float]:
+    """Of logits (tokens, vocabulary): each token's divergence, (tokens,) float64, and at how many both think the same the likeliest."""
+    q, p = ours.float().log_softmax(dim=-1), theirs.float().log_softmax(dim=-1)
+    shares = p.exp()
+    divergence = torch.where(shares > 0, shares * (p - q), 0).sum(dim=-1, dtype=torch.float64)
+    return divergence, (p.argmax(dim=-1) == q.argmax(dim=-1)).sum().item()
 
 
 def windows(row: list[int], size: int | None, stride: int | None) -> list[tuple[list[int], int]]:
