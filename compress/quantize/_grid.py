@@ -183,7 +183,7 @@ def fit(
     blocks = None if moments is None else torch.stack([moments[i : i + size, i : i + size] for i in range(0, columns, size)])
     # on a CPU by so many rows at a time as stay in its cache
     parts = weight.split(max(CACHED // columns, 1) if weight.device.type == "cpu" else rows)  # type: ignore[no-untyped-call]
-    groups = [part.float().reshape(len(part), columns // size, size) for part in parts]
+    groups = (part.float().reshape(len(part), columns // size, size) for part in parts)
     found = [_searched(part, blocks, bits, settings.symmetric, search, signed) for part in groups]
     return Grid(bits, settings.symmetric, torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found]))
 
