@@ -1,4 +1,4 @@
-"""A method of this package: GPTQ or any other packed one. What it packed is read back by plain transformers."""
+"""A method of this package: any that packs. What it packed is read back by plain transformers."""
 
 import tempfile
 from pathlib import Path
@@ -14,8 +14,9 @@ from compress.model import Bundle, Source
 
 def quantise(job: Job) -> Bundle:
     method = methods.find("quantize", job.method)
-    settings = method.Settings(bits=job.bits, group_size=job.group_size, symmetric=job.symmetric)
-    bundle = Bundle(Source(job.model, "causal-lm", "float32"), "cpu")
+    learned = {"steps": job.steps} if "steps" in method.Settings.model_fields else {}
+    settings = method.Settings(bits=job.bits, group_size=job.group_size, symmetric=job.symmetric, **learned)
+    bundle = Bundle(Source(job.model, "causal-lm", "auto"), "cpu")
     retokenised = [bundle.tokenizer(text, truncation=True, max_length=job.max_tokens).input_ids for text in job.texts]
     assert retokenised == job.rows, "the texts don't tokenise to the rows that the others are given"
     examples = [methods.Example(str(n), text, []) for n, text in enumerate(job.texts)]
@@ -30,4 +31,4 @@ def weights(bundle: Bundle) -> dict[str, Tensor]:
 
 
 if __name__ == "__main__":
-    work(quantise, weights, "compress")
+    work(quantise, weights, "compress-workbench")

@@ -1,10 +1,12 @@
-"""GPTQ of this package beside gptqmodel's and llm-compressor's: perplexity, time and memory on one Llama.
+"""This package's quantisers beside other tools': divergence, perplexity, time and memory on one decoder.
 
-    python reports/peers/compare.py MODEL TRAIN.jsonl TEST.jsonl --gptqmodel PYTHON --llmcompressor PYTHON [--rounds 3]
+    python reports/peers/compare.py MODEL CALIBRATION TEST --out FOLDER --peers autoround=PYTHON gptqmodel:searched=PYTHON ... [--rounds 3]
 
-Each line of the data has a `text`. Every tool runs in its own environment, a fresh process for each round, grid and tool, in random
-order, on the same rows of token ids, drawn anew for each round; its dequantised weights are put into the original model here and measured
-by one function. Runs where this package is installed. Writes results.md (over all rounds) and results.csv (every run).
+CALIBRATION and TEST are JSON lines with a `text` each, or one text, of which rows are cut. Every tool runs in its own environment (a peer
+NAME is the file by_NAME.py), a fresh process for each round, grid and tool, in random order, on the same rows of token ids, drawn anew for
+each round; its dequantised weights are put into the original model here and measured by one function. Runs where this package is
+installed. Writes FOLDER/results.csv, a line as soon as a run ends, and FOLDER/results.md from all lines there; what stands in the file
+isn't run again, so that a table can be made in several goes: to have a run again, delete its line.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import random
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -25,7 +28,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 HERE = Path(__file__).parent
-MAX_TOKENS = 512
+STEP_TOKENS = 2048  # of this package's methods that learn, so of the others' too
+RUN = ["bits", "grid", "tool", "round"]
 
 
 @dataclass(frozen=True)
@@ -38,102 +42,143 @@ class Tool:
 
 @dataclass(frozen=True)
 class Losses:
-    """Each text's negative log-likelihood, its divergence from the uncompressed model's distributions, and the number of its tokens."""
+    """What each token of the test rows lost; nats, (tokens,), and to which row it belongs.
 
-    sums: torch.Tensor
-    divergences: torch.Tensor
-    tokens: torch.Tensor
+    likelihood  its negative log-likelihood
+    divergence  of the original's distribution from the model's
+    top         whether both have the same likeliest token
+    first       whether it is predicted from a row's first token alone
+    """
+
+    likelihood: torch.Tensor
+    divergence: torch.Tensor
+    top: torch.Tensor
+    first: torch.Tensor
+    row: torch.Tensor
 
     @property
     def perplexity(self) -> float:
-        return float((self.sums.sum() / self.tokens.sum()).exp())
+        return float(self.likelihood.mean().exp())
 
-    @property
-    def divergence(self) -> float:
-        """Mean Kullback-Leibler divergence of the uncompressed model's next-token distribution to this one's, nats a token."""
-        return float(self.divergences.sum() / self.tokens.sum())
+    def figures(self) -> dict[str, float]:
+        """`first` and `rest` are means over rows' first positions and all others; `median` and `worst` are of rows' means."""
+        rows = pd.Series(self.divergence).groupby(self.row.numpy()).mean()
+        return {
+            "perplexity": self.perplexity,
+            "divergence": float(self.divergence.mean()),
+            "first": float(self.divergence[self.first].mean()),
+            "rest": float(self.divergence[~self.first].mean()),
+            "median": float(rows.median()),
+            "worst": float(rows.max()),
+            "equal_top": float(self.top.double().mean()),
+        }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "train", "test"):
+    for name in ("model", "calibration", "test"):
         parser.add_argument(name, type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--methods", nargs="+", default=["gptq"], help="this package's")
+    parser.add_argument("--peers", nargs="+", default=[], metavar="NAME[:METHOD]=PYTHON")
     parser.add_argument("--ours", default=sys.executable, metavar="PYTHON")
-    parser.add_argument("--gptqmodel", metavar="PYTHON", help="left out where not given")
-    parser.add_argument("--llmcompressor", metavar="PYTHON", help="left out where not given")
-    parser.add_argument("--methods", nargs="+", default=["gptq"], help="this package's; the others are compared with the first")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3])
     parser.add_argument("--grids", nargs="+", choices=["symmetric", "asymmetric"], default=["symmetric", "asymmetric"])
-    parser.add_argument("--group-size", type=int, default=128)
-    parser.add_argument("--rows", type=int, default=128)
-    parser.add_argument("--seed", type=int, default=0, help="draws the calibration rows")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=64, help="of calibration")
+    parser.add_argument("--tokens", type=int, default=256, help="of each row of calibration, at most")
+    parser.add_argument("--steps", type=int, default=100, help=f"of methods that learn, each of {STEP_TOKENS} tokens")
+    parser.add_argument("--test-rows", type=int, default=60, help="of 512 tokens at most")
+    parser.add_argument("--rounds", type=int, nargs="+", default=[0, 1, 2], help="each draws calibration rows of its own")
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=HERE)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     torch.set_grad_enabled(False)
 
     tokenizer = AutoTokenizer.from_pretrained(given.model)
     model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
-    test = _ids(tokenizer, _texts(given.test))
-    known = [_logs(model, row) for row in test]
-    original = losses(model, test, known)
-    print(f"uncompressed: perplexity {original.perplexity:.4f} on {int(original.tokens.sum()):,} tokens", flush=True)
+    _, test = _rows(given.test, tokenizer, given.test_rows, 512, None)
+    reference = [_logs(model, row) for row in test]
+    original = losses(model, test, reference)
+    print(f"uncompressed: perplexity {original.perplexity:.4f} on {len(original.row):,} tokens", flush=True)
 
     tools = [Tool(f"compress {method}", given.ours, "by_us.py", method) for method in given.methods]
-    for name in ("gptqmodel", "llmcompressor"):
-        if python := getattr(given, name):
-            tools += [Tool(f"{name}{note}", python, f"by_{name}.py", method) for method, note in (("plain", ""), ("searched", " searched"))]
-    runs = []
+    for peer in given.peers:
+        name, python = peer.split("=", 1)
+        package, _, method = name.partition(":")
+        tools.append(Tool(name.replace(":", " "), python, f"by_{package}.py", method or "plain"))
+    given.out.mkdir(parents=True, exist_ok=True)
+    file = given.out / "results.csv"
     every = list(itertools.product(given.bits, given.grids, tools))
-    for turn in range(given.rounds):
-        train = random.Random(given.seed + turn).sample(_texts(given.train), given.rows)
-        rows = _ids(tokenizer, train)
+    for turn in given.rounds:
+        texts, rows = _rows(given.calibration, tokenizer, given.rows, given.tokens, turn)
         for bits, grid, tool in random.Random(turn).sample(every, len(every)):
             run = {"bits": bits, "grid": grid, "tool": tool.name, "round": turn}
+            runs = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=RUN)  # another process may have added to it
+            if (runs[RUN] == pd.Series(run)).all(axis=1).any():
+                continue
             with tempfile.TemporaryDirectory() as out:
                 job = Job(
-                    str(given.model.resolve()), tool.method, bits, grid == "symmetric", given.group_size, rows, train, MAX_TOKENS, out
-                )
+                    str(given.model.resolve()), tool.method, bits, grid == "symmetric", given.group_size, rows, texts, given.tokens,
+                    given.steps, max(1, STEP_TOKENS // given.tokens), out,
+                )  # fmt: skip
                 run |= _in_turn(tool, job, given.threads)
                 if "failed" not in run:
-                    made = losses(_holding(model, Path(out) / "weights.safetensors"), test, known)
-                    run |= {"perplexity": made.perplexity, "divergence": made.divergence}
-            runs.append(run)
+                    run |= losses(_holding(model, Path(out) / "weights.safetensors"), test, reference).figures()
             print(
                 ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in run.items()), flush=True
             )
-            pd.DataFrame(runs).to_csv(given.out / "results.csv", index=False)
-    table = _table(pd.DataFrame(runs), [tool.name for tool in tools])
-    text = "\n".join([*_header(given, original), "", *_markdown(table)])
+            runs = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=RUN)
+            pd.concat([runs, pd.DataFrame([run])]).to_csv(file, index=False)
+    text = "\n".join([*_header(given, original), "", *_markdown(_table(pd.read_csv(file)))])
     (given.out / "results.md").write_text(f"{text}\n", encoding="utf-8")
     print(text)
 
 
-def losses(model: PreTrainedModel, rows: list[list[int]], known: list[torch.Tensor]) -> Losses:
+def losses(model: PreTrainedModel, rows: list[list[int]], reference: list[torch.Tensor]) -> Losses:
     """Of each row every token but the first is predicted from those before it.
 
-    known   the uncompressed model's log-probabilities for each row, (tokens - 1, vocabulary)
+    reference  the uncompressed model's log-probabilities for each row, (tokens - 1, vocabulary)
     """
-    found = []
-    for row, wanted in zip(rows, known, strict=True):
+    likelihood, divergence, top = [], [], []
+    for row, wanted in zip(rows, reference, strict=True):
         logs = _logs(model, row)
-        likelihood = logs.gather(1, torch.tensor(row[1:])[:, None])
-        found.append([-float(likelihood.double().sum()), float((wanted.exp() * (wanted - logs)).double().sum()), len(row) - 1])
-    return Losses(*torch.tensor(found, dtype=torch.float64).unbind(dim=1))
+        likelihood.append(-logs.gather(1, torch.tensor(row[1:])[:, None])[:, 0].double())
+        divergence.append((wanted.exp() * (wanted - logs)).double().sum(dim=1))
+        top.append(wanted.argmax(dim=1) == logs.argmax(dim=1))
+    lengths = torch.tensor([len(row) - 1 for row in rows])
+    first = torch.zeros(int(lengths.sum()), dtype=torch.bool)
+    first[lengths.cumsum(0) - lengths] = True
+    return Losses(torch.cat(likelihood), torch.cat(divergence), torch.cat(top), first, torch.arange(len(rows)).repeat_interleave(lengths))
 
 
 def _logs(model: PreTrainedModel, row: list[int]) -> torch.Tensor:
     return model(torch.tensor([row])).logits[0, :-1].log_softmax(dim=-1)
 
 
-def _texts(file: Path) -> list[str]:
-    return [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+def _rows(
+    file: Path, tokenizer: PreTrainedTokenizerBase, count: int, tokens: int, seed: int | None
+) -> tuple[list[str], list[list[int]]]:
+    """So many texts and their token ids, drawn with a seed; without one the first, or evenly spread over the one text that there is."""
+    if file.suffix == ".jsonl":
+        texts = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
+        drawn = texts[:count] if seed is None else random.Random(seed).sample(texts, count)
+        return drawn, [tokenizer(text, truncation=True, max_length=tokens).input_ids for text in drawn]
+    pieces = list(itertools.islice(_pieces(tokenizer, file.read_text(encoding="utf-8"), count, tokens, seed), count))
+    return [text for text, _ in pieces], [ids for _, ids in pieces]
 
 
-def _ids(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[list[int]]:
-    return [tokenizer(text, truncation=True, max_length=MAX_TOKENS).input_ids for text in texts]
+def _pieces(
+    tokenizer: PreTrainedTokenizerBase, text: str, count: int, tokens: int, seed: int | None
+) -> Iterator[tuple[str, list[int]]]:
+    """Pieces of so many tokens that tokenise to themselves, as a tool that is given text reads them."""
+    ids, draw = tokenizer(text, verbose=False).input_ids, random.Random(seed)
+    for number in itertools.count():
+        start = number * (len(ids) // count) if seed is None else draw.randrange(len(ids) - tokens)
+        row = ids[start : start + tokens]
+        piece = tokenizer.decode(row)
+        if seed is None or tokenizer(piece, truncation=True, max_length=tokens).input_ids == row:
+            yield piece, row
 
 
 def _in_turn(tool: Tool, job: Job, threads: int) -> dict[str, str | float]:
@@ -158,31 +203,31 @@ def _holding(model: PreTrainedModel, file: Path) -> PreTrainedModel:
     return model
 
 
-def _table(runs: pd.DataFrame, tools: list[str]) -> list[dict[str, str]]:
+def _table(runs: pd.DataFrame) -> list[dict[str, str]]:
     """A row for each grid and tool over all rounds: means of what the test texts gave, medians of time and memory; least and most."""
-    found = []
-    for (bits, grid), of_grid in runs.groupby(["bits", "grid"], sort=False):
-        rounds = of_grid.pivot(index="round", columns="tool", values="perplexity")
-        for tool in tools:
-            same = of_grid[of_grid.tool == tool]
-            row = {"bits": f"{bits}", "grid": str(grid), "tool": tool}
-            if same.perplexity.isna().any():
-                found.append(row | {"perplexity": "failed"})
-                continue
-            ratios = rounds[tool] / rounds[tools[0]]
-            found.append(
-                row
-                | {
-                    "perplexity": f"{same.perplexity.mean():.4f}",
-                    f"x {tools[0]}": "1" if tool == tools[0] else _spread(ratios, ratios.mean(), ".4f"),
-                    "divergence": _spread(same.divergence, same.divergence.mean(), ".5f"),
-                    "seconds": _spread(same.seconds, same.seconds.median(), ".1f"),
-                    "peak MiB": f"{same.peak_mib.median():.0f}",
-                    "of it grown": f"{same.grown_mib.median():.0f}",
-                    "version": str(same.version.iloc[0]),
-                }
-            )
-    return sorted(found, key=lambda row: (-int(row["bits"]), row["grid"] != "symmetric", tools.index(row["tool"])))
+    order = list(dict.fromkeys(sorted(runs.tool, key=lambda tool: (not tool.startswith("compress"), tool))))
+    table = []
+    for (bits, grid, tool), same in runs.groupby(["bits", "grid", "tool"]):
+        row = {"bits": f"{bits}", "grid": str(grid), "tool": str(tool)}
+        if same.divergence.isna().any():
+            table.append(row | {"divergence": "failed"})
+            continue
+        table.append(
+            row
+            | {
+                "draws": f"{len(same)}",
+                "divergence": _spread(same.divergence, same.divergence.mean(), ".4f"),
+                "first position": f"{same['first'].mean():.3f}",
+                "worst row / median": f"{(same.worst / same['median']).max():.1f}",
+                "perplexity": f"{same.perplexity.mean():.3f}",
+                "equal top": f"{same.equal_top.mean():.3f}",
+                "CPU seconds": _spread(same.cpu_seconds, same.cpu_seconds.median(), ".0f"),
+                "peak MiB": f"{same.peak_mib.median():.0f}",
+                "of it grown": f"{same.grown_mib.median():.0f}",
+                "version": str(same.version.iloc[0]),
+            }
+        )
+    return sorted(table, key=lambda row: (-int(row["bits"]), row["grid"] != "symmetric", order.index(row["tool"])))
 
 
 def _spread(values: pd.Series, middle: float, form: str) -> str:
@@ -192,9 +237,10 @@ def _spread(values: pd.Series, middle: float, form: str) -> str:
 
 def _header(given: argparse.Namespace, original: Losses) -> list[str]:
     return [
-        f"`{given.model.name}`, uncompressed perplexity {original.perplexity:.4f} on {len(original.sums)} texts,"
-        f" {int(original.tokens.sum()):,} tokens. Groups of {given.group_size}. {given.rows} calibration rows of at most"
-        f" {MAX_TOKENS} tokens, drawn anew for each round. Rounds: {given.rounds}, threads: {given.threads}.",
+        f"`{given.model.name}`, uncompressed perplexity {original.perplexity:.4f} on {int(original.row.max()) + 1} texts,"
+        f" {len(original.row):,} tokens. Groups of {given.group_size}. {given.rows} calibration rows of at most"
+        f" {given.tokens} tokens, drawn anew for each round. {given.steps} steps of {STEP_TOKENS:,} tokens by what learns. Threads:"
+        f" {given.threads}.",
     ]
 
 

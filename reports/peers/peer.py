@@ -19,16 +19,18 @@ from typing import Any
 from safetensors.torch import save_file
 from torch import Tensor
 
-WARM_UP_ROWS = 4
+WARM_UP = 4  # rows, and steps
 
 
 @dataclass(frozen=True)
 class Job:
     """What is to be quantised, and how; the fields of JOB.json.
 
-    rows   the calibration rows as token ids
-    texts  the same rows as text, for a tool that wants to tokenise by itself
-    out    a folder for `result.json` and `weights.safetensors`
+    method  the tool's own, where it has several
+    rows    the calibration rows as token ids
+    texts   the same rows as text, for a tool that wants to tokenise by itself
+    steps   of methods that learn, each of them `batch` rows
+    out     a folder for `result.json` and `weights.safetensors`
     """
 
     model: str
@@ -39,6 +41,8 @@ class Job:
     rows: list[list[int]]
     texts: list[str]
     max_tokens: int
+    steps: int
+    batch: int
     out: str
 
 
@@ -52,12 +56,13 @@ def work(quantise: Callable[[Job], Any], weights: Callable[[Any], dict[str, Tens
     The whole is done once on a few rows before the clock starts: imports inside functions and compiled extensions are then there.
     """
     job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
-    quantise(replace(job, rows=job.rows[:WARM_UP_ROWS], texts=job.texts[:WARM_UP_ROWS]))
+    quantise(replace(job, rows=job.rows[:WARM_UP], texts=job.texts[:WARM_UP], steps=min(job.steps, WARM_UP), batch=min(job.batch, WARM_UP)))
     _tidy_up()
-    before, start = _memory("VmRSS"), time.perf_counter()
+    before, wall, cpu = _memory("VmRSS"), time.perf_counter(), time.process_time()
     quantised = quantise(job)
     result = {
-        "seconds": time.perf_counter() - start,
+        "seconds": time.perf_counter() - wall,
+        "cpu_seconds": time.process_time() - cpu,
         "peak_mib": _memory("VmHWM"),
         "grown_mib": _memory("VmHWM") - before,
         "version": importlib.metadata.version(package),

@@ -99,8 +99,9 @@ def test_one_column_at_a_time_as_the_paper_has_it():
 def test_a_dead_input_is_harmless_and_an_impossible_hessian_is_said():
     w, x = weight(), inputs()
     x[:, 5] = 0
-    found = _gptq.solve_layer(w, x.t() @ x / len(x), Settings(group_size=-1), 4, 0.01)
-    assert torch.equal(found.integers[:, 5], _grid.fit(w, Settings(group_size=-1), 4).integers(w)[:, 5])
+    moments = x.t() @ x / len(x)
+    found = _gptq.solve_layer(w, moments, Settings(group_size=-1), 4, 0.01)
+    assert torch.equal(found.integers[:, 5], _grid.fit(w, Settings(group_size=-1), 4, moments).integers(w)[:, 5])
     with pytest.raises(BrokenPromise, match=r"mlp\.fc1: its Hessian is not positive definite"):
         _gptq.solve_layer(w, torch.full((64, 64), float("nan")), Settings(group_size=-1), 4, 0.01, "mlp.fc1")
 
@@ -150,7 +151,7 @@ def test_gptqs_files_hold_one_kind_of_grid_and_get_one():
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_a_search_that_ends_early_has_found_what_the_whole_search_finds(bits, symmetric):
+def test_a_search_in_coarse_and_fine_steps_is_as_good_as_one_of_all_ranges(bits, symmetric):
     """All 80 ranges tried one by one, in float64; some groups are zeros, some of one sign, some with one large weight."""
     w = weight(rows=40)
     w[0], w[1], w[2, 5] = 0, w[1].abs(), 9
@@ -166,7 +167,8 @@ def test_a_search_that_ends_early_has_found_what_the_whole_search_finds(bits, sy
         errors.append(((values - w64) ** 2).sum(dim=2))
     least = torch.stack(errors).amin(dim=0)
     made = ((found.rounded(w).double().reshape(40, 2, 32) - w64) ** 2).sum(dim=2)
-    assert torch.allclose(made, least, rtol=1e-3, atol=1e-9)
+    assert made.sum() < 1.003 * least.sum()
+    assert torch.allclose(made, least, rtol=0.1, atol=1e-9)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
