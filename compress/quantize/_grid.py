@@ -99,6 +99,17 @@ class GridSettings(methods.LayerSettings):
         return {"gptqmodel": "gptqmodel"} if self.format == "gptq" else {}
 
 
+class TunedSettings(GridSettings):
+    """What every method can be told that solves layers by themselves."""
+
+    tune: int = Field(
+        0, ge=0, description="steps in which scales, norms and biases then learn end to end what the model gave before; takes it in memory"
+    )
+
+    def needs_examples(self) -> bool:
+        return super().needs_examples() or self.tune > 0
+
+
 def _divided(weights: Mapping[int, int], size: int) -> int:
     """How many weights are in layers whose columns a group size divides."""
     return sum(count for columns, count in weights.items() if columns % size == 0)

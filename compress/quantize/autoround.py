@@ -11,7 +11,7 @@ from pydantic import Field
 
 from compress.methods import Context
 from compress.model import Bundle
-from compress.quantize._grid import PACKED, Grid, GridSettings
+from compress.quantize._grid import PACKED, Grid, TunedSettings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 ABOUT = PACKED
 
 
-class Settings(GridSettings):
+class Settings(TunedSettings):
     steps: int = Field(200, ge=1)
     seed: int = 0
 
@@ -29,8 +29,8 @@ class Settings(GridSettings):
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with packed integer weights."""
     from compress.quantize._bits import sized
-    from compress.quantize._calibrated import files_of, quantise
     from compress.quantize._gptq import solve_block
+    from compress.quantize._tune import quantise_and_tune
 
     settings = sized(bundle, settings, context)
 
@@ -38,7 +38,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         solve_block(block, settings, damping=0.01)
         _learn(block, settings)
 
-    return quantise(bundle, settings, context, files_of(settings), solve, targets=True)
+    return quantise_and_tune(bundle, settings, context, solve, targets=True)
 
 
 class _Learner:

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from compress.methods import Context
 from compress.model import Bundle
-from compress.quantize._grid import PACKED, GridSettings, fit
+from compress.quantize._grid import PACKED, TunedSettings, fit
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 ABOUT = PACKED
 
 
-class Settings(GridSettings):
+class Settings(TunedSettings):
     exponents: int = Field(20, ge=2, description="how many exponents between 0 and 1 are tried")
 
 
@@ -31,9 +31,9 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from compress.calibration.block import Block
     from compress.calibration.inputs import in_order, reach, second_moments
     from compress.quantize._bits import sized
-    from compress.quantize._calibrated import files_of, quantise
     from compress.quantize._fold import fold_before
     from compress.quantize._solution import Quantised
+    from compress.quantize._tune import quantise_and_tune
 
     settings = sized(bundle, settings, context)
 
@@ -49,7 +49,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
                 grid = fit(block.weights[name], settings, block.bits[name], moments)
                 block.set(name, Quantised(grid, grid.integers(block.weights[name])))
 
-    return quantise(bundle, settings, context, files_of(settings), solve)
+    return quantise_and_tune(bundle, settings, context, solve)
 
 
 def _best_scale(block: "Block", group: list[str], moments: "Tensor", settings: Settings) -> "Tensor":

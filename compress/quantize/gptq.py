@@ -10,12 +10,12 @@ from pydantic import Field
 
 from compress.methods import Context
 from compress.model import Bundle
-from compress.quantize._grid import PACKED, GridSettings
+from compress.quantize._grid import PACKED, TunedSettings
 
 ABOUT = PACKED
 
 
-class Settings(GridSettings):
+class Settings(TunedSettings):
     damping: float = Field(0.01, gt=0, le=1, description="added to the Hessian's diagonal, as a share of its mean")
 
 
@@ -26,12 +26,12 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """
     from compress.calibration.block import Block
     from compress.quantize._bits import sized
-    from compress.quantize._calibrated import files_of, quantise
     from compress.quantize._gptq import solve_block
+    from compress.quantize._tune import quantise_and_tune
 
     settings = sized(bundle, settings, context)
 
     def solve(block: Block) -> None:
         solve_block(block, settings, settings.damping)
 
-    return quantise(bundle, settings, context, files_of(settings), solve)
+    return quantise_and_tune(bundle, settings, context, solve)

@@ -115,21 +115,16 @@ def _train(
     model: "PreTrainedModel", original: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", settings: Settings, context: Context
 ) -> None:
     """Train what wants a gradient, in place."""
-    import torch
-    from torch.nn.functional import kl_div, log_softmax
-
     from compress.calibration.stream import without_cache
+    from compress.quantize._tune import divergence_from
     from compress.training.loop import train
     from compress.training.material import read, targets_loss
 
-    def divergence(model: Any, batch: "Batch") -> "Tensor":
-        with torch.no_grad():
-            known = batch.logits_of(original)
-        return kl_div(log_softmax(batch.logits_of(model), -1), log_softmax(known, -1), log_target=True, reduction="sum")
-
-    def loss(model: Any, batch: "Batch") -> "Tensor":
+    def from_targets(model: Any, batch: "Batch") -> "Tensor":
         model.eval()  # without dropout: rounding is noise enough
-        return (targets_loss if settings.loss == "targets" else divergence)(model, batch)
+        return targets_loss(model, batch)
+
+    loss = from_targets if settings.loss == "targets" else divergence_from(original)
 
     how = Optimisation(steps=settings.steps, batch_size=settings.batch_size, learning_rate=settings.learning_rate)
     with without_cache(original):

@@ -8,12 +8,12 @@ from dataclasses import replace
 
 from compress.methods import Context
 from compress.model import Bundle
-from compress.quantize._grid import PACKED, GridSettings, fit
+from compress.quantize._grid import PACKED, TunedSettings, fit
 
 ABOUT = replace(PACKED, calibrated=False, measured=True)
 
 
-class Settings(GridSettings):
+class Settings(TunedSettings):
     pass
 
 
@@ -23,8 +23,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     from compress.calibration.block import Block
     from compress.quantize._bits import sized
-    from compress.quantize._calibrated import files_of, quantise
     from compress.quantize._solution import Quantised
+    from compress.quantize._tune import quantise_and_tune
 
     settings = sized(bundle, settings, context)
 
@@ -36,4 +36,4 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
             else:
                 block.left_out[name] = "its weights hold inf or NaN"
 
-    return quantise(bundle, settings, context, files_of(settings), solve, blind=True)
+    return quantise_and_tune(bundle, settings, context, solve, blind=True)
