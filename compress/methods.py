@@ -34,6 +34,7 @@ Task = Literal["seq2seq", "causal-lm", "sequence-classification"]
 TASKS: tuple[Task, ...] = get_args(Task)
 FAMILIES = ("quantize", "prune", "finetune", "distill")
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
+TUNE_BATCH = 8  # examples a step, where quantised layers are tuned end to end
 
 
 class Settings(BaseModel):

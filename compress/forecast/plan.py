@@ -13,7 +13,7 @@ from compress.errors import ModelError
 from compress.forecast.footprint import DTYPES, Footprint, footprint, weight_bytes
 from compress.forecast.machine import Machine
 from compress.forecast.shape import ARCHITECTURES, Shape, read
-from compress.methods import TuneSettings
+from compress.methods import TUNE_BATCH, TuneSettings
 from compress.recipe import Recipe, Stage
 
 STORED = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
@@ -226,7 +226,8 @@ def _generation_seconds(shape: Shape, weights: int, machine: Machine, batch: int
 
 
 def _stage_seconds(stage: Stage, recipe: Recipe, shape: Shape, machine: Machine) -> float:
-    """A training step computes three times a forward pass; a calibrated method passes over its examples twice, and others over none."""
+    """A training step computes three times a forward pass, four where another model is asked; a calibrated method passes over its examples
+    twice, and others over none."""
     settings = stage.settings
     forward = 2 * shape.linear / machine.flops
     if isinstance(settings, TuneSettings):
@@ -236,7 +237,8 @@ def _stage_seconds(stage: Stage, recipe: Recipe, shape: Shape, machine: Machine)
     if not stage.needs_examples:
         return START_S
     steps, batch = getattr(settings, "steps", 0), getattr(settings, "batch_size", 1)
-    tokens = max(recipe.calibration.samples, 3 * steps * batch) * min(recipe.calibration.max_tokens, INPUT_TOKENS)
+    examples = max(recipe.calibration.samples, 3 * steps * batch) + 2 * TUNE_BATCH * getattr(settings, "tune", 0)
+    tokens = examples * min(recipe.calibration.max_tokens, INPUT_TOKENS)
     return START_S + 2 * forward * tokens
 
 

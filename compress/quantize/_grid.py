@@ -103,7 +103,10 @@ class TunedSettings(GridSettings):
     """What every method can be told that solves layers by themselves."""
 
     tune: int = Field(
-        0, ge=0, description="steps in which scales, norms and biases then learn end to end what the model gave before; takes it in memory"
+        0,
+        ge=0,
+        description=f"steps, each of {methods.TUNE_BATCH} calibration examples, in which scales, norms and biases then learn end to end to"
+        " give the distributions that the model gave before; integers stay. The whole model is in memory meanwhile",
     )
 
     def needs_examples(self) -> bool:

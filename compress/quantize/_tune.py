@@ -17,7 +17,7 @@ from torch.nn.functional import kl_div, linear, log_softmax
 from compress.calibration.block import Block
 from compress.calibration.stream import without_cache
 from compress.calibration.walk import Storage
-from compress.methods import Context, Optimisation
+from compress.methods import TUNE_BATCH, Context, Optimisation
 from compress.model import Bundle
 from compress.quantize._calibrated import files_of, quantise
 from compress.quantize._grid import Grid, Kind, TunedSettings
@@ -28,7 +28,6 @@ from compress.training.material import Batch, Loss, read
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-BATCH = 8  # examples a step
 LEARNING_RATE = 3e-3  # of scales as shares of what they were, and of norms and biases
 
 
@@ -147,7 +146,7 @@ def _tune(bundle: Bundle, model: "PreTrainedModel", settings: TunedSettings, con
     model.to(device=bundle.device, dtype=torch.float32).requires_grad_(False)
     for name, part in model.named_parameters():
         part.requires_grad_(part.ndim == 1 or name.endswith(".factor"))
-    how = Optimisation(steps=settings.tune, batch_size=min(BATCH, len(context.examples)), learning_rate=LEARNING_RATE)
+    how = Optimisation(steps=settings.tune, batch_size=min(TUNE_BATCH, len(context.examples)), learning_rate=LEARNING_RATE)
     with without_cache(original):
         train(model, read(model, bundle.tokenizer, context), how, 0, context, divergence_from(original), known=False)
     for name, part in model.to("cpu").named_parameters():

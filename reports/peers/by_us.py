@@ -1,4 +1,5 @@
-"""A method of this package: any that packs. What it packed is read back by plain transformers."""
+"""A method of this package, any that packs, with settings of its own behind a colon (gptq:tune=50). What it packed is read back by plain
+transformers."""
 
 import tempfile
 from pathlib import Path
@@ -13,9 +14,11 @@ from compress.model import Bundle, Source
 
 
 def quantise(job: Job) -> Bundle:
-    method = methods.find("quantize", job.method)
+    name, _, own = job.method.partition(":")
+    method = methods.find("quantize", name)
+    given = {key: int(value) for key, value in (pair.split("=") for pair in own.split(",") if pair)}
     learned = {"steps": job.steps} if "steps" in method.Settings.model_fields else {}
-    settings = method.Settings(bits=job.bits, group_size=job.group_size, symmetric=job.symmetric, **learned)
+    settings = method.Settings(bits=job.bits, group_size=job.group_size, symmetric=job.symmetric, **learned | given)
     bundle = Bundle(Source(job.model, "causal-lm", "auto"), "cpu")
     retokenised = [bundle.tokenizer(text, truncation=True, max_length=job.max_tokens).input_ids for text in job.texts]
     assert retokenised == job.rows, "the texts don't tokenise to the rows that the others are given"

@@ -79,7 +79,7 @@ def main() -> None:
     for name in ("model", "calibration", "test"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--methods", nargs="+", default=["gptq"], help="this package's")
+    parser.add_argument("--methods", nargs="*", default=["gptq"], help="this package's, with settings behind a colon: gptq:tune=50")
     parser.add_argument("--peers", nargs="+", default=[], metavar="NAME[:METHOD]=PYTHON")
     parser.add_argument("--ours", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3])
@@ -156,9 +156,7 @@ def _logs(model: PreTrainedModel, row: list[int]) -> torch.Tensor:
     return model(torch.tensor([row])).logits[0, :-1].log_softmax(dim=-1)
 
 
-def _rows(
-    file: Path, tokenizer: PreTrainedTokenizerBase, count: int, tokens: int, seed: int | None
-) -> tuple[list[str], list[list[int]]]:
+def _rows(file: Path, tokenizer: PreTrainedTokenizerBase, count: int, tokens: int, seed: int | None) -> tuple[list[str], list[list[int]]]:
     """So many texts and their token ids, drawn with a seed; without one the first, or evenly spread over the one text that there is."""
     if file.suffix == ".jsonl":
         texts = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
@@ -168,9 +166,7 @@ def _rows(
     return [text for text, _ in pieces], [ids for _, ids in pieces]
 
 
-def _pieces(
-    tokenizer: PreTrainedTokenizerBase, text: str, count: int, tokens: int, seed: int | None
-) -> Iterator[tuple[str, list[int]]]:
+def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, count: int, tokens: int, seed: int | None) -> Iterator[tuple[str, list[int]]]:
     """Pieces of so many tokens that tokenise to themselves, as a tool that is given text reads them."""
     ids, draw = tokenizer(text, verbose=False).input_ids, random.Random(seed)
     for number in itertools.count():

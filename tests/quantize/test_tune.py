@@ -75,7 +75,7 @@ def test_integers_and_matrices_stay_and_the_model_comes_nearer(tmp_path, kind):
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
-        if name.endswith("weight_scale") or tensor.ndim == 1 and tensor.is_floating_point():
+        if name.endswith("weight_scale") or (tensor.ndim == 1 and tensor.is_floating_point()):
             continue
         assert torch.equal(after[name], tensor), name
     scales = [name for name in before if name.endswith("weight_scale")]
