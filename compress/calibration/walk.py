@@ -98,7 +98,7 @@ def _walk(
     model.to(working_dtype(model.dtype, bundle.device))
     weights.fill(model, "", bundle.device, skip=tuple(f"{stack}." for stack in stacks))
     model.tie_weights(recompute_mapping=False)
-    examples = _few(model, bundle, context) if blind else batches(model, bundle.tokenizer, context)
+    examples = _few(model, bundle, context) if blind else _enough(batches(model, bundle.tokenizer, context), layers, context)
     # two ways through the model: as the solved blocks go, and as the uncompressed ones do
     ways = [examples, [dict(inputs) for inputs in examples]] if targets else [examples]
     solved = 0
@@ -151,6 +151,17 @@ def _few(model: "PreTrainedModel", bundle: Bundle, context: Context) -> list[Inp
     except InputError as error:
         context.say(f"what its layers lost wasn't measured: {error}")
         return []
+
+
+def _enough(examples: list[Inputs], layers: dict[str, nn.Linear], context: Context) -> list[Inputs]:
+    """The examples; it is said where they are so few that a layer's inputs leave open what to make of it."""
+    tokens, widest = sum(int(inputs["attention_mask"].sum()) for inputs in examples), max(layer.in_features for layer in layers.values())
+    if tokens < widest:
+        context.say(
+            f"calibrated on {tokens:,} tokens, fewer than the {widest:,} inputs of its widest layer: what suits these may not suit other"
+            " texts; raise calibration.samples or give longer ones"
+        )
+    return examples
 
 
 def _as_stored(model: "PreTrainedModel", prefix: str, dtypes: dict[str, torch.dtype]) -> None:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from compress.calibration.block import Block
 
 ABOUT = PACKED
+FEW = 50  # steps; fewer larger ones would turn roundings by noise
 
 
 class Settings(TunedSettings):
@@ -106,7 +107,7 @@ def _learn(block: "Block", settings: Settings) -> None:
             target = block.targets[batch].to(block.device)
             loss = (block.given.rows(out, batch).float() - block.given.rows(target, batch).float()).square().mean()
             gradients = torch.autograd.grad(loss, parameters)
-        rate = (1 - step / settings.steps) / settings.steps
+        rate = (1 - step / settings.steps) / max(settings.steps, FEW)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.data.sub_(rate * gradient.sign())
     for name, learner in learners.items():
