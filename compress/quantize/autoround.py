@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from compress.calibration.block import Block
 
 ABOUT = PACKED
-FEW = 50  # steps; fewer larger ones would turn roundings by noise
+TRAVEL = 0.5  # of a rounding, the longest way that steps could go were they all one way and as long as the first
+FEW = 50  # steps; the way of fewer is shorter
 
 
 class Settings(TunedSettings):
@@ -107,7 +108,7 @@ def _learn(block: "Block", settings: Settings) -> None:
             target = block.targets[batch].to(block.device)
             loss = (block.given.rows(out, batch).float() - block.given.rows(target, batch).float()).square().mean()
             gradients = torch.autograd.grad(loss, parameters)
-        rate = (1 - step / settings.steps) / max(settings.steps, FEW)
+        rate = (1 - step / settings.steps) * TRAVEL / max(settings.steps, FEW)
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.data.sub_(rate * gradient.sign())
     for name, learner in learners.items():
