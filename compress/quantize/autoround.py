@@ -1,8 +1,9 @@
 """AutoRound: learn for every weight whether it is rounded up or down, and every range, block by block by signed gradients.
 
 Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs". Each block learns to give what the
-uncompressed model has at its place, from the inputs that the solved blocks before it make; GPTQ's solution is the start. The best
-at 2 to 4 bits; takes a few hundred forward and backward passes a block.
+uncompressed model has at its place, from the inputs that the solved blocks before it make; GPTQ's solution is the start, from which it goes
+the less far the finer the grid is: further than that it learns the examples by heart. The best at 2 to 4 bits; takes a few hundred
+forward and backward passes a block.
 """
 
 from typing import TYPE_CHECKING, cast
@@ -19,8 +20,7 @@ if TYPE_CHECKING:
     from compress.calibration.block import Block
 
 ABOUT = PACKED
-TRAVEL = 0.5  # of a rounding, the longest way that steps could go were they all one way and as long as the first
-FEW = 50  # steps; the way of fewer is shorter
+FEW = 50  # steps; fewer are as long as these
 
 
 class Settings(TunedSettings):
@@ -46,6 +46,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 class _Learner:
     """A weight whose rounding and ranges are learned.
 
+    travel   the furthest that steps could take either, were they all one way and as long as the first
     offset   added before rounding, (rows, columns); starts as the least that gives the solution it begins from
     reach    factors on the low and high end of each range, (2, rows, groups)
     """
@@ -53,6 +54,7 @@ class _Learner:
     def __init__(self, weight: "Tensor", grid: Grid, integers: "Tensor", keep_zeros: bool):
         import torch
 
+        self.travel = 4 / 2**grid.bits
         self._moves = weight != 0 if keep_zeros else torch.ones_like(weight, dtype=torch.bool)
         self._weight, self._grid = weight, grid
         self._low, self._high = -grid.zero * grid.scale, (grid.top - grid.zero) * grid.scale
@@ -92,6 +94,7 @@ def _learn(block: "Block", settings: Settings) -> None:
         name: _Learner(block.weights[name].float(), one.grid, one.integers.float(), settings.keep_zeros) for name, one in start.items()
     }
     parameters = [parameter for learner in learners.values() for parameter in (learner.offset, learner.reach)]
+    travels = [learner.travel for learner in learners.values() for _ in range(2)]
     generator = torch.Generator().manual_seed(settings.seed)
     count = len(block.targets)
     for step in range(settings.steps):
@@ -108,9 +111,9 @@ def _learn(block: "Block", settings: Settings) -> None:
             target = block.targets[batch].to(block.device)
             loss = (block.given.rows(out, batch).float() - block.given.rows(target, batch).float()).square().mean()
             gradients = torch.autograd.grad(loss, parameters)
-        rate = (1 - step / settings.steps) * TRAVEL / max(settings.steps, FEW)
-        for parameter, gradient in zip(parameters, gradients, strict=True):
-            parameter.data.sub_(rate * gradient.sign())
+        rate = (1 - step / settings.steps) / max(settings.steps, FEW)
+        for parameter, travel, gradient in zip(parameters, travels, gradients, strict=True):
+            parameter.data.sub_(rate * travel * gradient.sign())
     for name, learner in learners.items():
         with torch.no_grad():
             grid = learner.grid()
