@@ -28,7 +28,7 @@ def written(kind, method="gptq", **settings):
     """The tensors of a model packed in this format, its config, and what the pass said its layers became."""
     made = bundle(kind, "bert")
     told, became = context(), {}
-    from compress.quantize import _calibrated
+    from compress.quantize import _tune
 
     class Watched(GptqFiles):
         def packed(self, name, layer, solution):
@@ -36,11 +36,11 @@ def written(kind, method="gptq", **settings):
             return super().packed(name, layer, solution)
 
     chosen = find("quantize", method).Settings(format="gptq", **settings)
-    original, _calibrated.files_of = _calibrated.files_of, lambda _: Watched
+    original, _tune.files_of = _tune.files_of, lambda _: Watched
     try:
         model = find("quantize", method).apply(made, chosen, told).model
     finally:
-        _calibrated.files_of = original
+        _tune.files_of = original
     return model, became
 
 
