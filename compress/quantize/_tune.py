@@ -22,11 +22,11 @@ from compress.model import Bundle
 from compress.quantize._calibrated import files_of, quantise
 from compress.quantize._grid import Grid, Kind, TunedSettings
 from compress.quantize._solution import Quantised
-from compress.training.loop import train
-from compress.training.material import Batch, Loss, read
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from compress.training.material import Batch, Loss
 
 LEARNING_RATE = 3e-3  # of scales as shares of what they were, and of norms and biases
 
@@ -56,10 +56,10 @@ def quantise_and_tune(
     return bundle.holding(model)
 
 
-def divergence_from(original: "PreTrainedModel") -> Loss:
+def divergence_from(original: "PreTrainedModel") -> "Loss":
     """The loss that is the divergence from a model's distributions, in nats, summed over positions; without dropout."""
 
-    def loss(model: Any, batch: Batch) -> Tensor:
+    def loss(model: Any, batch: "Batch") -> Tensor:
         model.eval()  # rounding is noise enough
         with torch.no_grad():
             reference = batch.logits_of(original)
@@ -142,6 +142,9 @@ class _Product(torch.autograd.Function):
 
 def _tune(bundle: Bundle, model: "PreTrainedModel", settings: TunedSettings, context: Context) -> None:
     """Train what isn't an integer, in place: of the solved layers the scales, elsewhere what has one dimension."""
+    from compress.training.loop import train  # the Trainer, which takes seconds to import
+    from compress.training.material import read
+
     original, stored = bundle.model.requires_grad_(False), {name: part.dtype for name, part in model.named_parameters()}
     model.to(device=bundle.device, dtype=torch.float32).requires_grad_(False)
     for name, part in model.named_parameters():

@@ -14,11 +14,11 @@ from compress.model import Bundle, Source
 
 
 def quantise(job: Job) -> Bundle:
-    name, _, own = job.method.partition(":")
+    name, _, options = job.method.partition(":")
     method = methods.find("quantize", name)
-    given = {key: int(value) for key, value in (pair.split("=") for pair in own.split(",") if pair)}
-    learned = {"steps": job.steps} if "steps" in method.Settings.model_fields else {}
-    settings = method.Settings(bits=job.bits, group_size=job.group_size, symmetric=job.symmetric, **learned | given)
+    own = {"steps": job.steps} if "steps" in method.Settings.model_fields else {}
+    own |= {key: int(value) for key, value in (pair.split("=") for pair in options.split(",") if pair)}
+    settings = method.Settings(bits=job.bits, group_size=job.group_size, symmetric=job.symmetric, **own)
     bundle = Bundle(Source(job.model, "causal-lm", "auto"), "cpu")
     retokenised = [bundle.tokenizer(text, truncation=True, max_length=job.max_tokens).input_ids for text in job.texts]
     assert retokenised == job.rows, "the texts don't tokenise to the rows that the others are given"

@@ -1,6 +1,6 @@
 """This package's quantisers beside other tools': divergence, perplexity, time and memory on one decoder.
 
-    python reports/peers/compare.py MODEL CALIBRATION TEST --out FOLDER --peers autoround=PYTHON gptqmodel:searched=PYTHON ... [--rounds 3]
+    python reports/peers/compare.py MODEL CALIBRATION TEST --out FOLDER --peers autoround=PYTHON gptqmodel:searched=PYTHON [--rounds 0 1 2]
 
 CALIBRATION and TEST are JSON lines with a `text` each, or one text, of which rows are cut. Every tool runs in its own environment (a peer
 NAME is the file by_NAME.py), a fresh process for each round, grid and tool, in random order, on the same rows of token ids, drawn anew for

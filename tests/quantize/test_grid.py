@@ -83,9 +83,8 @@ def test_one_column_at_a_time_as_the_paper_has_it():
     found = _gptq.solve_layer(w, moments, Settings(group_size=-1), 3, 0.01)
     h = moments.double() + 0.01 * moments.diagonal().double().mean() * torch.eye(16)
     left, done, order = w.double().clone(), torch.zeros(4, 16), torch.argsort(moments.diagonal(), descending=True).tolist()
-    scale, zero = _grid.fit(w, Settings(group_size=-1), 3, moments).columns(
-        16
-    )  # what the integers were found on; the scales are refitted after
+    # what the integers were found on; the scales are refitted after
+    scale, zero = _grid.fit(w, Settings(group_size=-1), 3, moments).columns(16)
     for step, column in enumerate(order):
         rest = order[step:]
         inverse = torch.linalg.inv(h[rest][:, rest])
