@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from compress.calibration.block import Block
 
+STRIP = 256  # columns of a matrix product that are taken at a time
+
 
 def in_order(block: Block) -> list[list[str]]:
     """The block's layers in the order they run, those with the very same input together (query, key and value)."""
@@ -45,9 +47,11 @@ def second_moments(block: Block, name: str) -> Tensor:
     columns = block.layers[name].in_features
     total, count = torch.zeros(columns, columns, device=block.device), 0
     for rows in inputs(block, name):
-        total.addmm_(rows.t(), rows)
+        for start in range(0, columns, STRIP):  # of the two halves, which are alike, the one above the diagonal
+            total[start : start + STRIP, start:].addmm_(rows[:, start : start + STRIP].t(), rows[:, start:])
         count += len(rows)
-    return total.div_(max(count, 1))
+    total.triu_()
+    return total.add_(total.triu(1).t()).div_(max(count, 1))
 
 
 def inputs(block: Block, name: str) -> Iterator[Tensor]:

@@ -12,11 +12,9 @@ from pydantic import Field
 
 from compress.methods import Context
 from compress.model import Bundle
-from compress.quantize._grid import PACKED, Grid, TunedSettings
+from compress.quantize._grid import PACKED, TunedSettings
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from compress.calibration.block import Block
 
 ABOUT = PACKED
@@ -43,56 +41,16 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     return quantise_and_tune(bundle, settings, context, solve, targets=True)
 
 
-class _Learner:
-    """A weight whose rounding and ranges are learned.
-
-    travel   the furthest that steps could take either, were they all one way and as long as the first
-    offset   added before rounding, (rows, columns); starts as the least that gives the solution it begins from
-    reach    factors on the low and high end of each range, (2, rows, groups)
-    """
-
-    def __init__(self, weight: "Tensor", grid: Grid, integers: "Tensor", keep_zeros: bool):
-        import torch
-
-        self.travel = 4 / 2**grid.bits
-        self._moves = weight != 0 if keep_zeros else torch.ones_like(weight, dtype=torch.bool)
-        self._weight, self._grid = weight, grid
-        self._low, self._high = -grid.zero * grid.scale, (grid.top - grid.zero) * grid.scale
-        scale, zero = grid.columns(weight.shape[1])
-        away = integers - (weight / scale + zero)
-        away = torch.where((integers == 0) & (away > 0) | (integers == grid.top) & (away < 0), 0, away)  # clipped, not moved
-        self.offset = torch.where(away.abs() <= 0.5, 0, away - 0.499 * away.sign()).requires_grad_()
-        self.reach = torch.ones(2, *grid.scale.shape, device=weight.device).requires_grad_()
-
-    def grid(self) -> Grid:
-        """The grid that the ranges make; differentiable."""
-        low, high = self._low * self.reach[0], self._high * self.reach[1]
-        if self._grid.symmetric:
-            return Grid(self._grid.bits, True, self._grid.scale * self.reach[1], self._grid.zero)
-        scale = ((high - low) / self._grid.top).clamp(min=1e-10)
-        return Grid(self._grid.bits, False, scale, _round(-low / scale).clamp(0, self._grid.top))
-
-    def integers(self, grid: Grid) -> "Tensor":
-        scale, zero = grid.columns(self._weight.shape[1])
-        return _round(self._weight / scale + zero + self.offset * self._moves).clamp(0, grid.top)
-
-    def value(self) -> "Tensor":
-        """The weight as it would be read back; differentiable."""
-        grid = self.grid()
-        return grid.values(self.integers(grid))
-
-
 def _learn(block: "Block", settings: Settings) -> None:
     """Signed gradient descent on the distance to the block's targets, from the solution that the block has."""
     import torch
     from torch.func import functional_call
 
+    from compress.quantize._rounding import LearnedRounding
     from compress.quantize._solution import Quantised
 
     start = cast("dict[str, Quantised]", block.solved)
-    learners = {
-        name: _Learner(block.weights[name].float(), one.grid, one.integers.float(), settings.keep_zeros) for name, one in start.items()
-    }
+    learners = {name: LearnedRounding(block.weights[name].float(), solution, settings.keep_zeros) for name, solution in start.items()}
     parameters = [parameter for learner in learners.values() for parameter in (learner.offset, learner.reach)]
     travels = [learner.travel for learner in learners.values() for _ in range(2)]
     generator = torch.Generator().manual_seed(settings.seed)
@@ -115,11 +73,4 @@ def _learn(block: "Block", settings: Settings) -> None:
         for parameter, travel, gradient in zip(parameters, travels, gradients, strict=True):
             parameter.data.sub_(rate * travel * gradient.sign())
     for name, learner in learners.items():
-        with torch.no_grad():
-            grid = learner.grid()
-            block.set(name, Quantised(grid, learner.integers(grid).to(torch.uint8)))
-
-
-def _round(values: "Tensor") -> "Tensor":
-    """Rounding whose gradient is that of the identity."""
-    return values + (values.round() - values).detach()
+        block.set(name, learner.solution())

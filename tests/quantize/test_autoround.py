@@ -1,7 +1,14 @@
-"""Learned rounding where there is little to learn from."""
+"""Learned rounding: its gradients, and what it makes of little to learn from."""
+
+import pytest
+import torch
+from torch.testing import assert_close
 
 from compress.model import load_model
 from compress.quantize import autoround, gptq
+from compress.quantize._grid import GridSettings, fit
+from compress.quantize._rounding import LearnedRounding
+from compress.quantize._solution import Quantised
 from tests.blocks import bundle, context, lively, saved
 
 
@@ -27,3 +34,35 @@ def test_examples_too_few_for_the_layers_are_said(tmp_path):
     assert tokens < 172, "the width of its widest layer"
     gptq.apply(made, gptq.Settings(), seen)
     assert any("tokens, fewer than the 172 inputs of its widest layer" in sentence for sentence in seen.said)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gradients_are_those_that_autograd_finds(symmetric):
+    """In float64, where rounding passes gradients as if it weren't there and clipping those inside alone."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(12, 128, generator=generator)
+    weight[3, :20] = 0
+    grid = fit(weight, GridSettings(group_size=64, symmetric=symmetric), 2)
+    rounding = LearnedRounding(weight, Quantised(grid, grid.integers(weight)), keep_zeros=True)
+    rounding.offset.data += torch.rand(rounding.offset.shape, generator=generator) - 0.5
+    rounding.reach.data += 0.3 * torch.randn(rounding.reach.shape, generator=generator)
+    offset, reach = (parameter.detach().double().requires_grad_() for parameter in (rounding.offset, rounding.reach))
+    scale, zero = grid.scale.double(), grid.zero.double()
+    if symmetric:
+        scale = scale * reach[1]
+    else:
+        low, high = -zero * scale * reach[0], (3 - zero) * scale * reach[1]
+        scale = (high - low) / 3
+        zero = through(-low / scale).clamp(0, 3)
+    groups = weight.double().view(12, 2, 64)
+    integers = through(groups / scale[..., None] + zero[..., None] + offset * (groups != 0)).clamp(0, 3)
+    value = ((integers - zero[..., None]) * scale[..., None]).flatten(1)
+    assert_close(rounding.value(), value.float())
+    assert_close(rounding.solution().weight(), value.float())
+    wanted = torch.randn(12, 128, generator=generator)
+    made = torch.autograd.grad(rounding.value(), [rounding.offset, rounding.reach], wanted)
+    assert_close(made, tuple(part.float() for part in torch.autograd.grad(value, [offset, reach], wanted.double())))
+
+
+def through(values):
+    return values + (values.round() - values).detach()
