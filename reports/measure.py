@@ -17,6 +17,7 @@ from compress.report.write import write
 from compress.results import Report, read_report
 
 HERE = Path(__file__).parent
+INT8 = ["quantize: smoothquant", "quantize: int8_dynamic", "quantize: bnb_int8", "quantize: bnb_nf4"]
 FOLDERS = {
     "quantisation": [
         "rtn, bits: 8", "rtn, bits: 4", "awq, bits: 4", "gptq, bits: 4", "autoround, bits: 4", "gptq, bits: auto",
@@ -25,6 +26,14 @@ FOLDERS = {
     "pruning": [
         "prune: magnitude", "prune: wanda", "prune: sparsegpt", 'prune: magnitude, pattern: "2:4"', 'prune: wanda, pattern: "2:4"',
         "prune: wanda; quantize: gptq, group_size: 32",
+    ],
+    "smollm2": [
+        *(f"quantize: {stage}, group_size: 64, symmetric: {symmetric}"
+          for stage in ("rtn, bits: 8", "rtn, bits: 4", "awq, bits: 4", "gptq, bits: 4", "autoround, bits: 4, steps: 25",
+                        "rtn, bits: 3", "gptq, bits: 3", "autoround, bits: 3, steps: 25", "gptq, bits: 2", "autoround, bits: 2, steps: 25")
+          for symmetric in ("true", "false")),
+        *INT8,
+        "prune: magnitude", "prune: wanda", "prune: sparsegpt", 'prune: wanda, pattern: "2:4"', 'prune: sparsegpt, pattern: "2:4"',
     ],
 }  # fmt: skip
 HALF_BART = "prune: depth, by: spacing, drop: {decoder: 2}; distill: logits, epochs: 1, batch_size: 32, learning_rate: 7e-4"
@@ -38,7 +47,6 @@ DISTILLED = {
     "bart": [HALF_BART, HALF_BART.replace("decoder: 2", "decoder: 1")],
     "sst2": [f"{HALF_BERT}; distill: hidden, epochs: 1, batch_size: 32, learning_rate: 2e-4, max_tokens: 128, attention_weight: 1"],
 }  # fmt: skip
-INT8 = ["quantize: smoothquant", "quantize: int8_dynamic", "quantize: bnb_int8", "quantize: bnb_nf4"]
 
 
 def chains(recipe: Path) -> list[str]:
@@ -46,7 +54,7 @@ def chains(recipe: Path) -> list[str]:
     if recipe.parent.name == "distillation":
         return DISTILLED[recipe.stem]
     found = FOLDERS[recipe.parent.name]
-    if recipe.parent.name == "pruning":
+    if recipe.parent.name != "quantisation":
         return found
     size = -1 if recipe.stem == "llama-real" else 32
     static = ["quantize: int8_static"] if recipe.stem.startswith("llama") else []
@@ -79,13 +87,29 @@ def measure(recipe: Path, chain: str, models: Path, data: Path, out: Path | None
 
 def table(folder: Path) -> str:
     """All reports of a folder as one Markdown table."""
-    heads = ["model", "stages", "perplexity", "ratio (95 %)", "ROUGE-L", "BLEU", "accuracy", "F1", "parameters", "files", "latency", "took"]
+    heads = [
+        "model",
+        "stages",
+        "divergence (95 %)",
+        "perplexity",
+        "ratio (95 %)",
+        "ROUGE-L",
+        "BLEU",
+        "accuracy",
+        "F1",
+        "parameters",
+        "files",
+        "latency",
+        "took",
+    ]
     rows = []
     for recipe in sorted(folder.glob("*.yaml")):
         for file in sorted((folder / recipe.stem).glob("*/report.json")):
             report = read_report(file)
             compared = {c.metric: c for c in report.comparisons}  # of latencies the last, which is the largest batch's
             row = dict.fromkeys(heads, "") | {"model": recipe.stem, "stages": ", then ".join(said(r.stage) for r in report.stages)}
+            if one := compared.get("divergence"):
+                row["divergence (95 %)"] = f"{one.candidate:.4f} ({one.low:.4f} to {one.high:.4f})"
             if one := compared.get("perplexity"):
                 row["perplexity"] = f"{one.baseline:.4f} to {one.candidate:.4f}"
                 ratios = (1 + change / one.baseline for change in (one.estimate, one.low, one.high))
@@ -108,6 +132,7 @@ def said(stage: dict[str, object]) -> str:
     """A stage by its method and what matters most of its settings."""
     keys = [
         "bits",
+        "symmetric",
         "group_size",
         "average_bits",
         "pattern",
@@ -140,7 +165,7 @@ def main() -> None:
             except compress.CompressError as error:
                 print(f"{recipe.stem}: {chain}: {error}", flush=True)
                 continue
-            shown = [c for c in report.comparisons if c.metric in ("perplexity", "rougeL", "bleu", "accuracy")]
+            shown = [c for c in report.comparisons if c.metric in ("divergence", "perplexity", "rougeL", "bleu", "accuracy")]
             quality = ", ".join(f"{c.metric} {c.baseline:.4f} to {c.candidate:.4f}" for c in shown)
             took = sum(record.seconds for record in report.stages)
             print(f"{recipe.stem}: {chain}: {report.verdict}: {quality}, {took:.0f} s", flush=True)

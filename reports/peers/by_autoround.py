@@ -6,13 +6,14 @@ import torch
 from auto_round import AutoRound
 from peer import Job, work
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 logging.disable(logging.WARNING)
 
 
 def quantise(job: Job) -> PreTrainedModel:
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+    auto = AutoModelForCausalLM if job.task == "causal-lm" else AutoModelForSequenceClassification
+    model = auto.from_pretrained(job.model, dtype=torch.float32)
     tuned = AutoRound(
         model,
         AutoTokenizer.from_pretrained(job.model),

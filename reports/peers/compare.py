@@ -1,11 +1,11 @@
-"""This package's quantisers beside other tools': divergence, perplexity, time and memory on one decoder.
+"""This package's quantisers beside other tools': what is lost, time and memory, on one decoder or encoder.
 
     python reports/peers/compare.py MODEL CALIBRATION TEST --out FOLDER --peers autoround=PYTHON gptqmodel:searched=PYTHON [--rounds 0 1 2]
 
 CALIBRATION and TEST are JSON lines with a `text` each, or one text, of which rows are cut. Every tool runs in its own environment (a peer
 NAME is the file by_NAME.py), a fresh process for each round, grid and tool, in random order, on the same rows of token ids, drawn anew for
-each round; its dequantised weights are put into the original model here and measured by one function. Runs where this package is
-installed. Writes FOLDER/results.csv, a line as soon as a run ends, and FOLDER/results.md from all lines there; what stands in the file
+each round; its dequantised weights are put into the original model here and measured by one function (outputs.py). Runs where this package
+is installed. Writes FOLDER/results.csv, a line as soon as a run ends, and FOLDER/results.md from all lines there; what stands in the file
 isn't run again, so that a table can be made in several goes: to have a run again, delete its line.
 """
 
@@ -23,9 +23,9 @@ from pathlib import Path
 
 import pandas as pd
 import torch
+from outputs import Decoder, Encoder, Original, put
 from peer import Job
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
 
 HERE = Path(__file__).parent
 STEP_TOKENS = 2048  # of this package's methods that learn, so of the others' too
@@ -40,67 +40,21 @@ class Tool:
     method: str
 
 
-@dataclass(frozen=True)
-class Losses:
-    """What each token of the test rows lost; nats, (tokens,), and to which row it belongs.
-
-    likelihood  its negative log-likelihood
-    divergence  of the original's distribution from the model's
-    top         whether both have the same likeliest token
-    first       whether it is predicted from a row's first token alone
-    """
-
-    likelihood: torch.Tensor
-    divergence: torch.Tensor
-    top: torch.Tensor
-    first: torch.Tensor
-    row: torch.Tensor
-
-    @property
-    def perplexity(self) -> float:
-        return float(self.likelihood.mean().exp())
-
-    def figures(self) -> dict[str, float]:
-        """`first` and `rest` are means over rows' first positions and all others; `median` and `worst` are of rows' means."""
-        rows = pd.Series(self.divergence).groupby(self.row.numpy()).mean()
-        return {
-            "perplexity": self.perplexity,
-            "divergence": float(self.divergence.mean()),
-            "first": float(self.divergence[self.first].mean()),
-            "rest": float(self.divergence[~self.first].mean()),
-            "median": float(rows.median()),
-            "worst": float(rows.max()),
-            "equal_top": float(self.top.double().mean()),
-        }
-
-
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name in ("model", "calibration", "test"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--methods", nargs="*", default=["gptq"], help="this package's, with settings behind a colon: gptq:tune=50")
-    parser.add_argument("--peers", nargs="+", default=[], metavar="NAME[:METHOD]=PYTHON")
-    parser.add_argument("--ours", default=sys.executable, metavar="PYTHON")
-    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3])
-    parser.add_argument("--grids", nargs="+", choices=["symmetric", "asymmetric"], default=["symmetric", "asymmetric"])
-    parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=64, help="of calibration")
-    parser.add_argument("--tokens", type=int, default=256, help="of each row of calibration, at most")
-    parser.add_argument("--steps", type=int, default=100, help=f"of methods that learn, each of {STEP_TOKENS} tokens")
-    parser.add_argument("--test-rows", type=int, default=60, help="of 512 tokens at most")
-    parser.add_argument("--rounds", type=int, nargs="+", default=[0, 1, 2], help="each draws calibration rows of its own")
-    parser.add_argument("--threads", type=int, default=1)
-    given = parser.parse_args()
+    given = _arguments()
     torch.set_num_threads(given.threads)
     torch.set_grad_enabled(False)
 
     tokenizer = AutoTokenizer.from_pretrained(given.model)
-    model = AutoModelForCausalLM.from_pretrained(given.model, dtype=torch.float32).eval()
-    _, test = _rows(given.test, tokenizer, given.test_rows, 512, None)
-    reference = [_logs(model, row) for row in test]
-    original = losses(model, test, reference)
-    print(f"uncompressed: perplexity {original.perplexity:.4f} on {len(original.row):,} tokens", flush=True)
+    _, test = _rows(given.test, tokenizer, given.test_rows, given.test_tokens, None)
+    scratch = tempfile.TemporaryDirectory()
+    if "ForCausalLM" in AutoConfig.from_pretrained(given.model).architectures[0]:
+        original, folder, task = Decoder(given.model, test), given.model, "causal-lm"
+    else:
+        original, folder, task = Encoder(given.model, test), Path(scratch.name), "sequence-classification"
+        original.model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    print(original.about, flush=True)
 
     tools = [Tool(f"compress {method}", given.ours, "by_us.py", method) for method in given.methods]
     for peer in given.peers:
@@ -119,12 +73,13 @@ def main() -> None:
                 continue
             with tempfile.TemporaryDirectory() as out:
                 job = Job(
-                    str(given.model.resolve()), tool.method, bits, grid == "symmetric", given.group_size, rows, texts, given.tokens,
+                    str(folder.resolve()), task, tool.method, bits, grid == "symmetric", given.group_size, rows, texts, given.tokens,
                     given.steps, max(1, STEP_TOKENS // given.tokens), out,
                 )  # fmt: skip
                 run |= _in_turn(tool, job, given.threads)
                 if "failed" not in run:
-                    run |= losses(_holding(model, Path(out) / "weights.safetensors"), test, reference).figures()
+                    put(original.model, Path(out) / "weights.safetensors")
+                    run |= original.figures()
             print(
                 ", ".join(f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in run.items()), flush=True
             )
@@ -135,25 +90,25 @@ def main() -> None:
     print(text)
 
 
-def losses(model: PreTrainedModel, rows: list[list[int]], reference: list[torch.Tensor]) -> Losses:
-    """Of each row every token but the first is predicted from those before it.
-
-    reference  the uncompressed model's log-probabilities for each row, (tokens - 1, vocabulary)
-    """
-    likelihood, divergence, top = [], [], []
-    for row, wanted in zip(rows, reference, strict=True):
-        logs = _logs(model, row)
-        likelihood.append(-logs.gather(1, torch.tensor(row[1:])[:, None])[:, 0].double())
-        divergence.append((wanted.exp() * (wanted - logs)).double().sum(dim=1))
-        top.append(wanted.argmax(dim=1) == logs.argmax(dim=1))
-    lengths = torch.tensor([len(row) - 1 for row in rows])
-    first = torch.zeros(int(lengths.sum()), dtype=torch.bool)
-    first[lengths.cumsum(0) - lengths] = True
-    return Losses(torch.cat(likelihood), torch.cat(divergence), torch.cat(top), first, torch.arange(len(rows)).repeat_interleave(lengths))
-
-
-def _logs(model: PreTrainedModel, row: list[int]) -> torch.Tensor:
-    return model(torch.tensor([row])).logits[0, :-1].log_softmax(dim=-1)
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("model", "calibration", "test"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--methods", nargs="*", default=["gptq"], help="this package's, with settings behind a colon: gptq:tune=50")
+    parser.add_argument("--peers", nargs="+", default=[], metavar="NAME[:METHOD]=PYTHON")
+    parser.add_argument("--ours", default=sys.executable, metavar="PYTHON")
+    parser.add_argument("--bits", nargs="+", type=int, default=[4, 3])
+    parser.add_argument("--grids", nargs="+", choices=["symmetric", "asymmetric"], default=["symmetric", "asymmetric"])
+    parser.add_argument("--group-size", type=int, default=64)
+    parser.add_argument("--rows", type=int, default=64, help="of calibration")
+    parser.add_argument("--tokens", type=int, default=256, help="of each row of calibration, at most")
+    parser.add_argument("--steps", type=int, default=100, help=f"of methods that learn, each of {STEP_TOKENS} tokens")
+    parser.add_argument("--test-rows", type=int, default=60)
+    parser.add_argument("--test-tokens", type=int, default=512, help="of each row of the test, at most")
+    parser.add_argument("--rounds", type=int, nargs="+", default=[0, 1, 2], help="each draws calibration rows of its own")
+    parser.add_argument("--threads", type=int, default=1)
+    return parser.parse_args()
 
 
 def _rows(file: Path, tokenizer: PreTrainedTokenizerBase, count: int, tokens: int, seed: int | None) -> tuple[list[str], list[list[int]]]:
@@ -167,14 +122,15 @@ def _rows(file: Path, tokenizer: PreTrainedTokenizerBase, count: int, tokens: in
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, count: int, tokens: int, seed: int | None) -> Iterator[tuple[str, list[int]]]:
-    """Pieces of so many tokens that tokenise to themselves, as a tool that is given text reads them."""
-    ids, draw = tokenizer(text, verbose=False).input_ids, random.Random(seed)
+    """Pieces of so many tokens, the tokenizer's own included, that tokenise to themselves, as a tool that is given text reads them."""
+    ids, draw = tokenizer(text, add_special_tokens=False, verbose=False).input_ids, random.Random(seed)
+    own = len(tokenizer("").input_ids)
     for number in itertools.count():
         start = number * (len(ids) // count) if seed is None else draw.randrange(len(ids) - tokens)
-        row = ids[start : start + tokens]
-        piece = tokenizer.decode(row)
-        if seed is None or tokenizer(piece, truncation=True, max_length=tokens).input_ids == row:
-            yield piece, row
+        part = ids[start : start + tokens - own]
+        piece = tokenizer.decode(part)
+        if seed is None or tokenizer(piece, add_special_tokens=False).input_ids == part:
+            yield piece, tokenizer(piece, truncation=True, max_length=tokens).input_ids if own else part
 
 
 def _in_turn(tool: Tool, job: Job, threads: int) -> dict[str, str | float]:
@@ -188,15 +144,6 @@ def _in_turn(tool: Tool, job: Job, threads: int) -> dict[str, str | float]:
     if done.returncode:
         return {"failed": (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]}
     return json.loads((Path(job.out) / "result.json").read_text(encoding="utf-8"))
-
-
-def _holding(model: PreTrainedModel, file: Path) -> PreTrainedModel:
-    """The model with the weights of a file in it, which must be those of all its blocks' linear layers and no others."""
-    weights = load_file(file)
-    layers = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)} - {"lm_head"}
-    assert weights.keys() == {f"{name}.weight" for name in layers}, "other layers than the blocks' linear ones were quantised"
-    model.load_state_dict(weights, strict=False)
-    return model
 
 
 def _table(runs: pd.DataFrame) -> list[dict[str, str]]:
@@ -213,10 +160,10 @@ def _table(runs: pd.DataFrame) -> list[dict[str, str]]:
             | {
                 "draws": f"{len(same)}",
                 "divergence": _spread(same.divergence, same.divergence.mean(), ".4f"),
-                "first position": f"{same['first'].mean():.3f}",
                 "worst row / median": f"{(same.worst / same['median']).max():.1f}",
-                "perplexity": f"{same.perplexity.mean():.3f}",
-                "equal top": f"{same.equal_top.mean():.3f}",
+            }
+            | {name: f"{same[name].mean():.3f}" for name in ("first", "perplexity", "equal_top") if name in same}
+            | {
                 "CPU seconds": _spread(same.cpu_seconds, same.cpu_seconds.median(), ".0f"),
                 "peak MiB": f"{same.peak_mib.median():.0f}",
                 "of it grown": f"{same.grown_mib.median():.0f}",
@@ -231,10 +178,9 @@ def _spread(values: pd.Series, middle: float, form: str) -> str:
     return f"{middle:{form}}" + (f" ({values.min():{form}} to {values.max():{form}})" if len(values) > 1 else "")
 
 
-def _header(given: argparse.Namespace, original: Losses) -> list[str]:
+def _header(given: argparse.Namespace, original: Original) -> list[str]:
     return [
-        f"`{given.model.name}`, uncompressed perplexity {original.perplexity:.4f} on {int(original.row.max()) + 1} texts,"
-        f" {len(original.row):,} tokens. Groups of {given.group_size}. {given.rows} calibration rows of at most"
+        f"`{given.model.name}`: {original.about}. Groups of {given.group_size}. {given.rows} calibration rows of at most"
         f" {given.tokens} tokens, drawn anew for each round. {given.steps} steps of {STEP_TOKENS:,} tokens by what learns. Threads:"
         f" {given.threads}.",
     ]

@@ -26,6 +26,7 @@ WARM_UP = 4  # rows, and steps
 class Job:
     """What is to be quantised, and how; the fields of JOB.json.
 
+    task    causal-lm or sequence-classification
     method  the tool's own, where it has several
     rows    the calibration rows as token ids
     texts   the same rows as text, for a tool that wants to tokenise by itself
@@ -34,6 +35,7 @@ class Job:
     """
 
     model: str
+    task: str
     method: str
     bits: int
     symmetric: bool
