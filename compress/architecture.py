@@ -28,7 +28,8 @@ def linear_layers(model: "PreTrainedModel", ignore: list[str] | None) -> "tuple[
     if ignore is None:
         left_out = {name for name in layers if is_head(model, name)}
     else:
-        left_out = {name for entry in ignore for name in match(entry, layers, "ignore")}
+        owners = {name.rpartition(".")[0] for name, parameter in model.named_parameters() if parameter.ndim > 1}
+        left_out = {name for entry in ignore for name in match(entry, layers.keys() | owners, "ignore")} & layers.keys()
     kept = {name: module for name, module in layers.items() if name not in left_out}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     if shared := [name for name in kept if f"{name}.weight" in tied]:
@@ -42,14 +43,14 @@ def match(entry: str, layers: Iterable[str], key: str) -> list[str]:
     Raises InputError with the nearest names where it means none.
     """
     names = list(layers)
-    if found := [name for name in names if _means(entry, name)]:
+    if found := [name for name in names if means(entry, name)]:
         return found
     ends = sorted({name.rsplit(".", 1)[-1] for name in names})
     near = difflib.get_close_matches(entry, [*names, *ends], n=3, cutoff=0.4) or ends[:8]
     raise InputError(f"{key}: {entry!r} matches no linear layer of this model; near it are {', '.join(near)}")
 
 
-def _means(entry: str, name: str) -> bool:
+def means(entry: str, name: str) -> bool:
     """Whether a pattern (`lm_head`, `*.layers.0.*`, `re:.*mlp.*`) means a layer of this full name."""
     if entry.startswith("re:"):
         try:

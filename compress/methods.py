@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 
 Task = Literal["seq2seq", "causal-lm", "sequence-classification"]
 TASKS: tuple[Task, ...] = get_args(Task)
+LEFT_OUT = "left out: "  # begins the remark on a layer that stays as it was; behind it stands why
+HEAD = "a head"
+ASKED = ("named under ignore", "no pattern of bits names it", "its shape did not change")  # reasons that are the recipe's
 FAMILIES = ("quantize", "prune", "finetune", "distill")
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 TUNE_BATCH = 8  # examples a step, where quantised layers are tuned end to end
@@ -86,7 +89,7 @@ class LayerSettings(Settings):
     @property
     def why_ignored(self) -> str:
         """Why a layer that is ignored is."""
-        return "a head" if self.ignore is None else "named under ignore"
+        return HEAD if self.ignore is None else ASKED[0]
 
 
 class TrainSettings(Settings):
@@ -252,7 +255,7 @@ class Context:
 
     def leave_out(self, name: str, why: str) -> None:
         """A layer stays as it was."""
-        self.layers.append({"name": name, "bits": None, "error": None, "sparsity": None, "remark": f"left out: {why}"})
+        self.layers.append({"name": name, "bits": None, "error": None, "sparsity": None, "remark": f"{LEFT_OUT}{why}"})
 
 
 class Method(Protocol):

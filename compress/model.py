@@ -495,9 +495,9 @@ def mapped(source: Source) -> "PreTrainedModel":
     return load_model(replace(source, bits=None, dtype=dtypes[0] if len(dtypes) == 1 and dtypes[0] != "float64" else source.dtype), "cpu")
 
 
-def skeleton_bytes(source: Source) -> int:
-    """Bytes of the weights as the source's dtype has them, none of them loaded; shared ones once."""
-    return sum(p.numel() * p.element_size() for p in {id(p): p for p in skeleton(source).parameters()}.values())
+def parameter_bytes(model: "PreTrainedModel") -> int:
+    """Bytes of the weights in the dtypes that they have; shared ones once."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def parameter_count(model: "PreTrainedModel") -> int:

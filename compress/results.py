@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MUCH_CUT = 0.01  # of the prompts
+MUCH_WORKED = 0.9  # of the weights that a stage could have worked on; less is said before all else
 NOTES = "compress_notes.json"  # in an artifact: what a stage did to each layer and what it has to say
 Verdict = Literal["pass", "fail", "cannot_tell"]
 Role = Literal["baseline", "candidate"]
@@ -262,6 +263,43 @@ class Cut(Record):
         return f"{self.cut:,} of the {self.all:,} prompts of {self.where} ({self.share:.1%}) were cut to {self.limit:,} tokens{more}"
 
 
+class Account(Record):
+    """What became of a model's parameters in a stage, each counted once.
+
+    worked      in layers that the stage worked on
+    heads       what maps the last hidden state to tokens or labels, left alone
+    vectors     of one dimension: norms and biases
+    asked       left alone as the recipe says
+    left_out    matrices left alone for another reason, which the layers' remarks give
+    """
+
+    worked: int = 0
+    heads: int = 0
+    embeddings: int = 0
+    vectors: int = 0
+    asked: int = 0
+    left_out: int = 0
+
+    @property
+    def share(self) -> float:
+        """What was worked on, of what was to be; 1 where there was nothing."""
+        return self.worked / (self.worked + self.left_out) if self.worked + self.left_out else 1.0
+
+    @property
+    def sentence(self) -> str:
+        """Of 134,515,008 parameters 78.9 % were worked on; 21.0 % are embeddings, 0.0 % norms and biases"""
+        total = sum(getattr(self, name) for name in Account.model_fields)
+        words = {
+            "embeddings": "embeddings",
+            "heads": "heads",
+            "vectors": "norms and biases",
+            "asked": "left out as asked",
+            "left_out": "left out",
+        }
+        others = [f"{getattr(self, name) / total:.1%} are {word}" for name, word in words.items() if getattr(self, name)]
+        return f"{self.worked / total:.1%} of {total:,} parameters were worked on; " + ", ".join(others)
+
+
 class StageRecord(Record):
     """What one stage did: the claims in it are read from the saved artifact."""
 
@@ -270,6 +308,7 @@ class StageRecord(Record):
     seconds: float
     reused: bool
     layers: list[Layer] = Field([], repr=False)
+    account: Account | None = None
     said: list[str] = []
     curve: list[Point] = Field([], repr=False)
     cut: Cut | None = None
@@ -381,10 +420,15 @@ class Report(Record):
         return self
 
     @property
-    def cuts(self) -> list[Cut]:
-        """Where so many prompts were cut that the figures are of another task than the prompts'."""
-        found = [self.cut, *(record.cut for record in self.stages)]
-        return [one for one in found if one is not None and one.share > MUCH_CUT]
+    def cautions(self) -> list[str]:
+        """What is to be known before the verdict is: much of the model was left as it was, or prompts were cut to another task."""
+        little = [
+            f"{record.name} worked on {record.account.share:.1%} of the weights that are no embeddings, heads, norms or biases"
+            for record in self.stages
+            if record.account is not None and record.account.share < MUCH_WORKED
+        ]
+        cuts = [self.cut, *(record.cut for record in self.stages)]
+        return [*little, *(cut.sentence for cut in cuts if cut is not None and cut.share > MUCH_CUT)]
 
     @property
     def machine(self) -> str | None:

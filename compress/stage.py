@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import methods, model
+from compress.account import take as take_account
 from compress.errors import BrokenPromise, DeviceError
 from compress.methods import Example
 from compress.process import Progress, serve
@@ -46,14 +47,17 @@ def run(
         bundle = method.apply(model.Bundle(before, "cpu" if settings.sharded() else device), settings, context)
     if rank > 0:
         return
+    bare = model.skeleton(before)
+    account = take_account(bare, settings, context, f"{family}: {name}")
     with whole_folder(Path(target)) as folder:
         bundle.save(folder)
         noted = {"layers": context.layers, "said": context.said, "curve": context.curve, "cut": context.cut}
+        noted["account"] = account and account.model_dump()
         (folder / NOTES).write_text(json.dumps(noted, indent=1), encoding="utf-8")
         del bundle
         gc.collect()
         if method.ABOUT.smaller:
-            _check_smaller(model.skeleton_bytes(before), model.file_bytes(folder), f"{family}: {name}")
+            _check_smaller(model.parameter_bytes(bare), model.file_bytes(folder), f"{family}: {name}")
         with in_float32(device):
             _check_logits(model.Source(str(folder), before.task), device, f"{family}: {name}")
     progress(f"{family}: {name}", 1, 1)

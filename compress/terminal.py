@@ -93,12 +93,14 @@ def show_report(report: Report) -> None:
     for record in report.stages:
         if record.layers:
             console.print(_shown(f"{record.name}: {line(record.layers)}"))
+        if record.account:
+            console.print(_shown(f"{record.name}: {record.account.sentence}"))
     if report.phases:
         console.print(_shown(times.sentence(report)), style="dim")
     for note in [*(f for side in report.sides for f in side.failures), *report.notes]:
         console.print(_shown(note), style="yellow")
-    for cut in report.cuts:
-        console.print(_shown(f"{cut.sentence}."), style="bold yellow")
+    for sentence in report.cautions:
+        console.print(_shown(f"{sentence}."), style="bold yellow")
     console.print(f"{_shown(report.recipe)}: [bold {colour}]{verdict_words(report.verdict)}[/]: {_shown(report.decided_by)}")
     if report.stages:
         console.print(f"artifact  {_shown(report.stages[-1].artifact)}", soft_wrap=True)

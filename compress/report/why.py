@@ -9,9 +9,8 @@ from compress.report.layers import counted
 from compress.report.numbers import change, scaled
 from compress.results import Comparison, GateResult, Side, StageRecord
 
-LEFT_OUT = "left out: "
 # reasons that are the recipe's, or the same for all models
-EXPECTED = ("a head", "named under ignore", "stands outside the blocks", "no pattern of bits names it", "its shape did not change")
+EXPECTED = (methods.HEAD, *methods.ASKED, "stands outside the blocks")
 NAMED = 3
 SMALLER = 0.9  # weights that shrank by less aren't expected to make a difference
 
@@ -100,7 +99,7 @@ def _left_out(record: StageRecord) -> list[str]:
     """The layers that a stage left out although nobody asked it to, a sentence a reason."""
     reasons: dict[str, list[str]] = {}
     for layer in record.layers:
-        reason = (layer.remark or "").removeprefix(LEFT_OUT)
+        reason = (layer.remark or "").removeprefix(methods.LEFT_OUT)
         if layer.bits is None and reason and reason not in EXPECTED:
             reasons.setdefault(reason, []).append(layer.name)
     how = "in full precision" if "quantize" in record.stage else "whole"

@@ -17,7 +17,7 @@ from compress.report.layers import lost_most, remarkable, summary
 from compress.report.numbers import change, figure, percent, share, verdict_words
 from compress.report.table import cell, table
 from compress.report.why import at_run_time
-from compress.results import NOTES, Comparison, Cut, Layer, Measurement, Point, Prediction, Report, StageRecord, whole_folder
+from compress.results import NOTES, Account, Comparison, Cut, Layer, Measurement, Point, Prediction, Report, StageRecord, whole_folder
 
 Row = tuple[Measurement | None, Measurement | None, Comparison | None]  # a figure: baseline's, candidate's, how they compare
 FIGURES = "Of speed and memory a figure is the geometric mean of the rounds, and its change the ratio of two of them."
@@ -77,8 +77,8 @@ def markdown(report: Report) -> str:
 def brief(report: Report) -> str:
     """How the report for people who read text begins: the verdict, the gates, the figures, what is to be said of them."""
     heading = f"# {cell(report.recipe)}: {verdict_words(report.verdict)}"
-    cuts = [f"**{cell(one.sentence)}.**" for one in report.cuts]
-    parts = [heading, f"{cell(report.decided_by)}.", *cuts, gates(report), figures(report), _notes(report)]
+    cautions = [f"**{cell(sentence)}.**" for sentence in report.cautions]
+    parts = [heading, f"{cell(report.decided_by)}.", *cautions, gates(report), figures(report), _notes(report)]
     return "\n\n".join(part for part in parts if part)
 
 
@@ -103,8 +103,9 @@ def read_notes(artifact: Path) -> dict[str, Any]:
     """What a stage noted in its artifact: `layers`, what it `said`, and the `curve` of its training."""
     file = artifact / NOTES
     noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"layers": [], "said": []}
+    account = Account.model_validate(noted["account"]) if noted.get("account") else None
     layers, curve = ([kind.model_validate(one) for one in noted.get(key, [])] for key, kind in (("layers", Layer), ("curve", Point)))
-    return {"layers": layers, "said": noted["said"], "curve": curve}
+    return {"layers": layers, "account": account, "said": noted["said"], "curve": curve}
 
 
 def read_cut(artifact: Path, where: str, key: str) -> Cut | None:
@@ -178,6 +179,8 @@ def _layers(record: StageRecord) -> str:
     if not record.layers:
         return ""
     parts = [f"## Layers: {cell(record.name)}", f"{cell(summary(record.layers))}. Each is listed in report.json and layers.parquet."]
+    if record.account:
+        parts.append(f"{record.account.sentence}.")
     if found := remarkable(record.layers):
         rows = [[name, "full" if bits is None else str(bits), remark] for name, bits, remark in found]
         parts.append(table(["layer", "bits", "remark"], rows))

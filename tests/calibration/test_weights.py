@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
 from compress import model
 from compress.calibration.weights import empty
 from compress.errors import ModelError
-from compress.model import INDEX, SINGLE, Source, check_folder, fingerprint, skeleton_bytes, stored_dtypes, weight_files
+from compress.model import INDEX, SINGLE, Source, check_folder, fingerprint, parameter_bytes, skeleton, stored_dtypes, weight_files
 from compress.quantize import rtn
 from tests.blocks import bundle, context, saved
 from tests.conftest import make_model
@@ -187,7 +187,7 @@ def test_what_the_pass_reads_is_what_plain_transformers_loads(made, tmp_path, wa
         assert torch.equal(found[name], tensor), name
     assert (filled.lm_head.weight is filled.model.embed_tokens.weight) == (plain.lm_head.weight is plain.model.embed_tokens.weight)
     bytes_loaded = sum(p.numel() * p.element_size() for p in plain.parameters())
-    assert skeleton_bytes(Source(str(folder), "causal-lm", dtype)) == bytes_loaded
+    assert parameter_bytes(skeleton(Source(str(folder), "causal-lm", dtype))) == bytes_loaded
 
 
 @pytest.mark.parametrize("way", REFUSED, ids=lambda way: way.__name__)

@@ -161,7 +161,7 @@ def _card(column: Column) -> dict[str, Any]:
     return {
         "name": column.name, "verdict": report.verdict, "words": verdict_words(report.verdict), "sentence": sentence(report),
         "line": "" if report.line == column.name else report.line,
-        "gist": gist, "cuts": [one.sentence for one in report.cuts],
+        "gist": gist, "cautions": report.cautions,
     }  # fmt: skip
 
 
@@ -171,7 +171,8 @@ def _notes(report: Report) -> list[str]:
 
 def _stage(record: StageRecord) -> dict[str, Any]:
     """What a stage cost, and what is known of what it bought."""
-    bought = [*([summary(record.layers)] if record.layers else []), *record.said]
+    account = [record.account.sentence] if record.account else []
+    bought = [*([summary(record.layers)] if record.layers else []), *account, *record.said]
     return {
         "name": record.name, "settings": ", ".join(f"{key}: {value}" for key, value in list(record.stage.items())[1:] if value is not None),
         "took": "reused" if record.reused else duration(record.seconds), "bought": bought or ["–"], "in_use": at_run_time(record),

@@ -1,0 +1,87 @@
+"""What became of every weight: counted by hand, and nothing passed over in silence."""
+
+import json
+
+import pytest
+import torch
+import transformers
+
+from compress.errors import BrokenPromise
+from compress.report import write
+from compress.results import NOTES, Account, StageRecord
+from tests.blocks import run, saved
+from tests.conftest import make_model
+from tests.report.test_files import made
+
+
+def account(folder):
+    return Account.model_validate(json.loads((folder / NOTES).read_text())["account"])
+
+
+def notes(folder):
+    layers = json.loads((folder / NOTES).read_text())["layers"]
+    return {layer["name"]: layer["remark"] for layer in layers if layer["bits"] is None}
+
+
+def mixture(folder, experts=4):
+    """A decoder whose experts lie in parameters of three dimensions."""
+    torch.manual_seed(0)
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=64, hidden_size=64, moe_intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4,
+        head_dim=64, num_experts=experts, num_experts_per_tok=2, tie_word_embeddings=False, pad_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return saved(transformers.Qwen3MoeForCausalLM(config), folder)
+
+
+@pytest.mark.parametrize(("family", "method"), [("quantize", "rtn"), ("prune", "magnitude")])
+@pytest.mark.parametrize("kind", ["t5", "llama", "bert"])
+def test_every_parameter_has_one_place(family, method, kind, tmp_path):
+    model = make_model(kind)
+    sizes = account(run(family, method, saved(model, tmp_path / "from"), kind, tmp_path / "to"))
+    linear = {
+        f"{name}.weight": module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and not name.startswith(("lm_head", "classifier"))
+    }
+    parameters = dict(model.named_parameters())
+    outside = linear.pop("bert.pooler.dense.weight", 0)
+    if method == "magnitude":  # which doesn't go block by block
+        linear["bert.pooler.dense.weight"], outside = outside, 0
+    assert sizes.worked == sum(linear.values())
+    assert sizes.left_out == outside
+    assert sizes.vectors == sum(parameter.numel() for parameter in parameters.values() if parameter.ndim == 1)
+    assert sum(sizes.model_dump().values()) == sum(parameter.numel() for parameter in parameters.values())
+
+
+def test_experts_that_a_method_does_not_reach_are_named(tmp_path):
+    folder = run("quantize", "int8_dynamic", mixture(tmp_path / "from"), "llama", tmp_path / "to")
+    assert notes(folder)["model.layers.1.mlp.experts.down_proj"] == (
+        "left out: it is a parameter of Qwen3MoeExperts, and quantize: int8_dynamic works on linear layers"
+    )
+    experts, routers, attention = 2 * 4 * 3 * 32 * 64, 2 * 4 * 64, 2 * 4 * 64 * 256
+    assert account(folder) == Account(
+        worked=attention, heads=64 * 64, embeddings=64 * 64, vectors=5 * 64 + 4 * 64, left_out=experts + routers
+    )
+
+
+def test_a_stage_that_hardly_touched_the_model_fails(tmp_path):
+    with pytest.raises(BrokenPromise, match=r"worked on 25% of the .* because it is a parameter of Qwen3MoeExperts"):
+        run("prune", "magnitude", mixture(tmp_path / "from", experts=32), "llama", tmp_path / "to")
+    assert not (tmp_path / "to").exists()
+
+
+def test_what_the_recipe_ignores_was_asked_for(tmp_path):
+    folder = run(
+        "prune", "magnitude", mixture(tmp_path / "from", experts=32), "llama", tmp_path / "to", ignore=["lm_head", "experts", "gate"]
+    )
+    assert account(folder).share == 1
+    assert account(folder).asked == 2 * (32 * 3 * 32 * 64 + 32 * 64) + 64 * 64
+
+
+def test_little_worked_on_is_said_before_the_gates():
+    record = StageRecord(
+        stage={"quantize": "rtn"}, artifact="a", seconds=0, reused=False, account=Account(worked=80, left_out=20, vectors=25)
+    )
+    text = write.brief(made(stages=[record]))
+    assert text.split("\n\n")[2] == "**quantize: rtn worked on 80.0% of the weights that are no embeddings, heads, norms or biases.**"
+    assert record.account.sentence == "64.0% of 125 parameters were worked on; 20.0% are norms and biases, 16.0% are left out"
