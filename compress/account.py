@@ -1,20 +1,33 @@
 """What became of every weight of a model in a stage: none is passed over in silence, whatever a method looked at."""
 
 from collections import Counter
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
-from compress.architecture import is_head, means
+from compress.architecture import is_head, linear_layers, means
 from compress.errors import BrokenPromise
-from compress.methods import ASKED, HEAD, LEFT_OUT, Context, Settings
+from compress.methods import ASKED, HEAD, LEFT_OUT, Context, LayerSettings, Settings
 from compress.results import Account
 
 if TYPE_CHECKING:
+    from torch import nn
     from transformers import PreTrainedModel
 
-LEAST = 0.5  # of the weights that could have been worked on; with less done it is another model's recipe
+LEAST = 0.5  # of the weights that could have been worked on; with less done the model is not what the recipe says
+Place = Literal["worked", "heads", "asked", "left_out"]
 
 
-Place = Literal["worked", "heads", "embeddings", "vectors", "asked", "left_out"]
+def foresee(model: "PreTrainedModel", settings: Settings, stage: str) -> None:
+    """Look, before any work, whether a method of linear layers has enough to work on; the model needs no weights.
+
+    Raises BrokenPromise where it has not, InputError for an entry of `ignore` that matches nothing.
+    """
+    if isinstance(settings, LayerSettings):
+        layers, ignored = linear_layers(model, settings.ignore)
+        noted: dict[str, Place] = dict.fromkeys(layers, "worked")
+        noted |= dict.fromkeys(ignored, _place(settings.why_ignored))
+        account, unsaid = _sorted(model, settings, noted)
+        _require_enough(account, [_why_unsaid(owner, stage) for owner in unsaid.values()], f"{stage} would work")
 
 
 def take(model: "PreTrainedModel", settings: Settings, context: Context, stage: str) -> Account | None:
@@ -24,40 +37,58 @@ def take(model: "PreTrainedModel", settings: Settings, context: Context, stage: 
 
     Raises BrokenPromise where less than half of what could be worked on was.
     """
-    from torch.nn import Embedding
-
     if not context.layers:
         return None
-    noted = {str(layer["name"]): layer for layer in context.layers}
-    sizes = Counter[str]()
-    for name, parameter in model.named_parameters():  # a shared one once
-        owner = name.rpartition(".")[0]
-        layer = noted.get(owner) or noted.get(name)
-        if parameter.ndim < 2:
-            place: Place = "vectors"
-        elif layer is not None:
-            place = "worked" if layer["bits"] is not None else _why_left_out(layer["remark"])
-        elif isinstance(model.get_submodule(owner), Embedding):
-            place = "embeddings"
-        elif any(means(entry, part) for entry in getattr(settings, "ignore", None) or [] for part in (name, owner)):
-            place = "asked"
-        else:
-            place = "heads" if is_head(model, owner) else "left_out"
-            if place == "left_out":
-                kind = type(model.get_submodule(owner)).__name__
-                context.leave_out(name, f"it is a parameter of {kind}, and {stage} works on linear layers")
-        sizes[place] += parameter.numel()
-    account = Account(**sizes)
-    if account.share < LEAST:
-        reasons = dict.fromkeys(str(layer["remark"]).removeprefix(LEFT_OUT) for layer in context.layers if layer["bits"] is None)
-        why = "; ".join(reason for reason in reasons if reason not in (HEAD, *ASKED))
-        raise BrokenPromise(
-            f"{stage}: worked on {account.share:.0%} of the {account.worked + account.left_out:,} weights that are no embeddings, heads,"
-            f" norms or biases; the others were left out because {why}. Nothing was kept; name under ignore what shall stay as it is"
-        )
+    remarks = {str(layer["name"]): None if layer["bits"] is not None else str(layer["remark"]) for layer in context.layers}
+    noted = {name: "worked" if remark is None else _place(remark) for name, remark in remarks.items()}
+    account, unsaid = _sorted(model, settings, noted)
+    for name, owner in unsaid.items():
+        context.leave_out(name, _why_unsaid(owner, stage))
+    reasons = [str(layer["remark"]).removeprefix(LEFT_OUT) for layer in context.layers if layer["bits"] is None]
+    _require_enough(account, reasons, f"{stage} worked")
     return account
 
 
-def _why_left_out(remark: str) -> Place:
+def _sorted(model: "PreTrainedModel", settings: Settings, noted: Mapping[str, Place]) -> "tuple[Account, dict[str, nn.Module]]":
+    """The account, given what is known of layers by name, and the matrices of which nothing is, each with its module."""
+    from torch.nn import Embedding
+
+    sizes, unsaid = Counter[str](), {}
+    for name, parameter in model.named_parameters():  # a shared one once
+        module = model.get_submodule(owner := name.rpartition(".")[0])
+        if parameter.ndim < 2:
+            place = "vectors"
+        elif owner in noted:
+            place = noted[owner]
+        elif isinstance(module, Embedding):
+            place = "embeddings"
+        elif any(means(entry, part) for entry in getattr(settings, "ignore", None) or [] for part in (name, owner)):
+            place = "asked"
+        elif is_head(model, owner):
+            place = "heads"
+        else:
+            place, unsaid[name] = "left_out", module
+        sizes[place] += parameter.numel()
+    return Account(**sizes), unsaid
+
+
+def _place(remark: str) -> Place:
     reason = remark.removeprefix(LEFT_OUT)
     return "heads" if reason == HEAD else "asked" if reason in ASKED else "left_out"
+
+
+def _why_unsaid(owner: "nn.Module", stage: str) -> str:
+    from torch.nn import Linear
+
+    if isinstance(owner, Linear):
+        return f"{stage} passed it over"
+    return f"it is a parameter of {type(owner).__name__}, and {stage} works on linear layers"
+
+
+def _require_enough(account: Account, reasons: Iterable[str], stage_did: str) -> None:
+    if account.share < LEAST:
+        why = "; ".join(reason for reason in dict.fromkeys(reasons) if reason not in (HEAD, *ASKED))
+        raise BrokenPromise(
+            f"{stage_did} on {account.share:.0%} of the {account.worked + account.left_out:,} weights that are no embeddings, heads,"
+            f" norms or biases; of each of the others, {why}. Nothing was kept; name under ignore what shall stay as it is"
+        )

@@ -7,8 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from compress import methods, model
-from compress.account import take as take_account
+from compress import account, methods, model
 from compress.errors import BrokenPromise, DeviceError
 from compress.methods import Example
 from compress.process import Progress, serve
@@ -43,16 +42,17 @@ def run(
         device, progress, seen, shown["max_tokens"], shown["chat"], others, place, watched, shared, processes=processes, rank=rank
     )
     progress(f"{family}: {name}", 0, 1)
+    bare = model.skeleton(before)
+    account.foresee(bare, settings, f"{family}: {name}")
     with in_float32(device):
         bundle = method.apply(model.Bundle(before, "cpu" if settings.sharded() else device), settings, context)
     if rank > 0:
         return
-    bare = model.skeleton(before)
-    account = take_account(bare, settings, context, f"{family}: {name}")
+    counted = account.take(bare, settings, context, f"{family}: {name}")
     with whole_folder(Path(target)) as folder:
         bundle.save(folder)
         noted = {"layers": context.layers, "said": context.said, "curve": context.curve, "cut": context.cut}
-        noted["account"] = account and account.model_dump()
+        noted["account"] = counted and counted.model_dump()
         (folder / NOTES).write_text(json.dumps(noted, indent=1), encoding="utf-8")
         del bundle
         gc.collect()

@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from compress.errors import BrokenPromise
+from compress.prune import magnitude
 from compress.report import write
 from compress.results import NOTES, Account, StageRecord
 from tests.blocks import run, saved
@@ -64,9 +65,22 @@ def test_experts_that_a_method_does_not_reach_are_named(tmp_path):
     )
 
 
-def test_a_stage_that_hardly_touched_the_model_fails(tmp_path):
-    with pytest.raises(BrokenPromise, match=r"worked on 25% of the .* because it is a parameter of Qwen3MoeExperts"):
-        run("prune", "magnitude", mixture(tmp_path / "from", experts=32), "llama", tmp_path / "to")
+def test_a_stage_that_would_hardly_touch_the_model_is_refused_before_it_begins(tmp_path, monkeypatch):
+    folder = mixture(tmp_path / "from", experts=32)
+    monkeypatch.setattr(magnitude, "apply", None)
+    with pytest.raises(BrokenPromise, match=r"would work on 25% of the [\d,]+ weights .* it is a parameter of Qwen3MoeExperts"):
+        run("prune", "magnitude", folder, "llama", tmp_path / "to")
+
+
+def test_a_stage_that_hardly_touched_the_model_fails(tmp_path, monkeypatch):
+    def apply(bundle, settings, context):
+        context.note("model.layers.0.mlp.up_proj", 4)
+        context.leave_out("model.layers.1.mlp.up_proj", "its inputs hold inf")
+        return bundle
+
+    monkeypatch.setattr(magnitude, "apply", apply)
+    with pytest.raises(BrokenPromise, match=r"worked on 12% of the 90,624 weights .* its inputs hold inf; prune: magnitude passed it over"):
+        run("prune", "magnitude", saved(make_model("llama"), tmp_path / "from"), "llama", tmp_path / "to")
     assert not (tmp_path / "to").exists()
 
 
