@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import DataError, InputError, ModelError
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 
@@ -141,6 +141,16 @@ def context_length(config: Any, tokenizer: Any = None) -> int | None:
     lengths = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
     lengths += [getattr(tokenizer, "model_max_length", None)]  # a very large number where the tokenizer doesn't say
     return min((int(length) for length in lengths if length), default=None)
+
+
+def decoder_inputs(model: "PreTrainedModel", labels: "Tensor") -> "Tensor":
+    """What the decoder of an encoder-decoder is given to predict labels, (examples, tokens): these, one place on, behind a start token."""
+    if hasattr(model, "prepare_decoder_input_ids_from_labels"):  # mBART's begin with the language, which stands last in the labels
+        inputs: Tensor = model.prepare_decoder_input_ids_from_labels(labels)
+        return inputs
+    shifted = labels.roll(1, dims=1)
+    shifted[:, 0] = model.config.decoder_start_token_id
+    return shifted.masked_fill_(shifted == -100, model.config.pad_token_id)
 
 
 def size_cache_by_decoder(config: Any) -> None:

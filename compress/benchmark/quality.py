@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compress.architecture import context_length
+from compress.architecture import context_length, decoder_inputs
 from compress.benchmark.batching import Batches
 from compress.errors import DataError
 from compress.prompts import Prompt, Prompts, text_of
@@ -141,7 +141,7 @@ def _summed(
         inputs = reader.batch([pieces[i][1] for i in batch])
         labels = _padded([pieces[i][2] for i in batch]).to(model.device)
         if both:
-            inputs["decoder_input_ids"] = model.prepare_decoder_input_ids_from_labels(labels)
+            inputs["decoder_input_ids"] = decoder_inputs(model, labels)
         else:
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
         with torch.inference_mode():

@@ -1,7 +1,7 @@
 """What flows through a model during calibration: batches of examples, led up to the blocks, and the hidden states between two blocks."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
 
-from compress.architecture import context_length
+from compress.architecture import context_length, decoder_inputs
 from compress.errors import DataError, ModelError
 from compress.methods import Context, Example
 from compress.prompts import Prompts
@@ -32,18 +32,18 @@ class Stream:
     hidden  the hidden states, (examples, tokens, width)
     calls   the rest of the call
     real    which tokens are no padding, (examples, tokens)
+    behind  how many things the block gives behind its hidden states; None where it gives a tensor and no tuple
     """
 
     hidden: list[Tensor]
     calls: list[Call]
     real: list[Tensor]
+    behind: int | None = None
 
     def through(self, module: Callable[..., Any], index: int, device: str) -> Tensor:
         """The hidden states behind a block for one batch, on the device."""
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self.calls[index])
-        out = module(self.hidden[index].to(device), *args, **kwargs)
-        states: Tensor = out[0] if isinstance(out, tuple) else out
-        return states
+        return _states(module(self.hidden[index].to(device), *args, **kwargs))
 
     def rows(self, states: Tensor, index: int) -> Tensor:
         """Rows (tokens, width) of states inside the block that belong to real tokens.
@@ -145,7 +145,7 @@ def padded(model: "PreTrainedModel", part: list[tuple[list[int], list[int]]]) ->
         labels, mask = side(1)
         if labels.shape == ids.shape:
             labels, mask = pad(labels, (0, 1)), pad(mask, (0, 1))
-        inputs |= {"decoder_input_ids": model.prepare_decoder_input_ids_from_labels(labels), "decoder_attention_mask": mask}
+        inputs |= {"decoder_input_ids": decoder_inputs(model, labels), "decoder_attention_mask": mask}
     return inputs
 
 
@@ -154,8 +154,11 @@ def lead_in(model: "PreTrainedModel", blocks: nn.ModuleList, examples: list[Inpu
 
     T5's first block is run, since it makes the position bias that the others are given, and these answer with what it said. Elsewhere a
     block gives hidden states alone, and any will do.
+
+    Raises ModelError where that isn't how the model runs: what a block gives isn't what the next one gets, blocks are run more than once,
+    or states don't stand one for each token.
     """
-    first, said = blocks[0], list[Any]()
+    first, said, number = blocks[0], list[Any](), 0
     decoder = not is_encoder(model, blocks) and model.config.is_encoder_decoder
     real = [inputs["decoder_attention_mask" if decoder else "attention_mask"].bool().cpu() for inputs in examples]
     streams = [Stream([], [], real) for _ in blocks]
@@ -166,32 +169,52 @@ def lead_in(model: "PreTrainedModel", blocks: nn.ModuleList, examples: list[Inpu
         return moved.setdefault(id(tensor), (tensor, tensor.cpu()))[1]
 
     def answer(index: int, states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if len(streams[index].calls) > number:
+            raise _cannot_follow(model, f"runs its {len(blocks)} blocks more than once")
+        if index > 0 and not torch.equal(states, _states(said[0])):
+            raise _cannot_follow(model, f"changes the hidden states between its blocks {index - 1} and {index}")
+        if states.shape[:-1] != real[number].shape:
+            raise _cannot_follow(model, f"has hidden states of {tuple(states.shape)} for tokens of {tuple(real[number].shape)}")
         streams[index].calls.append(tree_map_only(Tensor, kept, (args, kwargs)))
         if index == 0:
             streams[0].hidden.append(states.cpu())
-        if index == len(blocks) - 1:
+            if not said or isinstance(said[0], tuple):
+                said[:] = [first(states, *args, **kwargs)]
+            else:
+                said[:] = [states]
+        if index == len(blocks) - 1 and (number > 0 or model.config.is_encoder_decoder):
             raise _Stop
-        if index == 0:
-            said[:] = [states if said and isinstance(said[0], Tensor) else first(states, *args, **kwargs)]
         return said[0]
 
     with _standing_in(blocks, answer):
-        for inputs in examples:
+        for number, inputs in enumerate(examples):  # noqa: B007, which `answer` looks at
             moved.clear()
-            try:
-                model(**inputs)
-            except _Stop:
-                continue
+            with suppress(_Stop):
+                # the first batch goes to the end, though not through the head, which shows whether blocks are run again
+                (model if model.config.is_encoder_decoder else model.base_model)(**inputs)
+    for stream in streams:
+        stream.behind = len(said[0]) - 1 if said and isinstance(said[0], tuple) else None
     return streams
 
 
-def encode(model: "PreTrainedModel", blocks: nn.ModuleList, examples: list[Inputs], hidden: list[Tensor]) -> None:
+def _states(output: Any) -> Tensor:
+    """The hidden states of what a block gave."""
+    states: Tensor = output[0] if isinstance(output, tuple) else output
+    return states
+
+
+def _cannot_follow(model: "PreTrainedModel", what: str) -> ModelError:
+    return ModelError(f"{type(model).__name__} {what}, which calibration block by block can't follow; take a method that needs no examples")
+
+
+def encode(model: "PreTrainedModel", blocks: nn.ModuleList, examples: list[Inputs], last: Stream) -> None:
     """Give every batch the encoder's output, made from the hidden states behind its last block, in place of its input."""
     from transformers.modeling_outputs import BaseModelOutput
 
-    for inputs, last in zip(examples, hidden, strict=True):
-        states, mask = last.to(model.device), inputs["attention_mask"]
-        with _standing_in(blocks, lambda *_, states=states: _in_form_of(model, states)):
+    for inputs, hidden in zip(examples, last.hidden, strict=True):
+        states, mask = hidden.to(model.device), inputs["attention_mask"]
+        answer = states if last.behind is None else (states, *[None] * last.behind)
+        with _standing_in(blocks, lambda *_, answer=answer: answer):
             out = model.get_encoder()(input_ids=inputs.pop("input_ids"), attention_mask=mask).last_hidden_state
         inputs["encoder_outputs"] = BaseModelOutput(last_hidden_state=out * mask[..., None].to(out.dtype))
 
@@ -244,8 +267,3 @@ def without_cache(model: "PreTrainedModel") -> Iterator[None]:
     finally:
         for config in configs.values():
             config.use_cache = True
-
-
-def _in_form_of(model: "PreTrainedModel", states: Tensor) -> Any:
-    """Hidden states as a block of the model gives them; T5's give two position biases too."""
-    return (states, None, None) if "T5" in type(model).__name__ else states

@@ -32,6 +32,7 @@ from compress.runtime import working_dtype
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+NOT_MEASURED = "what its layers lost wasn't measured"
 MEASURED = 4  # what a layer lost is measured on every fourth batch
 
 
@@ -106,7 +107,7 @@ def _walk(
     with torch.no_grad(), without_cache(model):
         for stack, blocks in stacks.items():
             weights.fill(model, f"{stack}.0", bundle.device)
-            streams = [lead_in(model, blocks, way) for way in ways]
+            ways, streams = _led_in(model, blocks, ways, context, blind)
             for index in range(len(blocks)):
                 context.progress("calibrating, block by block", done, total)
                 name, module = f"{stack}.{index}", blocks[index]
@@ -133,7 +134,7 @@ def _walk(
             context.progress("calibrating, block by block", done, total)
             if is_encoder(model, blocks):
                 for way, stream in zip(ways, streams, strict=True):
-                    encode(model, blocks, way, stream[-1].hidden)
+                    encode(model, blocks, way, stream[-1])
     if not solved:
         raise BrokenPromise(f"{type(model).__name__}: every layer was left out; nothing would be smaller")
     _as_stored(model, "", stored)
@@ -144,13 +145,29 @@ def _walk(
 def _few(model: "PreTrainedModel", bundle: Bundle, context: Context) -> list[Inputs]:
     """The examples that there are; what is lost isn't measured where there is none, or none that can be read."""
     if not context.examples:
-        context.say("what its layers lost wasn't measured, for want of a train split")
+        context.say(f"{NOT_MEASURED}, for want of a train split")
         return []
     try:
         return batches(model, bundle.tokenizer, context)
     except InputError as error:
-        context.say(f"what its layers lost wasn't measured: {error}")
+        context.say(f"{NOT_MEASURED}: {error}")
         return []
+
+
+def _led_in(
+    model: "PreTrainedModel", blocks: nn.ModuleList, ways: list[list[Inputs]], context: Context, blind: bool
+) -> tuple[list[list[Inputs]], list[list[Stream]]]:
+    """What each block is called with on each way; where examples only serve to measure and can't be followed, there are none from here on.
+
+    Raises ModelError where they are needed.
+    """
+    try:
+        return ways, [lead_in(model, blocks, way) for way in ways]
+    except ModelError as error:
+        if not blind:
+            raise
+        context.say(f"{NOT_MEASURED}: {error}")
+        return [[]], [lead_in(model, blocks, [])]
 
 
 def _enough(examples: list[Inputs], layers: dict[str, nn.Linear], context: Context) -> list[Inputs]:
