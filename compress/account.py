@@ -1,7 +1,7 @@
 """What became of every weight of a model in a stage: none is passed over in silence, whatever a method looked at."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
 from compress.architecture import is_head, linear_layers, means
@@ -27,7 +27,8 @@ def foresee(model: "PreTrainedModel", settings: Settings, stage: str) -> None:
         noted: dict[str, Place] = dict.fromkeys(layers, "worked")
         noted |= dict.fromkeys(ignored, _place(settings.why_ignored))
         account, unsaid = _sorted(model, settings, noted)
-        _require_enough(account, [_why_unsaid(owner, stage) for owner in unsaid.values()], f"{stage} would work")
+        kinds = " and ".join(sorted({type(owner).__name__ for owner in unsaid.values()}))
+        _require_enough(account, f"{stage} would work", f"are parameters of {kinds}, and it works on linear layers")
 
 
 def take(model: "PreTrainedModel", settings: Settings, context: Context, stage: str) -> Account | None:
@@ -44,8 +45,9 @@ def take(model: "PreTrainedModel", settings: Settings, context: Context, stage: 
     account, unsaid = _sorted(model, settings, noted)
     for name, owner in unsaid.items():
         context.leave_out(name, _why_unsaid(owner, stage))
-    reasons = [str(layer["remark"]).removeprefix(LEFT_OUT) for layer in context.layers if layer["bits"] is None]
-    _require_enough(account, reasons, f"{stage} worked")
+    reasons = dict.fromkeys(str(layer["remark"]).removeprefix(LEFT_OUT) for layer in context.layers if layer["bits"] is None)
+    why = "; ".join(reason for reason in reasons if reason not in (HEAD, *ASKED))
+    _require_enough(account, f"{stage} worked", f"were left out: {why}")
     return account
 
 
@@ -85,10 +87,9 @@ def _why_unsaid(owner: "nn.Module", stage: str) -> str:
     return f"it is a parameter of {type(owner).__name__}, and {stage} works on linear layers"
 
 
-def _require_enough(account: Account, reasons: Iterable[str], stage_did: str) -> None:
+def _require_enough(account: Account, stage_did: str, others: str) -> None:
     if account.share < LEAST:
-        why = "; ".join(reason for reason in dict.fromkeys(reasons) if reason not in (HEAD, *ASKED))
         raise BrokenPromise(
             f"{stage_did} on {account.share:.0%} of the {account.worked + account.left_out:,} weights that are no embeddings, heads,"
-            f" norms or biases; of each of the others, {why}. Nothing was kept; name under ignore what shall stay as it is"
+            f" norms or biases; the others {others}. Nothing was kept; name under ignore what shall stay as it is"
         )

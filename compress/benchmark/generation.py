@@ -269,7 +269,7 @@ class Writer:
     def _going_on(self, given: dict[str, Any], cache: Any, rows: Tensor, left: Tensor) -> dict[str, Any]:
         """The inputs with which the rows that are left are continued where they are."""
         if cache is not None:
-            cache.batch_select_indices(left)
+            cache.reorder_cache(left)  # as for beams, which every kind of cache knows; states of linear attention among them
         mask = given["attention_mask"][left]
         written = mask.new_ones(len(left), rows.shape[1] - (0 if self._both else mask.shape[1]))
         if not self._both:

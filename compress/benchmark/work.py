@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 from transformers import EncoderDecoderCache, StoppingCriteria
 from transformers.pytorch_utils import Conv1D
 
@@ -74,10 +75,10 @@ class Counter(StoppingCriteria):  # type: ignore[misc]
 
 
 def cache_bytes(cache: Any) -> int:
-    """Bytes of the keys and values that a cache holds, those of the encoder's output included."""
+    """Bytes of all tensors that a cache holds: keys and values, those of the encoder's output included, or a linear layer's states."""
     parts = [cache.self_attention_cache, cache.cross_attention_cache] if isinstance(cache, EncoderDecoderCache) else [cache]
-    tensors = [tensor for part in parts for layer in part.layers for tensor in (layer.keys, layer.values) if tensor is not None]
-    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+    held = tree_leaves([vars(layer) for part in parts for layer in part.layers])
+    return sum(tensor.numel() * tensor.element_size() for tensor in held if isinstance(tensor, torch.Tensor))
 
 
 def _own_tensors(layer: nn.Module) -> list[torch.Tensor]:

@@ -4,6 +4,7 @@ from collections import Counter
 
 import pytest
 import torch
+import transformers
 from scipy import stats
 from transformers import BitsAndBytesConfig, GenerationConfig
 
@@ -11,12 +12,14 @@ from compress.benchmark import generation
 from compress.benchmark.batching import Batches
 from compress.benchmark.generation import GumbelNoise, Writer
 from compress.benchmark.quality import Reader
+from compress.benchmark.work import cache_bytes
 from compress.errors import RunError
 from compress.methods import Context, quiet
 from compress.model import Bundle, Source
 from compress.quantize import int8_dynamic
 from compress.recipe import Generation
 from compress.runtime import use_cpu_int8
+from tests.conftest import make_tokenizer
 
 PROMPTS = ["the cat sat", "a big dog ran on the red mat and sat", "the", "blue hat on a small mat was it"]
 GREEDY = Generation(max_new_tokens=8).model_dump()
@@ -64,6 +67,43 @@ def test_rows_that_have_ended_leave_their_batch_and_the_others_go_on(random_bund
     assert len({len(tokens) for tokens in found}) > 3
     assert sum(computed) < 0.9 * len(prompts) * len(computed)
     assert computed == sorted(computed, reverse=True)
+
+
+@pytest.mark.parametrize("name", ["Lfm2ForCausalLM", "MambaForCausalLM", "Qwen3NextForCausalLM"])
+def test_rows_leave_a_batch_whose_cache_holds_states_in_place_of_keys(name):
+    torch.manual_seed(0)
+    kind = getattr(transformers, name)
+    hybrid = {"layer_types": ["linear_attention" if "Next" in name else "conv", "full_attention"]} if "Mamba" not in name else {}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16} if "Mamba" not in name else {}
+    experts = {"num_experts": 2, "num_experts_per_tok": 1} if "Next" in name else {}
+    config = kind.config_class(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        pad_token_id=0,
+        eos_token_id=1,
+        **hybrid,
+        **heads,
+        **experts,
+    )
+    model, words = kind(config).eval(), make_tokenizer()
+    settings = {**SAMPLED, "max_new_tokens": 12, "temperature": 8.0, "top_k": None, "top_p": None}
+    model.generation_config.eos_token_id = list(range(1, 12))
+
+    def written(tokens):
+        return Writer(Reader(model, words), PROMPTS * 3, settings).write(Batches(model, tokens, quiet))
+
+    alone, together = written(1), written(10_000)
+    assert len({len(tokens) for tokens in alone}) > 3
+    assert together == alone
+    cache = model(torch.arange(2, 10)[None], use_cache=True).past_key_values
+    states = [
+        state
+        for layer in cache.layers
+        for state in [*getattr(layer, "conv_states", {}).values(), *getattr(layer, "recurrent_states", {}).values()]
+    ]
+    assert cache_bytes(cache) >= sum(state.nbytes for state in states if state is not None) > 0
 
 
 def test_a_fewest_number_of_tokens_counts_from_the_prompt(random_bundle):
