@@ -12,11 +12,17 @@ from compress.quantize._calibrated import quantise
 from compress.quantize._pack import Packed
 from tests.conftest import TASKS, WORDS, make_model, make_tokenizer
 
+ODD = ("gate_proj", "up_proj", "down_proj")
 SEEN = [{"id": str(n), "prompt": "the cat sat on a big red mat", "references": ["dog ran"]} for n in range(3)]
 
 
 def run(family, method, folder, kind, target, seen=SEEN, device="cpu", **settings):
-    """One stage with all its checks; the folder of what it made."""
+    """One stage with all its checks; the folder of what it made.
+
+    4 bits of bitsandbytes don't take the toy Llama's width of 172: more than half of it would be left out, so here it is asked for.
+    """
+    if (method, kind) == ("bnb_nf4", "llama"):
+        settings["ignore"] = [*settings.get("ignore", ["lm_head"]), *ODD]
     stage.run(
         quiet, {"id": str(folder), "task": TASKS[kind], "dtype": "float32"}, {"family": family, "method": method, "settings": settings},
         {"examples": seen, "max_tokens": 32, "chat": False}, str(target), device,

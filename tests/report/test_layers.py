@@ -182,7 +182,7 @@ def test_what_a_method_notes_is_what_a_report_reads(tmp_path):
         Layer(name="b", bits=4, remark=f"{ODD}; its error overflowed and could not be measured"),
         Layer(name="c", remark="left out: a head"),
     ]
-    assert write.read_notes(tmp_path / "nowhere") == {"layers": [], "said": [], "curve": []}
+    assert write.read_notes(tmp_path / "nowhere") == {"layers": [], "account": None, "said": [], "curve": []}
 
 
 def test_reports_of_earlier_versions_are_read(tmp_path):
