@@ -287,7 +287,7 @@ class Account(Record):
 
     @property
     def sentence(self) -> str:
-        """Of 134,515,008 parameters 78.9 % were worked on; 21.0 % are embeddings, 0.0 % norms and biases"""
+        """78.9% of 134,515,008 parameters were worked on; 21.0% are embeddings, 0.1% are norms and biases"""
         total = sum(getattr(self, name) for name in Account.model_fields)
         words = {
             "embeddings": "embeddings",
@@ -312,6 +312,11 @@ class StageRecord(Record):
     said: list[str] = []
     curve: list[Point] = Field([], repr=False)
     cut: Cut | None = None
+
+    @property
+    def sentences(self) -> list[str]:
+        """The account, where one was taken, and what the stage has to say besides."""
+        return [*([self.account.sentence] if self.account else []), *self.said]
 
     @property
     def name(self) -> str:

@@ -212,8 +212,7 @@ def _done(stages: list[StageRecord]) -> str:
     for record in stages:
         _, *settings = _without_folders(record.stage).items()
         rows.append([record.name, ", ".join(f"{key}: {value}" for key, value in settings if value is not None), at_run_time(record) or "-"])
-    told = [(record, [record.account.sentence] if record.account else []) for record in stages]
-    said = [f"- {cell(f'{record.name}: {sentence}')}" for record, account in told for sentence in [*account, *record.said]]
+    said = [f"- {cell(f'{record.name}: {sentence}')}" for record in stages for sentence in record.sentences]
     return "\n\n".join(["## What was done", table(["stage", "settings", "in use"], rows), *(["\n".join(said)] if said else [])])
 
 

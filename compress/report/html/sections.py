@@ -171,8 +171,7 @@ def _notes(report: Report) -> list[str]:
 
 def _stage(record: StageRecord) -> dict[str, Any]:
     """What a stage cost, and what is known of what it bought."""
-    account = [record.account.sentence] if record.account else []
-    bought = [*([summary(record.layers)] if record.layers else []), *account, *record.said]
+    bought = [*([summary(record.layers)] if record.layers else []), *record.sentences]
     return {
         "name": record.name, "settings": ", ".join(f"{key}: {value}" for key, value in list(record.stage.items())[1:] if value is not None),
         "took": "reused" if record.reused else duration(record.seconds), "bought": bought or ["–"], "in_use": at_run_time(record),
