@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from compress.architecture import is_head, linear_layers, means
 from compress.errors import BrokenPromise
+from compress.experts import routers
 from compress.methods import ASKED, HEAD, LEFT_OUT, Context, LayerSettings, Settings
 from compress.results import Account
 
@@ -55,11 +56,13 @@ def _sorted(model: "PreTrainedModel", settings: Settings, noted: Mapping[str, Pl
     """The account, given what is known of layers by name, and the matrices of which nothing is, each with its module."""
     from torch.nn import Embedding
 
-    sizes, unsaid = Counter[str](), {}
+    sizes, unsaid, leading = Counter[str](), {}, routers(model)
     for name, parameter in model.named_parameters():  # a shared one once
         module = model.get_submodule(owner := name.rpartition(".")[0])
         if parameter.ndim < 2:
             place = "vectors"
+        elif owner in leading:
+            place = "routers"
         elif owner in noted:
             place = noted[owner]
         elif isinstance(module, Embedding):

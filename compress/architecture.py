@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 def linear_layers(model: "PreTrainedModel", ignore: list[str] | None) -> "tuple[dict[str, nn.Module], dict[str, nn.Module]]":
-    """The linear layers to work on and those left out, by full name; GPT-2's Conv1D counts as linear.
+    """The linear layers to work on and those left out, by full name; GPT-2's Conv1D counts as linear, routers don't.
 
     ignore   None leaves out the heads (what maps the last hidden state to tokens or labels). A list replaces that: each entry
              is a name or the end of one (`lm_head`, `fc1`), a pattern (`*.layers.0.*`) or a regular expression (`re:.*mlp.*`).
@@ -24,7 +24,10 @@ def linear_layers(model: "PreTrainedModel", ignore: list[str] | None) -> "tuple[
     from torch import nn
     from transformers.pytorch_utils import Conv1D
 
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
+    from compress.experts import routers
+
+    whole = routers(model)
+    layers = {n: module for n, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D) and n not in whole}
     if ignore is None:
         left_out = {name for name in layers if is_head(model, name)}
     else:
@@ -109,14 +112,16 @@ def as_linear(model: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def block_stacks(model: "PreTrainedModel") -> "dict[str, nn.ModuleList]":
-    """The lists of blocks in the order they are run: outermost module lists of one class with linear layers inside, Conv1D among them."""
+    """The lists of blocks in the order they are run: outermost module lists with linear layers inside, Conv1D among them, all of one class
+    or, as in hybrids, all of what transformers makes blocks of."""
     from torch import nn
+    from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.pytorch_utils import Conv1D
 
     found: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
-            same = len({type(block) for block in module}) == 1
+            same = len({type(block) for block in module}) == 1 or all(isinstance(block, GradientCheckpointingLayer) for block in module)
             if same and any(isinstance(part, nn.Linear | Conv1D) for part in module.modules()):
                 found[name] = module
     return found
@@ -126,9 +131,11 @@ def packs_alike(model: "PreTrainedModel") -> bool:
     """Whether plain transformers reads packed weights of a model only where all layers are packed alike.
 
     An encoder-decoder's generation calls the encoder before the model as a whole, which is when kinds of their own would be unpacked;
-    GPTBigCode looks at its weights while it is made.
+    GPTBigCode looks at its weights while it is made; the experts of a mixture are put together at loading.
     """
-    return bool(model.config.is_encoder_decoder) or model.config.model_type == "gpt_bigcode"
+    from compress.experts import parted
+
+    return bool(model.config.is_encoder_decoder) or model.config.model_type == "gpt_bigcode" or any(parted(model))
 
 
 def context_length(config: Any, tokenizer: Any = None) -> int | None:

@@ -177,6 +177,7 @@ class About:
     smaller   it promises that the weights take fewer bytes than before
     trains    it trains weights, and where more than one process is wanted they do so together
     tasks     what the models may do that it works on
+    experts   it works on the experts of a mixture, each a matrix of its own
     holds     bits of a linear weight while plain transformers runs what it makes; None where they are as many as before
     """
 
@@ -191,6 +192,7 @@ class About:
     smaller: bool = True
     trains: bool = False
     tasks: tuple[Task, ...] = TASKS
+    experts: bool = False
     holds: int | None = None
 
     @property

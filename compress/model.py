@@ -295,7 +295,11 @@ class Bundle:
 
     def save(self, folder: Path) -> None:
         """A Hugging Face folder that plain `from_pretrained` loads: safetensors, config, tokenizer, generation config."""
-        self.model.save_pretrained(folder)
+        from compress import experts
+
+        # where others are packed, transformers reads experts that aren't only as it holds them itself, together
+        beside = getattr(self.model.config, "quantization_config", None) is not None and experts.held_together(self.model)
+        self.model.save_pretrained(folder, save_original_format=not beside)
         self.tokenizer.save_pretrained(folder)
 
 

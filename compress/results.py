@@ -268,6 +268,7 @@ class Account(Record):
 
     worked      in layers that the stage worked on
     heads       what maps the last hidden state to tokens or labels, left alone
+    routers     what leads tokens to the experts of a mixture, left alone
     vectors     of one dimension: norms and biases
     asked       left alone as the recipe says
     left_out    matrices left alone for another reason, which the layers' remarks give
@@ -276,6 +277,7 @@ class Account(Record):
     worked: int = 0
     heads: int = 0
     embeddings: int = 0
+    routers: int = 0
     vectors: int = 0
     asked: int = 0
     left_out: int = 0
@@ -292,6 +294,7 @@ class Account(Record):
         words = {
             "embeddings": "embeddings",
             "heads": "heads",
+            "routers": "routers",
             "vectors": "norms and biases",
             "asked": "left out as asked",
             "left_out": "left out",

@@ -7,7 +7,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-from compress import account, methods, model
+from compress import account, experts, methods, model
 from compress.errors import BrokenPromise, DeviceError
 from compress.methods import Example
 from compress.process import Progress, serve
@@ -43,6 +43,8 @@ def run(
     )
     progress(f"{family}: {name}", 0, 1)
     bare = model.skeleton(before)
+    if method.ABOUT.experts:
+        experts.part(bare)
     account.foresee(bare, settings, f"{family}: {name}")
     with in_float32(device):
         bundle = method.apply(model.Bundle(before, "cpu" if settings.sharded() else device), settings, context)

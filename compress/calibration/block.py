@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from compress import experts
 from compress.calibration.stream import Stream
 
 
@@ -36,6 +37,7 @@ class Block:
     stored  the dtype that each tensor of the model is stored in, by its name; it is computed with in another where that is faster
     weights what each layer would compute with if it were not compressed
     left_out  why a layer keeps its full precision
+    remarks   what is odd about a layer
     """
 
     name: str
@@ -49,9 +51,24 @@ class Block:
     weights: dict[str, Tensor] = field(init=False)
     solved: dict[str, Solution] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    remarks: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.weights = {name: layer.weight.data for name, layer in self.layers.items()}
+        self._mixtures: dict[str, list[list[list[str]]]] = {}
+        for path, mixture in experts.parted(self.module):
+            groups = [[[f"{self.name}.{path}.{name}" for name in names] for names in turn] for turn in mixture.turns()]
+            turns = [[kept for group in turn if (kept := [name for name in group if name in self.layers])] for turn in groups]
+            self._mixtures |= {name: turns for turn in turns for group in turn for name in group}
+
+    def mixture_of(self, name: str) -> list[list[list[str]]] | None:
+        """Of a layer in an expert the layers of all experts beside it: first those that lead upward, a group each, then those back down."""
+        return self._mixtures.get(name)
+
+    def beside(self, name: str) -> list[str]:
+        """A layer in an expert, and one in each of the other experts that has its place."""
+        turn = next(turn for turn in self._mixtures[name] if any(name in group for group in turn))
+        return [group[0] for group in turn]
 
     def output(self, batch: int) -> Tensor:
         """The hidden states behind the block for one batch."""

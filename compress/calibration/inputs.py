@@ -1,7 +1,7 @@
 """What a block's layers are given: which layers share an input, in which order they run, and the inputs' statistics."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -14,6 +14,27 @@ STRIP = 256  # columns of a matrix product that are taken at a time
 
 def in_order(block: Block) -> list[list[str]]:
     """The block's layers in the order they run, those with the very same input together (query, key and value)."""
+    return [group for turn in turns(block) for group in turn]
+
+
+def turns(block: Block) -> Iterator[list[list[str]]]:
+    """The groups of layers with one input, in the order they run; those that don't wait for each other, a mixture's experts, together, as
+    many as have second moments that take no more memory than the block's weights in float32."""
+    room, size = sum(weight.numel() for weight in block.weights.values()), 0
+    for turn in _unbounded(block):
+        part: list[list[str]] = []
+        for group in turn:
+            needed = block.layers[group[0]].in_features ** 2
+            if part and size + needed > room:
+                yield part
+                part, size = [], 0
+            part.append(group)
+            size += needed
+        yield part
+        size = 0
+
+
+def _unbounded(block: Block) -> list[list[list[str]]]:
     groups: dict[tuple[int, int], list[str]] = {}
     alive = []  # inputs stay alive, so that no two have one address
 
@@ -23,7 +44,14 @@ def in_order(block: Block) -> list[list[str]]:
 
     with listening(block, list(block.layers), note):
         block.output(0)
-    return list(groups.values())
+    found: list[list[list[str]]] = []
+    for group in groups.values():
+        mixture = block.mixture_of(group[0])
+        if mixture is None:
+            found.append([group])
+        elif mixture[0] not in found:
+            found += mixture
+    return found
 
 
 def reach(block: Block) -> dict[str, Tensor]:
@@ -42,16 +70,67 @@ def reach(block: Block) -> dict[str, Tensor]:
     return found
 
 
-def second_moments(block: Block, name: str) -> Tensor:
-    """X^T X over the tokens of all calibration inputs of a layer, divided by their number: (columns, columns), float32."""
-    columns = block.layers[name].in_features
-    total, count = torch.zeros(columns, columns, device=block.device), 0
-    for rows in inputs(block, name):
-        for start in range(0, columns, STRIP):  # of the two halves, which are alike, the one above the diagonal
+def second_moments(block: Block, names: list[str]) -> dict[str, Tensor]:
+    """X^T X over the tokens of all calibration inputs of each layer, divided by their number: (columns, columns), float32."""
+
+    def add(total: Tensor, rows: Tensor) -> None:
+        for start in range(0, len(total), STRIP):  # of the two halves, which are alike, the one above the diagonal
             total[start : start + STRIP, start:].addmm_(rows[:, start : start + STRIP].t(), rows[:, start:])
-        count += len(rows)
-    total.triu_()
-    return total.add_(total.triu(1).t()).div_(max(count, 1))
+
+    found = _mean(block, names, lambda columns: torch.zeros(columns, columns, device=block.device), add)
+    for total in found.values():
+        total.triu_()
+        total.add_(total.triu(1).t())
+    return found
+
+
+def mean_squares(block: Block, names: list[str]) -> dict[str, Tensor]:
+    """The mean square over the tokens of all calibration inputs of each column of each layer's input: (columns,), float32."""
+    return _mean(
+        block, names, lambda columns: torch.zeros(columns, device=block.device), lambda total, rows: total.add_(rows.square().sum(dim=0))
+    )
+
+
+def _mean(block: Block, names: list[str], blank: Callable[[int], Tensor], add: Callable[[Tensor, Tensor], object]) -> dict[str, Tensor]:
+    """The mean over tokens of what `add` sums up of a layer's inputs, all layers in one pass.
+
+    An expert that fewer tokens reached than it has columns, of which such statistics know too little, is given as many as it lacks from the
+    mean of all experts beside it, and that is remarked.
+    """
+    totals = {name: blank(block.layers[name].in_features) for name in names}
+    counts = _summed(block, totals, add)
+    few = [name for name in names if block.mixture_of(name) and counts[name] < block.layers[name].in_features]
+    if few:
+        beside = block.beside(few[0])
+        pool = blank(block.layers[few[0]].in_features)
+        tokens = sum(_summed(block, dict.fromkeys(beside, pool), add).values())
+        for name in few:
+            columns = block.layers[name].in_features
+            totals[name].add_(pool, alpha=(columns - counts[name]) / max(tokens, 1))
+            block.remarks[name] = (
+                f"{counts[name]} calibration tokens reached it, fewer than its {columns} columns; the rest is its layer's mean"
+            )
+            counts[name] = columns
+    return {name: total.div_(max(counts[name], 1)) for name, total in totals.items()}
+
+
+def _summed(block: Block, totals: dict[str, Tensor], add: Callable[[Tensor, Tensor], object]) -> dict[str, int]:
+    """Add every batch's inputs of each of these layers to its total. Returns how many tokens that were, by layer."""
+    counts = dict.fromkeys(totals, 0)
+    for batch in range(len(block.given.hidden)):
+        missing = set(totals)
+
+        def hear(name: str, states: Tensor, batch: int = batch, missing: set[str] = missing) -> None:
+            rows = block.given.rows(states, batch).float()
+            add(totals[name], rows)
+            counts[name] += len(rows)
+            missing.discard(name)
+            if not missing:
+                raise _Enough
+
+        with listening(block, list(totals), hear), suppress(_Enough):
+            block.output(batch)
+    return counts
 
 
 def inputs(block: Block, name: str) -> Iterator[Tensor]:
@@ -63,11 +142,10 @@ def inputs(block: Block, name: str) -> Iterator[Tensor]:
             caught.append(states)
             raise _Enough
 
-        with listening(block, [name], catch):
-            try:
-                block.output(batch)
-            except _Enough:
-                yield block.given.rows(caught[0], batch).float()
+        with listening(block, [name], catch), suppress(_Enough):
+            block.output(batch)
+        if caught:
+            yield block.given.rows(caught[0], batch).float()
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
 
+from compress import experts
 from compress.architecture import context_length, decoder_inputs
 from compress.errors import DataError, ModelError
 from compress.methods import Context, Example
@@ -41,7 +42,11 @@ class Stream:
     behind: int | None = None
 
     def through(self, module: Callable[..., Any], index: int, device: str) -> Tensor:
-        """The hidden states behind a block for one batch, on the device."""
+        """The hidden states behind a block for one batch, on the device. A mixture's experts are given no padding."""
+        real = self.real[index].reshape(-1)
+        if isinstance(module, nn.Module):
+            for _, mixture in experts.parted(module):
+                mixture.real = real
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self.calls[index])
         return _states(module(self.hidden[index].to(device), *args, **kwargs))
 

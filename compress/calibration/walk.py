@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from compress import experts
 from compress.architecture import block_stacks, linear_layers
 from compress.calibration.block import Block
 from compress.calibration.lost import measuring
@@ -138,6 +139,7 @@ def _walk(
     if not solved:
         raise BrokenPromise(f"{type(model).__name__}: every layer was left out; nothing would be smaller")
     _as_stored(model, "", stored)
+    experts.fuse(model)
     store.describe(model.to("cpu"))
     return model
 
@@ -243,6 +245,7 @@ def _finish(block: Block, context: Context, whole: bool) -> None:
     with measuring({name: block.layers[name] for name in block.solved}, block.weights, rows) as errors:
         for batch in range(0, len(block.given.hidden), 1 if whole else MEASURED):
             block.given.hidden[batch] = block.output(batch).cpu()
+    context.remarks.update(block.remarks)
     for name in block.layers:
         if name in block.solved:
             context.note(name, block.bits[name], errors.get(name), block.solved[name].sparsity)

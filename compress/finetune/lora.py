@@ -5,7 +5,8 @@ are loaded, without gradients or states of the optimiser. Where pruning set a we
 when merged. The result is an ordinary model.
 """
 
-from contextlib import nullcontext
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +41,14 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     import torch
     from peft import LoraConfig, get_peft_model
 
+    from compress import experts
     from compress.architecture import has_transposed_layers
     from compress.training.loop import train
     from compress.training.material import read
     from compress.training.weights import in_float32, pruned
 
     model = bundle.model
+    experts.part(model)
     names = _targets(model, settings)
     material = read(model, bundle.tokenizer, context)
     zeros = {name: weight == 0 for name, weight in pruned(model).items() if name in names} if settings.keep_zeros else {}
@@ -55,14 +58,26 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
             r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=names,
             fan_in_fan_out=has_transposed_layers(model),
         )  # fmt: skip
-        wrapped = get_peft_model(model, config, ADAPTER)
+        with _of_no_known_type(model):
+            wrapped = get_peft_model(model, config, ADAPTER)
         for name, zero in zeros.items():
             _keep(model.get_submodule(name), zero)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         train(model, material, settings, settings.seed, context, stopping=settings.early_stopping)
         merged = wrapped.merge_and_unload()
+    experts.fuse(merged)
     context.say(f"factors of rank {settings.rank} on {len(names)} layers: {count:,} weights were trained")
     return bundle.holding(merged.requires_grad_(True))
+
+
+@contextmanager
+def _of_no_known_type(model: "PreTrainedModel") -> Iterator[None]:
+    """peft turns targets in mixtures, by their model type, into parameters that hold all experts together; here these are apart."""
+    model.config.model_type = "apart"
+    try:
+        yield
+    finally:
+        del model.config.model_type  # the class's own is there again
 
 
 def _targets(model: "PreTrainedModel", settings: Settings) -> list[str]:

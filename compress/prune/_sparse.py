@@ -15,6 +15,7 @@ DENSE = About(
     at_run_time="zeros are stored densely, so files, memory and latency stay as they were; structured or depth pruning would change that,"
     " and on a GPU pattern 2:4 with benchmark.runtime.sparse_24 (compress.use_sparse_24)",
     smaller=False,
+    experts=True,
 )
 
 

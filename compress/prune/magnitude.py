@@ -27,7 +27,11 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     Raises InputError where a layer would be emptied or a pattern does not divide its rows, BrokenPromise where there are no linear layers.
     """
+    from compress import experts
+
+    experts.part(bundle.model)
     layers = layers_to_prune(bundle.model, settings, context)
     to_zero(layers, smallest(layers, settings.share, settings.scope, settings.n_of_m))
     note(layers, context)
+    experts.fuse(bundle.model)
     return bundle

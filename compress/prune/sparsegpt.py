@@ -32,16 +32,17 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     factored at any damping.
     """
     from compress.calibration.block import Block
-    from compress.calibration.inputs import in_order, second_moments
+    from compress.calibration.inputs import second_moments, turns
     from compress.calibration.walk import walk
     from compress.prune._dense import Dense, Pruned
 
     def solve(block: Block) -> None:
-        for group in in_order(block):
-            moments = second_moments(block, group[0])
-            if block.sound(group, moments):
-                for name in group:
-                    block.set(name, Pruned(solve_layer(block.weights[name].float(), moments, settings, name)))
+        for turn in turns(block):
+            moments = second_moments(block, [group[0] for group in turn])
+            for group in turn:
+                if block.sound(group, own := moments.pop(group[0])):
+                    for name in group:
+                        block.set(name, Pruned(solve_layer(block.weights[name].float(), own, settings, name)))
 
     return walk(bundle, settings, context, Dense, solve)
 

@@ -22,20 +22,19 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     Raises InputError where a layer would be emptied or a pattern does not divide its rows.
     """
-    import torch
-
     from compress.calibration.block import Block
-    from compress.calibration.inputs import in_order, inputs
+    from compress.calibration.inputs import mean_squares, turns
     from compress.calibration.walk import walk
     from compress.prune._dense import Dense, Pruned
 
     def solve(block: Block) -> None:
-        for group in in_order(block):
-            energy = torch.stack([rows.square().sum(dim=0) for rows in inputs(block, group[0])]).sum(dim=0)
-            if block.sound(group, energy):
-                for name in group:
-                    weight = block.weights[name]
-                    gone = lowest(weight.float().abs() * energy.sqrt(), settings.share, settings.n_of_m, name)
-                    block.set(name, Pruned(weight.masked_fill(gone, 0)))
+        for turn in turns(block):
+            energies = mean_squares(block, [group[0] for group in turn])
+            for group in turn:
+                if block.sound(group, energy := energies[group[0]]):
+                    for name in group:
+                        weight = block.weights[name]
+                        gone = lowest(weight.float().abs() * energy.sqrt(), settings.share, settings.n_of_m, name)
+                        block.set(name, Pruned(weight.masked_fill(gone, 0)))
 
     return walk(bundle, settings, context, Dense, solve)

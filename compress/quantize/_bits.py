@@ -15,8 +15,9 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from compress import experts
 from compress.architecture import as_linear, block_stacks, has_transposed_layers, linear_layers, match, packs_alike
-from compress.errors import BrokenPromise
+from compress.errors import BrokenPromise, ModelError
 from compress.methods import Context, LayerSettings
 from compress.model import Bundle, load_model, skeleton
 from compress.quantize._grid import PER_ROW, WIDTHS, GridSettings, Kind, fit, group_columns
@@ -29,11 +30,13 @@ Sized = TypeVar("Sized", bound=GridSettings)
 
 
 def sized(bundle: Bundle, settings: Sized, context: Context) -> Sized:
-    """The settings with the group size that the model's layers get, which the report tells.
+    """The settings with the group size that the model's layers get, which the report tells; a mixture's, with a grid that its reader knows.
 
-    Raises InputError for a pattern that matches no layer.
+    Raises InputError for a pattern that matches no layer, ModelError for a mixture that could not be read again.
     """
     model = skeleton(bundle.source)
+    experts.part(model)
+    settings = _for_experts(model, settings, context)
     layers, weights = linear_layers(model, settings.ignore)[0], Counter[int]()
     inside = [name for name in layers if any(name.startswith(f"{stack}.") for stack in block_stacks(model))]
     if isinstance(settings.bits, dict):
@@ -47,6 +50,27 @@ def sized(bundle: Bundle, settings: Sized, context: Context) -> Sized:
     for sentence in settings.about_shapes(weights):
         context.say(sentence)
     return settings.sized(weights)
+
+
+def _for_experts(model: "PreTrainedModel", settings: Sized, context: Context) -> Sized:
+    """The settings as a mixture's experts can be stored, where they are worked on: one by one, without zero points.
+
+    Raises ModelError where they can't.
+    """
+    layers = linear_layers(model, settings.ignore)[0]
+    inside = [f"{path}.{name}" for path, mixture in experts.parted(model) for name in mixture.layers()]
+    if not any(name in layers for name in inside):
+        return settings
+    kind, way_out = type(model).__name__, "name experts under ignore ('*.experts.*') to work on the rest"
+    if not experts.readable(model):
+        raise ModelError(f"{kind}: plain transformers reads packed experts one by one, and this type's only together; {way_out}")
+    if settings.format != "compressed-tensors":
+        raise ModelError(f"{kind}: format: {settings.format}: its files hold no experts; use compressed-tensors, or {way_out}")
+    if settings.symmetric is False:
+        raise ModelError(f"{kind}: symmetric: false: plain transformers reads no zero points of experts; leave symmetric out, or {way_out}")
+    if settings.symmetric is None:
+        context.say("symmetric is true: plain transformers reads no zero points of experts")
+    return settings.model_copy(update={"symmetric": True})
 
 
 def plan(
@@ -65,10 +89,15 @@ def plan(
         if name not in found:
             context.leave_out(name, "no pattern of bits names it")
     kinds = {}
+    sizes = {group_columns(layers[name].in_features, settings.group_size) for name in found} if packs_alike(model) else set()
+    least = 0 if settings.group_size == PER_ROW or len(sizes) < 2 else min(sizes & {settings.group_size}, default=0)
     for name, bits in found.items():
         columns = layers[name].in_features
+        if least and columns % least:
+            context.leave_out(name, f"its {columns} columns aren't whole groups of {least}, in which all layers of such a model are stored")
+            continue
         size = group_columns(columns, settings.group_size)
-        kinds[name] = Kind(bits, settings.symmetric, 0 if size == columns else size)
+        kinds[name] = Kind(bits, bool(settings.symmetric), 0 if size == columns else size)
         odd = []
         if bits < max(found.values()) and packs_alike(model):
             odd.append(f"stored in {max(found.values())} bits: plain transformers reads one width for all layers of such a model")
@@ -119,6 +148,7 @@ def sensitivity(bundle: Bundle, settings: GridSettings, context: Context, layers
     from compress.calibration.stream import batches, without_cache
 
     model = as_linear(load_model(bundle.source, bundle.device)).requires_grad_(False)
+    experts.part(model)
     modules = {name: model.get_submodule(name) for name in layers}
     generator = torch.Generator(bundle.device).manual_seed(0)
     examples, tokens = batches(model, bundle.tokenizer, context), 0

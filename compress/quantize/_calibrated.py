@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
+from compress import experts
 from compress.calibration.block import Block
 from compress.calibration.walk import Storage, walk
 from compress.calibration.weights import put_together
@@ -31,7 +32,7 @@ def quantise(
 ) -> Bundle:
     """The model with every layer as `solve` sets it, stored in these files.
 
-    Raises what `walk` and `plan` raise, and ModelError for a mixture of experts whose files plain transformers couldn't read again.
+    Raises what `walk` and `plan` raise, and ModelError for files that hold other weights than experts in parts.
     """
 
     def prepare(model: "PreTrainedModel", layers: dict[str, nn.Linear]) -> Storage:
@@ -40,6 +41,11 @@ def quantise(
                 f"{type(model).__name__}: its files hold {merged[0]} in parts, which transformers puts together at loading and can't where"
                 " other layers are packed; methods that don't go through the calibration pass (`compress methods`) work on it"
             )
+        if not isinstance(settings, GridSettings):  # whose formats hold inputs, too, and no experts
+            for path, mixture in experts.parted(model):
+                for name in mixture.layers():
+                    if layers.pop(f"{path}.{name}", None):
+                        context.leave_out(f"{path}.{name}", "the format holds no experts")
         return files(model, plan(bundle, model, settings, context, layers))
 
     return walk(bundle, settings, context, prepare, solve, targets, blind)

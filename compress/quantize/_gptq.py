@@ -7,7 +7,7 @@ from torch import Tensor
 
 from compress.calibration.block import Block
 from compress.calibration.hessian import inverse_factor
-from compress.calibration.inputs import in_order, second_moments
+from compress.calibration.inputs import second_moments, turns
 from compress.quantize._grid import Grid, GridSettings, fit
 from compress.quantize._solution import Quantised
 
@@ -16,11 +16,12 @@ BLOCK = 32  # columns whose errors are carried on one by one; to all behind them
 
 def solve_block(block: Block, settings: GridSettings, damping: float) -> None:
     """Set every layer of a block, in the order they run, each on the inputs that the solved ones give it."""
-    for group in in_order(block):
-        moments = second_moments(block, group[0])
-        if block.sound(group, moments):
-            for name in group:
-                block.set(name, solve_layer(block.weights[name].float(), moments, settings, block.bits[name], damping, name))
+    for turn in turns(block):
+        moments = second_moments(block, [group[0] for group in turn])
+        for group in turn:
+            if block.sound(group, own := moments.pop(group[0])):
+                for name in group:
+                    block.set(name, solve_layer(block.weights[name].float(), own, settings, block.bits[name], damping, name))
 
 
 def solve_layer(weight: Tensor, moments: Tensor, settings: GridSettings, bits: int, damping: float, name: str = "") -> Quantised:

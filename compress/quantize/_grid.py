@@ -34,6 +34,7 @@ PACKED = methods.About(
     extra="quant",
     calibrated=True,
     packs=True,
+    experts=True,
 )
 
 
@@ -47,8 +48,10 @@ class GridSettings(methods.LayerSettings):
     group_size: Literal[32, 64, 128, -1] | None = Field(
         None, description="columns that share a scale; -1 is a scale a row; null takes the largest that divides every layer worked on"
     )
-    symmetric: bool = Field(
-        False, description="zero in the middle of every range, whose longer end has the level more; else each range has its own zero"
+    symmetric: bool | None = Field(
+        None,
+        description="zero in the middle of every range, whose longer end has the level more; false gives each range a zero of its own;"
+        " null is false, and true for a mixture, of whose experts plain transformers reads no zeros",
     )
     format: Literal["compressed-tensors", "gptq"] = Field(
         "compressed-tensors", description="of the files; gptq is for decoders and encoders, and runs packed by gptqmodel's kernels"
@@ -200,8 +203,9 @@ def fit(
     # on a CPU by so many rows at a time as stay in its cache
     parts = weight.split(max(CACHED // columns, 1) if weight.device.type == "cpu" else rows)  # type: ignore[no-untyped-call]
     groups = (part.float().reshape(len(part), columns // size, size) for part in parts)
-    found = [_searched(part, blocks, bits, settings.symmetric, search, signed) for part in groups]
-    return Grid(bits, settings.symmetric, torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found]))
+    symmetric = bool(settings.symmetric)
+    found = [_searched(part, blocks, bits, symmetric, search, signed) for part in groups]
+    return Grid(bits, symmetric, torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found]))
 
 
 def _searched(groups: "Tensor", blocks: "Tensor | None", bits: int, symmetric: bool, search: bool, signed: bool) -> "tuple[Tensor, Tensor]":

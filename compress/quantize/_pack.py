@@ -16,6 +16,7 @@ import torch
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor, nn
 
+from compress import experts
 from compress.architecture import packs_alike
 from compress.errors import MissingPackage
 from compress.model import reader_needed, reads_packed
@@ -42,7 +43,8 @@ class Packed:
         self._as_one: Kind | None = None
         if not self._alike and packs_alike(model):
             size = min((kind.size for kind in distinct if kind.size), default=0)
-            self._as_one = Kind(max(kind.bits for kind in distinct), False, size)
+            self._as_one = Kind(max(kind.bits for kind in distinct), all(kind.symmetric for kind in distinct), size)
+        self._mixture = any(experts.parted(model))
 
     def packed(self, name: str, layer: nn.Linear, solution: Quantised) -> nn.Module:
         """A module that holds what the format stores for a layer."""
@@ -51,6 +53,8 @@ class Packed:
         self._groups.setdefault((kind, row), []).append(name)
         middle = 2 ** (kind.bits - 1)  # the format counts from -middle
         integers = solution.integers.to(torch.int16)
+        if kind.symmetric:  # of a narrower grid's, too, the middle is here
+            integers += middle - 2 ** (self._kinds[name].bits - 1)
         parts = {
             "weight_packed": pack_to_int32((integers - middle).to(torch.int8), kind.bits),
             "weight_scale": solution.grid.scale.to(layer.weight.dtype),
@@ -63,7 +67,11 @@ class Packed:
 
     def describe(self, model: "PreTrainedModel") -> None:
         """Write into the model's config how the layers that were packed are stored."""
-        described = [{"targets": names, "weights": self._weights(kind, row)} for (kind, row), names in sorted(self._groups.items())]
+        # vLLM's layers of experts look for the class of layer, and thousands of names would be a file of their own
+        described = [
+            {"targets": ["Linear"] if self._mixture else names, "weights": self._weights(kind, row)}
+            for (kind, row), names in sorted(self._groups.items())
+        ]
         describe(model, "pack-quantized", described, dequantize=self._alike or self._as_one is not None)
 
     def _weights(self, kind: Kind, row: int) -> dict[str, Any]:

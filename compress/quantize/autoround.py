@@ -68,9 +68,10 @@ def _learn(block: "Block", settings: Settings) -> None:
             )
             target = block.targets[batch].to(block.device)
             loss = (block.given.rows(out, batch).float() - block.given.rows(target, batch).float()).square().mean()
-            gradients = torch.autograd.grad(loss, parameters)
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
         rate = (1 - step / settings.steps) / max(settings.steps, FEW)
         for parameter, travel, gradient in zip(parameters, travels, gradients, strict=True):
-            parameter.data.sub_(rate * travel * gradient.sign())
+            if gradient is not None:  # an expert that no token of the batch reached
+                parameter.data.sub_(rate * travel * gradient.sign())
     for name, learner in learners.items():
         block.set(name, learner.solution())

@@ -42,9 +42,9 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         groups = [group for group in in_order(block) if block.sound(group, most[group[0]])]
         for group in groups:
             if fold := fold_before(block, group):
-                fold.apply(_best_scale(block, group, second_moments(block, group[0]), settings))
+                fold.apply(_best_scale(block, group, second_moments(block, [group[0]])[group[0]], settings))
         for group in groups:
-            moments = second_moments(block, group[0])
+            moments = second_moments(block, [group[0]])[group[0]]
             for name in group:
                 grid = fit(block.weights[name], settings, block.bits[name], moments)
                 block.set(name, Quantised(grid, grid.integers(block.weights[name])))

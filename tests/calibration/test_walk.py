@@ -49,7 +49,7 @@ def one_by_one(made, told, dtype=torch.float64):
 
 def assert_same_moments(block, name, rows):
     """A layer's second moments in the pass are those of its inputs (tokens, width), one example at a time."""
-    found, wanted = second_moments(block, name).double().numpy(), rows.T @ rows / len(rows)
+    found, wanted = second_moments(block, [name])[name].double().numpy(), rows.T @ rows / len(rows)
     if any(part in name for part in ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k", "encoder_attn.v")):
         found *= np.trace(wanted) / np.trace(found)  # padding is counted there, as zeros
     assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max(), name
@@ -82,7 +82,7 @@ def test_cross_attention_is_shown_all_encoder_states_where_both_sides_are_as_lon
     def look(block):
         for name in block.layers:
             if "EncDecAttention.k" in name:
-                rows, found = expected[name], second_moments(block, name).double().numpy()
+                rows, found = expected[name], second_moments(block, [name])[name].double().numpy()
                 wanted = rows.T @ rows / len(rows)
                 assert np.allclose(found / np.trace(found), wanted / np.trace(wanted), atol=1e-5)
 

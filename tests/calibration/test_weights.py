@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, MixtralConfig, MixtralForCausalLM, modeling_utils, utils
 
-from compress import model
+from compress import experts, model
 from compress.calibration.weights import empty
 from compress.errors import ModelError
 from compress.model import INDEX, SINGLE, Source, check_folder, fingerprint, parameter_bytes, skeleton, stored_dtypes, weight_files
@@ -263,11 +263,16 @@ def test_names_that_differ_in_memory_are_transformers_business(tmp_path):
     assert all(torch.equal(filled.state_dict()[name], tensor) for name, tensor in plain.state_dict().items())
 
 
-def test_a_mixture_whose_experts_are_put_together_is_refused_for_packed_layers(tmp_path):
-    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
-    made = saved(MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2)), tmp_path / "mixtral")
-    with pytest.raises(ModelError, match=r"hold model\.layers\.0\.mlp\.experts\.gate_up_proj in parts"):
-        rtn.apply(bundle(made, "llama", "auto"), rtn.Settings(), context())
+def test_experts_that_files_hold_one_by_one_are_read_so(tmp_path):
+    """Put together first, they would all be in memory at once."""
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    folder = saved(MixtralForCausalLM(MixtralConfig(**sizes, num_key_value_heads=2, num_local_experts=2)), tmp_path / "mixtral")
+    plain = AutoModelForCausalLM.from_pretrained(folder)
+    filled, weights = empty(Source(str(folder), "causal-lm"), tmp_path)
+    assert not weights._tensors
+    weights.fill(filled, "", "cpu")
+    experts.fuse(filled)
+    assert all(torch.equal(filled.state_dict()[name], tensor) for name, tensor in plain.state_dict().items())
 
 
 def test_gpt2_is_read_with_ordinary_layers(toys, tmp_path):

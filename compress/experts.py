@@ -1,0 +1,261 @@
+"""Experts of a mixture as linear layers, one by one, so that what works on matrices works on them.
+
+transformers holds all experts of a layer as two parameters of three dimensions (experts, rows, columns), which are no linear layers:
+whoever looks for those passes most of a mixture by. `part` puts linear layers in their place that compute the same, under the names that
+checkpoints and servers have for them; `fuse` puts the parameters back.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.errors import BrokenPromise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+UPWARD, DOWN = ("gate_proj", "up_proj"), ("down_proj",)  # as checkpoints have them that say nothing else
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Where a layer's tensor lies in what holds all experts: a parameter's full name, the expert, the rows, whether it lies transposed."""
+
+    name: str
+    expert: int
+    rows: slice
+    transposed: bool
+
+    def of(self, whole: Tensor) -> Tensor:
+        """The part of the parameter, (rows, columns) or, of a bias, (rows,); shares its memory."""
+        part = whole[self.expert]
+        return (part.t() if self.transposed else part)[self.rows]
+
+
+class Expert(nn.Module):
+    """One expert: layers that lead upward, of which two are gate and value, the gate itself, the layer back down."""
+
+    def __init__(self, upward: dict[str, nn.Linear], down: tuple[str, nn.Linear], fused: nn.Module):
+        super().__init__()
+        for name, layer in [*upward.items(), down]:
+            self.add_module(name, layer)
+        self._upward, self._down, self._fused = tuple(upward), down[0], (fused,)  # in a tuple it is no part of this module
+
+    @property
+    def inner(self) -> tuple[str, ...]:
+        """The names of the layers that share the expert's input."""
+        return self._upward
+
+    @property
+    def outer(self) -> str:
+        """The name of the layer back down."""
+        return self._down
+
+    def forward(self, states: Tensor) -> Tensor:
+        wide = [getattr(self, name)(states) for name in self._upward]
+        fused: Any = self._fused[0]
+        joined = wide[0] if len(wide) == 1 else torch.cat(wide, dim=-1)
+        out: Tensor = getattr(self, self._down)(fused._apply_gate(joined) if fused.has_gate else fused.act_fn(joined))
+        return out
+
+
+class Experts(nn.Module):
+    """Stands where all experts of a layer stood. Its parts are named by their numbers.
+
+    real    which of the tokens that it is given are no padding (tokens,); those alone are worked out. None for all
+    """
+
+    def __init__(self, experts: list[Expert], fused: nn.Module, origin: dict[str, Slice]):
+        super().__init__()
+        for number, expert in enumerate(experts):
+            self.add_module(str(number), expert)
+        self._fused, self._origin = (fused,), origin
+        self.real: Tensor | None = None
+
+    @property
+    def origin(self) -> dict[str, Slice]:
+        """By a tensor's name inside this module where it comes from."""
+        return self._origin
+
+    @property
+    def fused(self) -> nn.Module:
+        """The module in whose place this one stands."""
+        return self._fused[0]
+
+    def layers(self) -> list[str]:
+        """The names of all layers inside."""
+        return [name for turn in self.turns() for group in turn for name in group]
+
+    def unpacked(self) -> list[str]:
+        """The names of those that are linear layers still."""
+        return [name for name in self.layers() if isinstance(self.get_submodule(name), nn.Linear)]
+
+    def turns(self) -> list[list[list[str]]]:
+        """The layers by name, those with one input together: of all experts those that lead upward, then those back down."""
+        experts = [(number, expert) for number, expert in self.named_children() if isinstance(expert, Expert)]
+        return [
+            [[f"{number}.{name}" for name in expert.inner] for number, expert in experts],
+            [[f"{number}.{expert.outer}"] for number, expert in experts],
+        ]
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """As transformers' experts: states (tokens, width), for each token the numbers and the weights of its experts."""
+        out, chosen = torch.zeros_like(hidden_states), top_k_index
+        if self.real is not None and len(self.real) == len(chosen):
+            chosen = chosen.masked_fill(~self.real.to(chosen.device)[:, None], -1)
+        for number, expert in self.named_children():
+            tokens, place = torch.where(chosen == int(number))
+            if len(tokens):
+                states = expert(hidden_states[tokens]) * top_k_weights[tokens, place, None]
+                out.index_add_(0, tokens, states.to(out.dtype))
+        return out
+
+
+def part(model: "PreTrainedModel") -> None:
+    """Put linear layers in the place of experts that are held together, in place; their weights share the parameters' memory."""
+    upward, down = names(model)
+    for path, fused in list(_whole(model)):
+        model.set_submodule(path, _parted(path, fused, upward, down))
+
+
+def fuse(model: nn.Module) -> None:
+    """Put the parameters back in the place of parted experts, with what their layers hold now, in place; packed ones stay apart.
+
+    Raises BrokenPromise where some of the experts beside each other are packed and some aren't, which no reader puts together.
+    """
+    for path, experts in list(parted(model)):
+        if not (unpacked := experts.unpacked()):
+            continue
+        if len(unpacked) < len(experts.layers()):
+            raise BrokenPromise(
+                f"{path}.{unpacked[0]} can't be packed and others beside it were; experts of one layer are read all packed or none."
+                f" Nothing was kept; name {path} under ignore"
+            )
+        fused, tensors = experts.fused, dict(experts.named_parameters())
+        for leaf, held in list(fused.named_parameters(recurse=False)):
+            like = next(tensors[name] for name, at in experts.origin.items() if at.name == f"{path}.{leaf}")
+            whole = torch.empty(held.shape, dtype=like.dtype, device=like.device)
+            for name, at in experts.origin.items():
+                if at.name == f"{path}.{leaf}":
+                    at.of(whole).copy_(tensors[name].data)
+                    tensors[name].data = like.new_empty(0)  # one layer's experts at a time are there twice
+            setattr(fused, leaf, nn.Parameter(whole, requires_grad=held.requires_grad))
+        model.set_submodule(path, fused)
+
+
+def parted(model: nn.Module) -> Iterator[tuple[str, Experts]]:
+    """The parted experts of each layer, by full name."""
+    return ((path, module) for path, module in model.named_modules() if isinstance(module, Experts))
+
+
+def names(model: "PreTrainedModel") -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a model type's checkpoints call an expert's layers, those upward and the one down; `readable` says whether it is their names."""
+    return _checkpoint_names(model) or (UPWARD, DOWN)
+
+
+def readable(model: "PreTrainedModel") -> bool:
+    """Whether plain transformers puts experts together that a checkpoint holds one by one, packed or not."""
+    return _checkpoint_names(model) is not None
+
+
+def held_together(model: nn.Module) -> bool:
+    """Whether a model has experts that stand in parameters of three dimensions."""
+    return any(_whole(model))
+
+
+def routers(model: nn.Module) -> set[str]:
+    """What says which expert gets a token, or how much of one: modules beside experts whose matrix has a row for each of them, or one."""
+    found = set()
+    for path, experts in [*parted(model), *_whole(model)]:
+        beside = path.rpartition(".")[0]
+        number = len(experts._modules) if isinstance(experts, Experts) else len(experts.down_proj)  # type: ignore[arg-type]
+        for name, module in model.get_submodule(beside).named_children():
+            weight = module._parameters.get("weight")
+            if weight is not None and weight.ndim == 2 and len(weight) in (1, number):
+                found.add(f"{beside}.{name}")
+    return found
+
+
+def _whole(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules that hold experts as parameters in the layout that transformers' own kernels know, by full name."""
+    for path, module in model.named_modules():
+        down = module._parameters.get("down_proj")
+        known = getattr(module, "has_gate", None) is not None and not getattr(module, "has_post_expert_norm", False)
+        if known and isinstance(down, nn.Parameter) and down.ndim == 3:
+            yield path, module
+
+
+def _parted(path: str, fused: Any, upward: tuple[str, ...], down: tuple[str, ...]) -> Experts:
+    wide = "gate_up_proj" if fused.has_gate else "up_proj"
+    if not fused.has_gate:
+        upward = upward[-1:]
+    elif not fused.is_concatenated:
+        upward = (wide,)  # rows of gate and value in turns stay so
+    origin, experts = dict[str, Slice](), []
+    for number in range(len(fused.down_proj)):
+        layers: dict[str, nn.Linear] = {}
+        for leaf, parts in ((wide, upward), ("down_proj", down)):
+            rows = getattr(fused, leaf).shape[2 if fused.is_transposed else 1] // len(parts)
+            for index, name in enumerate(parts):
+                at = Slice(f"{path}.{leaf}", number, slice(index * rows, (index + 1) * rows), fused.is_transposed)
+                origin[f"{number}.{name}.weight"] = at
+                layers[name] = _linear(at.of(getattr(fused, leaf).data))
+                if fused.has_bias:
+                    at = Slice(f"{path}.{leaf}_bias", number, at.rows, False)
+                    origin[f"{number}.{name}.bias"] = at
+                    layers[name].bias = nn.Parameter(at.of(getattr(fused, f"{leaf}_bias").data))
+        last = layers.pop(down[0])
+        experts.append(Expert(layers, (down[0], last), fused))
+    made = Experts(experts, fused, origin)
+    made.train(fused.training)
+    return made
+
+
+def _linear(weight: Tensor) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    layer.weight = nn.Parameter(weight)
+    return layer
+
+
+def renamings(model: "PreTrainedModel") -> list[Callable[[str], str]] | None:
+    """How transformers changes the names that a checkpoint's tensors have; None where it makes others of some of them, experts aside."""
+    found: list[Callable[[str], str]] = []
+    for conversion in _conversions(model):
+        if hasattr(conversion, "operations"):
+            if _leaf(conversion) is None:
+                return None
+        else:
+            found.append(partial(_renamed, conversion))
+    return found
+
+
+def _renamed(conversion: Any, name: str) -> str:
+    return str(conversion.rename_source_key(name)[0])
+
+
+def _checkpoint_names(model: "PreTrainedModel") -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+    """As transformers' own table of conversions has them; None where checkpoints hold the experts together, too."""
+    found: dict[str, tuple[str, ...]] = {}
+    for conversion in _conversions(model):
+        if (leaf := _leaf(conversion)) is not None:
+            sources = [str(source).partition("experts.*.")[2].removesuffix("$") for source in conversion.source_patterns]
+            found[leaf] = tuple(name.removesuffix(".weight") for name in sources)
+    upward, down = found.get("gate_up_proj") or found.get("up_proj"), found.get("down_proj")
+    return (upward, down) if upward and down else None
+
+
+def _leaf(conversion: Any) -> str | None:
+    """Which of the parameters that hold all experts a conversion puts together, weights one by one being what it starts from."""
+    leaf = str(conversion.target_patterns[0]).rpartition("experts.")[2]
+    apart = all("experts.*." in source and source.removesuffix("$").endswith(".weight") for source in map(str, conversion.source_patterns))
+    return leaf if apart and leaf in ("gate_up_proj", "up_proj", "down_proj") else None
+
+
+def _conversions(model: "PreTrainedModel") -> list[Any]:
+    from transformers.conversion_mapping import get_checkpoint_conversion_mapping
+
+    return get_checkpoint_conversion_mapping(model.config.get_text_config().model_type) or []
