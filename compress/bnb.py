@@ -15,6 +15,14 @@ if TYPE_CHECKING:
 ROWS, BLOCK = 32, 64  # of the kernel, and weights that share a scale
 ODD = f"bitsandbytes computes with 4 bits on every CPU only where rows are a multiple of {ROWS} and columns of {BLOCK}"
 
+ASKED = "the module around it gives it states in the dtype of its weight, which is bytes once packed"
+
+
+def is_asked_for_its_dtype(model: "nn.Module", name: str) -> bool:
+    """Whether a layer is the last of T5's feed-forwards, which cast what they give it to its weight's dtype, whatever that is."""
+    owner, _, leaf = name.rpartition(".")
+    return leaf == "wo" and type(model.get_submodule(owner)).__name__.endswith(("DenseActDense", "DenseGatedActDense"))
+
 
 def takes_4bit(layer: "nn.Module") -> bool:
     """Whether a linear layer, GPT-2's Conv1D among them, has a shape that every CPU computes with in 4 bits."""

@@ -162,6 +162,13 @@ def readable(model: "PreTrainedModel") -> bool:
     return _checkpoint_names(model) is not None
 
 
+def holds(module: nn.Module) -> bool:
+    """Whether a module itself holds all experts of a layer, in the layout that transformers' own kernels know."""
+    down = module._parameters.get("down_proj")
+    known = getattr(module, "has_gate", None) is not None and not getattr(module, "has_post_expert_norm", False)
+    return known and down is not None and down.ndim == 3
+
+
 def held_together(model: nn.Module) -> bool:
     """Whether a model has experts that stand in parameters of three dimensions."""
     return any(_whole(model))
@@ -181,12 +188,8 @@ def routers(model: nn.Module) -> set[str]:
 
 
 def _whole(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that hold experts as parameters in the layout that transformers' own kernels know, by full name."""
-    for path, module in model.named_modules():
-        down = module._parameters.get("down_proj")
-        known = getattr(module, "has_gate", None) is not None and not getattr(module, "has_post_expert_norm", False)
-        if known and isinstance(down, nn.Parameter) and down.ndim == 3:
-            yield path, module
+    """Modules that hold experts as parameters, by full name."""
+    return ((path, module) for path, module in model.named_modules() if holds(module))
 
 
 def _parted(path: str, fused: Any, upward: tuple[str, ...], down: tuple[str, ...]) -> Experts:

@@ -65,6 +65,10 @@ class Block:
         """Of a layer in an expert the layers of all experts beside it: first those that lead upward, a group each, then those back down."""
         return self._mixtures.get(name)
 
+    def sharing(self, name: str) -> list[str]:
+        """The layers in an expert that have this one's input."""
+        return next(group for turn in self._mixtures[name] for group in turn if name in group)
+
     def beside(self, name: str) -> list[str]:
         """A layer in an expert, and one in each of the other experts that has its place."""
         turn = next(turn for turn in self._mixtures[name] if any(name in group for group in turn))

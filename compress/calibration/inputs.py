@@ -107,9 +107,8 @@ def _mean(block: Block, names: list[str], blank: Callable[[int], Tensor], add: C
         for name in few:
             columns = block.layers[name].in_features
             totals[name].add_(pool, alpha=(columns - counts[name]) / max(tokens, 1))
-            block.remarks[name] = (
-                f"{counts[name]} calibration tokens reached it, fewer than its {columns} columns; the rest is its layer's mean"
-            )
+            remark = f"{counts[name]} calibration tokens reached it, fewer than its {columns} columns; the rest is its layer's mean"
+            block.remarks |= dict.fromkeys(block.sharing(name), remark)
             counts[name] = columns
     return {name: total.div_(max(counts[name], 1)) for name, total in totals.items()}
 

@@ -127,6 +127,7 @@ def _walk(
                         stream[index + 1].hidden, stream[index].hidden = stream[index].hidden, []
                 _as_stored(model, name, stored)
                 for full, solution in block.solved.items():
+                    del block.layers[full].forward  # which holds the layer itself
                     model.set_submodule(full, store.packed(full, block.layers[full], solution))
                 solved += len(block.solved)
                 module.to("cpu")

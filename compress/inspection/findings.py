@@ -15,9 +15,9 @@ from compress.results import Record
 if TYPE_CHECKING:
     import pandas
 
-Kind = Literal["linear", "head", "embedding", "norm", "other", "rest"]
+Kind = Literal["linear", "experts", "head", "embedding", "norm", "other", "rest"]
 KINDS: dict[Kind, str] = {
-    "linear": "linear layers", "embedding": "embeddings", "norm": "norms", "head": "head", "other": "others",
+    "linear": "linear layers", "experts": "experts", "embedding": "embeddings", "norm": "norms", "head": "head", "other": "others",
     "rest": "the rest (attention, ...)",
 }  # fmt: skip
 NORMAL = {
@@ -34,8 +34,8 @@ PACKED = 9  # bits a weight, scales included, up to which a layer counts as quan
 class Part(Record):
     """One layer, or several taken together.
 
-    kind                linear; head (linear, from the last hidden state to tokens or labels); embedding; norm; other (with parameters of
-                        its own); rest, which is all that has none
+    kind                linear; experts, all of a mixture's layer; head (linear, from the last hidden state to tokens or labels); embedding;
+                        norm; other (with parameters of its own); rest, which is all that has none
     parameters, bytes   its own as loaded, packed ones counted unpacked and measured packed; what another layer has first is counted there
     weights             how many entries of its matrix were looked at for zeros; biases are not; what another layer has first isn't either
     rms                 the root mean square of these

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from compress import bnb, held
+from compress import bnb, experts, held
 from compress import model as models
 from compress.architecture import context_length, is_head
 from compress.benchmark.latency import prompts
@@ -110,6 +110,8 @@ def _kind(model: "PreTrainedModel", name: str, module: nn.Module) -> str:
         return "head" if is_head(model, name) else "linear"
     if isinstance(module, nn.Embedding):
         return "embedding"
+    if experts.holds(module):
+        return "experts"
     return "norm" if "norm" in type(module).__name__.lower() else "other"
 
 

@@ -18,7 +18,7 @@ from compress.prune._sparse import DENSE, SparsitySettings
 if TYPE_CHECKING:
     from torch import Tensor
 
-ABOUT = replace(DENSE, calibrated=True, trains=True)
+ABOUT = replace(DENSE, calibrated=True, trains=True, experts=False)
 TIMES = 50  # weights are sorted so often where the recipe doesn't say how often
 
 

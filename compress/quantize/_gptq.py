@@ -20,8 +20,19 @@ def solve_block(block: Block, settings: GridSettings, damping: float) -> None:
         moments = second_moments(block, [group[0] for group in turn])
         for group in turn:
             if block.sound(group, own := moments.pop(group[0])):
-                for name in group:
-                    block.set(name, solve_layer(block.weights[name].float(), own, settings, block.bits[name], damping, name))
+                for bits in sorted({block.bits[name] for name in group}):
+                    _solve_alike(block, [name for name in group if block.bits[name] == bits], own, settings, bits, damping)
+
+
+def _solve_alike(block: Block, names: list[str], moments: Tensor, settings: GridSettings, bits: int, damping: float) -> None:
+    """Set layers with one input and as many bits, at once: rows don't know of each other."""
+    weight = torch.cat([block.weights[name].float() for name in names])
+    solution = solve_layer(weight, moments, settings, bits, damping, names[0])
+    start = 0
+    for name in names:
+        rows = slice(start, start := start + len(block.weights[name]))
+        scale, zero = (part[rows].contiguous().clone() for part in (solution.grid.scale, solution.grid.zero))
+        block.set(name, Quantised(replace(solution.grid, scale=scale, zero=zero), solution.integers[rows].clone()))
 
 
 def solve_layer(weight: Tensor, moments: Tensor, settings: GridSettings, bits: int, damping: float, name: str = "") -> Quantised:

@@ -41,6 +41,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     bare = skeleton(bundle.source)
     kept, left_out = linear_layers(bare, settings.ignore)
     odd = [name for name, layer in kept.items() if not bnb.takes_4bit(layer)]
+    asked = [name for name in kept if bnb.is_asked_for_its_dtype(bare, name)]
     if kept and len(odd) == len(kept):
         raise BrokenPromise(f"quantize: bnb_nf4: would touch no layer: {bnb.ODD}, and this model has none such; use rtn or bnb_int8")
     stored = bare.config.dtype if bundle.source.dtype == "auto" else bundle.source.dtype
@@ -50,12 +51,12 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=settings.double_quant,
         bnb_4bit_compute_dtype=getattr(torch, str(wanted or "float32").removeprefix("torch.")),
-        llm_int8_skip_modules=[*left_out, *odd],
+        llm_int8_skip_modules=[*left_out, *odd, *asked],
     )
     model = load_model(bundle.source, bundle.device, config)
     require_touched(model, lambda layer: isinstance(layer, Linear4bit), "quantize: bnb_nf4")
     touched = [name for name, layer in model.named_modules() if isinstance(layer, Linear4bit)]
     for name in sorted(kept.keys() - set(touched)):
-        context.leave_out(name, bnb.ODD if name in odd else "bitsandbytes keeps it as it is")
+        context.leave_out(name, bnb.ODD if name in odd else bnb.ASKED if name in asked else "bitsandbytes keeps it as it is")
     note_layers(context, touched, list(left_out), 4, settings.why_ignored)
     return bundle.holding(model)

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     from compress.training.material import Batch
 
-ABOUT = replace(PACKED, trains=True)
+ABOUT = replace(PACKED, trains=True, experts=False)
 
 
 class Settings(GridSettings):

@@ -1,0 +1,81 @@
+"""Every method on every type of model: made, and all weights accounted for; or refused in a sentence before any work. No third kind."""
+
+import json
+import os
+import pickle
+from dataclasses import asdict
+
+import pytest
+import torch
+import transformers
+
+from compress import stage
+from compress.errors import CompressError
+from compress.model import AUTO, Source, load_model
+from compress.results import NOTES
+from tests.architectures import ALL, BOTH_SIDES, CLASSIFIERS, DECODERS, made, task_of
+from tests.blocks import examples
+
+METHODS = {
+    "rtn": ("quantize", {}),
+    "gptq": ("quantize", {}),
+    "int8_dynamic": ("quantize", {}),
+    "wanda": ("prune", {}),
+    "lora": ("finetune", {"rank": 4, "steps": 1, "batch_size": 2}),
+    "structured": ("prune", {}),
+    "depth": ("prune", {"drop": 1}),
+}
+FOLLOWED = ("rtn", "gptq", "wanda")
+
+
+def cell(name: str, method: str, folder, target) -> str:
+    """`made`, or the sentence that refuses; anything else that happens is an error."""
+    family, settings = METHODS[method]
+    if method == "depth" and name in BOTH_SIDES:
+        settings = {"drop": {"decoder": 1}}
+    shown = {"examples": [asdict(e) for e in examples(12, label=name in CLASSIFIERS)], "max_tokens": 32, "chat": False}
+    told: list[tuple[str, int, int]] = []
+    source = {"id": str(folder), "task": task_of(name), "dtype": "float32"}
+    try:
+        stage.run(
+            lambda *step: told.append(step), source, {"family": family, "method": method, "settings": settings}, shown, str(target), "cpu"
+        )
+    except CompressError as refusal:
+        assert "\n" not in str(refusal)
+        assert not [step for step in told if step[1] > 0], f"{refusal}, after {told[-1]}"
+        return str(refusal)
+    account = json.loads((target / NOTES).read_text())["account"]
+    if account is not None:
+        assert sum(account.values()) == sum(p.numel() for p in load_model(Source(**source), "cpu").parameters())
+    inputs = {"input_ids": torch.arange(2, 12)[None], "attention_mask": torch.ones(1, 10, dtype=torch.long)}
+    if name in BOTH_SIDES:
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :4]
+    with torch.no_grad():
+        here = load_model(Source(str(target), task_of(name)), "cpu")(**inputs).logits
+    torch.testing.assert_close(elsewhere(task_of(name), target, inputs), here)
+    return "made"
+
+
+def elsewhere(task, folder, inputs):
+    """What plain transformers has for these inputs, in a process of its own."""
+    read, write = os.pipe()
+    if (child := os.fork()) == 0:
+        try:
+            model = getattr(transformers, AUTO[task]).from_pretrained(folder, dtype="auto").eval()
+            with torch.no_grad(), os.fdopen(write, "wb") as answer:
+                pickle.dump(model(**inputs).logits, answer)
+        finally:
+            os._exit(0)
+    os.close(write)
+    with os.fdopen(read, "rb") as answer:
+        said = answer.read()
+    os.waitpid(child, 0)
+    return pickle.loads(said)  # noqa: S301
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ALL)
+def test_every_method_makes_it_or_refuses_it_before_any_work(name, tmp_path):
+    folder = made(name, tmp_path / "model")
+    for method in METHODS:
+        cell(name, method, folder, tmp_path / method)
