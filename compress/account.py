@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from compress.architecture import is_head, linear_layers, means
+from compress.architecture import is_head, linear_layers, within
 from compress.errors import BrokenPromise
 from compress.experts import routers
 from compress.methods import ASKED, HEAD, LEFT_OUT, Context, LayerSettings, Settings
@@ -67,7 +67,7 @@ def _sorted(model: "PreTrainedModel", settings: Settings, noted: Mapping[str, Pl
             place = noted[owner]
         elif isinstance(module, Embedding):
             place = "embeddings"
-        elif any(means(entry, part) for entry in getattr(settings, "ignore", None) or [] for part in (name, owner)):
+        elif any(within(entry, name) for entry in getattr(settings, "ignore", None) or []):
             place = "asked"
         elif is_head(model, owner):
             place = "heads"

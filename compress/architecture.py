@@ -17,7 +17,8 @@ def linear_layers(model: "PreTrainedModel", ignore: list[str] | None) -> "tuple[
     """The linear layers to work on and those left out, by full name; GPT-2's Conv1D counts as linear, routers don't.
 
     ignore   None leaves out the heads (what maps the last hidden state to tokens or labels). A list replaces that: each entry
-             is a name or the end of one (`lm_head`, `fc1`), a pattern (`*.layers.0.*`) or a regular expression (`re:.*mlp.*`).
+             is a name or the end of one (`lm_head`, `fc1`; of a module with layers inside, `experts`), a pattern (`*.layers.0.*`) or a
+             regular expression (`re:.*mlp.*`).
 
     Raises InputError for an entry that matches no linear layer, and where a layer that is kept shares the embedding's weights.
     """
@@ -32,7 +33,9 @@ def linear_layers(model: "PreTrainedModel", ignore: list[str] | None) -> "tuple[
         left_out = {name for name in layers if is_head(model, name)}
     else:
         owners = {name.rpartition(".")[0] for name, parameter in model.named_parameters() if parameter.ndim > 1}
-        left_out = {name for entry in ignore for name in match(entry, layers.keys() | owners, "ignore")} & layers.keys()
+        around = {outer for name in layers for outer in _around(name)}
+        meant = {name for entry in ignore for name in match(entry, layers.keys() | owners | around, "ignore")}
+        left_out = {name for name in layers if name in meant or not meant.isdisjoint(_around(name))}
     kept = {name: module for name, module in layers.items() if name not in left_out}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     if shared := [name for name in kept if f"{name}.weight" in tied]:
@@ -61,6 +64,17 @@ def means(entry: str, name: str) -> bool:
         except re.error as error:
             raise InputError(f"{entry!r} is not a regular expression: {error}") from None
     return name == entry or name.endswith(f".{entry}") or fnmatch.fnmatchcase(name, entry)
+
+
+def within(entry: str, name: str) -> bool:
+    """Whether a pattern means a layer of this full name, or a module that it is in."""
+    return any(means(entry, part) for part in (name, *_around(name)))
+
+
+def _around(name: str) -> list[str]:
+    """The names of the modules that a layer is in."""
+    parts = name.split(".")
+    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
 
 
 def has_transposed_layers(model: "PreTrainedModel") -> bool:
@@ -131,11 +145,32 @@ def packs_alike(model: "PreTrainedModel") -> bool:
     """Whether plain transformers reads packed weights of a model only where all layers are packed alike.
 
     An encoder-decoder's generation calls the encoder before the model as a whole, which is when kinds of their own would be unpacked;
-    GPTBigCode looks at its weights while it is made; the experts of a mixture are put together at loading.
+    GPTBigCode and others look at their weights while they are made; the experts of a mixture are put together at loading.
     """
     from compress.experts import parted
 
-    return bool(model.config.is_encoder_decoder) or model.config.model_type == "gpt_bigcode" or any(parted(model))
+    alike = bool(model.config.is_encoder_decoder) or model.config.model_type == "gpt_bigcode" or any(parted(model))
+    return alike or not _begins_without_weights(model)
+
+
+def _begins_without_weights(model: "PreTrainedModel") -> bool:
+    """Whether transformers makes a model whose linear layers have no weight yet, as those have none that are packed; tried on this one."""
+    import torch
+    from torch import nn
+
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.is_meta]
+    weights = [layer._parameters.pop("weight") for layer in layers]
+    try:
+        with torch.no_grad():
+            for module in model.modules():
+                if module in layers or any(part in layers for part in module.children()):
+                    model._init_weights(module)
+    except AttributeError:
+        return False
+    finally:
+        for layer, weight in zip(layers, weights, strict=True):
+            layer._parameters["weight"] = weight
+    return True
 
 
 def context_length(config: Any, tokenizer: Any = None) -> int | None:

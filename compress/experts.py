@@ -175,8 +175,15 @@ def held_together(model: nn.Module) -> bool:
 
 
 def routers(model: nn.Module) -> set[str]:
-    """What says which expert gets a token, or how much of one: modules beside experts whose matrix has a row for each of them, or one."""
-    found = set()
+    """What says which expert gets a token, or how much of one: modules beside experts whose matrix has a row for each of them, or one, and
+    linear layers in what transformers calls a router."""
+    found = {
+        f"{path}.{name}" if name else path
+        for path, module in model.named_modules()
+        if "Router" in type(module).__name__
+        for name, part in module.named_modules()
+        if isinstance(part, nn.Linear)
+    }
     for path, experts in [*parted(model), *_whole(model)]:
         beside = path.rpartition(".")[0]
         number = len(experts._modules) if isinstance(experts, Experts) else len(experts.down_proj)  # type: ignore[arg-type]

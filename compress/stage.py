@@ -104,7 +104,11 @@ def _check_logits(before: model.Source, artifact: model.Source, device: str, con
 
     Raises BrokenPromise where it doesn't, by how much being said.
     """
-    made = _logits(artifact, device, context)
+    try:
+        made = _logits(artifact, device, context)
+    except (NotImplementedError, AttributeError, TypeError, ValueError) as error:  # a layer whose weight its owner uses itself
+        first = next(iter(str(error).splitlines()), "")
+        raise BrokenPromise(f"{who}: plain transformers can't run the result: {type(error).__name__}: {first[:200]}") from None
     if not all(part.isfinite().all() for part in made):
         raise BrokenPromise(f"{who}: the result gives NaN or infinite logits; nothing was kept. A wider dtype (bfloat16) may help")
     bits = min((int(layer["bits"]) for layer in context.layers if layer["bits"] is not None), default=0)

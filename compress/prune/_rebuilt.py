@@ -21,7 +21,8 @@ def rebuilt(model: "PreTrainedModel", config: Any, state: "dict[str, Tensor]") -
     try:
         new.load_state_dict(state, assign=True)  # takes the weights as they are: their dtype, and no second copy
     except RuntimeError as error:
-        raise ModelError(f"{type(model).__name__}: its config can't describe what pruning leaves: {error}") from None
+        problem = " ".join(part.strip() for part in str(error).splitlines()[1:])  # the first names the class
+        raise ModelError(f"{type(model).__name__}: its config can't describe what pruning leaves: {problem[:300]}") from None
     new.tie_weights()
     if model.can_generate():
         new.generation_config = model.generation_config

@@ -8,12 +8,13 @@ from torch import nn
 from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerRow, quantize_
 from torchao.quantization.quantize_.workflows import Int8Tensor
 from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
+from transformers.pytorch_utils import Conv1D
 
 from compress.architecture import linear_layers
 from compress.methods import Context, LayerSettings
 from compress.quantize._grid import Kind
 from compress.quantize._solution import Quantised
-from compress.quantize._touched import note_layers, require_touched
+from compress.quantize._touched import called, note_layers, require_touched
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -51,6 +52,11 @@ class Int8:
 def convert(model: "PreTrainedModel", settings: LayerSettings, context: Context, scheme: Any, kind: type, method: str) -> None:
     """Give every linear layer that isn't ignored weights of a scheme of torchao's, which are tensors of `kind`, in place."""
     layers, left_out = linear_layers(model, settings.ignore)
+    for name in [name for name, layer in layers.items() if type(layer) not in (nn.Linear, Conv1D)]:
+        context.leave_out(name, f"it is a {type(layers.pop(name)).__name__}, which multiplies by its weight in its own way")
+    for name in set(layers) - called(model, layers):
+        layers.pop(name)
+        context.leave_out(name, "it isn't called: what is around it multiplies by its weight itself")
     for done, layer in enumerate(layers.values(), 1):
         quantize_(layer, scheme)
         context.progress("quantising", done, len(layers))

@@ -1,10 +1,15 @@
 """No method may pass over a model in silence."""
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 from compress.errors import BrokenPromise
 from compress.methods import Context
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
 
 
 def require_touched(model: Any, is_touched: Callable[[Any], bool], method: str) -> None:
@@ -19,3 +24,28 @@ def note_layers(context: Context, touched: list[str], left_out: list[str], bits:
         context.note(name, bits)
     for name in left_out:
         context.leave_out(name, why)
+
+
+def called(model: "PreTrainedModel", layers: "Mapping[str, nn.Module]") -> set[str]:
+    """Which of a model's layers a forward pass of two tokens calls."""
+    import torch
+
+    found: set[str] = set()
+    handles = [layer.register_forward_hook(partial(_note, found, name)) for name, layer in layers.items()]
+    ids = torch.full((1, 2), 2, device=model.device)
+    if isinstance(model.config.eos_token_id, int):
+        ids[:, -1] = model.config.eos_token_id  # where some classifiers look
+    inputs = {"input_ids": ids, "attention_mask": ids}
+    if model.config.is_encoder_decoder and model.can_generate():
+        inputs["decoder_input_ids"] = ids
+    try:
+        with torch.inference_mode():
+            model(**inputs)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+def _note(found: set[str], name: str, *_: Any) -> None:
+    found.add(name)
