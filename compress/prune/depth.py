@@ -138,8 +138,8 @@ def _influences(bundle: Bundle, stacks: "dict[str, nn.ModuleList]", context: Con
             behind = out[0] if isinstance(out, tuple) else out
             if behind.shape[:-1] != real[role].shape:
                 raise ModelError(
-                    f"{type(model).__name__} has hidden states of {tuple(behind.shape)} for tokens of {tuple(real[role].shape)}, so that its"
-                    " blocks' influence can't be measured; say by: spacing"
+                    f"{type(model).__name__} has hidden states of {tuple(behind.shape)} for tokens of {tuple(real[role].shape)}, so the"
+                    " influence of its blocks can't be measured; say by: spacing"
                 )
             given, made = (states[real[role]].float() for states in (args[0], behind))
             alike[role][index] += float(torch.cosine_similarity(given, made, dim=-1).double().sum())
