@@ -118,7 +118,7 @@ class Experts(nn.Module):
 def part(model: "PreTrainedModel") -> None:
     """Put linear layers in the place of experts that are held together, in place; their weights share the parameters' memory."""
     upward, down = names(model)
-    for path, fused in list(_whole(model)):
+    for path, fused in list(layers_of(model)):
         model.set_submodule(path, _parted(path, fused, upward, down))
 
 
@@ -169,9 +169,14 @@ def holds(module: nn.Module) -> bool:
     return known and down is not None and down.ndim == 3
 
 
+def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that hold all experts of a layer, by full name."""
+    return ((path, module) for path, module in model.named_modules() if holds(module))
+
+
 def held_together(model: nn.Module) -> bool:
     """Whether a model has experts that stand in parameters of three dimensions."""
-    return any(_whole(model))
+    return any(layers_of(model))
 
 
 def routers(model: nn.Module) -> set[str]:
@@ -184,7 +189,7 @@ def routers(model: nn.Module) -> set[str]:
         for name, part in module.named_modules()
         if isinstance(part, nn.Linear)
     }
-    for path, experts in [*parted(model), *_whole(model)]:
+    for path, experts in [*parted(model), *layers_of(model)]:
         beside = path.rpartition(".")[0]
         number = len(experts._modules) if isinstance(experts, Experts) else len(experts.down_proj)  # type: ignore[arg-type]
         for name, module in model.get_submodule(beside).named_children():
@@ -192,11 +197,6 @@ def routers(model: nn.Module) -> set[str]:
             if weight is not None and weight.ndim == 2 and len(weight) in (1, number):
                 found.add(f"{beside}.{name}")
     return found
-
-
-def _whole(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Modules that hold experts as parameters, by full name."""
-    return ((path, module) for path, module in model.named_modules() if holds(module))
 
 
 def _parted(path: str, fused: Any, upward: tuple[str, ...], down: tuple[str, ...]) -> Experts:

@@ -59,6 +59,7 @@ class Block:
         for path, mixture in experts.parted(self.module):
             groups = [[[f"{self.name}.{path}.{name}" for name in names] for names in turn] for turn in mixture.turns()]
             turns = [[kept for group in turn if (kept := [name for name in group if name in self.layers])] for turn in groups]
+            turns = [turn for turn in turns if turn]
             self._mixtures |= {name: turns for turn in turns for group in turn for name in group}
 
     def mixture_of(self, name: str) -> list[list[list[str]]] | None:

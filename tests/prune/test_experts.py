@@ -1,0 +1,79 @@
+"""Whole experts go by what they give to the tokens that are routed to them, counted by hand."""
+
+import pytest
+import torch
+
+from compress.calibration.stream import encoded, padded
+from compress.errors import InputError, ModelError
+from compress.model import Bundle, Source, load_model
+from compress.prune import experts as method
+from tests.blocks import context, examples, run, saved
+from tests.mixtures import MIXTURES, mixture
+
+KEPT = [name for name in MIXTURES if name != "JambaForCausalLM"]
+
+
+def bundle(folder):
+    return Bundle(Source(str(folder), "causal-lm", "float32"), "cpu")
+
+
+def by_hand(made, told):
+    """For each layer and expert the mean of weight times norm of output, and how many tokens, one example and one expert at a time."""
+    model, found = load_model(made.source, "cpu").double(), {}
+    model.set_experts_implementation("eager")
+
+    def hook_of(path):
+        def hook(module, args):
+            states, chosen, weights = args
+            for number in range(len(module.down_proj)):
+                tokens, place = torch.where(chosen == number)
+                gate, up = (states[tokens] @ module.gate_up_proj[number].T).chunk(2, dim=-1)
+                out = (module.act_fn(gate) * up) @ module.down_proj[number].T
+                found.setdefault((path, number), []).append(weights[tokens, place] * out.norm(dim=-1))
+
+        return hook
+
+    for path, module in model.named_modules():
+        if path.endswith(".experts"):
+            module.register_forward_pre_hook(hook_of(path))
+    with torch.no_grad():
+        for _, ids, answer in encoded(model, made.tokenizer, told):
+            model(**padded(model, [(ids, answer)]))
+    return {key: torch.cat(rows) for key, rows in found.items()}
+
+
+@pytest.mark.parametrize("by", ["activation", "frequency"])
+@pytest.mark.parametrize("name", ["MixtralForCausalLM", "DeepseekV3ForCausalLM"])
+def test_those_go_that_give_least(name, by, tmp_path):
+    made, told = bundle(saved(mixture(name), tmp_path / "m")), context(examples=examples(40))
+    scores = {key: float(rows.mean()) if by == "activation" else len(rows) for key, rows in by_hand(made, told).items()}
+    before = {key: value.clone() for key, value in made.model.state_dict().items()}
+    smaller = method.apply(made, method.Settings(drop=1, by=by), told).model
+    for path in {path for path, _ in scores}:
+        numbers = sorted(range(4), key=lambda number, path=path: scores[path, number])
+        kept = sorted(numbers[1:])
+        for leaf in ("gate_up_proj", "down_proj"):
+            assert torch.equal(smaller.state_dict()[f"{path}.{leaf}"], before[f"{path}.{leaf}"][kept])
+        gate = path.replace(".experts", ".gate.weight")
+        assert torch.equal(smaller.state_dict()[gate], before[gate][kept])
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_what_is_left_reloads_as_its_config_says(name, tmp_path):
+    seen = [{"id": e.id, "prompt": e.prompt, "references": e.references} for e in examples(12)]
+    folder = run("prune", "experts", saved(mixture(name), tmp_path / "m"), "llama", tmp_path / "made", seen=seen, drop=2)
+    again = load_model(Source(str(folder), "causal-lm"), "cpu")
+    inside = [value for key, value in again.named_parameters() if ".experts." in key and value.ndim == 3]
+    assert inside
+    assert {len(value) for value in inside} == {2}
+
+
+def test_too_few_would_be_left(tmp_path):
+    made = bundle(saved(mixture("MixtralForCausalLM"), tmp_path / "m"))
+    with pytest.raises(InputError, match=r"drop: 3 of 4 experts would leave 1, and the model needs 2; at most 2"):
+        method.apply(made, method.Settings(drop=3), context())
+
+
+def test_a_model_without_experts_is_refused(toys):
+    with pytest.raises(ModelError, match="has no experts"):
+        method.apply(bundle(toys["llama"]), method.Settings(drop=1), context())
