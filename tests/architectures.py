@@ -1,6 +1,7 @@
 """Small random models of the types that people compress: what each config is told besides its defaults."""
 
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -128,11 +129,11 @@ def task_of(name: str) -> str:
     return "causal-lm" if name in DECODERS else "seq2seq" if name in BOTH_SIDES else "sequence-classification"
 
 
-def made(name: str, folder: Path) -> Path:
-    """A folder with a random model of the class; no bias is zero."""
+def made(name: str, folder: Path, **changes: Any) -> Path:
+    """A folder with a random model of the class, whose config is changed so; no bias is zero."""
     torch.manual_seed(0)
     kind = getattr(transformers, name)
-    model = kind(kind.config_class(**ALL[name])).eval()
+    model = kind(kind.config_class(**{**ALL[name], **changes})).eval()
     with torch.no_grad():
         for parameter, values in model.named_parameters():
             if "bias" in parameter:

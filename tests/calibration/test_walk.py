@@ -39,7 +39,7 @@ def one_by_one(made, told, dtype=torch.float64):
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear):
             module.register_forward_hook(
-                lambda _, args, out, name=name: seen.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1]))
+                lambda _, args, out, name=name: seen.setdefault(name, []).append(args[0].detach().reshape(-1, args[0].shape[-1]))
             )
     with torch.no_grad():
         for _, ids, answer in encoded(model, made.tokenizer, told):
@@ -50,7 +50,10 @@ def one_by_one(made, told, dtype=torch.float64):
 def assert_same_moments(block, name, rows):
     """A layer's second moments in the pass are those of its inputs (tokens, width), one example at a time."""
     found, wanted = second_moments(block, [name])[name].double().numpy(), rows.T @ rows / len(rows)
-    if any(part in name for part in ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k", "encoder_attn.v")):
+    if any(
+        part in name
+        for part in ("EncDecAttention.k", "EncDecAttention.v", "encoder_attn.k", "encoder_attn.v", "cross_attn.k", "cross_attn.v")
+    ):
         found *= np.trace(wanted) / np.trace(found)  # padding is counted there, as zeros
     assert np.abs(found - wanted).max() <= 1e-4 * np.abs(wanted).max(), name
 
