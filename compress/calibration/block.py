@@ -1,10 +1,14 @@
 """One block of a model while it is solved."""
 
+from collections.abc import Callable, Set
 from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
+from torch.utils._pytree import tree_map_only
 
 from compress import experts
 from compress.calibration.stream import Stream
@@ -25,6 +29,14 @@ class Solution:
     def given(self, states: Tensor) -> Tensor:
         """Its inputs as it computes with them."""
         return states
+
+
+@dataclass
+class _Part:
+    """A part of a block: its layers, and what came of it, batch by batch, since all of them are solved; in main memory."""
+
+    layers: "Set[str]"
+    outputs: dict[int, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -55,6 +67,9 @@ class Block:
 
     def __post_init__(self) -> None:
         self.weights = {name: layer.weight.data for name, layer in self.layers.items()}
+        self._batch: int | None = None  # while one is led through and outputs are kept
+        self._parts: dict[str, _Part] = {}
+        self._keep_parts()
         self._mixtures: dict[str, list[list[list[str]]]] = {}
         for path, mixture in experts.parted(self.module):
             groups = [[[f"{self.name}.{path}.{name}" for name in names] for names in turn] for turn in mixture.turns()]
@@ -75,12 +90,48 @@ class Block:
         turn = next(turn for turn in self._mixtures[name] if any(name in group for group in turn))
         return [group[0] for group in turn]
 
-    def output(self, batch: int) -> Tensor:
-        """The hidden states behind the block for one batch."""
-        return self.given.through(self.module, batch, self.device)
+    def output(self, batch: int, anew: bool = False) -> Tensor:
+        """The hidden states behind the block for one batch. What comes of a part whose layers are all solved is kept, not worked out again.
+
+        anew    every layer is run
+        """
+        self._batch = None if anew else batch
+        try:
+            return self.given.through(self.module, batch, self.device)
+        finally:
+            self._batch = None
+
+    def release(self) -> None:
+        """Forget what came of the parts; the module is as it was."""
+        for path in self._parts:
+            del self.module.get_submodule(path).forward
+        self._parts.clear()
+
+    def _keep_parts(self) -> None:
+        """Have the outermost modules with some of the layers, attention or a feed-forward, keep what comes of them."""
+        for path, part in self.module.named_modules():
+            inside = {name for name in self.layers if name.startswith(f"{self.name}.{path}.")}
+            outermost = path and not any(path.startswith(f"{outer}.") for outer in self._parts)
+            if outermost and inside and len(inside) < len(self.layers) and not isinstance(part, nn.ModuleList | nn.ModuleDict):
+                self._parts[path] = _Part(inside)
+                part.forward = partial(self._through, self._parts[path], part.forward)
+
+    def _through(self, part: "_Part", forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        done = self.solved.keys() | self.left_out.keys()
+        if self._batch is None or not part.layers <= done:
+            return forward(*args, **kwargs)
+        if self._batch in part.outputs:
+            return tree_map_only(Tensor, lambda tensor: tensor.to(self.device), part.outputs[self._batch])
+        output = forward(*args, **kwargs)
+        if not self.layers.keys() <= done:  # else this pass is the last
+            part.outputs[self._batch] = tree_map_only(Tensor, lambda tensor: tensor.cpu(), output)
+        return output
 
     def set(self, name: str, solution: Solution) -> None:
         """Give a layer its solution; it computes with it from here on."""
+        for part in self._parts.values():
+            if name in part.layers:
+                part.outputs.clear()
         layer = self.layers[name]
         layer.weight.data = solution.weight().to(self.stored[f"{name}.weight"]).to(layer.weight.dtype)
         layer.forward = lambda x: linear(solution.given(x), layer.weight, layer.bias)  # type: ignore

@@ -245,7 +245,8 @@ def _finish(block: Block, context: Context, whole: bool) -> None:
 
     with measuring({name: block.layers[name] for name in block.solved}, block.weights, rows) as errors:
         for batch in range(0, len(block.given.hidden), 1 if whole else MEASURED):
-            block.given.hidden[batch] = block.output(batch).cpu()
+            block.given.hidden[batch] = block.output(batch, anew=batch % MEASURED == 0).cpu()
+    block.release()
     context.remarks.update(block.remarks)
     for name in block.layers:
         if name in block.solved:

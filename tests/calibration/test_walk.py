@@ -285,3 +285,29 @@ def test_progress_counts_the_blocks(toys):
     counts = [done for what, done, total in said if what == "calibrating, block by block"]
     assert counts == sorted(counts) and (counts[0], counts[-1]) == (0, 4)
     assert {total for _, _, total in said} == {4}
+
+
+@pytest.mark.parametrize("kind", ["llama", "t5", "bart", "bert"])
+def test_what_is_kept_of_solved_parts_is_what_running_them_again_gives(lively_toys, kind):
+    compared = 0
+
+    def solve(block):
+        nonlocal compared
+        for group in in_order(block):
+            for name in group:
+                weight = block.weights[name].float()
+                grid = fit(weight, GridSettings(bits=3, group_size=-1), 3)
+                block.set(name, Quantised(grid, grid.integers(weight)))
+            for batch in range(len(block.given.hidden)):  # the second time of what was kept the first
+                kept = [block.output(batch) for _ in range(2)][1]
+                assert torch.equal(kept, block.output(batch, anew=True))
+                compared += any(batch in part.outputs for part in block._parts.values())
+
+    quantise(
+        bundle(lively_toys[kind], kind),
+        rtn.Settings(bits=3, group_size=-1),
+        context(examples=examples(label=kind == "bert")),
+        Packed,
+        solve,
+    )
+    assert compared
