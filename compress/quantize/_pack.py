@@ -34,7 +34,8 @@ class Packed:
     """
 
     def __init__(self, model: "PreTrainedModel", kinds: dict[str, Kind]):
-        if packs_alike(model) and not reads_packed():
+        self._mixture = any(experts.parted(model))  # which every transformers reads
+        if packs_alike(model) and not self._mixture and not reads_packed():
             raise MissingPackage(reader_needed(f"packed weights of a {model.config.model_type}"))
         self.bits = {name: kind.bits for name, kind in kinds.items()}
         self._kinds, distinct = kinds, set(kinds.values())
@@ -44,7 +45,6 @@ class Packed:
         if not self._alike and packs_alike(model):
             size = min((kind.size for kind in distinct if kind.size), default=0)
             self._as_one = Kind(max(kind.bits for kind in distinct), all(kind.symmetric for kind in distinct), size)
-        self._mixture = any(experts.parted(model))
 
     def packed(self, name: str, layer: nn.Linear, solution: Quantised) -> nn.Module:
         """A module that holds what the format stores for a layer."""
