@@ -147,6 +147,12 @@ def fuse(model: nn.Module) -> None:
         model.set_submodule(path, fused)
 
 
+def leave_padding_out(model: nn.Module, real: Tensor) -> None:
+    """Have parted experts work out the tokens alone that are real, (rows, tokens) bool."""
+    for _, mixture in parted(model):
+        mixture.real = real.reshape(-1)
+
+
 def parted(model: nn.Module) -> Iterator[tuple[str, Experts]]:
     """The parted experts of each layer, by full name."""
     return ((path, module) for path, module in model.named_modules() if isinstance(module, Experts))
@@ -196,6 +202,8 @@ def routers(model: nn.Module) -> set[str]:
             weight = module._parameters.get("weight")
             if weight is not None and weight.ndim == 2 and len(weight) in (1, number):
                 found.add(f"{beside}.{name}")
+            if name in ("gate", "router"):
+                found |= {f"{beside}.{name}.{inner}" for inner, part in module.named_modules() if inner and isinstance(part, nn.Linear)}
     return found
 
 
@@ -220,6 +228,8 @@ def _parted(path: str, fused: Any, upward: tuple[str, ...], down: tuple[str, ...
                     layers[name].bias = nn.Parameter(at.of(getattr(fused, f"{leaf}_bias").data))
         last = layers.pop(down[0])
         experts.append(Expert(layers, (down[0], last), fused))
+    for leaf, held in list(fused.named_parameters(recurse=False)):  # the parts have the memory now
+        fused.register_parameter(leaf, nn.Parameter(torch.empty_like(held, device="meta"), requires_grad=held.requires_grad))
     made = Experts(experts, fused, origin)
     made.train(fused.training)
     return made

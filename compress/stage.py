@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from compress import account, experts, methods, model
 from compress.errors import BrokenPromise, CompressError, DeviceError
 from compress.methods import Example
-from compress.process import Progress, serve
+from compress.process import Progress, is_out_of_memory, serve
 from compress.products import in_float32
 from compress.results import NOTES, whole_folder
 
@@ -24,6 +24,7 @@ LOOKED_AT = 4  # examples
 # of the logits' mean square, by the fewest bits of a layer: five times and more what was seen on real and random models of every task
 # (8 bits 0.0004, 4 bits 0.034, 3 bits 0.14); 2 bits may change all
 MOST_CHANGED = {16: 0.01, 8: 0.02, 4: 0.3, 3: 0.7}
+UNSURE = 3  # times as much of a classifier's, which has few
 
 
 def run(
@@ -64,15 +65,15 @@ def run(
     counted = account.take(bare, settings, context, f"{family}: {name}")
     with whole_folder(Path(target)) as folder:
         bundle.save(folder)
-        noted = {"layers": context.layers, "said": context.said, "curve": context.curve, "cut": context.cut}
-        noted["account"] = counted and counted.model_dump()
-        (folder / NOTES).write_text(json.dumps(noted, indent=1), encoding="utf-8")
         del bundle
         gc.collect()
         if method.ABOUT.smaller:
             _check_smaller(model.parameter_bytes(bare), model.file_bytes(folder), f"{family}: {name}")
         with in_float32(device):
-            _check_logits(before, model.Source(str(folder), before.task), device, context, f"{family}: {name}")
+            _check_logits(before, model.Source(str(folder), before.task), device, context, f"{family}: {name}", method.ABOUT.trains)
+        noted = {"layers": context.layers, "said": context.said, "curve": context.curve, "cut": context.cut}
+        noted["account"] = counted and counted.model_dump()
+        (folder / NOTES).write_text(json.dumps(noted, indent=1), encoding="utf-8")
     progress(f"{family}: {name}", 1, 1)
 
 
@@ -99,23 +100,28 @@ def _check_smaller(before: int, after: int, who: str) -> None:
         raise BrokenPromise(f"{who}: promised a smaller model, but {before:,} bytes of weights became {after:,} bytes on disk")
 
 
-def _check_logits(before: model.Source, artifact: model.Source, device: str, context: methods.Context, who: str) -> None:
+def _check_logits(
+    before: model.Source, artifact: model.Source, device: str, context: methods.Context, who: str, trains: bool
+) -> None:  # fmt: skip
     """See that the artifact, as plain transformers loads it, answers, and that rounding changed no more than it can.
 
     Raises BrokenPromise where it doesn't, by how much being said.
     """
-    try:
-        made = _logits(artifact, device, context)
-    except (NotImplementedError, AttributeError, TypeError, ValueError) as error:  # a layer whose weight its owner uses itself
-        first = next(iter(str(error).splitlines()), "")
-        raise BrokenPromise(f"{who}: plain transformers can't run the result: {type(error).__name__}: {first[:200]}") from None
+    made = _logits(artifact, device, context, who)
     if not all(part.isfinite().all() for part in made):
         raise BrokenPromise(f"{who}: the result gives NaN or infinite logits; nothing was kept. A wider dtype (bfloat16) may help")
     bits = min((int(layer["bits"]) for layer in context.layers if layer["bits"] is not None), default=0)
-    bound = MOST_CHANGED.get(bits) if who.startswith("quantize") else None
+    bound = MOST_CHANGED.get(bits) if who.startswith("quantize") and not trains else None
     if bound is None:
         return
-    given = _logits(before, device, context)
+    bound *= UNSURE if before.task == "sequence-classification" else 1
+    try:
+        given = _logits(before, device, context, who)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        context.say("its logits weren't compared with the model's, which whole don't fit in memory here")
+        return
     whole = sum(float(part.square().sum()) for part in given)
     changed = sum(float((part - other).square().sum()) for part, other in zip(given, made, strict=True)) / max(whole, 1e-30)
     if changed > bound:
@@ -125,16 +131,26 @@ def _check_logits(before: model.Source, artifact: model.Source, device: str, con
         )
 
 
-def _logits(source: model.Source, device: str, context: methods.Context) -> "list[Tensor]":
+def _logits(source: model.Source, device: str, context: methods.Context, who: str) -> "list[Tensor]":
     """What a model, as plain transformers loads it, has for a few of the stage's examples, or for tokens in a row where there are none: in
-    float32, (tokens, vocabulary), each token's about their mean, which no softmax sees."""
+    float32, (tokens, vocabulary), each token's about their mean, which no softmax sees.
+
+    Raises BrokenPromise where it can't be run.
+    """
     import torch
 
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.empty_cache()
     loaded, few = model.load_model(source, device), replace(context, examples=context.examples[:LOOKED_AT], said=[], cut=[])
     rows = []
     with torch.inference_mode():
         for inputs in _inputs(loaded, model.load_tokenizer(source), few):
-            logits = loaded(**inputs).logits.float()
+            try:
+                logits = loaded(**inputs).logits.float()
+            except (NotImplementedError, AttributeError, TypeError, ValueError) as error:  # a layer whose weight its owner uses itself
+                first = next(iter(str(error).splitlines()), "")
+                raise BrokenPromise(f"{who}: plain transformers can't run the result: {type(error).__name__}: {first[:200]}") from None
             rows.append((logits - logits.mean(dim=-1, keepdim=True)).flatten(0, -2).cpu())
     return rows
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from compress import experts
 from compress.calibration.stream import Stream
@@ -83,12 +83,12 @@ class Block:
 
     def sharing(self, name: str) -> list[str]:
         """The layers in an expert that have this one's input."""
-        return next(group for turn in self._mixtures[name] for group in turn if name in group)
+        return next((group for turn in self._mixtures.get(name, []) for group in turn if name in group), [])
 
     def beside(self, name: str) -> list[str]:
         """A layer in an expert, and one in each of the other experts that has its place."""
-        turn = next(turn for turn in self._mixtures[name] if any(name in group for group in turn))
-        return [group[0] for group in turn]
+        turns = self._mixtures.get(name, [])
+        return [group[0] for turn in turns if any(name in group for group in turn) for group in turn]
 
     def output(self, batch: int, anew: bool = False) -> Tensor:
         """The hidden states behind the block for one batch. What comes of a part whose layers are all solved is kept, not worked out again.
@@ -123,7 +123,9 @@ class Block:
         if self._batch in part.outputs:
             return tree_map_only(Tensor, lambda tensor: tensor.to(self.device), part.outputs[self._batch])
         output = forward(*args, **kwargs)
-        if not self.layers.keys() <= done:  # else this pass is the last
+        size = sum(leaf.numel() for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        small = size <= 2 * self.given.hidden[self._batch].numel()  # attention's matrices are not
+        if small and not self.layers.keys() <= done:  # else this pass is the last
             part.outputs[self._batch] = tree_map_only(Tensor, lambda tensor: tensor.cpu(), output)
         return output
 

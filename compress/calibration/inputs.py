@@ -55,7 +55,7 @@ def _unbounded(block: Block) -> list[list[list[str]]]:
 
 
 def reach(block: Block) -> dict[str, Tensor]:
-    """The largest magnitude of each input column over all batches, (columns,) float32, of every layer that is run."""
+    """The largest magnitude of each input column over all batches, (columns,) float32, of every layer that is run, and every expert."""
     found: dict[str, Tensor] = {}
     batch = 0
 
@@ -67,6 +67,9 @@ def reach(block: Block) -> dict[str, Tensor]:
     with listening(block, list(block.layers), note):
         for batch in range(len(block.given.hidden)):
             block.output(batch)
+    for name in block.layers.keys() - found.keys():  # an expert that no token reached counts as the others beside it
+        if others := [found[other] for other in block.beside(name) if other in found]:
+            found |= dict.fromkeys(block.sharing(name), torch.stack(others).amax(dim=0))
     return found
 
 

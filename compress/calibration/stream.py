@@ -43,10 +43,8 @@ class Stream:
 
     def through(self, module: Callable[..., Any], index: int, device: str) -> Tensor:
         """The hidden states behind a block for one batch, on the device. A mixture's experts are given no padding."""
-        real = self.real[index].reshape(-1)
         if isinstance(module, nn.Module):
-            for _, mixture in experts.parted(module):
-                mixture.real = real
+            experts.leave_padding_out(module, self.real[index])
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self.calls[index])
         return _states(module(self.hidden[index].to(device), *args, **kwargs))
 

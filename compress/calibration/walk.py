@@ -247,7 +247,8 @@ def _finish(block: Block, context: Context, whole: bool) -> None:
         for batch in range(0, len(block.given.hidden), 1 if whole else MEASURED):
             block.given.hidden[batch] = block.output(batch, anew=batch % MEASURED == 0).cpu()
     block.release()
-    context.remarks.update(block.remarks)
+    for name, remark in block.remarks.items():
+        context.remarks[name] = "; ".join(filter(None, [context.remarks.get(name), remark]))
     for name in block.layers:
         if name in block.solved:
             context.note(name, block.bits[name], errors.get(name), block.solved[name].sparsity)

@@ -1,7 +1,7 @@
 """A model whose weights stay on disk until they are asked for."""
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
@@ -20,6 +20,7 @@ class Weights:
     def __init__(self, source: Source, model: "PreTrainedModel"):
         self._parts = {f"{path}.{name}": part for path, module in experts.parted(model) for name, part in module.origin.items()}
         self._files = _one_by_one(source, model) if self._parts else {}  # loaded, they would be put together in memory
+        self._open: dict[Path, Any] = {}
         self._tensors = {} if self._files else mapped(source).state_dict()
 
     def fill(self, model: "PreTrainedModel", prefix: str, device: str, skip: tuple[str, ...] = ()) -> None:
@@ -42,9 +43,10 @@ class Weights:
     def _of(self, name: str) -> "Tensor":
         if self._files:
             file, stored = self._files[name]
-            with safe_open(file, framework="pt") as tensors:
-                tensor: Tensor = tensors.get_tensor(stored)
-                return tensor
+            if file not in self._open:
+                self._open[file] = safe_open(file, framework="pt")
+            tensor: Tensor = self._open[file].get_tensor(stored)
+            return tensor
         part = self._parts.get(name)
         return self._tensors[name] if part is None else part.of(self._tensors[part.name])
 

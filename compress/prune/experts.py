@@ -49,12 +49,15 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         raise InputError(
             f"drop: {settings.drop} of {number} experts would leave {left}, and the model needs {least}; at most {number - least}"
         )
-    if number % (groups := getattr(config, "n_group", None) or 1) or left % groups:
-        raise InputError(f"drop: {settings.drop} of {number} experts can't be split into the {groups} groups that tokens are led to")
+    groups = getattr(config.get_text_config(), "n_group", None) or 1  # tokens are led to groups first, which stay
+    if settings.drop % groups or (groups > 1 and left < 2 * groups):
+        raise InputError(f"drop: {settings.drop} of {number} experts: as many have to go of each of {groups} groups, and two to stay")
     scores = _scores(bundle, settings.by, context)
     state = dict(model.state_dict())
     for path, score in scores.items():
-        kept = sorted(sorted(range(number), key=score.__getitem__)[settings.drop :])
+        size = number // groups
+        each = (sorted(range(start, start + size), key=score.__getitem__)[settings.drop // groups :] for start in range(0, number, size))
+        kept = sorted(index for group in each for index in group)
         gone = ", ".join(f"{index} ({score[index]:.3g})" for index in range(number) if index not in kept)
         context.say(f"experts of {path}, {number} -> {left}: {gone} went, of scores from {min(score):.3g} to {max(score):.3g}")
         for name in _beside(model, path, number):
@@ -110,8 +113,7 @@ def _scores(bundle: Bundle, by: str, context: Context) -> dict[str, list[float]]
         examples = batches(model, bundle.tokenizer, context)
         for done, inputs in enumerate(examples):
             context.progress("measuring each expert", done, len(examples))
-            for layer in watched.values():
-                layer.mixture.real = inputs["attention_mask"].reshape(-1).bool()
+            experts.leave_padding_out(model, inputs["attention_mask"].bool())
             model(**inputs)
     context.progress("measuring each expert", len(examples), len(examples))
     found = {path: layer.scores(by) for path, layer in watched.items()}

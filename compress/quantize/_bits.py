@@ -29,14 +29,17 @@ if TYPE_CHECKING:
 Sized = TypeVar("Sized", bound=GridSettings)
 
 
-def sized(bundle: Bundle, settings: Sized, context: Context) -> Sized:
+def sized(bundle: Bundle, settings: Sized, context: Context, apart: bool = True) -> Sized:
     """The settings with the group size that the model's layers get, which the report tells; a mixture's, with a grid that its reader knows.
+
+    apart   experts are worked on, each for itself
 
     Raises InputError for a pattern that matches no layer, ModelError for a mixture that could not be read again.
     """
     model = skeleton(bundle.source)
-    experts.part(model)
-    settings = _for_experts(model, settings, context)
+    if apart:
+        experts.part(model)
+        settings = _for_experts(model, settings, context)
     layers, weights = linear_layers(model, settings.ignore)[0], Counter[int]()
     inside = [name for name in layers if any(name.startswith(f"{stack}.") for stack in block_stacks(model))]
     if isinstance(settings.bits, dict):
@@ -89,7 +92,8 @@ def plan(
         if name not in found:
             context.leave_out(name, "no pattern of bits names it")
     kinds = {}
-    sizes = {group_columns(layers[name].in_features, settings.group_size) for name in found} if packs_alike(model) else set()
+    alike = packs_alike(model)
+    sizes = {group_columns(layers[name].in_features, settings.group_size) for name in found} if alike else set()
     least = 0 if settings.group_size == PER_ROW or len(sizes) < 2 else min(sizes & {settings.group_size}, default=0)
     for name, bits in found.items():
         columns = layers[name].in_features
@@ -99,7 +103,7 @@ def plan(
         size = group_columns(columns, settings.group_size)
         kinds[name] = Kind(bits, bool(settings.symmetric), 0 if size == columns else size)
         odd = []
-        if bits < max(found.values()) and packs_alike(model):
+        if alike and bits < max(found.values()):
             odd.append(f"stored in {max(found.values())} bits: plain transformers reads one width for all layers of such a model")
         if settings.group_size not in (PER_ROW, size):
             odd.append(f"group_size {settings.group_size} does not divide its {columns} columns; it has a scale a row")

@@ -46,7 +46,15 @@ def quantise(
                 for name in mixture.layers():
                     if layers.pop(f"{path}.{name}", None):
                         context.leave_out(f"{path}.{name}", "the format holds no experts")
-        return files(model, plan(bundle, model, settings, context, layers))
+        kinds = plan(bundle, model, settings, context, layers)
+        for path, mixture in experts.parted(model):
+            whole = [name for name in mixture.layers() if f"{path}.{name}" not in kinds]
+            if 0 < len(whole) < len(mixture.layers()):
+                raise ModelError(
+                    f"{path}.{whole[0]} would stay whole and others beside it be packed; experts of one layer are read all packed or none;"
+                    f" name {path} under ignore, or all of them under bits"
+                )
+        return files(model, kinds)
 
     return walk(bundle, settings, context, prepare, solve, targets, blind)
 

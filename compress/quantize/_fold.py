@@ -41,7 +41,10 @@ def fold_before(block: Block, layers: list[str]) -> Fold | None:
     signs = torch.randint(-1, 2, (columns,), generator=torch.Generator().manual_seed(0))
     scale = torch.exp2(signs.float()).to(block.device)
     expected = block.output(0)
+    own = layers[0].rpartition(".")[0]
     for before in _candidates(block, layers[0], columns):
+        if block.mixture_of(full := f"{block.name}.{before}") and not full.startswith(f"{own}."):
+            continue  # another expert
         fold = Fold(block, before, tuple(layers))
         kept = {name: p.data for name, p in block.module.named_parameters()}
         fold.apply(scale)

@@ -34,7 +34,8 @@ class Packed:
     """
 
     def __init__(self, model: "PreTrainedModel", kinds: dict[str, Kind]):
-        self._mixture = any(experts.parted(model))  # which every transformers reads
+        inside = (f"{path}.{name}" for path, mixture in experts.parted(model) for name in mixture.layers())
+        self._mixture = any(name in kinds for name in inside)  # which every transformers reads
         if packs_alike(model) and not self._mixture and not reads_packed():
             raise MissingPackage(reader_needed(f"packed weights of a {model.config.model_type}"))
         self.bits = {name: kind.bits for name, kind in kinds.items()}

@@ -46,6 +46,7 @@ def _learn(block: "Block", settings: Settings) -> None:
     import torch
     from torch.func import functional_call
 
+    from compress import experts
     from compress.quantize._rounding import LearnedRounding
     from compress.quantize._solution import Quantised
 
@@ -63,6 +64,7 @@ def _learn(block: "Block", settings: Settings) -> None:
             made = {
                 f"{name[len(block.name) + 1 :]}.weight": learner.value().to(block.weights[name].dtype) for name, learner in learners.items()
             }
+            experts.leave_padding_out(block.module, block.given.real[batch])
             out = block.given.through(
                 lambda *args, made=made, **kwargs: functional_call(block.module, made, args, kwargs), batch, block.device
             )

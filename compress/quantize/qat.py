@@ -48,7 +48,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from compress.quantize._bits import plan, sized
     from compress.quantize._calibrated import files_of
 
-    settings = sized(bundle, settings, context)
+    settings = sized(bundle, settings, context, apart=False)
     check_dtype(bundle.model)
     original = as_linear(bundle.model).requires_grad_(False)
     model = copy.deepcopy(original).float()
