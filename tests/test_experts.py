@@ -13,7 +13,7 @@ from compress.calibration.stream import encoded, padded
 from compress.errors import BrokenPromise, ModelError
 from compress.model import Bundle, Source, load_model
 from compress.prune import magnitude, wanda
-from compress.quantize import gptq, rtn
+from compress.quantize import autoround, awq, gptq, rtn
 from compress.quantize._calibrated import quantise
 from compress.quantize._pack import Packed
 from compress.results import NOTES
@@ -170,13 +170,19 @@ def test_lora_trains_experts_too(folders, tmp_path):
     assert len(changed) == 4
 
 
-def test_an_expert_that_no_token_reaches_is_rounded_by_the_others_inputs_and_named(tmp_path):
+@pytest.fixture
+def starved(tmp_path):
+    """A mixture whose last two experts no token reaches."""
     model = mixture("MixtralForCausalLM")
     with torch.no_grad():
         for layer in model.model.layers:  # one of the first two is the largest for every token
             layer.mlp.gate.weight.copy_(torch.tensor([9.0, -9.0, 0.0, 0.0])[:, None] * torch.randn(1, 64))
     model.config.num_experts_per_tok = 1
-    made, told = bundle(saved(model, tmp_path / "m")), context(examples=examples(40))
+    return saved(model, tmp_path / "m")
+
+
+def test_an_expert_that_no_token_reaches_is_rounded_by_the_others_inputs_and_named(starved):
+    made, told = bundle(starved), context(examples=examples(40))
     expected = routed(made, told)
     gptq.apply(made, gptq.Settings(), told)
     remarks = {layer["name"]: layer["remark"] for layer in told.layers if layer["bits"] == 4}
@@ -184,6 +190,20 @@ def test_an_expert_that_no_token_reaches_is_rounded_by_the_others_inputs_and_nam
     assert sum(len(expected[path]) == 0 for path in rare) == 4
     for path in rare:
         assert all("calibration tokens reached it, fewer than its" in remarks[f"{path}{name}"] for name in ("w1", "w2", "w3"))
+
+
+@pytest.mark.parametrize("method", [awq, autoround])
+def test_an_expert_that_no_token_reaches_is_packed_with_the_others(method, starved):
+    told = context(examples=examples(40))
+    method.apply(bundle(starved), method.Settings(**({"steps": 3} if method is autoround else {})), told)
+    assert sum(".experts." in layer["name"] and layer["bits"] == 4 for layer in told.layers) == 2 * 4 * 3
+
+
+def test_a_layer_of_experts_packed_in_part_is_refused_before_any_work(folders):
+    with pytest.raises(
+        ModelError, match="would stay whole and others beside it be packed; experts of one layer are read all packed or none"
+    ):
+        rtn.apply(bundle(folders[FEW[0]]), rtn.Settings(ignore=["lm_head", "down_proj"]), context())
 
 
 def test_inf_in_one_expert_alone_is_refused_with_its_name(tmp_path):

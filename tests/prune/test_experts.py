@@ -77,3 +77,17 @@ def test_too_few_would_be_left(tmp_path):
 def test_a_model_without_experts_is_refused(toys):
     with pytest.raises(ModelError, match="has no experts"):
         method.apply(bundle(toys["llama"]), method.Settings(drop=1), context())
+
+
+def test_as_many_go_of_each_group(tmp_path):
+    """Of DeepSeek's experts, of which a token is led to some groups first."""
+    model = mixture("DeepseekV3ForCausalLM")
+    config = type(model.config)(**{**model.config.to_dict(), "n_routed_experts": 8, "n_group": 2})
+    torch.manual_seed(0)
+    made, told = bundle(saved(type(model)(config), tmp_path / "m")), context(examples=examples(20))
+    with pytest.raises(InputError, match="as many have to go of each of 2 groups"):
+        method.apply(made, method.Settings(drop=1), told)
+    before = made.model.state_dict()["model.layers.1.mlp.gate.weight"].clone()
+    left = method.apply(made, method.Settings(drop=2), told).model.state_dict()["model.layers.1.mlp.gate.weight"]
+    places = [next(index for index, row in enumerate(before) if torch.equal(row, kept)) for kept in left]
+    assert sum(place < 4 for place in places) == 3
