@@ -93,13 +93,8 @@ def plan(
             context.leave_out(name, "no pattern of bits names it")
     kinds = {}
     alike = packs_alike(model)
-    sizes = {group_columns(layers[name].in_features, settings.group_size) for name in found} if alike else set()
-    least = 0 if settings.group_size == PER_ROW or len(sizes) < 2 else min(sizes & {settings.group_size}, default=0)
     for name, bits in found.items():
         columns = layers[name].in_features
-        if least and columns % least:
-            context.leave_out(name, f"its {columns} columns aren't whole groups of {least}, in which all layers of such a model are stored")
-            continue
         size = group_columns(columns, settings.group_size)
         kinds[name] = Kind(bits, bool(settings.symmetric), 0 if size == columns else size)
         odd = []

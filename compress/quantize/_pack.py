@@ -45,7 +45,7 @@ class Packed:
         self._as_one: Kind | None = None
         if not self._alike and packs_alike(model):
             size = min((kind.size for kind in distinct if kind.size), default=0)
-            self._as_one = Kind(max(kind.bits for kind in distinct), all(kind.symmetric for kind in distinct), size)
+            self._as_one = Kind(max(kind.bits for kind in distinct), self._mixture, size)
 
     def packed(self, name: str, layer: nn.Linear, solution: Quantised) -> nn.Module:
         """A module that holds what the format stores for a layer."""
@@ -77,7 +77,7 @@ class Packed:
 
     def _weights(self, kind: Kind, row: int) -> dict[str, Any]:
         weights = {"num_bits": kind.bits, "type": "int", "symmetric": kind.symmetric, "dynamic": False}
-        if self._alike or kind.symmetric:
+        if self._alike or (kind.symmetric and self._as_one is None):
             return {**weights, "strategy": "group" if kind.size else "channel", "group_size": kind.size or None}
         # written as one, a scale a row is spread over any blocks
         return {**weights, "strategy": "block", "block_structure": [1, kind.size or row or 32]}

@@ -1,7 +1,6 @@
 """Grids, solvers and packing against definitions written out in float64."""
 
 import re
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,6 +10,7 @@ from compress.errors import BrokenPromise
 from compress.quantize import _gptq, _grid, _pack
 from compress.quantize._solution import Quantised
 from compress.quantize.gptq import Settings
+from tests.conftest import make_model
 
 
 def weight(rows=24, columns=64, seed=0):
@@ -113,7 +113,7 @@ def test_packed_layers_are_unpacked_to_the_same_values_by_the_formats_own_librar
     w, layer = weight(), torch.nn.Linear(64, 24)
     grid = _grid.fit(w, Settings(group_size=32), bits)
     integers = grid.integers(w)
-    model = SimpleNamespace(config=SimpleNamespace(is_encoder_decoder=False, model_type="llama"))
+    model = make_model("llama")
     kind = _grid.Kind(bits, False, 32)
     holder = _pack.Packed(model, {"layer": kind}).packed("layer", layer, Quantised(grid, integers))
     group = {"weights": {"num_bits": bits, "type": "int", "symmetric": False, "strategy": "group", "group_size": 32}, "targets": ["Linear"]}
