@@ -195,6 +195,19 @@ def decoder_inputs(model: "PreTrainedModel", labels: "Tensor") -> "Tensor":
     return shifted.masked_fill_(shifted == -100, model.config.pad_token_id)
 
 
+def trial_inputs(model: "PreTrainedModel") -> "dict[str, Tensor]":
+    """Tokens in a row that any model can be called with, to see whether it runs."""
+    import torch
+
+    ids = torch.arange(2, 34, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
+    if isinstance(model.config.eos_token_id, int):
+        ids[:, -1] = model.config.eos_token_id  # where some classifiers look
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder and model.can_generate():
+        inputs["decoder_input_ids"] = ids[:, :8]
+    return inputs
+
+
 def size_cache_by_decoder(config: Any) -> None:
     """Have a T5's config say `decoder_layers` too, by which transformers makes the cache; without, it takes the encoder's number."""
     if hasattr(config, "num_decoder_layers"):

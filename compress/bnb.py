@@ -14,7 +14,6 @@ if TYPE_CHECKING:
 
 ROWS, BLOCK = 32, 64  # of the kernel, and weights that share a scale
 ODD = f"bitsandbytes computes with 4 bits on every CPU only where rows are a multiple of {ROWS} and columns of {BLOCK}"
-
 ASKED = "the module around it gives it states in the dtype of its weight, which is bytes once packed"
 
 

@@ -102,11 +102,15 @@ class Experts(nn.Module):
             [[f"{number}.{expert.outer}"] for number, expert in experts],
         ]
 
+    def chosen(self, top_k_index: Tensor) -> Tensor:
+        """The numbers of each token's experts, (tokens, experts a token), -1 where it is padding."""
+        if self.real is None or len(self.real) != len(top_k_index):
+            return top_k_index
+        return top_k_index.masked_fill(~self.real.to(top_k_index.device)[:, None], -1)
+
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """As transformers' experts: states (tokens, width), for each token the numbers and the weights of its experts."""
-        out, chosen = torch.zeros_like(hidden_states), top_k_index
-        if self.real is not None and len(self.real) == len(chosen):
-            chosen = chosen.masked_fill(~self.real.to(chosen.device)[:, None], -1)
+        out, chosen = torch.zeros_like(hidden_states), self.chosen(top_k_index)
         for number, expert in self.named_children():
             tokens, place = torch.where(chosen == int(number))
             if len(tokens):

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import account, experts, methods, model
+from compress.architecture import trial_inputs
 from compress.errors import BrokenPromise, CompressError, DeviceError
 from compress.methods import Example
 from compress.process import Progress, is_out_of_memory, serve
@@ -156,20 +157,12 @@ def _logits(source: model.Source, device: str, context: methods.Context, who: st
 
 
 def _inputs(loaded: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: methods.Context) -> "list[dict[str, Tensor]]":
-    import torch
-
     from compress.calibration.stream import encoded, padded
 
     if context.examples:
         with suppress(CompressError):
             return [padded(loaded, [(ids, answer)]) for _, ids, answer in encoded(loaded, tokenizer, context)]
-    ids = torch.arange(2, 34, device=loaded.device).remainder(loaded.config.get_text_config().vocab_size)[None]
-    if isinstance(loaded.config.eos_token_id, int):
-        ids[:, -1] = loaded.config.eos_token_id  # where some classifiers look
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if loaded.config.is_encoder_decoder and loaded.can_generate():
-        inputs["decoder_input_ids"] = ids[:, :8]
-    return [inputs]
+    return [trial_inputs(loaded)]
 
 
 if __name__ == "__main__":

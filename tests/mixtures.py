@@ -3,6 +3,9 @@
 import torch
 import transformers
 
+from compress.calibration.stream import encoded, padded
+from compress.model import load_model
+
 ENDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
 SMALL = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, **ENDS}
 GROUPED = {**SMALL, "intermediate_size": 96, "num_key_value_heads": 2}
@@ -48,3 +51,15 @@ def mixture(name: str) -> transformers.PreTrainedModel:
             if "bias" in parameter:
                 values.normal_(std=0.2)
     return model
+
+
+def routed(made, told, note) -> None:
+    """note(path, module, states, chosen, weights) for the experts of every layer, in float64, one example after the other."""
+    model = load_model(made.source, "cpu").double()
+    model.set_experts_implementation("eager")
+    for path, module in model.named_modules():
+        if path.endswith(".experts"):
+            module.register_forward_pre_hook(lambda module, args, path=path: note(path, module, *args))
+    with torch.no_grad():
+        for _, ids, answer in encoded(model, made.tokenizer, told):
+            model(**padded(model, [(ids, answer)]))

@@ -9,7 +9,6 @@ from safetensors import safe_open
 from torch import nn
 
 from compress import experts
-from compress.calibration.stream import encoded, padded
 from compress.errors import BrokenPromise, ModelError
 from compress.model import Bundle, Source, load_model
 from compress.prune import magnitude, wanda
@@ -19,7 +18,7 @@ from compress.quantize._pack import Packed
 from compress.results import NOTES
 from tests.blocks import context, examples, run, saved
 from tests.calibration.test_walk import assert_same_moments
-from tests.mixtures import MIXTURES, TOGETHER, mixture
+from tests.mixtures import MIXTURES, TOGETHER, mixture, routed
 
 IDS = torch.arange(2, 40)[None]
 APART = [name for name in MIXTURES if name not in TOGETHER]
@@ -60,32 +59,22 @@ def test_parted_experts_compute_the_same_and_come_back(name):
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
-def routed(made, told):
+def inputs_by_choice(made, told):
     """What the layers that lead upward in each expert are given, (tokens, width), by the router's choices in a plain forward pass."""
-    model, seen = load_model(made.source, "cpu").double(), {}
-    model.set_experts_implementation("eager")
+    seen = {}
 
-    def hook_of(path):
-        def hook(module, args):
-            states, chosen = args[0], args[1]
-            for number in range(len(module.down_proj)):
-                seen.setdefault(f"{path}.{number}.", []).append(states[(chosen == number).any(dim=-1)])
+    def note(path, module, states, chosen, weights):
+        for number in range(len(module.down_proj)):
+            seen.setdefault(f"{path}.{number}.", []).append(states[(chosen == number).any(dim=-1)])
 
-        return hook
-
-    for path, module in model.named_modules():
-        if path.endswith(".experts"):
-            module.register_forward_pre_hook(hook_of(path))
-    with torch.no_grad():
-        for _, ids, answer in encoded(model, made.tokenizer, told):
-            model(**padded(model, [(ids, answer)]))
+    routed(made, told, note)
     return {path: torch.cat(rows).numpy() for path, rows in seen.items()}
 
 
 @pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "JambaForCausalLM"])
 def test_each_expert_is_shown_the_tokens_that_were_routed_to_it(name, folders):
     made, told = bundle(folders[name]), context(examples=examples(60))
-    expected, seen = routed(made, told), set()
+    expected, seen = inputs_by_choice(made, told), set()
 
     def look(block):
         assert not block.given.real[0].all(), "there is padding"
@@ -183,7 +172,7 @@ def starved(tmp_path):
 
 def test_an_expert_that_no_token_reaches_is_rounded_by_the_others_inputs_and_named(starved):
     made, told = bundle(starved), context(examples=examples(40))
-    expected = routed(made, told)
+    expected = inputs_by_choice(made, told)
     gptq.apply(made, gptq.Settings(), told)
     remarks = {layer["name"]: layer["remark"] for layer in told.layers if layer["bits"] == 4}
     rare = [path for path, rows in expected.items() if len(rows) < 64]

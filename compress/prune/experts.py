@@ -125,7 +125,7 @@ class _Watched:
     """Counts what a layer's experts are given and give."""
 
     def __init__(self, mixture: "Experts"):
-        self.mixture = mixture
+        self._mixture = mixture
         children = dict(mixture.named_children())
         self._tokens, self._lengths = [0] * len(children), [0.0] * len(children)
         self._chosen: tuple[Tensor, Tensor] | None = None
@@ -139,14 +139,10 @@ class _Watched:
         return [length / max(count, 1) for length, count in zip(self._lengths, self._tokens, strict=True)]
 
     def _note_choice(self, _: "nn.Module", args: "tuple[Tensor, ...]") -> None:
-        self._chosen = args[1], args[2]
+        self._chosen = self._mixture.chosen(args[1]), args[2]
 
     def _note_output(self, index: int, out: "Tensor") -> None:
         assert self._chosen is not None
         chosen, weights = self._chosen
-        real = self.mixture.real
-        mine = chosen == index
-        if real is not None and len(real) == len(chosen):
-            mine &= real.to(chosen.device)[:, None]
         self._tokens[index] += len(out)
-        self._lengths[index] += float((weights[mine].float() * out.float().norm(dim=-1)).sum())
+        self._lengths[index] += float((weights[chosen == index].float() * out.float().norm(dim=-1)).sum())

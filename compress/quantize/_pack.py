@@ -36,14 +36,15 @@ class Packed:
     def __init__(self, model: "PreTrainedModel", kinds: dict[str, Kind]):
         inside = (f"{path}.{name}" for path, mixture in experts.parted(model) for name in mixture.layers())
         self._mixture = any(name in kinds for name in inside)  # which every transformers reads
-        if packs_alike(model) and not self._mixture and not reads_packed():
+        alike = packs_alike(model)
+        if alike and not self._mixture and not reads_packed():
             raise MissingPackage(reader_needed(f"packed weights of a {model.config.model_type}"))
         self.bits = {name: kind.bits for name, kind in kinds.items()}
         self._kinds, distinct = kinds, set(kinds.values())
         self._groups: dict[tuple[Kind, int], list[str]] = {}
         self._alike = len(distinct) == 1
         self._as_one: Kind | None = None
-        if not self._alike and packs_alike(model):
+        if not self._alike and alike:
             size = min((kind.size for kind in distinct if kind.size), default=0)
             self._as_one = Kind(max(kind.bits for kind in distinct), self._mixture, size)
 

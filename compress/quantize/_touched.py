@@ -4,6 +4,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from compress.architecture import trial_inputs
 from compress.errors import BrokenPromise
 from compress.methods import Context
 
@@ -27,20 +28,14 @@ def note_layers(context: Context, touched: list[str], left_out: list[str], bits:
 
 
 def called(model: "PreTrainedModel", layers: "Mapping[str, nn.Module]") -> set[str]:
-    """Which of a model's layers a forward pass calls; of experts two tokens reach few, so they count as called."""
+    """Which of a model's layers a forward pass calls; of experts a few tokens don't reach all, so they count as called."""
     import torch
 
     found = {name for name in layers if ".experts." in name}
     handles = [layer.register_forward_hook(partial(_note, found, name)) for name, layer in layers.items()]
-    ids = torch.full((1, 2), 2, device=model.device)
-    if isinstance(model.config.eos_token_id, int):
-        ids[:, -1] = model.config.eos_token_id  # where some classifiers look
-    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder and model.can_generate():
-        inputs["decoder_input_ids"] = ids
     try:
         with torch.inference_mode():
-            model(**inputs)
+            model(**trial_inputs(model))
     finally:
         for handle in handles:
             handle.remove()

@@ -3,12 +3,11 @@
 import pytest
 import torch
 
-from compress.calibration.stream import encoded, padded
 from compress.errors import InputError, ModelError
 from compress.model import Bundle, Source, load_model
 from compress.prune import experts as method
 from tests.blocks import context, examples, run, saved
-from tests.mixtures import MIXTURES, mixture
+from tests.mixtures import MIXTURES, mixture, routed
 
 KEPT = [name for name in MIXTURES if name != "JambaForCausalLM"]
 
@@ -18,27 +17,17 @@ def bundle(folder):
 
 
 def by_hand(made, told):
-    """For each layer and expert the mean of weight times norm of output, and how many tokens, one example and one expert at a time."""
-    model, found = load_model(made.source, "cpu").double(), {}
-    model.set_experts_implementation("eager")
+    """For each layer and expert, of every token that was routed to it, its weight times the norm of its output."""
+    found = {}
 
-    def hook_of(path):
-        def hook(module, args):
-            states, chosen, weights = args
-            for number in range(len(module.down_proj)):
-                tokens, place = torch.where(chosen == number)
-                gate, up = (states[tokens] @ module.gate_up_proj[number].T).chunk(2, dim=-1)
-                out = (module.act_fn(gate) * up) @ module.down_proj[number].T
-                found.setdefault((path, number), []).append(weights[tokens, place] * out.norm(dim=-1))
+    def note(path, module, states, chosen, weights):
+        for number in range(len(module.down_proj)):
+            tokens, place = torch.where(chosen == number)
+            gate, up = (states[tokens] @ module.gate_up_proj[number].T).chunk(2, dim=-1)
+            out = (module.act_fn(gate) * up) @ module.down_proj[number].T
+            found.setdefault((path, number), []).append(weights[tokens, place] * out.norm(dim=-1))
 
-        return hook
-
-    for path, module in model.named_modules():
-        if path.endswith(".experts"):
-            module.register_forward_pre_hook(hook_of(path))
-    with torch.no_grad():
-        for _, ids, answer in encoded(model, made.tokenizer, told):
-            model(**padded(model, [(ids, answer)]))
+    routed(made, told, note)
     return {key: torch.cat(rows) for key, rows in found.items()}
 
 
