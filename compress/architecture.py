@@ -196,10 +196,11 @@ def decoder_inputs(model: "PreTrainedModel", labels: "Tensor") -> "Tensor":
 
 
 def trial_inputs(model: "PreTrainedModel") -> "dict[str, Tensor]":
-    """Tokens in a row that any model can be called with, to see whether it runs."""
+    """Tokens from all over the vocabulary that any model can be called with, to see whether it runs; the first are often special ones."""
     import torch
 
-    ids = torch.arange(2, 34, device=model.device).remainder(model.config.get_text_config().vocab_size)[None]
+    size = model.config.get_text_config().vocab_size
+    ids = (2 + torch.arange(32, device=model.device) * max(size // 32, 1)).remainder(size)[None]
     if isinstance(model.config.eos_token_id, int):
         ids[:, -1] = model.config.eos_token_id  # where some classifiers look
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}

@@ -6,12 +6,13 @@ import logging
 import math
 import struct
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import bnb
+from compress import ao, bnb
 from compress.errors import DataError, DeviceError, ModelError
 from compress.phases import phase
 
@@ -339,11 +340,13 @@ def load_model(source: Source, device: str, quantization_config: Any = None) -> 
         quantization_config = _packing(source, source.bits)
     auto = getattr(transformers, AUTO[source.task])
     extra = {} if quantization_config is None else {"quantization_config": quantization_config}
+    packing = settings(source, "config.json").get("quantization_config") or {}
     try:
-        model, info = auto.from_pretrained(
-            source.id, revision=source.revision, dtype=source.dtype, device_map={"": device},
-            use_safetensors=True, trust_remote_code=False, output_loading_info=True, **extra,
-        )  # fmt: skip
+        with ao.reading() if packing.get("quant_method") == "torchao" else nullcontext():
+            model, info = auto.from_pretrained(
+                source.id, revision=source.revision, dtype=source.dtype, device_map={"": device},
+                use_safetensors=True, trust_remote_code=False, output_loading_info=True, **extra,
+            )  # fmt: skip
     except ImportError as error:
         raise ModelError(f"{source.id}: {_first_line(error)}") from None
     except NameError as error:  # transformers uses an optional package without a look whether it is there

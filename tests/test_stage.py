@@ -1,5 +1,7 @@
 """A stage looks at what it made: the artifact's logits beside those of the model that it was made of."""
 
+import shutil
+
 import pytest
 import torch
 import transformers
@@ -16,20 +18,36 @@ from tests.mixtures import ENDS
 def test_an_artifact_that_computes_something_else_fails_by_how_much(kind, toys, tmp_path, monkeypatch):
     apply = rtn.apply
 
-    def doubled(bundle, settings, context):
+    def otherwise_packed(bundle, settings, context):
         model = apply(bundle, settings, context)
-        for name, parameter in model.model.named_parameters():
-            if name.endswith("weight_scale"):
-                parameter.data *= 3
+        for module in model.model.modules():
+            if hasattr(module, "weight_packed"):
+                module.weight_packed.data = module.weight_packed.data.flip(-1)
+                module.weight_scale.data *= 3
         return model
 
-    monkeypatch.setattr(rtn, "apply", doubled)
-    with pytest.raises(BrokenPromise, match=r"logits differ from the model's by [\d.]+ of their mean square on 3 examples, where 4 bits"):
+    monkeypatch.setattr(rtn, "apply", otherwise_packed)
+    with pytest.raises(BrokenPromise, match=r"logits differ from the model's by [\d.]+ of their mean square at the median token"):
         run("quantize", "rtn", toys[kind], kind, tmp_path / "made")
     assert not (tmp_path / "made").exists()
     monkeypatch.setattr(rtn, "apply", apply)
     for bits in (2, 3, 4, 8):
         run("quantize", "rtn", toys[kind], kind, tmp_path / f"{bits}", bits=bits)
+
+
+def test_what_rounding_does_to_a_few_tokens_is_no_broken_promise(toys, tmp_path):
+    """Real models have tokens whose states are hundreds of times as large as others'; SmolLM2's by 4 bits a row changed 0.56 at the median
+    token of what tokens in a row gave, and 0.8 in all."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(toys["llama"])
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.mlp.down_proj.weight[:2] *= 20
+            layer.mlp.up_proj.weight[:3] *= 10
+    folder = saved(model, tmp_path / "from")
+    shutil.copytree(toys["llama"], folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns("*.safetensors"))
+    for method, settings in (("rtn", {"bits": 4, "group_size": None}), ("int8_dynamic", {})):
+        run("quantize", method, folder, "llama", tmp_path / method, **settings)
 
 
 def test_a_layer_whose_dtype_is_asked_for_stays_whole_in_4_bits(tmp_path):

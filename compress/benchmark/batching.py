@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 
 Work = Callable[[list[int]], None]  # what is done with a batch, given as indices
 SHARE = 0.4  # of free memory; the other side may be loaded beside this one, and kernels want room of their own
+CALL = 50  # tokens that a CPU reads in the time of a call with few, which reads the weights
 READ, WRITTEN = 4096, 16384  # tokens from which on larger batches are no faster on a CPU (reports/quality), whose memory all share
 
 
@@ -27,6 +28,7 @@ class Batches:
 
     def __init__(self, model: "PreTrainedModel", tokens: int | None, progress: Progress):
         self._model, self.tokens, self.halved, self._progress = model, tokens, 0, progress
+        self._calls = 0  # of the model that a batch takes besides its first
         self._at, self._share = ("", 0, 0, 0), 0.0  # the step, rows done before the batch in hand, its rows, all; its share done
 
     def each(self, lengths: list[int], work: Work, what: str, most_on_cpu: int = READ) -> None:
@@ -42,7 +44,10 @@ class Batches:
             longest = lengths[waiting[0]]
             batch = waiting[: max(1, (self.tokens or fit) // longest)]
             if self.tokens is None and self._model.device.type == "cpu":  # where padding costs what tokens cost
-                batch = [row for row in batch if 2 * lengths[row] >= longest]
+                alike = [row for row in batch if 2 * lengths[row] >= longest]
+                saved = sum(longest - lengths[row] for row in batch[len(alike) :])
+                if len(batch) < len(waiting) or saved > CALL * self._calls:  # else the others go along
+                    batch = alike
             self._at = (what, len(lengths) - len(waiting), len(batch), len(lengths))
             self._share = 0.0
             self._tell(0.0)
@@ -56,11 +61,12 @@ class Batches:
     @contextmanager
     def stepwise(self, steps: int) -> Iterator[None]:
         """Within it a batch takes about so many calls of the model, each of which is told."""
-        handle = self._model.register_forward_hook(lambda *_: self._tell(1 / steps))
+        handle, self._calls = self._model.register_forward_hook(lambda *_: self._tell(1 / steps)), steps - 1
         try:
             yield
         finally:
             handle.remove()
+            self._calls = 0
 
     def _tell(self, share: float) -> None:
         """So much more of the batch in hand is done; counted in rows."""

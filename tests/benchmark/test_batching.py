@@ -44,3 +44,13 @@ def test_on_a_cpu_no_row_is_padded_to_more_than_twice_its_length(monkeypatch):
     made = []
     Batches(Stepper(), None, lambda *_: None).each([3, 10, 5, 4, 9, 2, 1], made.append, "reading")
     assert made == [[1, 4, 2], [3, 0, 5], [6]]
+
+
+def test_few_rows_go_along_where_steps_of_their_own_cost_more_than_padding(monkeypatch):
+    monkeypatch.setattr(batching, "_fitting", lambda *_: 10_000)
+    made = []
+    batches = Batches(Stepper(), None, lambda *_: None)
+    with batches.stepwise(3):
+        batches.each([100, 20, 90, 99], made.append, "writing")
+        batches.each([100, 20, 90, 9], made.append, "writing")
+    assert made == [[0, 3, 2, 1], [0, 2], [1, 3]]
