@@ -4,11 +4,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from compress.architecture import is_head, linear_layers, within
 from compress.errors import BrokenPromise
 from compress.experts import routers
 from compress.methods import ASKED, HEAD, LEFT_OUT, Context, LayerSettings, Settings
 from compress.results import Account
+from compress.structure import is_head, linear_layers, within
 
 if TYPE_CHECKING:
     from torch import nn

@@ -10,20 +10,20 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from compress import account, experts, methods, model
-from compress.architecture import trial_inputs
 from compress.errors import BrokenPromise, CompressError, DeviceError
 from compress.methods import Example
 from compress.process import Progress, is_out_of_memory, serve
 from compress.products import in_float32
 from compress.results import NOTES, whole_folder
+from compress.structure import trial_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LOOKED_AT = 4  # examples
-# of a token's logits' mean square at the median token, by the fewest bits of a layer: several times what was seen of models that bear rounding
-# (16 bits 0.0003; 8 bits 0.003, 0.07 with rounded inputs; 4 bits 0.03); of 2 bits all may change
+# of a token's logits' mean square at the median token, by the fewest bits of a layer: several times what was seen where models bear
+# rounding (16 bits 0.0003; 8 bits 0.003, 0.07 with rounded inputs; 4 bits 0.03); of 2 bits all may change
 MOST_CHANGED = {16: 0.01, 8: 0.3, 4: 0.3, 3: 0.5}
 ROUNDED = 2  # times what the plainest rounding changes, where that is more: 4 bits a row change SmolLM2 by 0.6
 UNSURE = 10  # times as much of a classifier's: on a few examples its two or three lie close together

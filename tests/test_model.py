@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from compress import held, model
-from compress.architecture import as_linear, context_length, linear_layers
+from compress.architectures.gpt2 import as_linear
 from compress.errors import DeviceError, InputError, ModelError
 from compress.model import Source
+from compress.structure import context_length, linear_layers
 from tests.conftest import TASKS, make_model
 
 

@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compress.architecture import context_length, decoder_inputs
 from compress.benchmark.batching import Batches
 from compress.errors import DataError
 from compress.prompts import Prompt, Prompts, text_of
 from compress.scores import Likelihood
+from compress.structure import context_length, decoder_inputs
 
 Texts = list[str]
 AT_ONCE = 256  # tokens whose distributions are compared together; one of 150,000 numbers takes 600 kB, several times

@@ -18,7 +18,6 @@ from transformers import PreTrainedModel
 
 from compress import decoding, held, scores
 from compress import model as models
-from compress.architecture import context_length, label_number
 from compress.benchmark import ceilings as ceiling
 from compress.benchmark import kernels, latency, memory, nvml, quality, tasks, work
 from compress.benchmark.batching import Batches
@@ -33,6 +32,7 @@ from compress.products import in_float32
 from compress.recipe import Runtime
 from compress.runtime import use_cpu_int8, use_sparse_24
 from compress.scripts import Tokenizers
+from compress.structure import context_length, label_number
 
 Point = tuple[int, int]  # batch size, prompt tokens
 

@@ -12,10 +12,10 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils._pytree import tree_map_only
 
 from compress import experts
-from compress.architecture import context_length, decoder_inputs
 from compress.errors import DataError, ModelError
 from compress.methods import Context, Example
 from compress.prompts import Prompts
+from compress.structure import context_length, decoder_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -20,7 +20,6 @@ import torch
 from torch import Tensor, nn
 
 from compress import experts
-from compress.architecture import block_stacks, linear_layers
 from compress.calibration.block import Block
 from compress.calibration.lost import measuring
 from compress.calibration.stream import Inputs, Stream, batches, encode, is_encoder, lead_in, without_cache
@@ -29,6 +28,7 @@ from compress.errors import BrokenPromise, InputError, ModelError
 from compress.methods import Context, LayerSettings
 from compress.model import Bundle
 from compress.runtime import working_dtype
+from compress.structure import block_stacks, linear_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING, Any
 from safetensors import safe_open
 
 from compress import experts
-from compress.architecture import as_linear, has_transposed_layers
+from compress.architectures.gpt2 import as_linear
 from compress.model import Source, load_model, local_folder, mapped, skeleton, tensor_headers, weight_files
+from compress.structure import has_transposed_layers
 
 if TYPE_CHECKING:
     from torch import Tensor

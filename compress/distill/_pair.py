@@ -9,12 +9,12 @@ import torch
 from transformers import GenerationConfig
 
 from compress import model
-from compress.architecture import block_stacks, context_length, size_cache_by_decoder
 from compress.calibration.stream import padded
 from compress.distill._settings import DistillSettings
 from compress.errors import InputError, ModelError
 from compress.methods import Context
 from compress.model import Bundle
+from compress.structure import block_stacks, context_length, size_cache_by_decoder
 from compress.training.material import Material, read
 from compress.training.sharded import split
 

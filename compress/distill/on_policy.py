@@ -38,10 +38,10 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """
     import torch
 
-    from compress.architecture import context_length
     from compress.calibration.stream import without_cache
     from compress.distill._divergence import divergence
     from compress.distill._pair import frozen, pair, read_by_both
+    from compress.structure import context_length
     from compress.training.loop import train_all
     from compress.writing import prompt_of, write, writer
 

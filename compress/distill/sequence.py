@@ -70,8 +70,8 @@ def written(teacher: Bundle, settings: Settings, context: Context) -> list[Examp
     """
     import torch
 
-    from compress.architecture import context_length
     from compress.calibration.stream import encoded
+    from compress.structure import context_length
     from compress.writing import prompt_of, write, writer
 
     model = writer(teacher)

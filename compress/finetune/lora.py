@@ -42,7 +42,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from peft import LoraConfig, get_peft_model
 
     from compress import experts
-    from compress.architecture import has_transposed_layers
+    from compress.structure import has_transposed_layers
     from compress.training.loop import train
     from compress.training.material import read
     from compress.training.weights import in_float32, pruned
@@ -82,8 +82,8 @@ def _of_no_known_type(model: "PreTrainedModel") -> Iterator[None]:
 
 def _targets(model: "PreTrainedModel", settings: Settings) -> list[str]:
     """The names of the layers that get factors. Raises InputError, BrokenPromise where there are no linear layers."""
-    from compress.architecture import linear_layers, match
     from compress.errors import BrokenPromise, InputError
+    from compress.structure import linear_layers, match
 
     free, heads = linear_layers(model, None)
     layers: dict[str, Any] = {**free, **heads}

@@ -2,10 +2,10 @@
 
 from pathlib import Path
 
+from compress.architectures import read
 from compress.errors import ModelError
 from compress.forecast.footprint import footprint, weight_bytes
 from compress.forecast.plan import read_config, stored_dtype
-from compress.forecast.shape import read
 from compress.model import Source
 from compress.recipe import Recipe
 from compress.results import Measurement, Side

@@ -6,7 +6,7 @@ measured on a CPU and are told where they stand. `reports/memory` holds the fore
 
 from dataclasses import dataclass
 
-from compress.forecast.shape import Shape, Stack
+from compress.shape import Shape, Stack
 
 MIB = 1 << 20
 DTYPES = {"FP32": 32, "FP16": 16, "BF16": 16}  # bits of a weight

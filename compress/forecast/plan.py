@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compress import methods, model
+from compress import architectures, methods, model
+from compress.architectures import read
 from compress.errors import ModelError
 from compress.forecast.footprint import DTYPES, Footprint, footprint, weight_bytes
 from compress.forecast.machine import Machine
-from compress.forecast.shape import ARCHITECTURES, Shape, read
 from compress.methods import TUNE_BATCH, TuneSettings
 from compress.recipe import Recipe, Stage
+from compress.shape import Shape
 
 STORED = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
 ROWS = 1000  # what an uncounted train split is taken for
@@ -71,7 +72,7 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
     folder = _folder(recipe)
     config = read_config(folder)
     said, benchmark = [], recipe.benchmark
-    known = config.get("model_type") in ARCHITECTURES
+    known = architectures.of(str(config.get("model_type"))).shape is not None
     if known:
         shape = read(config, recipe.model.task)
     else:
@@ -190,7 +191,7 @@ def _from_headers(folder: Path, config: dict[str, Any]) -> Shape:
     files = model.weight_files(folder)
     if not files:
         raise ModelError(
-            f"model_type {kind!r}: its sizes can't be told from its config; known are {', '.join(ARCHITECTURES)}."
+            f"model_type {kind!r}: its sizes can't be told from its config; known are {', '.join(architectures.shaped())}."
             " With its safetensors in the folder their headers are read"
         )
     linear = other = 0

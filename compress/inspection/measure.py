@@ -13,10 +13,10 @@ from transformers.pytorch_utils import Conv1D
 
 from compress import bnb, experts, held
 from compress import model as models
-from compress.architecture import context_length, is_head
 from compress.benchmark.latency import prompts
 from compress.errors import InputError, ModelError
 from compress.process import Progress, serve
+from compress.structure import context_length, is_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -23,7 +23,7 @@ class ScopeSettings(Settings):
 
 def layers_to_prune(model: "PreTrainedModel", settings: SparsitySettings, context: Context) -> "dict[str, nn.Module]":
     """The linear layers by name; those left out are noted. Raises BrokenPromise where there are none."""
-    from compress.architecture import linear_layers
+    from compress.structure import linear_layers
 
     layers, left_out = linear_layers(model, settings.ignore)
     if not layers:

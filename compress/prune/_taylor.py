@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from compress.architecture import label_number
 from compress.calibration.stream import encoded, padded, without_cache
 from compress.errors import BrokenPromise
 from compress.methods import Context, Example
+from compress.structure import label_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

@@ -91,8 +91,8 @@ def _stacks(model: "PreTrainedModel") -> "dict[str, tuple[str, nn.ModuleList]]":
 
     Raises ModelError where there are none, or others.
     """
-    from compress.architecture import block_stacks
     from compress.calibration.stream import is_encoder
+    from compress.structure import block_stacks
 
     both = bool(model.config.is_encoder_decoder)
     found: dict[str, tuple[str, nn.ModuleList]] = {}
@@ -167,7 +167,7 @@ def _influences(bundle: Bundle, stacks: "dict[str, nn.ModuleList]", context: Con
 
 def _shorten(config: Any, role: str, blocks: int, kept: list[int]) -> None:
     """Have a config say how many blocks are left, and keep their part of what it says block by block (`layer_types`)."""
-    from compress.architecture import size_cache_by_decoder
+    from compress.structure import size_cache_by_decoder
 
     keys = {
         "encoder": ("encoder_layers", "num_layers"),

@@ -3,7 +3,8 @@
 A unit is scored by all the weights that belong to it, in whichever layers: by their size, or by how much the loss would change
 without them to first order (Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning"). The lowest go, in every layer
 equally many, since a config has one number for all. Heads that share keys and values go together; so do the heads that share T5's
-position bias. Knows T5, BART, Llama, Mistral, Qwen2 and 3, GPT-2, BERT and RoBERTa. Best followed by some training.
+position bias. Channels of any type whose config has their number, heads where it has their size, too, hidden units of T5, BART, Llama,
+Mistral, Qwen2 and 3, GPT-2, BERT and RoBERTa. Best followed by some training.
 """
 
 import copy
@@ -15,10 +16,12 @@ from typing import TYPE_CHECKING, Literal, cast
 from pydantic import Field
 
 from compress import methods
+from compress.architectures import CHANNELS, DIMENSIONS, HEADS, WIDTH
 from compress.errors import BrokenPromise, InputError
 from compress.methods import About, Context
 from compress.model import Bundle
-from compress.prune._coupled import CHANNELS, DIMENSIONS, HEADS, WIDTH, Coupling, Group
+from compress.prune._coupled import BOUND, Coupling, Group
+from compress.structure import trial_inputs
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +31,7 @@ ABOUT = About(
     at_run_time="smaller matrices in fewer heads; what each step costs besides, at small sizes most of its time, stays", calibrated=True
 )
 TOLERANCE = 0.02  # of the parameters asked for
+MOST_APART = 0.01  # of the logits' mean square; in 16 bits sums of other lengths part by a thousandth
 Kept = dict[str, int]  # units by dimension
 
 
@@ -68,23 +72,33 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         setattr(config, key, value)
     new = rebuilt(model, config, state)
     _tell(model, new, coupling, kept, settings, context)
+    if kept[WIDTH] == coupling.sizes[WIDTH]:
+        _check(model, new, coupling, indices)
     return bundle.holding(new)
 
 
 def _allowed(coupling: Coupling, settings: Settings, context: Context) -> set[str]:
-    """The dimensions that are cut. Where the config has no head size, heads go with the width and stay with it."""
+    """The dimensions that are cut. Where the config has no head size, heads go with the width and stay with it.
+
+    Raises InputError where nothing of what is asked for can be cut.
+    """
     asked: set[str] = set(settings.cut)
-    kind = coupling.config.model_type
-    if coupling.family.bound and WIDTH in asked and HEADS not in asked:
+    kind, whole = coupling.config.model_type, dict(coupling.whole)
+    if coupling.bound and WIDTH in asked - whole.keys() and HEADS not in asked:
         context.say(f"{kind}: heads go with the width, since its config can't say one without the other")
         return asked | {HEADS}
-    if coupling.family.bound and HEADS in asked and WIDTH not in asked:
-        why = f"{kind}: its config can't describe fewer heads of the same size at the same width"
-        if asked == {HEADS}:
-            raise InputError(f"cut: heads: {why}; allowed are channels, and heads with width")
-        context.say(f"{why}, so all heads stay; cut: [channels, heads, width] cuts both")
-        return asked - {HEADS}
-    return asked
+    if coupling.bound and WIDTH not in asked - whole.keys():
+        whole.setdefault(HEADS, BOUND)
+    stay = [dimension for dimension in (CHANNELS, HEADS, WIDTH) if dimension in asked & whole.keys()]
+    if asked <= whole.keys():
+        ways = [dimension for dimension in (CHANNELS, HEADS, WIDTH) if dimension not in whole]
+        ways += ["heads with width"] if coupling.bound and WIDTH not in coupling.whole else []
+        why = "; ".join(f"{dimension}: {kind}: {whole[dimension]}" for dimension in stay)
+        raise InputError(f"cut: {why}; allowed are {', and '.join(ways) or 'none here: take another method'}")
+    for dimension in stay:
+        more = "; cut: [channels, heads, width] cuts both" if dimension == HEADS and coupling.bound and WIDTH not in coupling.whole else ""
+        context.say(f"{kind}: {whole[dimension]}, so all {dimension} stay{more}")
+    return asked - whole.keys()
 
 
 def _choice(coupling: Coupling, settings: Settings, allowed: set[str]) -> Kept:
@@ -101,7 +115,7 @@ def _choice(coupling: Coupling, settings: Settings, allowed: set[str]) -> Kept:
     reached = sorted({count / whole for _, count in options} | {1.0})
     least, where = reached[0], ", ".join(f"{d} {sizes[d]:,}" for d in DIMENSIONS if d in allowed)
     if target < least * whole:
-        more = "" if WIDTH in allowed else "; cut: [channels, heads, width] reaches further"
+        more = "" if WIDTH in allowed | coupling.whole.keys() else "; cut: [channels, heads, width] reaches further"
         raise InputError(
             f"keep: {settings.keep:g} of {whole:,} parameters can't be reached by cutting {where}: with as little of them as can be,"
             f" {math.ceil(least * 1000) / 1000:g} is left{more}"
@@ -129,7 +143,7 @@ def _options(coupling: Coupling, settings: Settings, allowed: set[str]) -> Itera
         return list(range(multiple, sizes[dimension] + 1, multiple))
 
     heads = range(1, sizes[HEADS] + 1) if HEADS in allowed else [sizes[HEADS]]
-    if coupling.family.bound and WIDTH in allowed:
+    if coupling.bound and WIDTH in allowed:
         outer = [(count, sizes[WIDTH] // sizes[HEADS] * count) for count in heads]
     else:
         outer = list(itertools.product(heads, stepped(WIDTH)))
@@ -180,19 +194,41 @@ def _same_scale(model: "PreTrainedModel", state: "dict[str, Tensor]", ratio: flo
             state[name] = weight * math.sqrt(ratio)
 
 
+def _check(before: "PreTrainedModel", after: "PreTrainedModel", coupling: Coupling, kept: "dict[Group, Tensor]") -> None:
+    """See that what is left computes what the model did with zeros in place of the units that go, which it has afterwards.
+
+    Raises BrokenPromise where it doesn't: something in it runs over units that stay and units that go.
+    """
+    import torch
+
+    inputs = trial_inputs(before)
+    with torch.inference_mode():
+        smaller = after(**inputs).logits.float()
+        for name, weight in before.state_dict().items():
+            coupling.clear(name, weight, kept)
+        whole = before(**inputs).logits.float()
+    share = float((smaller - whole).square().sum() / whole.square().sum().clamp(min=1e-30))
+    if not share <= MOST_APART:
+        cut = ", ".join(sorted({dimension for dimension, _ in kept}))
+        raise BrokenPromise(
+            f"{coupling.config.model_type}: without some of its {cut} it doesn't compute what it does with zeros in their place, by"
+            f" {share:.2g} of its logits' mean square, so something in it runs over all of them; cut less, or take another method"
+        )
+
+
 def _tell(
     before: "PreTrainedModel", after: "PreTrainedModel", coupling: Coupling, kept: Kept, settings: Settings, context: Context
 ) -> None:
     """Say what was reached, and note every layer's new shape."""
-    from compress.architecture import linear_layers
     from compress.prune._dense import bits
+    from compress.structure import linear_layers
 
     whole, names = coupling.count(coupling.sizes), {WIDTH: "width", HEADS: "heads", CHANNELS: "feed-forward channels"}
     new = coupling.described(kept)
     cuts = []
     for dimension in (CHANNELS, HEADS, WIDTH):
         if kept[dimension] < coupling.sizes[dimension]:
-            shapes = {f"{coupling.size(key):,} -> {new[key]:,}": key for key in coupling.family.keys[dimension]}
+            shapes = {f"{coupling.size(key):,} -> {new[key]:,}": key for key in coupling.keys[dimension]}
             told = [f"{shape} ({key})" for shape, key in shapes.items()] if len(shapes) > 1 else list(shapes)
             cuts.append(f"{names[dimension]} {', '.join(told)}")
         elif dimension in settings.cut:

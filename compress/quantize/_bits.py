@@ -16,11 +16,12 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from compress import experts
-from compress.architecture import as_linear, block_stacks, has_transposed_layers, linear_layers, match, packs_alike
+from compress.architectures.gpt2 import as_linear
 from compress.errors import BrokenPromise, ModelError
 from compress.methods import Context, LayerSettings
 from compress.model import Bundle, load_model, skeleton
 from compress.quantize._grid import PER_ROW, WIDTHS, GridSettings, Kind, fit, group_columns
+from compress.structure import block_stacks, has_transposed_layers, linear_layers, match, packs_alike
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

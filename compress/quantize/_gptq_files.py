@@ -14,11 +14,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from compress.architecture import block_stacks
 from compress.errors import ModelError
 from compress.quantize._grid import Kind
 from compress.quantize._pack import holder
 from compress.quantize._solution import Quantised
+from compress.structure import block_stacks
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

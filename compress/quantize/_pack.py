@@ -17,11 +17,11 @@ from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32
 from torch import Tensor, nn
 
 from compress import experts
-from compress.architecture import packs_alike
 from compress.errors import MissingPackage
 from compress.model import reader_needed, reads_packed
 from compress.quantize._grid import Kind
 from compress.quantize._solution import Quantised
+from compress.structure import packs_alike
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

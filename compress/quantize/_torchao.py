@@ -10,11 +10,11 @@ from torchao.quantization.quantize_.workflows import Int8Tensor
 from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
 from transformers.pytorch_utils import Conv1D
 
-from compress.architecture import linear_layers
 from compress.methods import Context, LayerSettings
 from compress.quantize._grid import Kind
 from compress.quantize._solution import Quantised
 from compress.quantize._touched import called, note_layers, require_touched
+from compress.structure import linear_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

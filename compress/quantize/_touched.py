@@ -4,9 +4,9 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from compress.architecture import trial_inputs
 from compress.errors import BrokenPromise
 from compress.methods import Context
+from compress.structure import trial_inputs
 
 if TYPE_CHECKING:
     from torch import nn

@@ -5,10 +5,10 @@ linear layer, GPT-2's Conv1D included; what transformers keeps in float32 for an
 """
 
 from compress import methods
-from compress.architecture import linear_layers
 from compress.methods import About, Context
 from compress.model import Bundle, load_model, skeleton
 from compress.quantize._touched import note_layers, require_touched
+from compress.structure import linear_layers
 
 ABOUT = About(
     at_run_time="activations are scaled, rounded and split at every layer and step; on a CPU the weights are unpacked too",

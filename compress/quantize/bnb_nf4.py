@@ -8,11 +8,11 @@ multiple of 32 and columns of 64. CPUs with AVX-512 BF16 compute with the packed
 from typing import Literal
 
 from compress import bnb, methods
-from compress.architecture import linear_layers
 from compress.errors import BrokenPromise
 from compress.methods import About, Context
 from compress.model import Bundle, load_model, skeleton
 from compress.quantize._touched import note_layers, require_touched
+from compress.structure import linear_layers
 
 ABOUT = About(
     at_run_time="the weights are unpacked at every step, which pays only where reading them was the bottleneck (not on AVX-512 BF16)",

@@ -4,7 +4,7 @@ Micikevicius et al. 2022, "FP8 Formats for Deep Learning". Products run in fp8 o
 Ada, Hopper, Blackwell), which is where it is made too; elsewhere it is refused. GPT-2's Conv1D layers become linear ones first.
 """
 
-from compress.architecture import as_linear
+from compress.architectures.gpt2 import as_linear
 from compress.errors import DeviceError
 from compress.methods import About, Context, LayerSettings
 from compress.model import Bundle

@@ -6,7 +6,7 @@ GPT-2's Conv1D layers become linear ones first, so its artifact is a GPTBigCode 
 """
 
 from compress import methods
-from compress.architecture import as_linear
+from compress.architectures.gpt2 import as_linear
 from compress.methods import About, Context
 from compress.model import Bundle
 from compress.quantize._grid import IN_INT8

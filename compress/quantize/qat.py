@@ -43,10 +43,11 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from torch import nn
     from torch.nn.utils import parametrize
 
-    from compress.architecture import as_linear, block_stacks
+    from compress.architectures.gpt2 import as_linear
     from compress.calibration.walk import check_dtype, layers_in_blocks
     from compress.quantize._bits import plan, sized
     from compress.quantize._calibrated import files_of
+    from compress.structure import block_stacks
 
     settings = sized(bundle, settings, context, apart=False)
     check_dtype(bundle.model)

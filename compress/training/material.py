@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from compress.architecture import label_number
 from compress.calibration.stream import Inputs, Row, encoded, padded
 from compress.methods import Context
+from compress.structure import label_number
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase

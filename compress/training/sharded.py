@@ -17,9 +17,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from compress.architecture import block_stacks
 from compress.errors import ModelError, RunError
 from compress.methods import Context
+from compress.structure import block_stacks
 from compress.training.learner import Learner
 
 if TYPE_CHECKING:

@@ -5,11 +5,11 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from compress.architecture import context_length
 from compress.calibration.stream import Row
 from compress.errors import RunError
 from compress.scores import rouge
 from compress.scripts import Tokenizers, choose
+from compress.structure import context_length
 from compress.training.material import IGNORED, Loss, Material, batch_of
 from compress.writing import prompt_of, write
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from compress.benchmark.isolate import Subject
 from compress.forecast.footprint import footprint, weight_bytes
 from compress.forecast.plan import read_config
-from compress.forecast.shape import read
+from compress.shape import read
 from compress.methods import quiet
 from compress.model import Source
 from compress.nursery import nursery

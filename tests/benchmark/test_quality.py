@@ -5,13 +5,13 @@ import copy
 import pytest
 import torch
 
-from compress.architecture import label_number
 from compress.benchmark import quality
 from compress.benchmark.batching import Batches
 from compress.benchmark.generation import Writer
 from compress.errors import DataError
 from compress.methods import quiet
 from compress.model import Bundle, Source
+from compress.structure import label_number
 from tests.conftest import WORDS
 
 PROMPTS = ["the cat sat", "a big dog ran on the red mat and sat", "the", "blue hat on a small mat was it"]

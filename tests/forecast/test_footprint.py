@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from compress import held
+from compress.architectures import read
 from compress.forecast.footprint import OBJECTS, cache_bytes, footprint, weight_bytes
-from compress.forecast.shape import read
 from compress.methods import quiet
 from compress.model import Source, load_model
 from compress.runtime import use_cpu_int8

@@ -7,8 +7,8 @@ import pytest
 import torch
 import transformers
 
+from compress.architectures import read
 from compress.errors import ModelError
-from compress.forecast.shape import read
 from compress.model import AUTO
 
 # fmt: off

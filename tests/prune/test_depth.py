@@ -8,12 +8,12 @@ import torch
 import transformers
 from transformers.pytorch_utils import Conv1D
 
-from compress.architecture import block_stacks
 from compress.calibration.stream import batches
 from compress.errors import DataError, InputError, ModelError
 from compress.methods import Context, Example, quiet
 from compress.prune import depth
 from compress.results import NOTES
+from compress.structure import block_stacks
 from tests.conftest import TASKS
 from tests.wide import SEEN, SHAPES, alike, bundle, elsewhere, greedy, logits, run, stored, wide
 

@@ -1,6 +1,7 @@
 """Heads, channels and width go, and what is left computes what it did: against models in which the units that go were zero."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,12 +9,15 @@ import transformers
 from torch.nn.functional import layer_norm
 from transformers.pytorch_utils import Conv1D
 
+from compress.architectures import WIDTH
 from compress.errors import BrokenPromise, DataError, InputError, ModelError
 from compress.methods import Context, Example, quiet
-from compress.model import AUTO, parameter_count
+from compress.model import AUTO, Bundle, Source, parameter_count
 from compress.prune import structured
-from compress.prune._coupled import CHANNELS, HEADS, Coupling
+from compress.prune._coupled import Coupling
 from compress.results import NOTES
+from compress.structure import trial_inputs
+from tests import architectures
 from tests.conftest import TASKS
 from tests.wide import SEEN, alike, bundle, elsewhere, greedy, logits, run, stored, wide
 
@@ -313,16 +317,16 @@ def test_what_goes_together_is_what_torch_pruning_finds_by_tracing(kind, changes
     checked = 0
     for module, name in names.items():
         axis = coupling.axes[f"{name}.weight"][0]
-        if axis not in (HEADS, CHANNELS):
+        if axis is None or (dimension := axis.dimension) == WIDTH:
             continue
         steps = [step for step, _ in traced.get_pruning_group(module, torch_pruning.prune_linear_out_channels, idxs=[5])]
         found = {(names[one.target.module], one.handler.__name__) for one in steps if one.target.module in names}
-        group = coupling.group(f"{name}.weight", axis)
+        group = coupling.group(f"{name}.weight", dimension)
         ours = {
             (other, f"prune_{side}_channels")
             for other in names.values()
             for counted, side in zip(coupling.axes[f"{other}.weight"], ("out", "in"), strict=True)
-            if counted in (HEADS, CHANNELS) and coupling.group(f"{other}.weight", counted) == group
+            if counted and coupling.group(f"{other}.weight", counted.dimension) == group
         }
         assert found == ours, name
         checked += 1
@@ -355,19 +359,84 @@ def test_the_least_share_that_is_named_can_be_reached(tmp_path):
     assert new.config.intermediate_size == 8
 
 
-def test_an_unknown_architecture_is_refused(tmp_path):
-    config = transformers.OPTConfig(
-        vocab_size=64,
-        hidden_size=32,
-        ffn_dim=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=64,
-        word_embed_proj_dim=32,
-    )
-    folder = stored(transformers.OPTForCausalLM(config), tmp_path / "whole")
-    with pytest.raises(ModelError, match=r"opt: structured pruning doesn't know .* it knows t5, "):
-        pruned(folder, "llama")
+# the feed-forward's inner and outer layers of types of which nothing is written down; where gate and up are one layer, twice the rows
+FEED_FORWARD = {
+    "OPTForCausalLM": ("fc1", "fc2"), "FalconForCausalLM": ("dense_h_to_4h", "dense_4h_to_h"), "Phi3ForCausalLM": ("gate_up_proj", "down_proj"),
+    "GPTNeoXForCausalLM": ("dense_h_to_4h", "dense_4h_to_h"), "GPTNeoForCausalLM": ("c_fc", "mlp.c_proj"),
+    "Gemma2ForCausalLM": ("gate_proj up_proj", "down_proj"), "Glm4ForCausalLM": ("gate_up_proj", "down_proj"),
+    "Starcoder2ForCausalLM": ("c_fc", "mlp.c_proj"), "Olmo2ForCausalLM": ("gate_proj up_proj", "down_proj"),
+    "MBartForConditionalGeneration": ("fc1", "fc2"), "PegasusForConditionalGeneration": ("fc1", "fc2"), "MarianMTModel": ("fc1", "fc2"),
+    "M2M100ForConditionalGeneration": ("fc1", "fc2"), "UMT5ForConditionalGeneration": ("wi_0 wi_1 wi", "DenseReluDense.wo"),
+    "DistilBertForSequenceClassification": ("lin1", "lin2"), "ModernBertForSequenceClassification": ("mlp.Wi", "mlp.Wo"),
+    "DebertaV2ForSequenceClassification": ("intermediate.dense", "output.dense"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FEED_FORWARD)
+def test_channels_go_from_types_of_which_nothing_is_written_down(name, tmp_path):
+    """A quarter of them is zero, others in each block, and nothing changes."""
+    folder = architectures.made(name, tmp_path / "whole")
+    model = Bundle(Source(str(folder), architectures.task_of(name), "float32"), "cpu").model
+
+    def ending(ends):
+        modules = model.named_modules()
+        return {n: m for n, m in modules if any(n.endswith(f".{e}") for e in ends.split()) and "attention.output" not in n}
+
+    inner, outer = map(ending, FEED_FORWARD[name])
+    channels = next(iter(outer.values())).weight.shape[1]
+    for owner, layer in inner.items():
+        gone = chosen(block_of(owner), channels, channels // 4)
+        clear(layer, outputs=[copy * channels + unit for copy in range(rows(layer).shape[0] // channels) for unit in gone])
+    for owner, layer in outer.items():
+        clear(layer, inputs=chosen(block_of(owner), channels, channels // 4))
+    model.save_pretrained(folder)
+    whole, whole_logits = parameter_count(model), model(**trial_inputs(model)).logits.detach()
+    keep = 1 - sum(layer.weight.numel() for layer in (*inner.values(), *outer.values())) / 4 / whole
+    made = Bundle(Source(str(folder), architectures.task_of(name), "float32"), "cpu")
+    new = structured.apply(made, structured.Settings(keep=keep, cut=["channels"]), Context("cpu", quiet, [], 32)).model
+    assert parameter_count(new) == pytest.approx(keep * whole, rel=0.01)
+    torch.testing.assert_close(new(**trial_inputs(new)).logits, whole_logits, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("BloomForCausalLM", "channels: bloom: its config has no size of the feed-forward that can be changed alone; heads: bloom: "),
+        ("MixtralForCausalLM", "mixtral: structured pruning doesn't cut a mixture's experts; prune: experts takes"),
+    ],
+)
+def test_what_a_config_cannot_say_is_refused(name, why, tmp_path):
+    folder = architectures.made(name, tmp_path / "whole")
+    with pytest.raises((InputError, ModelError), match=why):
+        structured.apply(Bundle(Source(str(folder), "causal-lm"), "cpu"), structured.Settings(), Context("cpu", quiet, [], 32))
+
+
+@pytest.mark.parametrize(
+    ("name", "why"),
+    [
+        ("Phi3ForCausalLM", "qkv_proj.weight holds queries with keys and values"),
+        ("Olmo2ForCausalLM", "q_norm.weight runs over all"),
+        ("HeliumForCausalLM", "the layer that takes what they give has a size of its own"),
+        ("GPTNeoXForCausalLM", "fewer heads of the same size at the same width"),
+    ],
+)
+def test_heads_stay_where_they_hang_together_otherwise(name, why, tmp_path):
+    folder, context = architectures.made(name, tmp_path / "whole"), Context("cpu", quiet, [], 32)
+    structured.apply(Bundle(Source(str(folder), "causal-lm"), "cpu"), structured.Settings(keep=0.9, multiple=2), context)
+    assert any(why in sentence and "all heads stay" in sentence for sentence in context.said)
+
+
+def test_a_cut_that_leaves_something_else_is_found_out(tmp_path, monkeypatch):
+    """Gate and up taken for one run of channels, whose neighbours would go together."""
+    folder, probed = architectures.made("Phi3ForCausalLM", tmp_path / "whole"), Coupling._probed
+
+    def in_one_run(self, model, dimension, keys):
+        axes = probed(self, model, dimension, keys)
+        return {name: tuple(axis and replace(axis, copies=1) for axis in row) for name, row in axes.items()}
+
+    monkeypatch.setattr(Coupling, "_probed", in_one_run)
+    with pytest.raises(BrokenPromise, match="phi3: without some of its channels it doesn't compute what it does with zeros in their place"):
+        structured.apply(Bundle(Source(str(folder), "causal-lm"), "cpu"), structured.Settings(keep=0.9), Context("cpu", quiet, [], 32))
 
 
 def test_taylor_without_examples_is_refused(tmp_path):

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from scipy.stats import spearmanr
 
 from compress import data
-from compress.architecture import as_linear
+from compress.architectures.gpt2 import as_linear
 from compress.calibration.block import Block
 from compress.calibration.stream import batches
 from compress.errors import BrokenPromise, InputError

@@ -1,4 +1,4 @@
-"""What differs between architectures, in one place: which layers are linear, which are heads, and GPT-2's odd ones."""
+"""How a model is made up and called, whatever its type: its linear layers, heads and stacks of blocks, what it takes and how much."""
 
 import difflib
 import fnmatch
@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import DataError, InputError, ModelError
+from compress import architectures
+from compress.errors import DataError, InputError
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -84,47 +85,6 @@ def has_transposed_layers(model: "PreTrainedModel") -> bool:
     return any(isinstance(module, Conv1D) for module in model.modules())
 
 
-def as_linear(model: "PreTrainedModel") -> "PreTrainedModel":
-    """The same model with `nn.Linear` in place of GPT-2's transposed Conv1D, which most libraries pass over in silence.
-
-    Plain transformers describes such a model as GPTBigCode with one key and value head per query head; its fused projection is
-    ordered by head (query, key, value of head 0, then of head 1 ...), GPT-2's by kind. Exact up to the order of sums.
-
-    Raises ModelError for the GPT-2 variants that GPTBigCode can't describe.
-    """
-    import torch
-    from transformers import GPTBigCodeConfig, GPTBigCodeForCausalLM, GPTBigCodeForSequenceClassification
-    from transformers.pytorch_utils import Conv1D
-
-    if not has_transposed_layers(model):
-        return model
-    kinds: dict[str, Any] = {
-        "GPT2LMHeadModel": GPTBigCodeForCausalLM,
-        "GPT2ForSequenceClassification": GPTBigCodeForSequenceClassification,
-    }
-    old, kind = model.config, kinds.get(type(model).__name__)
-    if kind is None or getattr(old, "add_cross_attention", False) or getattr(old, "scale_attn_by_inverse_layer_idx", False):
-        raise ModelError(f"{type(model).__name__} with this config has Conv1D layers that no plain transformers model has as linear ones")
-    shared = GPTBigCodeConfig().to_dict().keys() & old.to_dict().keys() - {"model_type", "architectures", "transformers_version"}
-    config = GPTBigCodeConfig(**{key: getattr(old, key) for key in shared}, multi_query=False)
-    heads, width = config.num_attention_heads, config.hidden_size
-    state = dict(model.state_dict())
-    for name, module in model.named_modules():
-        if isinstance(module, Conv1D):
-            weight, bias = module.weight.data.t(), module.bias.data
-            if name.endswith("attn.c_attn"):
-                order = torch.arange(3 * width).view(3, heads, width // heads).transpose(0, 1).reshape(-1).to(weight.device)
-                weight, bias = weight[order], bias[order]
-            state[f"{name}.weight"], state[f"{name}.bias"] = weight.contiguous(), bias.contiguous()
-    new = kind(config).to(model.dtype)
-    missing, unexpected = new.load_state_dict(state, strict=False)
-    if missing or any(not key.endswith((".attn.bias", ".attn.masked_bias")) for key in unexpected):
-        raise ModelError(f"GPT-2 weights that GPTBigCode has no place for: {', '.join([*missing, *unexpected][:5])}")
-    new.tie_weights()
-    new.generation_config = model.generation_config
-    return new.to(model.device).eval()
-
-
 def block_stacks(model: "PreTrainedModel") -> "dict[str, nn.ModuleList]":
     """The lists of blocks in the order they are run: outermost module lists with linear layers inside, Conv1D among them, all of one class
     or, as in hybrids, all of what transformers makes blocks of."""
@@ -149,7 +109,7 @@ def packs_alike(model: "PreTrainedModel") -> bool:
     """
     from compress.experts import parted
 
-    alike = bool(model.config.is_encoder_decoder) or model.config.model_type == "gpt_bigcode" or any(parted(model))
+    alike = bool(model.config.is_encoder_decoder) or architectures.of(model.config.model_type).alike or any(parted(model))
     return alike or not _begins_without_weights(model)
 
 
@@ -178,7 +138,7 @@ def context_length(config: Any, tokenizer: Any = None) -> int | None:
 
     The tokenizer's own bound counts where it is lower: RoBERTa's positions include two places that no token gets.
     """
-    if config.model_type in ("t5", "mt5", "umt5", "longt5"):
+    if architectures.of(config.model_type).endless:
         return None
     lengths = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
     lengths += [getattr(tokenizer, "model_max_length", None)]  # a very large number where the tokenizer doesn't say

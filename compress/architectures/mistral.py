@@ -1,0 +1,5 @@
+"""Mistral: built as Llama is."""
+
+from compress.architectures.llama import ARCHITECTURE
+
+__all__ = ["ARCHITECTURE"]
