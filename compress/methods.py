@@ -313,8 +313,13 @@ def quiet(what: str, done: int, total: int) -> None:
 def made_with(method: Method) -> dict[str, str]:
     """What a method's output depends on besides model and settings: the code that makes it, and the versions of what that uses."""
     file, package = Path(cast(ModuleType, method).__file__ or ""), Path(__file__).parent
-    shared = sorted([*file.parent.glob("_*.py"), *(path for part in ("calibration", "training") for path in (package / part).glob("*.py"))])
-    names = ("architecture", "bnb", "decoding", "experts", "model", "products", "prompts", "scores", "stage", "writing")
+    shared = sorted(
+        [
+            *file.parent.glob("_*.py"),
+            *(path for part in ("architectures", "calibration", "training") for path in (package / part).glob("*.py")),
+        ]
+    )
+    names = ("ao", "bnb", "decoding", "experts", "model", "products", "prompts", "scores", "stage", "structure", "writing")
     code = [file, *shared, *(package / f"{name}.py" for name in names)]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()
     return {"code": digest, **{name: _version(name) or "" for name in ("torch", "transformers", *method.ABOUT.packages)}}
