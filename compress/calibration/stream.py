@@ -177,7 +177,7 @@ def lead_in(model: "PreTrainedModel", blocks: nn.ModuleList, examples: list[Inpu
         if index > 0 and not torch.equal(states, _states(said[0])):
             raise _cannot_follow(model, f"changes the hidden states between its blocks {index - 1} and {index}")
         if states.shape[:-1] != real[number].shape:
-            raise _cannot_follow(model, f"has hidden states of {tuple(states.shape)} for tokens of {tuple(real[number].shape)}")
+            raise _unlike_tokens(model, states, real[number])
         streams[index].calls.append(tree_map_only(Tensor, kept, (args, kwargs)))
         if index == 0:
             streams[0].hidden.append(states.cpu())
@@ -198,6 +198,36 @@ def lead_in(model: "PreTrainedModel", blocks: nn.ModuleList, examples: list[Inpu
     for stream in streams:
         stream.behind = len(said[0]) - 1 if said and isinstance(said[0], tuple) else None
     return streams
+
+
+def look_ahead(model: "PreTrainedModel", stacks: dict[str, nn.ModuleList]) -> None:
+    """Lead a few tokens through an encoder-decoder without weights, as far as that goes: the encoder's work would come before a refusal.
+
+    Raises ModelError where a decoder's states don't stand one for each token.
+    """
+    if not model.config.is_encoder_decoder:
+        return
+    ids = torch.ones(1, 6, dtype=torch.long, device="meta")
+
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        states = args[0] if args else kwargs["hidden_states"]
+        if states.shape[:-1] != ids.shape:
+            raise _unlike_tokens(model, states, ids)
+
+    handles = [blocks[0].register_forward_pre_hook(hook, with_kwargs=True) for blocks in stacks.values()]
+    try:
+        model(input_ids=ids, decoder_input_ids=ids)
+    except ModelError:
+        raise
+    except Exception:  # much of what asks for numbers doesn't run without; such models are looked at in their turn
+        return
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _unlike_tokens(model: "PreTrainedModel", states: Tensor, tokens: Tensor) -> ModelError:
+    return _cannot_follow(model, f"has hidden states of {tuple(states.shape)} for tokens of {tuple(tokens.shape)}")
 
 
 def _states(output: Any) -> Tensor:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from compress import experts
 from compress.calibration.block import Block
 from compress.calibration.lost import measuring
-from compress.calibration.stream import Inputs, Stream, batches, encode, is_encoder, lead_in, without_cache
+from compress.calibration.stream import Inputs, Stream, batches, encode, is_encoder, lead_in, look_ahead, without_cache
 from compress.calibration.weights import empty
 from compress.errors import BrokenPromise, InputError, ModelError
 from compress.methods import Context, LayerSettings
@@ -95,6 +95,8 @@ def _walk(
     check_dtype(model)
     stacks = block_stacks(model)
     layers = layers_in_blocks(model, stacks, settings, context)
+    if not blind:
+        look_ahead(model, stacks)
     store = prepare(model, layers)
     stored = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     model.to(working_dtype(model.dtype, bundle.device))

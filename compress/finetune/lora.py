@@ -64,7 +64,9 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
             _keep(model.get_submodule(name), zero)
         count = sum(p.numel() for p in model.parameters() if p.requires_grad)
         train(model, material, settings, settings.seed, context, stopping=settings.early_stopping)
+        tied = model.config.tie_word_embeddings
         merged = wrapped.merge_and_unload()
+        merged.config.tie_word_embeddings = tied  # peft looks at an encoder's embedding, and the head may share the decoder's
     experts.fuse(merged)
     context.say(f"factors of rank {settings.rank} on {len(names)} layers: {count:,} weights were trained")
     return bundle.holding(merged.requires_grad_(True))

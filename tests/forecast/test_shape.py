@@ -15,6 +15,7 @@ from compress.model import AUTO
 CONFIGS = [
     ("seq2seq", transformers.T5Config(vocab_size=500, d_model=64, d_kv=24, d_ff=200, num_layers=3, num_decoder_layers=2, num_heads=4)),
     ("seq2seq", transformers.T5Config(vocab_size=500, d_model=64, d_ff=200, feed_forward_proj="gated-gelu", tie_word_embeddings=False)),
+    ("seq2seq", transformers.MT5Config(vocab_size=500, d_model=64, d_ff=200, num_layers=2)),
     ("sequence-classification", transformers.T5Config(vocab_size=500, d_model=64, d_ff=200, num_layers=2, num_labels=5)),
     (
         "seq2seq",
@@ -182,7 +183,7 @@ def test_published_sizes(name):
 
 
 def test_another_architecture_is_refused_by_name():
-    with pytest.raises(ModelError, match=r"'mamba'.*known are t5, bart, llama"):
+    with pytest.raises(ModelError, match=r"'mamba'.*known are bart, bert, gpt2"):
         read({"model_type": "mamba"}, "causal-lm")
     with pytest.raises(ModelError, match="task causal-lm; known with it are seq2seq, sequence-classification"):
         read({"model_type": "t5"}, "causal-lm")
