@@ -1,5 +1,6 @@
 """What became of every weight of a model in a stage: none is passed over in silence, whatever a method looked at."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
@@ -11,7 +12,7 @@ from compress.results import Account
 from compress.structure import is_head, linear_layers, within
 
 if TYPE_CHECKING:
-    from torch import nn
+    from torch import Tensor, nn
     from transformers import PreTrainedModel
 
 LEAST = 0.5  # of the weights that could have been worked on; with less done the model is not what the recipe says
@@ -50,6 +51,39 @@ def take(model: "PreTrainedModel", settings: Settings, context: Context, stage: 
     why = "; ".join(reason for reason in reasons if reason not in (HEAD, *ASKED))
     _require_enough(account, f"{stage} worked", f"were left out: {why}")
     return account
+
+
+def compare(before: "PreTrainedModel", after: "PreTrainedModel") -> Account | None:
+    """The account of a method that notes no layers, since it trains weights or takes whole parts away: what isn't in the result as it was
+    has been worked on, whatever it is; matrices that are were to stay. None where the result is another type of model.
+    """
+    from torch.nn import Embedding
+
+    if type(before) is not type(after):
+        return None
+    left, sizes, leading = {_digest(parameter) for parameter in after.parameters()}, Counter[str](), routers(before)
+    for name, parameter in before.named_parameters():  # a shared one once
+        owner = name.rpartition(".")[0]
+        if _digest(parameter.to(after.dtype)) not in left:
+            place = "worked"
+        elif parameter.ndim < 2:
+            place = "vectors"
+        elif owner in leading:
+            place = "routers"
+        elif isinstance(before.get_submodule(owner), Embedding):
+            place = "embeddings"
+        else:
+            place = "heads" if is_head(before, owner) else "asked"
+        sizes[place] += parameter.numel()
+    return Account(**sizes)
+
+
+def _digest(parameter: "Tensor") -> tuple[tuple[int, ...], bytes]:
+    """A tensor's shape and numbers, in few bytes."""
+    import torch
+
+    numbers = parameter.detach().contiguous().flatten().view(torch.uint8).numpy().data
+    return tuple(parameter.shape), hashlib.blake2b(numbers, digest_size=16).digest()
 
 
 def _sorted(model: "PreTrainedModel", settings: Settings, noted: Mapping[str, Place]) -> "tuple[Account, dict[str, nn.Module]]":

@@ -73,6 +73,8 @@ def run(
             _check_smaller(model.parameter_bytes(bare), model.file_bytes(folder), f"{family}: {name}")
         with in_float32(device):
             _check_logits(before, model.Source(str(folder), before.task), device, context, f"{family}: {name}", method.ABOUT.trains)
+        if counted is None and before.bits is None:
+            counted = account.compare(model.mapped(before), model.mapped(model.Source(str(folder), before.task)))
         noted = {"layers": context.layers, "said": context.said, "curve": context.curve, "cut": context.cut}
         noted["account"] = counted and counted.model_dump()
         (folder / NOTES).write_text(json.dumps(noted, indent=1), encoding="utf-8")

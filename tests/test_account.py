@@ -101,3 +101,28 @@ def test_little_worked_on_is_said_before_the_gates():
     text = write.brief(made(stages=[record]))
     assert text.split("\n\n")[2] == "**quantize: rtn worked on 80.0% of the weights that are no embeddings, heads, norms or biases.**"
     assert record.account.sentence == "64.0% of 125 parameters were worked on; 20.0% are norms and biases, 16.0% are left out"
+
+
+@pytest.mark.parametrize(
+    ("family", "method", "settings"),
+    [
+        ("finetune", "lora", {"rank": 4, "steps": 1, "batch_size": 2, "targets": ["q_proj", "v_proj"]}),
+        ("finetune", "full", {"steps": 1, "batch_size": 2}),
+        ("prune", "depth", {"drop": 1}),
+    ],
+)
+def test_what_trains_or_goes_is_told_by_the_weights_themselves(family, method, settings, tmp_path):
+    if method == "lora":
+        pytest.importorskip("peft")
+    before = make_model("llama")
+    folder = run(family, method, saved(before, tmp_path / "from"), "llama", tmp_path / "to", **settings)
+    sizes, whole = account(folder), {name: parameter.numel() for name, parameter in before.named_parameters()}
+    assert sum(sizes.model_dump().values()) == sum(whole.values())
+    assert sizes.left_out == 0
+    if method == "lora":
+        assert sizes.worked == sum(number for name, number in whole.items() if "q_proj" in name or "v_proj" in name)
+        assert sizes.asked == sum(number for name, number in whole.items() if "_proj" in name) - sizes.worked
+    elif method == "full":
+        assert sizes.worked == sum(whole.values())
+    else:
+        assert sizes.worked == sum(number for name, number in whole.items() if ".layers.0." in name and "norm" not in name)
