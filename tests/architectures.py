@@ -79,7 +79,7 @@ DECODERS = {
     },
     "BloomForCausalLM": SMALL,
     "MptForCausalLM": {"vocab_size": 64, "d_model": 64, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, **ENDS},
-    "Lfm2ForCausalLM": {**GROUPED, "layer_types": ["conv", "full_attention"]},
+    "Lfm2ForCausalLM": {**GROUPED, "num_hidden_layers": 3, "layer_types": ["conv", "full_attention", "conv"]},
     "MambaForCausalLM": {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, **ENDS},
     **MIXTURES,
 }  # fmt: skip
@@ -118,7 +118,7 @@ CLASSIFIERS = {
     "DistilBertForSequenceClassification": {"vocab_size": 64, "dim": 64, "hidden_dim": 96, "n_layers": 2, "n_heads": 4, "pad_token_id": 0},
     "DebertaForSequenceClassification": {**BERT, "relative_attention": True, "pos_att_type": ["c2p", "p2c"]},
     "DebertaV2ForSequenceClassification": {**BERT, "relative_attention": True, "pos_att_type": ["p2c", "c2p"], "position_buckets": 16},
-    "ModernBertForSequenceClassification": DECODER,
+    "ModernBertForSequenceClassification": {**DECODER, "num_hidden_layers": 3},
     "AlbertForSequenceClassification": {**BERT, "embedding_size": 64},
     "LongformerForSequenceClassification": {**BERT, "attention_window": 8, "sep_token_id": 1},
 }

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 ABOUT = About(at_run_time="fewer blocks one after the other; embeddings and the head take as long as before", calibrated=True)
 
 
+Kind = frozenset[tuple[str, tuple[int, ...]]]  # names and shapes of a block's weights
+
+
 class Stacks(methods.Settings):
     """How many blocks go of either stack of an encoder-decoder."""
 
@@ -59,23 +62,47 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     model = bundle.model
     stacks = _stacks(model)
-    going = {role: _going(role, name, len(blocks), settings, model) for role, (name, blocks) in stacks.items()}
+    going = {role: _going(role, name, blocks, settings, model) for role, (name, blocks) in stacks.items()}
     influences = _influences(bundle, {role: blocks for role, (_, blocks) in stacks.items()}, context) if settings.by == "influence" else {}
     config, state = copy.deepcopy(model.config), dict(model.state_dict())
     for role, (name, blocks) in stacks.items():
-        left = len(blocks) - going[role]
+        left, kinds = len(blocks) - going[role], _kinds(blocks)
+        first = _first(kinds)
         if settings.by == "spacing":
-            kept = spaced(len(blocks), left)
+            kept = [*range(first), *(first + index for index in spaced(len(blocks) - first, left - first))]
             context.say(f"blocks evenly spaced in {name}, {len(blocks)} -> {left} blocks: {', '.join(map(str, kept))} are kept")
         else:
             scores = influences[role]
-            kept = sorted(sorted(range(len(blocks)), key=lambda index: scores[index])[going[role] :])
+            kept = _kept(kinds, first, going[role], scores)
             told = ", ".join(f"{n} {score:.3g}{'' if n in kept else ' (dropped)'}" for n, score in enumerate(scores))
             context.say(f"block influence in {name}, {len(blocks)} -> {left} blocks: {told}")
         if going[role]:
             _shorten(config, role, len(blocks), kept)
             state = _renumbered(state, name, kept)
     return bundle.holding(rebuilt(model, config, state))
+
+
+def _first(kinds: list[Kind]) -> int:
+    """How many blocks of one kind stand before all others, which are of another: dense ones before those with experts, not one of each."""
+    first = next((index for index, kind in enumerate(kinds) if kind != kinds[0]), 0)
+    return first if len(kinds) > first + 1 and len(set(kinds[first:])) == 1 else 0
+
+
+def _kinds(blocks: "nn.ModuleList") -> list[Kind]:
+    """What weights each block has; only those of one kind can take each other's place. T5's position bias goes along with the first."""
+    return [
+        frozenset((name, tuple(weight.shape)) for name, weight in block.state_dict().items() if "relative_attention_bias" not in name)
+        for block in blocks
+    ]
+
+
+def _kept(kinds: list[Kind], first: int, going: int, scores: list[float]) -> list[int]:
+    """The blocks without those with the lowest scores; the first ones stay, or where kinds alternate one of each."""
+    kept = list(range(len(kinds)))
+    for index in sorted(range(first, len(kinds)), key=lambda index: scores[index]):
+        if len(kinds) - len(kept) < going and (first or sum(kinds[other] == kinds[index] for other in kept) > 1):
+            kept.remove(index)
+    return kept
 
 
 def spaced(blocks: int, left: int) -> list[int]:
@@ -110,16 +137,21 @@ def _stacks(model: "PreTrainedModel") -> "dict[str, tuple[str, nn.ModuleList]]":
     return found
 
 
-def _going(role: str, name: str, blocks: int, settings: Settings, model: "PreTrainedModel") -> int:
+def _going(role: str, name: str, blocks: "nn.ModuleList", settings: Settings, model: "PreTrainedModel") -> int:
     """How many blocks of a stack go."""
     if isinstance(settings.drop, int):
         number = settings.drop
     elif role == "blocks":
-        raise InputError(f"drop: {type(model).__name__} has one stack of {blocks} blocks, {name}; say drop: and a number below {blocks}")
+        raise InputError(
+            f"drop: {type(model).__name__} has one stack of {len(blocks)} blocks, {name}; say drop: and a number below {len(blocks)}"
+        )
     else:
         number = settings.drop.encoder if role == "encoder" else settings.drop.decoder
-    if number >= blocks:
-        raise InputError(f"drop: {number} of the {blocks} blocks of {name} would leave none; at most {blocks - 1} can go")
+    kinds = _kinds(blocks)
+    least = _first(kinds) or len(set(kinds))
+    if number > len(blocks) - least:
+        left = "none" if number >= len(blocks) else f"{len(blocks) - number}, and they are of kinds of which {least} have to stay"
+        raise InputError(f"drop: {number} of the {len(blocks)} blocks of {name} would leave {left}; at most {len(blocks) - least} can go")
     return number
 
 

@@ -11,9 +11,12 @@ from transformers.pytorch_utils import Conv1D
 from compress.calibration.stream import batches
 from compress.errors import DataError, InputError, ModelError
 from compress.methods import Context, Example, quiet
+from compress.model import Bundle, Source
 from compress.prune import depth
 from compress.results import NOTES
 from compress.structure import block_stacks
+from tests import architectures
+from tests.blocks import context, examples
 from tests.conftest import TASKS
 from tests.wide import SEEN, SHAPES, alike, bundle, elsewhere, greedy, logits, run, stored, wide
 
@@ -210,3 +213,31 @@ def test_attention_scaled_by_the_number_of_its_block_is_refused(tmp_path):
 def test_settings_that_drop_nothing_are_refused(drop):
     with pytest.raises(ValueError, match="drop"):
         depth.Settings(drop=drop)
+
+
+@pytest.mark.parametrize(
+    ("kinds", "first", "going", "kept"),
+    [
+        ("abbb", 1, 2, [0, 3]),  # a dense block before those with experts stays whatever its score
+        ("aabb", 2, 1, [0, 1, 3]),
+        ("abab", 0, 2, [2, 3]),
+        ("aabaa", 0, 3, [2, 4]),  # of each kind one
+        ("ab", 0, 0, [0, 1]),
+    ],
+)
+def test_blocks_of_several_kinds(kinds, first, going, kept):
+    """The first ones have the lowest scores, and so would go."""
+    kinds = [frozenset({(kind, (1,))}) for kind in kinds]
+    assert depth._first(kinds) == first
+    assert depth._kept(kinds, first, going, list(range(len(kinds)))) == kept
+
+
+@pytest.mark.parametrize("name", ["ModernBertForSequenceClassification", "Lfm2ForCausalLM"])
+def test_models_with_a_block_that_none_can_stand_for_lose_others(name, tmp_path):
+    """ModernBERT's first block has no norm; LFM2 has one attention among convolutions."""
+    folder, kind = architectures.made(name, tmp_path / "whole"), architectures.task_of(name)
+    told = context(examples=examples(label=name in architectures.CLASSIFIERS))
+    made = depth.apply(Bundle(Source(str(folder), kind), "cpu"), depth.Settings(drop=1), told).model
+    assert len(next(iter(block_stacks(made).values()))) == 2
+    with pytest.raises(InputError, match=r"and they are of kinds of which|would leave none"):
+        depth.apply(Bundle(Source(str(folder), kind), "cpu"), depth.Settings(drop=2 if name.startswith("Lfm2") else 3), told)
