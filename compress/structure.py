@@ -114,22 +114,23 @@ def packs_alike(model: "PreTrainedModel") -> bool:
 
 
 def _begins_without_weights(model: "PreTrainedModel") -> bool:
-    """Whether transformers makes a model whose linear layers have no weight yet, as those have none that are packed; tried on this one."""
+    """Whether transformers makes a model whose linear layers have no weight yet, as packed ones have none; tried on a bare one."""
     import torch
+    from accelerate import init_empty_weights
     from torch import nn
 
-    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module.weight.is_meta]
-    weights = [layer._parameters.pop("weight") for layer in layers]
+    with init_empty_weights():
+        bare: PreTrainedModel = type(model)(model.config)
+    layers = [module for module in bare.modules() if isinstance(module, nn.Linear)]
+    for layer in layers:
+        del layer._parameters["weight"]
     try:
         with torch.no_grad():
-            for module in model.modules():
+            for module in bare.modules():
                 if module in layers or any(part in layers for part in module.children()):
-                    model._init_weights(module)
+                    bare._init_weights(module)
     except AttributeError:
         return False
-    finally:
-        for layer, weight in zip(layers, weights, strict=True):
-            layer._parameters["weight"] = weight
     return True
 
 
