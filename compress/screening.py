@@ -14,10 +14,11 @@ from pathlib import Path
 from compress.benchmark import figures
 from compress.benchmark.statistics import FEWEST
 from compress.benchmark.subject import Subject
+from compress.judgement import Prepared
 from compress.methods import Example
 from compress.metrics import GROUPS, METRICS, TASK
 from compress.nursery import nursery
-from compress.pipeline import OUTPUTS, Prepared
+from compress.pipeline import OUTPUTS
 from compress.process import Progress
 from compress.report import verdict
 from compress.results import Role, Side

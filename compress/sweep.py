@@ -21,9 +21,9 @@ from compress.cluster import Workers
 from compress.data import examples_digest
 from compress.errors import CompressError, InputError, RecipeError, ReportError
 from compress.forecast import machine, plan
+from compress.judgement import Prepared
 from compress.methods import quiet
 from compress.nursery import nursery
-from compress.pipeline import Prepared
 from compress.process import Progress
 from compress.recipe import Recipe, digest, load
 from compress.report.numbers import duration

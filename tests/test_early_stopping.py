@@ -7,7 +7,7 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from compress import pipeline, recipe, stage
+from compress import artifacts, recipe, stage
 from compress.errors import DataError, RecipeError, RunError
 from compress.methods import Context
 from compress.model import Source
@@ -109,7 +109,7 @@ def test_a_validation_loss_that_is_no_number_names_the_examples(toys, monkeypatc
 
 
 def test_the_pipeline_draws_the_validation_split_and_reports_the_curve(toys, rows, write_recipe, tmp_path, monkeypatch):
-    monkeypatch.setattr(pipeline, "Child", Here)
+    monkeypatch.setattr(artifacts, "Child", Here)
     shown = []
     plain = stage.run
     monkeypatch.setattr(stage, "run", lambda *given, **named: shown.append(named["shown"]) or plain(*given, **named))
@@ -118,7 +118,7 @@ def test_the_pipeline_draws_the_validation_split_and_reports_the_curve(toys, row
     stages = [{"finetune": "full", "steps": 4, "batch_size": 4, "early_stopping": stopping}]
     found = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, data=data, stages=stages)))
     source = Source(str(toys["llama"]), "causal-lm", "float32")
-    (record,) = pipeline._stages(found, source, tmp_path / "out", "cpu", tmp_path / "log", lambda *_: None)
+    (record,) = artifacts.make(found, source, tmp_path / "out", "cpu", tmp_path / "log", lambda *_: None)
     assert len(shown[0]["validation"]) == 3
     assert [point.step for point in record.curve if point.validation is not None] == [2, 4]
     assert [point.step for point in record.curve if point.loss is not None] == [1, 2, 3, 4]

@@ -6,7 +6,7 @@ import threading
 
 import pytest
 
-from compress import methods, model, pipeline, preflight, recipe
+from compress import artifacts, methods, model, pipeline, preflight, recipe
 from compress.benchmark import figures, isolate
 from compress.errors import MissingPackage, OutOfMemory
 from compress.model import Source
@@ -29,11 +29,11 @@ def name_of(monkeypatch, loaded_recipe, source, tmp_path, device="cpu"):
     """What the stage's artifact would be called; nothing is made."""
     made = []
     monkeypatch.setattr(
-        pipeline,
-        "_make",
+        artifacts,
+        "_make_one",
         lambda stage, source, models, shown, target, *_: (made.append(target.name), target.mkdir(parents=True)),
     )
-    pipeline._stages(loaded_recipe, source, tmp_path / "artifacts", device, tmp_path / "log", methods.quiet)
+    artifacts.make(loaded_recipe, source, tmp_path / "artifacts", device, tmp_path / "log", methods.quiet)
     shutil.rmtree(tmp_path / "artifacts")
     return made[0]
 
@@ -62,11 +62,11 @@ def test_an_artifact_is_named_by_all_that_it_depends_on(loaded, toys, tmp_path, 
 
 def test_a_damaged_artifact_is_made_anew(toys, tmp_path):
     artifact = tmp_path / "artifact"
-    assert not pipeline._is_whole(artifact)
+    assert not artifacts.is_whole(artifact)
     shutil.copytree(toys["llama"], artifact)
-    assert pipeline._is_whole(artifact)
+    assert artifacts.is_whole(artifact)
     (artifact / "model.safetensors").unlink()
-    assert not pipeline._is_whole(artifact)
+    assert not artifacts.is_whole(artifact)
     assert not artifact.exists()
 
 
@@ -83,10 +83,12 @@ def test_what_a_killed_stage_left_is_swept(loaded, toys, tmp_path, monkeypatch):
         def __exit__(self, *_):
             pass
 
-    monkeypatch.setattr(pipeline, "Child", Interrupted)
+    monkeypatch.setattr(artifacts, "Child", Interrupted)
     found = loaded()
     with pytest.raises(KeyboardInterrupt):
-        pipeline._make(found.stages[0], Source(str(toys["llama"]), "causal-lm"), {}, {}, target, "cpu", tmp_path / "log", methods.quiet)
+        artifacts._make_one(
+            found.stages[0], Source(str(toys["llama"]), "causal-lm"), {}, {}, target, "cpu", tmp_path / "log", methods.quiet
+        )
     assert list(target.parent.iterdir()) == []
 
 
@@ -111,9 +113,9 @@ def test_of_two_runs_that_make_the_same_the_second_waits(loaded, toys, tmp_path,
 
     def make(progress):
         source = Source(str(toys["llama"]), "causal-lm")
-        pipeline._make(found.stages[0], source, {}, {}, target, "cpu", tmp_path / "log", progress)
+        artifacts._make_one(found.stages[0], source, {}, {}, target, "cpu", tmp_path / "log", progress)
 
-    monkeypatch.setattr(pipeline, "Child", Slow)
+    monkeypatch.setattr(artifacts, "Child", Slow)
     found = loaded()
     first = threading.Thread(target=make, args=[methods.quiet])
     first.start()

@@ -11,7 +11,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from compress import pipeline, recipe
+from compress import artifacts, pipeline, recipe
 from compress.errors import ChildDied, DataError, DeviceError, InputError, ModelError, RecipeError, RunError
 from compress.methods import Optimisation, everyone, quiet
 from compress.model import Source
@@ -260,10 +260,10 @@ def test_an_artifact_is_named_by_its_processes_where_it_was_trained_in_several(t
             target.mkdir(parents=True)
             made[target.name] = processes
 
-        monkeypatch.setattr(pipeline, "_make", make)
+        monkeypatch.setattr(artifacts, "_make_one", make)
         folder = tmp_path / f"{processes}-{len(list(tmp_path.iterdir()))}"
         source = Source(str(toys["llama"]), "causal-lm", "float32")
-        pipeline._stages(loaded, source, folder, "cpu", tmp_path / "log", quiet, processes)
+        artifacts.make(loaded, source, folder, "cpu", tmp_path / "log", quiet, processes)
         return list(made), list(made.values())
 
     (cast, one), counts = names(1)

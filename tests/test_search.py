@@ -10,9 +10,9 @@ import pytest
 
 from compress import recipe, screening, search
 from compress.errors import InputError, RecipeError, RunError
+from compress.judgement import Prepared
 from compress.methods import Example, quiet
 from compress.model import Source
-from compress.pipeline import Prepared
 from compress.results import GateResult, Report, Side
 from compress.search import Range, Search, Tried, gate, space
 from tests.conftest import recipe_for

@@ -12,9 +12,9 @@ from compress import pipeline, process, sweep
 from compress.benchmark.isolate import Session
 from compress.cluster import cluster
 from compress.errors import CompressError, InputError, ModelError, RecipeError, RunError
+from compress.judgement import Prepared
 from compress.methods import Example, quiet
 from compress.model import Source
-from compress.pipeline import Prepared
 from compress.results import Measurement, Report, Side, StageRecord
 from tests.benchmark.test_isolate import Subject, benchmark, noisy
 from tests.conftest import recipe_for

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from compress import methods, pipeline, recipe, stage
+from compress import artifacts, methods, recipe, stage
 from compress.errors import RunError
 from compress.methods import Context
 from compress.model import Source
@@ -171,13 +171,13 @@ class Here:
 
 def test_a_run_killed_in_recovery_goes_on_from_its_last_checkpoint(toys, rows, write_recipe, tmp_path, often, monkeypatch):
     """Pruning is not done again, the artifacts' names are the same, and so are the weights."""
-    monkeypatch.setattr(pipeline, "Child", Here)
+    monkeypatch.setattr(artifacts, "Child", Here)
     stages = [{"prune": "magnitude"}, {"finetune": "full", "steps": 5, "batch_size": 4, "learning_rate": 1e-2}]
     found = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, stages=stages)))
     source = Source(str(toys["llama"]), "causal-lm", "float32")
 
     def made(folder, progress=methods.quiet):
-        return pipeline._stages(found, source, folder, "cpu", tmp_path / "log", progress)
+        return artifacts.make(found, source, folder, "cpu", tmp_path / "log", progress)
 
     whole = made(tmp_path / "whole")
     folder, seen = tmp_path / "killed", []

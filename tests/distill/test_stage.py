@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from compress import methods, pipeline, recipe
+from compress import artifacts, methods, pipeline, recipe
 from compress.distill import _pair
 from compress.errors import ModelError, RecipeError
 from compress.model import Source, load_model, load_tokenizer
@@ -19,14 +19,14 @@ QUICK = {"steps": 1, "batch_size": 4}
 @pytest.fixture
 def made(toys, rows, write_recipe, tmp_path, monkeypatch):
     """Runs stages on the toy Llama; the records, and teacher and student as they were loaded."""
-    monkeypatch.setattr(pipeline, "Child", Here)
+    monkeypatch.setattr(artifacts, "Child", Here)
     pairs, plain = [], _pair.pair
     monkeypatch.setattr(_pair, "pair", lambda *given: pairs.append(plain(*given)) or pairs[-1])
     source = Source(str(toys["llama"]), "causal-lm", "float32")
 
     def make(*stages):
         found = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, stages=list(stages))))
-        return pipeline._stages(found, source, tmp_path / "artifacts", "cpu", tmp_path / "log", methods.quiet), pairs
+        return artifacts.make(found, source, tmp_path / "artifacts", "cpu", tmp_path / "log", methods.quiet), pairs
 
     return make
 

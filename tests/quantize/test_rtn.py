@@ -4,7 +4,7 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from compress import data, pipeline
+from compress import artifacts, data
 from compress.quantize import rtn
 from compress.recipe import load
 from tests.blocks import bundle, context, lively, saved
@@ -50,7 +50,7 @@ def test_a_recipe_needs_no_train_split_unless_its_settings_do(toys, rows, tmp_pa
         stages = [{"quantize": "rtn", **settings}]
         (tmp_path / "r.yaml").write_text(yaml.safe_dump(recipe_for("llama", toys["llama"], rows, data=block, stages=stages)))
         recipe = load(tmp_path / "r.yaml")
-        (seen,) = pipeline._shown(recipe, data.Dataset(recipe.data, recipe.folder))
+        (seen,) = artifacts.shown_to_stages(recipe, data.Dataset(recipe.data, recipe.folder))
         return seen.examples, seen.max_tokens
 
     assert shown({"evaluation": "test"}) == ([], 64)

@@ -1,0 +1,154 @@
+"""Artifacts: what stages make of a model, each in a folder whose name holds the digest of all that went into it."""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from compress import data, methods, model
+from compress.errors import DataError, ModelError
+from compress.methods import Example, TrainSettings, TuneSettings
+from compress.model import Source
+from compress.nursery import copied
+from compress.phases import phase
+from compress.process import Child, Progress, Team, take_lock
+from compress.recipe import Recipe, Stage, digest
+from compress.report import card, write
+from compress.results import StageRecord
+
+MEASURED_ROWS, MEASURED_TOKENS = 8, 64  # on which methods that need no data measure what layers lose
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a stage is shown of the data.
+
+    examples     of the train split
+    validation   what early stopping looks at
+    max_tokens   each example's longest input
+    """
+
+    examples: list[Example]
+    validation: list[Example]
+    max_tokens: int
+    chat: bool
+
+
+def make(
+    recipe: Recipe, source: Source, folder: Path, device: str, log: Path, progress: Progress, processes: int = 1,
+    shown: Sequence[Shown] | None = None,
+) -> list[StageRecord]:  # fmt: skip
+    """Make the artifact of every stage, or find it made. Each is `shown` its examples, which are read now where there are none.
+
+    An artifact's name holds the digest of all that went into it: the model's content, every stage so far with its code, the calibration
+    examples, the versions of what it was made with, how many processes trained where they were several. So recipes that share a beginning
+    share its artifacts.
+    """
+    original = source
+    records: list[StageRecord] = []
+    name = Path(source.id).name if source.is_folder else source.id.rsplit("/", 1)[-1]
+    history: list[Any] = [model.fingerprint(source), device]
+    shown = shown_to_stages(recipe, data.Dataset(recipe.data, recipe.folder)) if shown is None else shown
+    for stage, seen in zip(recipe.stages, shown, strict=True):
+        method = methods.find(stage.family, stage.method)
+        if seen.examples:
+            history.append([data.examples_digest(seen.examples), seen.max_tokens, seen.chat])
+        if seen.validation:
+            history.append(data.examples_digest(seen.validation))
+        others = {
+            role: model.pinned(Source(model.locate(other.id, recipe.folder), source.task, other.dtype, other.revision, other.bits))
+            for role, other in stage.settings.models().items()
+        }
+        history.extend([role, model.fingerprint(other)] for role, other in others.items())
+        history.append([stage.as_written(), methods.made_with(method)])
+        together = processes if method.ABOUT.trains else 1
+        if together > 1:  # a step takes so many times the examples
+            history.append({"processes": together})
+        target = folder / f"{name}-{stage.method}-{digest(history)}"
+        start, reused = time.monotonic(), is_whole(target)
+        if reused:
+            progress(f"{stage}; made before", 1, 1)
+        else:
+            models = {"original": original, **others}
+            with phase("stages"):
+                _make_one(stage, source, models, asdict(seen), target, device, log, progress, together)
+        seconds = time.monotonic() - start
+        noted = write.read_notes(target)
+        record = StageRecord(stage=stage.as_written(), artifact=str(target), seconds=seconds, reused=reused, **noted)
+        key = "the stage's max_tokens" if isinstance(stage.settings, TrainSettings) else "calibration.max_tokens"
+        records.append(record.model_copy(update={"cut": write.read_cut(target, record.name, key)}))
+        card.write(recipe, original, records)
+        source = Source(str(target.resolve()), source.task)
+    return records
+
+
+def shown_to_stages(recipe: Recipe, dataset: data.Dataset) -> list[Shown]:
+    """The examples of every stage, drawn as its settings or the recipe's calibration block say; few beginnings where they only measure."""
+    shown = []
+    for stage in recipe.stages:
+        settings, about = stage.settings, methods.find(stage.family, stage.method).ABOUT
+        wanted = settings if isinstance(settings, TrainSettings) else recipe.calibration
+        max_tokens, seen, watched = wanted.max_tokens, list[Example](), list[Example]()
+        if stage.needs_examples:
+            seen = dataset.examples("train", wanted.samples, wanted.seed)
+        elif about.measured:
+            max_tokens = min(max_tokens, MEASURED_TOKENS)
+            with suppress(DataError):  # there is no such split, and it isn't needed
+                seen = dataset.examples("train", min(wanted.samples or MEASURED_ROWS, MEASURED_ROWS), wanted.seed)
+        if isinstance(settings, TuneSettings) and settings.early_stopping is not None:
+            watched = dataset.examples("validation", settings.early_stopping.samples, settings.seed)
+        shown.append(Shown(seen, watched, max_tokens, recipe.data.chat))
+    return shown
+
+
+def is_whole(artifact: Path) -> bool:
+    """Whether an artifact is there to be used again; a damaged one is put away."""
+    if not artifact.exists():
+        return False
+    try:
+        model.check_folder(artifact)
+    except ModelError:
+        shutil.rmtree(artifact) if artifact.is_dir() else artifact.unlink()
+        return False
+    return True
+
+
+def _make_one(
+    stage: Stage, source: Source, models: dict[str, Source], shown: dict[str, Any], target: Path, device: str, log: Path,
+    progress: Progress, processes: int = 1,
+) -> None:  # fmt: skip
+    written = {"family": stage.family, "method": stage.method, "settings": stage.settings.model_dump(mode="json")}
+    scratch = target.with_name(f".{target.name}.scratch")  # a stage that was killed finds its checkpoints there
+    alone = processes == 1
+    with _one_at_a_time(target, progress):
+        if is_whole(target):  # another run made it meanwhile
+            return
+        with Child("compress.stage", log, progress, start=copied) if alone else Team("compress.stage", log, progress, processes) as worker:
+            worker.ask(
+                "run", source=asdict(source), stage=written, shown=shown, target=str(target), scratch=str(scratch), device=device,
+                cache=str(target.parent / "teachers"), models={role: asdict(other) for role, other in models.items()}, processes=processes,
+            )  # fmt: skip
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+@contextmanager
+def _one_at_a_time(target: Path, progress: Progress) -> Iterator[None]:
+    """Runs that make the same artifact would write each other's checkpoints: the second waits. The kernel lets go where one is killed."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    lock = target.with_name(f".{target.name}.lock")
+    while True:
+        with lock.open("a") as file:
+            take_lock(file, "run that makes the same", progress)
+            if not lock.exists() or lock.stat().st_ino != os.fstat(file.fileno()).st_ino:
+                continue  # it was another's, who removed it
+            try:
+                yield
+            finally:
+                for partial in target.parent.glob(f".{target.name}.*.partial"):  # a killed process could not tidy up after itself
+                    shutil.rmtree(partial, ignore_errors=True)
+                lock.unlink(missing_ok=True)
+            return

@@ -1,0 +1,121 @@
+"""What was measured becomes a report: compared, held against the gates, explained."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from compress import data
+from compress.benchmark import isolate
+from compress.benchmark.outputs import Outputs
+from compress.benchmark.statistics import corpus_value
+from compress.forecast.beside import foretold
+from compress.methods import Example
+from compress.metrics import COMPARED
+from compress.model import Source
+from compress.phases import Phase
+from compress.recipe import Gate, Recipe
+from compress.report import quality, verdict, why
+from compress.report.turns import disturbances
+from compress.results import Cut, Prediction, Report, Role, Side, Split, StageRecord
+from compress.scripts import shares
+
+HEADLINE = ("rougeL", "divergence", "perplexity", "accuracy", "chrf", "cer", "exact_match")  # single examples are ranked by
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is to be measured: a recipe's smaller model with its baseline, or a model alone, and the examples.
+
+    name     what the report calls the candidate
+    commit   git's, of the recipe
+    splits   what was read of the data
+    phases   where the time for it went
+    """
+
+    recipe: Recipe
+    baseline: Source | None
+    candidate: Source
+    name: str
+    examples: list[Example]
+    stages: list[StageRecord]
+    commit: str | None = None
+    splits: list[Split] = field(default_factory=list)
+    phases: list[Phase] = field(default_factory=list)
+
+
+def reported(one: Prepared, measured: isolate.Measured, environment: dict[str, Any]) -> Report:
+    """The report of one candidate, with its verdict."""
+    recipe = one.recipe
+    names = {"baseline": recipe.model.id, "candidate": one.name}
+    sources = {"baseline": one.baseline or one.candidate, "candidate": one.candidate}
+    sides = {
+        side.role: side.model_copy(
+            update={
+                "model": names[side.role],
+                "measurements": [*side.measurements, *foretold(side, sources[side.role], recipe, environment.get("device", "cpu"))],
+            }
+        )
+        for side in measured.sides
+    }
+    if COMPARED & set(recipe.groups):
+        tokenizers, scripts = recipe.tokenizers, shares([example.references for example in one.examples])
+        environment = {
+            **environment, "rouge_tokenizer": tokenizers.rouge, "bleu_tokenizer": tokenizers.bleu, "reference_scripts": scripts,
+        }  # fmt: skip
+    score = next((name for name in HEADLINE if any(name in o["samples"] for o in measured.outputs.values())), None)
+    report = Report(
+        recipe=recipe.name, run="", created=datetime.now(UTC).isoformat(timespec="seconds"),
+        digest=recipe.digest,
+        examples_digest=data.examples_digest(one.examples), settings=recipe.as_written(), environment=environment, stages=one.stages,
+        sides=list(sides.values()), splits=data.compared(one.splits), turns=measured.turns,
+        verdict="cannot_tell", decided_by="", cut=_cut(measured, recipe, len(one.examples)), score=score,
+        predictions=_predictions(one.examples, measured.outputs, score),
+    )  # fmt: skip
+    return judged(report, sides.get("baseline"), sides["candidate"], same_run=True)
+
+
+def judged(report: Report, baseline: Side | None, candidate: Side, same_run: bool) -> Report:
+    """The report with comparisons, gates, verdict and explanations for these two sides."""
+    limits = {metric: Gate.model_validate(gate) for metric, gate in report.settings["check"].items()}
+    compared = verdict.pairs(baseline, candidate, same_run) if baseline else []
+    level = report.confidence
+    gates = verdict.gates(limits, compared, baseline, candidate, level)
+    sides = [side for side in (baseline, candidate) if side]
+    decision, reason = verdict.decide(gates, [failure for side in sides for failure in side.failures])
+    comparisons = [verdict.compare(pair, level) for pair in compared]
+    return report.model_copy(
+        update={
+            "sides": sides, "comparisons": comparisons, "gates": gates, "verdict": decision, "decided_by": reason,
+            "notes": [
+                *why.notes(report.stages, comparisons, report.environment, sides, gates),
+                *quality.notes(sides, compared, [example.id for example in report.predictions], report.environment),
+                *quality.left_out(report.splits),
+                *disturbances(report.turns),
+            ],
+        }
+    )  # fmt: skip
+
+
+def _predictions(examples: Sequence[Example], outputs: dict[Role, Outputs], score: str | None) -> list[Prediction]:
+    windows = next((output["windows"] for output in outputs.values() if output["windows"] is not None), None)
+    if windows is not None:  # what counts as an example where texts are joined
+        examples = [Example(f"window {number}", text, []) for number, text in enumerate(windows, 1)]
+    found = []
+    for index, example in enumerate(examples):
+        row: dict[str, Any] = {"id": example.id, "prompt": example.prompt, "references": example.references}
+        for role, output in outputs.items():
+            row[role] = output["texts"][index] if output["texts"] is not None else None
+            if score is not None and isinstance(sample := output["samples"][score][index], list):
+                row[f"{role}_score"] = corpus_value(score, [sample])
+        found.append(Prediction(**row))
+    return found
+
+
+def _cut(measured: isolate.Measured, recipe: Recipe, examples: int) -> Cut | None:
+    """How many prompts of the evaluation were cut, on the side where they were most; None where nothing limits them."""
+    most = max(measured.outputs.values(), key=lambda output: int(output["cut"]), default=None)
+    if most is None or most["limit"] is None:
+        return None
+    key = "data.max_tokens" if most["limit"] == recipe.data.max_tokens else None
+    return Cut(where="the evaluation", cut=most["cut"], all=examples, limit=most["limit"], key=key)
