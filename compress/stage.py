@@ -163,7 +163,7 @@ def _logits(source: model.Source, device: str, context: methods.Context, who: st
     if rounded:
         _round(loaded, context)
     rows = []
-    with torch.inference_mode():
+    with torch.no_grad():
         for inputs in _inputs(loaded, model.load_tokenizer(source), few):
             try:
                 logits = loaded(**inputs).logits.float()

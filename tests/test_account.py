@@ -8,7 +8,7 @@ import transformers
 
 from compress.errors import BrokenPromise
 from compress.prune import magnitude
-from compress.quantize import int8_dynamic
+from compress.quantize import bnb_int8
 from compress.report import write
 from compress.results import NOTES, Account, StageRecord
 from tests.blocks import run, saved
@@ -56,9 +56,10 @@ def test_every_parameter_has_one_place(family, method, kind, tmp_path):
 
 
 def test_experts_that_a_method_does_not_reach_are_named(tmp_path):
-    folder = run("quantize", "int8_dynamic", mixture(tmp_path / "from"), "llama", tmp_path / "to")
+    pytest.importorskip("bitsandbytes")
+    folder = run("quantize", "bnb_int8", mixture(tmp_path / "from"), "llama", tmp_path / "to")
     assert notes(folder)["model.layers.1.mlp.experts.down_proj"] == (
-        "left out: it is a parameter of Qwen3MoeExperts, and quantize: int8_dynamic works on linear layers"
+        "left out: it is a parameter of Qwen3MoeExperts, and quantize: bnb_int8 works on linear layers"
     )
     experts, routers, attention = 2 * 4 * 3 * 32 * 64, 2 * 4 * 64, 2 * 4 * 64 * 256
     assert account(folder) == Account(
@@ -68,9 +69,10 @@ def test_experts_that_a_method_does_not_reach_are_named(tmp_path):
 
 def test_a_stage_that_would_hardly_touch_the_model_is_refused_before_it_begins(tmp_path, monkeypatch):
     folder = mixture(tmp_path / "from", experts=32)
-    monkeypatch.setattr(int8_dynamic, "apply", None)
+    pytest.importorskip("bitsandbytes")
+    monkeypatch.setattr(bnb_int8, "apply", None)
     with pytest.raises(BrokenPromise, match=r"would work on 25% of the [\d,]+ weights .* the others are parameters of Qwen3MoeExperts, "):
-        run("quantize", "int8_dynamic", folder, "llama", tmp_path / "to")
+        run("quantize", "bnb_int8", folder, "llama", tmp_path / "to")
 
 
 def test_a_stage_that_hardly_touched_the_model_fails(tmp_path, monkeypatch):

@@ -5,17 +5,18 @@ import json
 import numpy as np
 import pytest
 import torch
+import transformers
 from safetensors import safe_open
 from torch import nn
 
 from compress import experts
-from compress.errors import BrokenPromise, ModelError
+from compress.errors import BrokenPromise, InputError, ModelError
 from compress.model import Bundle, Source, load_model
 from compress.prune import magnitude, wanda
 from compress.quantize import autoround, awq, gptq, rtn
 from compress.quantize._calibrated import quantise
 from compress.quantize._pack import Packed
-from compress.results import NOTES
+from compress.results import NOTES, Account
 from tests.blocks import context, examples, run, saved
 from tests.calibration.test_walk import assert_same_moments
 from tests.mixtures import MIXTURES, TOGETHER, mixture, routed
@@ -202,3 +203,50 @@ def test_inf_in_one_expert_alone_is_refused_with_its_name(tmp_path):
     folder = saved(model, tmp_path / "m")
     with pytest.raises(BrokenPromise, match=r"model\.layers\.1\.mlp\.experts\.2\.down_proj can't be packed and others beside it were"):
         rtn.apply(bundle(folder), rtn.Settings(), context())
+
+
+def test_int8_holds_experts_together_and_computes_with_them_one_by_one(folders, tmp_path):
+    """Each row of each expert within half a step of what it was, and the layer as with those weights in float64 and inputs by token."""
+    folder = folders["Qwen3MoeForCausalLM"]
+    target = run("quantize", "int8_dynamic", folder, "llama", tmp_path / "to")
+    whole, model = (transformers.AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval() for path in (folder, target))
+    before, after = (each.model.layers[1].mlp.experts for each in (whole, model))
+    for name in ("gate_up_proj", "down_proj"):
+        plain, packed = getattr(before, name).detach(), getattr(after, name)
+        assert packed.qdata.dtype == torch.int8
+        steps = plain.abs().amax(dim=-1, keepdim=True) / 127.5
+        assert ((packed.dequantize() - plain).abs() <= 0.51 * steps).all()
+    states, chosen, shares = torch.randn(5, 64), torch.tensor([[0, 1]] * 5), torch.full((5, 2), 0.5)
+    rounded = lambda x: (x / (x.abs().amax(dim=-1, keepdim=True) / 127.5)).round() * (x.abs().amax(dim=-1, keepdim=True) / 127.5)  # noqa: E731
+    expected = 0
+    for expert in (0, 1):
+        gate, up = (rounded(states).double() @ after.gate_up_proj.dequantize()[expert].double().t()).chunk(2, dim=-1)
+        inner = (torch.nn.functional.silu(gate) * up).float()
+        expected = expected + 0.5 * rounded(inner).double() @ after.down_proj.dequantize()[expert].double().t()
+    with torch.no_grad():
+        given = after(states, chosen, shares).double()
+    assert (given - expected).norm() <= 0.02 * expected.norm()
+    noted = json.loads((target / NOTES).read_text())
+    assert Account.model_validate(noted["account"]).left_out == 0
+    assert any("one by one" in sentence for sentence in noted["said"])
+
+
+@pytest.mark.parametrize(("ignore", "error", "why"), [
+    (["lm_head", "experts.0.w1"], InputError, "rounds all experts of a layer or none"),
+    (["lm_head", "experts"], None, None),
+])  # fmt: skip
+def test_int8_takes_all_experts_of_a_layer_or_none(ignore, error, why, folders, tmp_path):
+    folder = folders["MixtralForCausalLM"]
+    if error:
+        with pytest.raises(error, match=why):
+            run("quantize", "int8_dynamic", folder, "llama", tmp_path / "to", ignore=ignore)
+        return
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        run("quantize", "int8_dynamic", folder, "llama", tmp_path / "to", ignore=ignore)
+    )
+    assert type(model.model.layers[0].mlp.experts.down_proj) is torch.nn.Parameter
+
+
+def test_int8_refuses_experts_the_other_way_round_before_any_work(folders, tmp_path):
+    with pytest.raises(ModelError, match="gpt_oss holds its experts the other way round"):
+        run("quantize", "int8_dynamic", folders["GptOssForCausalLM"], "llama", tmp_path / "to")

@@ -38,7 +38,7 @@ def flops_per_second(device: str, dtype: torch.dtype) -> float:
 
 def _best(work: Callable[[], object], device: str) -> float:
     """The shortest of several timings in seconds: CUDA events on a GPU, else a monotonic clock."""
-    with torch.inference_mode():
+    with torch.no_grad():
         work()
         return min(_seconds(work, device) for _ in range(TIMINGS))
 

@@ -217,7 +217,7 @@ class Writer:
             inputs = {"input_ids": written, "attention_mask": torch.ones_like(written)}
             if "logits_to_keep" in inspect.signature(model.forward).parameters:  # of the whole prompt they may be gigabytes
                 inputs["logits_to_keep"] = last
-        with torch.inference_mode():
+        with torch.no_grad():
             logits: Tensor = model(**inputs).logits[0, -last:]
         return logits.float()
 
@@ -260,7 +260,7 @@ class Writer:
         while start < len(ids):
             few = len(ids) if ids.is_cuda else max(1, ENCODED // lengths[start])
             rows, longest = slice(start, start + few), max(lengths[start : start + few])
-            with torch.inference_mode():
+            with torch.no_grad():
                 states = self._reader.model.get_encoder()(input_ids=ids[rows, :longest], attention_mask=mask[rows, :longest])
             found.append(torch.nn.functional.pad(states.last_hidden_state, (0, 0, 0, ids.shape[1] - longest)))
             start += few
@@ -297,7 +297,7 @@ class Writer:
         drawing = None if self._warpers is None else LogitsProcessorList([*self._warpers, GumbelNoise(self._seed, examples, start)])
         before = given.get("decoder_input_ids", given["input_ids"]).shape[1] if "past_key_values" in given else start
         strings = {"tokenizer": tokenizer} if self._config.stop_strings else {}
-        with torch.inference_mode(), decoding.generating_by(model, self._config):
+        with torch.no_grad(), decoding.generating_by(model, self._config):
             return model.generate(
                 **given, **wanted, **strings, max_new_tokens=start + self._new_tokens - before, do_sample=False, num_beams=self._beams,
                 logits_processor=drawing, pad_token_id=tokenizer.pad_token_id, return_dict_in_generate=True,

@@ -100,7 +100,7 @@ def generate(model: "PreTrainedModel", inputs: dict[str, Any], new_tokens: int, 
     """
     # transformers would make a static cache as long as the longest that the model has had
     model._previous_max_cache_length = -1
-    with torch.inference_mode(), generating_by(model, neutral(model.generation_config)):
+    with torch.no_grad(), generating_by(model, neutral(model.generation_config)):
         return model.generate(
             **inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False,
             stopping_criteria=StoppingCriteriaList([watch]), pad_token_id=0, **_cache_options(model, runtime),
@@ -123,7 +123,7 @@ def generation_seconds(
 
 def classify(model: "PreTrainedModel", inputs: dict[str, Any], times: int, watch: StoppingCriteria) -> None:
     """So many forward passes of a classifier, `watch` being called after each."""
-    with torch.inference_mode():
+    with torch.no_grad():
         for _ in range(times):
             model(**inputs)
             watch(inputs["input_ids"], None)

@@ -144,7 +144,7 @@ def _summed(
             inputs["decoder_input_ids"] = decoder_inputs(model, labels)
         else:
             labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
-        with torch.inference_mode():
+        with torch.no_grad():
             ours = model(**inputs).logits
             theirs = ours if original is None else original(**inputs).logits
             found = [
@@ -209,7 +209,7 @@ def classify(reader: Reader, prompts: Sequence[Prompt], batches: Batches) -> lis
 
     def work(batch: list[int]) -> None:
         inputs = reader.batch([encoded[i] for i in batch])
-        with torch.inference_mode():
+        with torch.no_grad():
             logits = reader.model(**inputs).logits
         best, broken = logits.argmax(dim=-1).tolist(), logits.isnan().any(dim=-1).tolist()
         for index, label, none in zip(batch, best, broken, strict=True):

@@ -124,7 +124,7 @@ def _times(
     """
     mark, between = _clock(device)
     whole, layers = [], []
-    with torch.inference_mode():
+    with torch.no_grad():
         model(**inputs)
         for number in range(PASSES):
             progress("timing", number, PASSES)
@@ -234,7 +234,7 @@ def _unpacked(module: nn.Module) -> list[Tensor]:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor):
         return [parameter.detach() for parameter in module.parameters(recurse=False) if parameter.dim() > 1]
-    with torch.inference_mode():
+    with torch.no_grad():
         if hasattr(weight, "quant_state") or hasattr(weight, "SCB"):
             return [bnb.unpacked(module)]
         if hasattr(weight, "__tensor_flatten__"):

@@ -4,12 +4,15 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate import init_empty_weights
 from torch import nn
-from torchao.quantization import Int8DynamicActivationInt8WeightConfig, PerRow, quantize_
+from torchao.quantization import FqnToConfig, Int8DynamicActivationInt8WeightConfig, PerRow, quantize_
 from torchao.quantization.quantize_.workflows import Int8Tensor
 from torchao.quantization.quantize_.workflows.int8.int8_tensor import QuantizeTensorToInt8Kwargs
 from transformers.pytorch_utils import Conv1D
 
+from compress import experts
+from compress.errors import InputError, ModelError
 from compress.methods import Context, LayerSettings
 from compress.quantize._grid import Kind
 from compress.quantize._solution import Quantised
@@ -63,6 +66,41 @@ def convert(model: "PreTrainedModel", settings: LayerSettings, context: Context,
     require_touched(model, lambda layer: isinstance(getattr(layer, "weight", None), kind), method)
     note_layers(context, list(layers), list(left_out), 8, settings.why_ignored)
     make_serializable(model, scheme, list(left_out))
+
+
+def convert_experts(model: "PreTrainedModel", settings: LayerSettings, context: Context, scheme: Any, method: str) -> None:
+    """Give the experts of a mixture, held together, weights of a scheme of torchao's, in place; all of a layer's or none.
+
+    torchao has no grouped product of such weights, so the config asks transformers to run experts one by one.
+
+    Raises ModelError where a type holds its experts the other way round, InputError where some of a layer's are to stay.
+    """
+    if not experts.held_together(model):
+        return
+    with init_empty_weights():
+        bare = type(model)(model.config)
+    experts.part(bare)
+    _, left_out = linear_layers(bare, settings.ignore)
+    for path, mixture in experts.parted(bare):
+        names, fused = [f"{path}.{name}" for name in mixture.layers()], model.get_submodule(path)
+        stay = [name for name in names if name in left_out]
+        for name in stay:
+            context.leave_out(name, settings.why_ignored)
+        if len(stay) == len(names):
+            continue
+        if stay:
+            raise InputError(f"ignore: {stay[0]}: {method} rounds all experts of a layer or none; name {path}")
+        if getattr(fused, "is_transposed", False):
+            raise ModelError(
+                f"{method}: {model.config.model_type} holds its experts the other way round, which torchao can't multiply by; name experts"
+                " under ignore to work on the rest"
+            )
+        matrices = [name for name, parameter in fused.named_parameters(recurse=False) if parameter.ndim == 3 and "bias" not in name]
+        quantize_(fused, FqnToConfig(dict.fromkeys(matrices, scheme)), filter_fn=None)
+        note_layers(context, names, [], 8, settings.why_ignored)
+    model.set_experts_implementation("eager")
+    model.config.experts_implementation = "eager"  # which is kept in its file, other than transformers' own note of it
+    context.say("its experts are run one by one, since torchao multiplies by no group of them in int8")
 
 
 def make_serializable(model: "PreTrainedModel", scheme: Any, left_out: list[str]) -> None:

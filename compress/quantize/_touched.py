@@ -34,7 +34,7 @@ def called(model: "PreTrainedModel", layers: "Mapping[str, nn.Module]") -> set[s
     found = {name for name in layers if ".experts." in name}
     handles = [layer.register_forward_hook(partial(_note, found, name)) for name, layer in layers.items()]
     try:
-        with torch.inference_mode():
+        with torch.no_grad():
             model(**trial_inputs(model))
     finally:
         for handle in handles:

@@ -2,7 +2,8 @@
 
 The plain absolute-maximum scheme of torchao's Int8DynamicActivationInt8WeightConfig; symmetric on both sides. Matrix products run in
 int8: fast on GPU tensor cores, slow on a CPU unless FBGEMM's kernels are taken (compress.use_cpu_int8, compress/runtime.py).
-GPT-2's Conv1D layers become linear ones first, so its artifact is a GPTBigCode model.
+GPT-2's Conv1D layers become linear ones first, so its artifact is a GPTBigCode model. A mixture's experts are rounded as they are
+held, together, and run one by one.
 """
 
 from compress import methods
@@ -17,6 +18,7 @@ ABOUT = About(
     packages=("torchao",),
     packs=True,
     holds=8,
+    experts=True,
 )
 
 
@@ -29,8 +31,9 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from torchao.quantization import Int8DynamicActivationInt8WeightConfig
     from torchao.quantization.quantize_.workflows import Int8Tensor
 
-    from compress.quantize._torchao import convert
+    from compress.quantize._torchao import convert, convert_experts
 
-    model = as_linear(bundle.model)
-    convert(model, settings, context, Int8DynamicActivationInt8WeightConfig(), Int8Tensor, "quantize: int8_dynamic")
+    model, scheme = as_linear(bundle.model), Int8DynamicActivationInt8WeightConfig()
+    convert_experts(model, settings, context, scheme, "quantize: int8_dynamic")
+    convert(model, settings, context, scheme, Int8Tensor, "quantize: int8_dynamic")
     return bundle.holding(model)

@@ -157,7 +157,7 @@ def _printed(use: Use, measured: bool) -> list[str]:
         new = "output[0, len(ids) :]" if use.task == "causal-lm" else "output[0]"
         first = f".split({use.data['shot_separator']!r})[0].strip()" if use.data["shots"] else ""
         shown = f"print(tokenizer.decode({new}, skip_special_tokens=True).strip(){first})"
-    return ["with torch.inference_mode():", f"    {result}", shown]
+    return ["with torch.no_grad():", f"    {result}", shown]
 
 
 def _promise(use: Use, example: Prediction | None, report: Report | None) -> list[str]:
