@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Literal
 from compress.errors import BrokenPromise
 from compress.experts import routers
 from compress.methods import ASKED, HEAD, LEFT_OUT, Context, LayerSettings, Settings
+from compress.model import Source, mapped
+from compress.process import is_out_of_memory
 from compress.results import Account
 from compress.structure import is_head, linear_layers, within
 
@@ -53,27 +55,37 @@ def take(model: "PreTrainedModel", settings: Settings, context: Context, stage: 
     return account
 
 
-def compare(before: "PreTrainedModel", after: "PreTrainedModel") -> Account | None:
+def compare(before: Source, after: Source) -> Account | None:
     """The account of a method that notes no layers, since it trains weights or takes whole parts away: what isn't in the result as it was
-    has been worked on, whatever it is; matrices that are were to stay. None where the result is another type of model.
+    has been worked on, whatever it is; matrices that are were to stay. None where the result is another type of model, or memory doesn't
+    hold either.
     """
     from torch.nn import Embedding
 
-    if type(before) is not type(after):
+    try:
+        result = mapped(after)
+        kind, dtype, left = type(result), result.dtype, {_digest(parameter) for parameter in result.parameters()}
+        del result
+        model = mapped(before)
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         return None
-    left, sizes, leading = {_digest(parameter) for parameter in after.parameters()}, Counter[str](), routers(before)
-    for name, parameter in before.named_parameters():  # a shared one once
+    if type(model) is not kind:
+        return None
+    sizes, leading = Counter[str](), routers(model)
+    for name, parameter in model.named_parameters():  # a shared one once
         owner = name.rpartition(".")[0]
-        if _digest(parameter.to(after.dtype)) not in left:
+        if _digest(parameter.to(dtype)) not in left:
             place = "worked"
         elif parameter.ndim < 2:
             place = "vectors"
         elif owner in leading:
             place = "routers"
-        elif isinstance(before.get_submodule(owner), Embedding):
+        elif isinstance(model.get_submodule(owner), Embedding):
             place = "embeddings"
         else:
-            place = "heads" if is_head(before, owner) else "asked"
+            place = "heads" if is_head(model, owner) else "asked"
         sizes[place] += parameter.numel()
     return Account(**sizes)
 

@@ -266,7 +266,7 @@ class Cut(Record):
 class Account(Record):
     """What became of a model's parameters in a stage, each counted once.
 
-    worked      in layers that the stage worked on
+    worked      in layers that the stage worked on; of one that trains or takes parts away, all that isn't in the result as it was
     heads       what maps the last hidden state to tokens or labels, left alone
     routers     what leads tokens to the experts of a mixture, left alone
     vectors     of one dimension: norms and biases

@@ -72,9 +72,10 @@ def run(
         if method.ABOUT.smaller:
             _check_smaller(model.parameter_bytes(bare), model.file_bytes(folder), f"{family}: {name}")
         with in_float32(device):
-            _check_logits(before, model.Source(str(folder), before.task), device, context, f"{family}: {name}", method.ABOUT.trains)
+            rounds = family == "quantize" and not method.ABOUT.trains
+            _check_logits(before, model.Source(str(folder), before.task), device, context, f"{family}: {name}", rounds)
         if counted is None and before.bits is None:
-            counted = account.compare(model.mapped(before), model.mapped(model.Source(str(folder), before.task)))
+            counted = account.compare(before, model.Source(str(folder), before.task))
         noted = {"layers": context.layers, "said": context.said, "curve": context.curve, "cut": context.cut}
         noted["account"] = counted and counted.model_dump()
         (folder / NOTES).write_text(json.dumps(noted, indent=1), encoding="utf-8")
@@ -105,7 +106,7 @@ def _check_smaller(before: int, after: int, who: str) -> None:
 
 
 def _check_logits(
-    before: model.Source, artifact: model.Source, device: str, context: methods.Context, who: str, trains: bool
+    before: model.Source, artifact: model.Source, device: str, context: methods.Context, who: str, rounds: bool
 ) -> None:  # fmt: skip
     """See that the artifact, as plain transformers loads it, answers, and that rounding changed no more than it can.
 
@@ -115,7 +116,7 @@ def _check_logits(
     if not all(part.isfinite().all() for part in made):
         raise BrokenPromise(f"{who}: the result gives NaN or infinite logits; nothing was kept. A wider dtype (bfloat16) may help")
     bits = min((int(layer["bits"]) for layer in context.layers if layer["bits"] is not None), default=0)
-    bound = MOST_CHANGED.get(bits) if who.startswith("quantize") and not trains else None
+    bound = MOST_CHANGED.get(bits) if rounds else None
     if bound is None:
         return
     bound *= UNSURE if before.task == "sequence-classification" else 1
@@ -131,8 +132,8 @@ def _check_logits(
     if changed > bound:
         raise BrokenPromise(
             f"{who}: loaded by plain transformers, the result's logits differ from the model's by {changed:.2f} of their mean square at"
-            f" the median token of {len(made)} examples, where {bits} bits change {bound:g} at most. Something of it isn't read as meant;"
-            " nothing was kept"
+            f" the median token of {len(made)} examples, where {bits} bits change {bound:.2g} at most. Either something of it isn't read as"
+            " meant, or the model bears no such rounding, and more bits or another method may; nothing was kept"
         )
 
 
@@ -175,14 +176,24 @@ def _logits(source: model.Source, device: str, context: methods.Context, who: st
 
 
 def _round(loaded: "PreTrainedModel", context: methods.Context) -> None:
-    """Round the layers that were worked on to nearest in as many bits, a row at a time, in place."""
+    """Round the layers that were worked on to nearest in as many bits, a row at a time, in place; in 8 bits their inputs by token, too."""
+    from transformers.pytorch_utils import Conv1D
+
     experts.part(loaded)
     modules = dict(loaded.named_modules())
     for layer in context.layers:
         if layer["bits"] is not None and (module := modules.get(str(layer["name"]))) is not None:
-            weight: Tensor = module.weight.data
-            step = weight.abs().amax(dim=-1, keepdim=True).clamp(min=1e-30) / (2 ** (int(layer["bits"]) - 1) - 0.5)
-            weight.copy_((weight / step).round() * step)
+            bits, weight = int(layer["bits"]), module.weight.data
+            weight.copy_(_rounded(weight, bits, 0 if isinstance(module, Conv1D) else -1))
+            if bits == 8:
+                module.register_forward_pre_hook(lambda _, args: (_rounded(args[0], 8, -1), *args[1:]))
+
+
+def _rounded(tensor: "Tensor", bits: int, dim: int) -> "Tensor":
+    wide = tensor.float()
+    step = wide.abs().amax(dim=dim, keepdim=True).clamp(min=1e-30) / (2 ** (bits - 1) - 0.5)
+    nearest: Tensor = (wide / step).round() * step
+    return nearest.to(tensor.dtype)
 
 
 def _inputs(loaded: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: methods.Context) -> "list[dict[str, Tensor]]":

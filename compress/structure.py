@@ -160,10 +160,11 @@ def trial_inputs(model: "PreTrainedModel") -> "dict[str, Tensor]":
     """Tokens from all over the vocabulary that any model can be called with, to see whether it runs; the first are often special ones."""
     import torch
 
-    size = model.config.get_text_config().vocab_size
+    config = model.config.get_text_config()
+    size, end = config.vocab_size, getattr(config, "eos_token_id", None)
     ids = (2 + torch.arange(32, device=model.device) * max(size // 32, 1)).remainder(size)[None]
-    if isinstance(model.config.eos_token_id, int):
-        ids[:, -1] = model.config.eos_token_id  # where some classifiers look
+    if isinstance(end, int):
+        ids[:, -1] = end  # where some classifiers look
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder and model.can_generate():
         inputs["decoder_input_ids"] = ids[:, :8]

@@ -17,8 +17,8 @@ ROWS, PAGE = Path("docs/types.csv"), Path("docs/types.md")
 HEAD = """# Types of model
 
 What each method does with a small random model of each type, by `python docs/make_types.py`: made (plain transformers loads the artifact
-in a process of its own with equal logits, and all weights are accounted for), or refused in a sentence before any work; the sentences stand
-below.
+in a process of its own with equal logits, and all weights are accounted for), or refused in a sentence before anything is changed; the
+sentences stand below.
 """
 
 

@@ -231,20 +231,17 @@ def test_int8_holds_experts_together_and_computes_with_them_one_by_one(folders, 
     assert any("one by one" in sentence for sentence in noted["said"])
 
 
-@pytest.mark.parametrize(("ignore", "error", "why"), [
-    (["lm_head", "experts.0.w1"], InputError, "rounds all experts of a layer or none"),
-    (["lm_head", "experts"], None, None),
-])  # fmt: skip
-def test_int8_takes_all_experts_of_a_layer_or_none(ignore, error, why, folders, tmp_path):
+def test_int8_takes_all_experts_of_a_layer_or_none(folders, tmp_path):
+    """By the names of modules, by those of checkpoints, and experts alone."""
     folder = folders["MixtralForCausalLM"]
-    if error:
-        with pytest.raises(error, match=why):
-            run("quantize", "int8_dynamic", folder, "llama", tmp_path / "to", ignore=ignore)
-        return
-    model = transformers.AutoModelForCausalLM.from_pretrained(
-        run("quantize", "int8_dynamic", folder, "llama", tmp_path / "to", ignore=ignore)
-    )
-    assert type(model.model.layers[0].mlp.experts.down_proj) is torch.nn.Parameter
+    with pytest.raises(InputError, match="rounds all experts of a layer or none"):
+        run("quantize", "int8_dynamic", folder, "llama", tmp_path / "to", ignore=["lm_head", "experts.0.w1"])
+    for number, (entry, whole) in enumerate({"experts": True, "*.experts.*": True, "self_attn": False}.items()):
+        target = run("quantize", "int8_dynamic", folder, "llama", tmp_path / str(number), ignore=["lm_head", entry])
+        model = transformers.AutoModelForCausalLM.from_pretrained(target)
+        assert (type(model.model.layers[0].mlp.experts.down_proj) is torch.nn.Parameter) == whole
+        assert (model.config._experts_implementation == "eager") == (not whole)
+        assert any("one by one" in sentence for sentence in json.loads((target / NOTES).read_text())["said"]) == (not whole)
 
 
 def test_int8_refuses_experts_the_other_way_round_before_any_work(folders, tmp_path):

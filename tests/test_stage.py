@@ -50,6 +50,21 @@ def test_what_rounding_does_to_a_few_tokens_is_no_broken_promise(toys, tmp_path)
         run("quantize", method, folder, "llama", tmp_path / method, **settings)
 
 
+def test_inputs_that_bear_no_rounding_are_no_broken_promise(toys, tmp_path):
+    """A channel that its norms make 300 times as large and the layers behind them take back: the same model, ruined by 8 bits a token."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(toys["llama"])
+    with torch.no_grad():
+        for layer in model.model.layers:
+            norms = (layer.input_layernorm, layer.post_attention_layernorm)
+            behind = ((layer.self_attn.q_proj, layer.self_attn.k_proj, layer.self_attn.v_proj), (layer.mlp.gate_proj, layer.mlp.up_proj))
+            for norm, layers in zip(norms, behind, strict=True):
+                norm.weight[3] *= 300
+                for linear in layers:
+                    linear.weight[:, 3] /= 300
+    folder = saved(model, tmp_path / "from")
+    run("quantize", "int8_dynamic", folder, "llama", tmp_path / "to")
+
+
 def test_a_layer_whose_dtype_is_asked_for_stays_whole_in_4_bits(tmp_path):
     """T5's plain feed-forward gives its last layer states in the dtype of its weight, bytes once packed; LongT5 doesn't say so itself."""
     pytest.importorskip("bitsandbytes")

@@ -21,6 +21,7 @@ class Axis:
     copies: int = 1
 
 
+HIDDEN, HEAD, CHANNEL = Axis(WIDTH), Axis(HEADS), Axis(CHANNELS)
 Axes = tuple[Axis | None, ...]  # None for tokens, positions and labels
 
 
@@ -30,7 +31,7 @@ class Architecture:
 
     shape    adds up what transformers makes of a config.json that serves one of the `tasks`; None where it can't be foretold
     endless  its positions set no bound on the tokens of an input, whatever its config says
-    wide     its hidden size can be cut: nothing in it depends on that but its weights and norms
+    wide     its hidden size can be cut alone: nothing in it depends on that but its weights and norms
     layers   what the outputs and inputs of each kind of layer count, by the end of its name (a regular expression; the first that fits),
              where the config binds the number of heads to the hidden size, so that neither can be told by changing one
     alike    plain transformers reads its packed weights only where all layers are packed alike, since it looks at them while it is made

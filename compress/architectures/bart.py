@@ -1,9 +1,8 @@
 """BART: the hidden size is that of its heads together, on either side."""
 
-from compress.architectures import CHANNELS, HEADS, WIDTH, WRITES, Architecture, Axis
+from compress.architectures import CHANNEL, HEAD, HIDDEN, WRITES, Architecture
 from compress.shape import Config, Shape, Stack, labels
 
-HIDDEN, HEAD, CHANNEL = Axis(WIDTH), Axis(HEADS), Axis(CHANNELS)
 LAYERS = {
     "shared|embed_tokens|embed_positions|lm_head|classification_head.out_proj": (None, HIDDEN),
     "classification_head.dense": (HIDDEN, HIDDEN),
@@ -35,4 +34,4 @@ def shape(config: Config, task: str) -> Shape:
     return Shape.of("BART", task, encoder, decoder, other, buffers, vocabulary)
 
 
-ARCHITECTURE = Architecture(tasks=WRITES, shape=shape, wide=True, layers=LAYERS)
+ARCHITECTURE = Architecture(tasks=WRITES, shape=shape, layers=LAYERS)

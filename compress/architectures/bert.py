@@ -1,9 +1,8 @@
 """BERT: an encoder whose hidden size is that of its heads together."""
 
-from compress.architectures import CHANNELS, HEADS, WIDTH, Architecture, Axis
+from compress.architectures import CHANNEL, HEAD, HIDDEN, Architecture
 from compress.shape import Config, Shape, Stack, labels
 
-HIDDEN, HEAD, CHANNEL = Axis(WIDTH), Axis(HEADS), Axis(CHANNELS)
 LAYERS = {
     "word_embeddings|position_embeddings|token_type_embeddings|classifier|classifier.out_proj": (None, HIDDEN),
     "pooler.dense|classifier.dense": (HIDDEN, HIDDEN),
@@ -24,4 +23,4 @@ def shape(config: Config, task: str) -> Shape:
     return Shape.of("BERT", task, encoder, None, other, 4 * positions, vocabulary)
 
 
-ARCHITECTURE = Architecture(tasks=("sequence-classification",), shape=shape, wide=True, layers=LAYERS)
+ARCHITECTURE = Architecture(tasks=("sequence-classification",), shape=shape, layers=LAYERS)

@@ -2,14 +2,13 @@
 
 from typing import TYPE_CHECKING, Any
 
-from compress.architectures import CHANNELS, HEADS, LABELS, WIDTH, Architecture, Axis
+from compress.architectures import CHANNEL, HEAD, HEADS, HIDDEN, LABELS, Architecture, Axis
 from compress.errors import ModelError
 from compress.shape import Config, Shape, Stack, head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-HIDDEN, HEAD, CHANNEL = Axis(WIDTH), Axis(HEADS), Axis(CHANNELS)
 LAYERS = {
     "wte|wpe|lm_head|score": (None, HIDDEN),
     "attn.c_attn": (Axis(HEADS, 3), HIDDEN),
@@ -31,7 +30,7 @@ def shape(config: Config, task: str) -> Shape:
     return Shape.of("GPT-2", task, None, decoder, other, 0, vocabulary)
 
 
-ARCHITECTURE = Architecture(tasks=LABELS, shape=shape, wide=True, layers=LAYERS)
+ARCHITECTURE = Architecture(tasks=LABELS, shape=shape, layers=LAYERS)
 
 
 def as_linear(model: "PreTrainedModel") -> "PreTrainedModel":

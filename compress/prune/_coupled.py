@@ -11,6 +11,7 @@ import math
 import re
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
 from compress import architectures, experts
@@ -53,6 +54,8 @@ class Coupling:
         self.config, self._kind = model.config, model.config.model_type
         if any(map(experts.holds, model.modules())):
             raise ModelError(f"{self._kind}: structured pruning doesn't cut a mixture's experts; prune: experts takes whole ones away")
+        if self.config.get_text_config() is not self.config:
+            raise ModelError(f"{self._kind}: its sizes stand in a text_config of their own, which structured pruning doesn't change")
         self._shapes = {name: tuple(weight.shape) for name, weight in model.state_dict().items()}
         written, architecture = self.config.to_dict(), architectures.of(self._kind)
         self.keys = {d: tuple(key for key in keys if _is_size(written, key, d)) for d, keys in KEYS.items()}
@@ -200,7 +203,7 @@ class Coupling:
                 if then == now:
                     axes.append(None)
                 elif then != 2 * now or base is None:
-                    self.whole[dimension] = f"{name} doesn't grow in proportion"
+                    self.whole[dimension] = BOUND if dimension == HEADS else f"{name} doesn't grow in proportion"
                     return {}
                 elif dimension == HEADS and now > base and len({self.size(key) for key in keys}) > 1:
                     self.whole[dimension] = f"{name} holds queries with keys and values, of which there are fewer"
@@ -224,7 +227,8 @@ def _shapes_of(model: "PreTrainedModel", sizes: dict[str, int]) -> dict[str, tup
     config = copy.deepcopy(model.config)
     try:
         for key, value in sizes.items():
-            setattr(config, key, value)
+            with suppress(AttributeError) if key == HEAD_SIZE else nullcontext():  # Falcon's follows from others
+                setattr(config, key, value)
         with init_empty_weights():
             other = type(model)(config)
     except Exception:  # whatever a type finds wrong with a config that nobody wrote

@@ -63,6 +63,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     model = bundle.model
     stacks = _stacks(model)
     going = {role: _going(role, name, blocks, settings, model) for role, (name, blocks) in stacks.items()}
+    for role, (_, blocks) in stacks.items():
+        _number_key(model.config, role, len(blocks))
     influences = _influences(bundle, {role: blocks for role, (_, blocks) in stacks.items()}, context) if settings.by == "influence" else {}
     config, state = copy.deepcopy(model.config), dict(model.state_dict())
     for role, (name, blocks) in stacks.items():
@@ -70,6 +72,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         first = _first(kinds)
         if settings.by == "spacing":
             kept = [*range(first), *(first + index for index in spaced(len(blocks) - first, left - first))]
+            if not first and {kinds[index] for index in kept} != set(kinds):
+                raise InputError(f"by: spacing would leave none of a kind of block that {name} has; say by: influence, or drop fewer")
             context.say(f"blocks evenly spaced in {name}, {len(blocks)} -> {left} blocks: {', '.join(map(str, kept))} are kept")
         else:
             scores = influences[role]
@@ -150,7 +154,7 @@ def _going(role: str, name: str, blocks: "nn.ModuleList", settings: Settings, mo
     kinds = _kinds(blocks)
     least = _first(kinds) or len(set(kinds))
     if number > len(blocks) - least:
-        left = "none" if number >= len(blocks) else f"{len(blocks) - number}, and they are of kinds of which {least} have to stay"
+        left = "none" if number >= len(blocks) else f"{len(blocks) - number}, and of its kinds of blocks {least} have to stay"
         raise InputError(f"drop: {number} of the {len(blocks)} blocks of {name} would leave {left}; at most {len(blocks) - least} can go")
     return number
 
@@ -201,6 +205,16 @@ def _shorten(config: Any, role: str, blocks: int, kept: list[int]) -> None:
     """Have a config say how many blocks are left, and keep their part of what it says block by block (`layer_types`)."""
     from compress.structure import size_cache_by_decoder
 
+    key = _number_key(config, role, blocks)
+    for name, value in config.to_dict().items():
+        if "layer" in name and isinstance(value, list) and len(value) == blocks and role == "blocks":
+            setattr(config, name, [value[index] for index in kept])
+    setattr(config, key, len(kept))
+    size_cache_by_decoder(config)
+
+
+def _number_key(config: Any, role: str, blocks: int) -> str:
+    """What a config calls the number of a stack's blocks. Raises ModelError where nothing in it is that number."""
     keys = {
         "encoder": ("encoder_layers", "num_layers"),
         "decoder": ("num_decoder_layers", "decoder_layers"),
@@ -209,11 +223,7 @@ def _shorten(config: Any, role: str, blocks: int, kept: list[int]) -> None:
     key = next((key for key in keys if getattr(config, key, None) == blocks), None)
     if key is None:
         raise ModelError(f"{config.model_type}: its config has no {' or '.join(keys)} that is the number of its blocks, {blocks}")
-    for name, value in config.to_dict().items():
-        if "layer" in name and isinstance(value, list) and len(value) == blocks and role == "blocks":
-            setattr(config, name, [value[index] for index in kept])
-    setattr(config, key, len(kept))
-    size_cache_by_decoder(config)
+    return key
 
 
 def _renumbered(state: "dict[str, Tensor]", stack: str, kept: list[int]) -> "dict[str, Tensor]":

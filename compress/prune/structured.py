@@ -195,7 +195,7 @@ def _same_scale(model: "PreTrainedModel", state: "dict[str, Tensor]", ratio: flo
 
 
 def _check(before: "PreTrainedModel", after: "PreTrainedModel", coupling: Coupling, kept: "dict[Group, Tensor]") -> None:
-    """See that what is left computes what the model did with zeros in place of the units that go, which it has afterwards.
+    """See that what is left computes what the model did with zeros in place of the units that go, which it has afterwards, in memory.
 
     Raises BrokenPromise where it doesn't: something in it runs over units that stay and units that go.
     """
@@ -207,12 +207,14 @@ def _check(before: "PreTrainedModel", after: "PreTrainedModel", coupling: Coupli
         for name, weight in before.state_dict().items():
             coupling.clear(name, weight, kept)
         whole = before(**inputs).logits.float()
+    if not whole.isfinite().all():
+        raise BrokenPromise(f"{coupling.config.model_type}: its logits are inf or NaN; model.dtype: float32 may help")
     share = float((smaller - whole).square().sum() / whole.square().sum().clamp(min=1e-30))
     if not share <= MOST_APART:
-        cut = ", ".join(sorted({dimension for dimension, _ in kept}))
+        cut = " and ".join(sorted({dimension for dimension, _ in kept}))
         raise BrokenPromise(
             f"{coupling.config.model_type}: without some of its {cut} it doesn't compute what it does with zeros in their place, by"
-            f" {share:.2g} of its logits' mean square, so something in it runs over all of them; cut less, or take another method"
+            f" {share:.2g} of its logits' mean square, so something in it runs over all of them; leave {cut} out of cut"
         )
 
 

@@ -52,9 +52,15 @@ class Int8:
         make_serializable(model, Int8DynamicActivationInt8WeightConfig(), left_out)
 
 
-def convert(model: "PreTrainedModel", settings: LayerSettings, context: Context, scheme: Any, kind: type, method: str) -> None:
-    """Give every linear layer that isn't ignored weights of a scheme of torchao's, which are tensors of `kind`, in place."""
-    layers, left_out = linear_layers(model, settings.ignore)
+def convert(
+    model: "PreTrainedModel", settings: LayerSettings, context: Context, scheme: Any, kind: type, method: str, touched: bool = False
+) -> None:  # fmt: skip
+    """Give every linear layer that isn't ignored weights of a scheme of torchao's, which are tensors of `kind`, in place.
+
+    touched   others have been converted already, so that there may be none
+    """
+    modules = dict(model.named_modules())
+    layers, left_out = ({n: modules[n] for n in part if n in modules} for part in linear_layers(_parted(model), settings.ignore))
     for name in [name for name, layer in layers.items() if type(layer) not in (nn.Linear, Conv1D)]:
         context.leave_out(name, f"it is a {type(layers.pop(name)).__name__}, which multiplies by its weight in its own way")
     for name in set(layers) - called(model, layers):
@@ -63,23 +69,20 @@ def convert(model: "PreTrainedModel", settings: LayerSettings, context: Context,
     for done, layer in enumerate(layers.values(), 1):
         quantize_(layer, scheme)
         context.progress("quantising", done, len(layers))
-    require_touched(model, lambda layer: isinstance(getattr(layer, "weight", None), kind), method)
+    if not touched:
+        require_touched(model, lambda layer: isinstance(getattr(layer, "weight", None), kind), method)
     note_layers(context, list(layers), list(left_out), 8, settings.why_ignored)
     make_serializable(model, scheme, list(left_out))
 
 
-def convert_experts(model: "PreTrainedModel", settings: LayerSettings, context: Context, scheme: Any, method: str) -> None:
-    """Give the experts of a mixture, held together, weights of a scheme of torchao's, in place; all of a layer's or none.
+def convert_experts(model: "PreTrainedModel", settings: LayerSettings, context: Context, scheme: Any, method: str) -> bool:
+    """Give the experts of a mixture, held together, weights of a scheme of torchao's, in place; all of a layer's or none. Whether any were.
 
     torchao has no grouped product of such weights, so the config asks transformers to run experts one by one.
 
     Raises ModelError where a type holds its experts the other way round, InputError where some of a layer's are to stay.
     """
-    if not experts.held_together(model):
-        return
-    with init_empty_weights():
-        bare = type(model)(model.config)
-    experts.part(bare)
+    bare, touched = _parted(model), False
     _, left_out = linear_layers(bare, settings.ignore)
     for path, mixture in experts.parted(bare):
         names, fused = [f"{path}.{name}" for name in mixture.layers()], model.get_submodule(path)
@@ -98,9 +101,23 @@ def convert_experts(model: "PreTrainedModel", settings: LayerSettings, context: 
         matrices = [name for name, parameter in fused.named_parameters(recurse=False) if parameter.ndim == 3 and "bias" not in name]
         quantize_(fused, FqnToConfig(dict.fromkeys(matrices, scheme)), filter_fn=None)
         note_layers(context, names, [], 8, settings.why_ignored)
+        touched = True
+    if not touched:
+        return False
     model.set_experts_implementation("eager")
     model.config.experts_implementation = "eager"  # which is kept in its file, other than transformers' own note of it
     context.say("its experts are run one by one, since torchao multiplies by no group of them in int8")
+    return True
+
+
+def _parted(model: "PreTrainedModel") -> "PreTrainedModel":
+    """A model that names its experts one by one: a bare one where this holds them together, else this one."""
+    if not experts.held_together(model):
+        return model
+    with init_empty_weights():
+        bare: PreTrainedModel = type(model)(model.config)
+    experts.part(bare)
+    return bare
 
 
 def make_serializable(model: "PreTrainedModel", scheme: Any, left_out: list[str]) -> None:

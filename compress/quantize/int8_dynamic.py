@@ -34,6 +34,6 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     from compress.quantize._torchao import convert, convert_experts
 
     model, scheme = as_linear(bundle.model), Int8DynamicActivationInt8WeightConfig()
-    convert_experts(model, settings, context, scheme, "quantize: int8_dynamic")
-    convert(model, settings, context, scheme, Int8Tensor, "quantize: int8_dynamic")
+    touched = convert_experts(model, settings, context, scheme, "quantize: int8_dynamic")
+    convert(model, settings, context, scheme, Int8Tensor, "quantize: int8_dynamic", touched)
     return bundle.holding(model)
