@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from contextlib import nullcontext, suppress
 from typing import TYPE_CHECKING, Any
 
-from compress import architectures, experts
+from compress import architectures
 from compress.architectures import CHANNELS, HEADS, WIDTH, Architecture, Axes, Axis
 from compress.errors import ModelError
 
@@ -51,6 +51,8 @@ class Coupling:
     """
 
     def __init__(self, model: "PreTrainedModel"):
+        from compress import experts
+
         self.config, self._kind = model.config, model.config.model_type
         if any(map(experts.holds, model.modules())):
             raise ModelError(f"{self._kind}: structured pruning doesn't cut a mixture's experts; prune: experts takes whole ones away")
