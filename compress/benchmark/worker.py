@@ -195,7 +195,7 @@ class Worker:
         threads = torch.get_num_threads()
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         try:
-            with in_float32(self.device, self.model):
+            with in_float32(self.device):
                 return self._quality(progress, examples, groups, tokenizers, generation, data, batch_tokens, original)
         finally:
             torch.set_num_threads(threads)
