@@ -116,22 +116,29 @@ def packs_alike(model: "PreTrainedModel") -> bool:
 def _begins_without_weights(model: "PreTrainedModel") -> bool:
     """Whether transformers makes a model whose linear layers have no weight yet, as packed ones have none; tried on a bare one."""
     import torch
-    from accelerate import init_empty_weights
     from torch import nn
 
-    with init_empty_weights():
-        bare: PreTrainedModel = type(model)(model.config)
-    layers = [module for module in bare.modules() if isinstance(module, nn.Linear)]
+    unfilled = bare(model, model.config)
+    layers = [module for module in unfilled.modules() if isinstance(module, nn.Linear)]
     for layer in layers:
         del layer._parameters["weight"]
     try:
         with torch.no_grad():
-            for module in bare.modules():
+            for module in unfilled.modules():
                 if module in layers or any(part in layers for part in module.children()):
-                    bare._init_weights(module)
+                    unfilled._init_weights(module)
     except AttributeError:
         return False
     return True
+
+
+def bare(model: "PreTrainedModel", config: Any) -> "PreTrainedModel":
+    """A model of the same class, made of a config, whose weights have shapes and no numbers."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights():
+        unfilled: PreTrainedModel = type(model)(config)
+    return unfilled
 
 
 def context_length(config: Any, tokenizer: Any = None) -> int | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from compress import architectures
 from compress.architectures import CHANNELS, HEADS, WIDTH, Architecture, Axes, Axis
 from compress.errors import ModelError
+from compress.structure import bare
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -26,8 +27,7 @@ KEYS = {  # of a config, by what they are the size of; of several that it has, a
     WIDTH: ("d_model", "hidden_size", "n_embd", "dim"),
     HEADS: (
         "num_attention_heads", "num_key_value_heads", "num_heads", "n_head", "n_heads", "encoder_attention_heads",
-        "decoder_attention_heads",
-        "num_encoder_attention_heads", "num_decoder_attention_heads",
+        "decoder_attention_heads", "num_encoder_attention_heads", "num_decoder_attention_heads",
     ),
     CHANNELS: (
         "d_ff", "intermediate_size", "ffn_dim", "n_inner", "ffn_hidden_size", "hidden_dim", "encoder_ffn_dim", "decoder_ffn_dim",
@@ -54,7 +54,7 @@ class Coupling:
         from compress import experts
 
         self.config, self._kind = model.config, model.config.model_type
-        if any(map(experts.holds, model.modules())):
+        if experts.held_together(model):
             raise ModelError(f"{self._kind}: structured pruning doesn't cut a mixture's experts; prune: experts takes whole ones away")
         if self.config.get_text_config() is not self.config:
             raise ModelError(f"{self._kind}: its sizes stand in a text_config of their own, which structured pruning doesn't change")
@@ -224,15 +224,12 @@ def _is_size(written: dict[str, Any], key: str, dimension: str) -> bool:
 
 def _shapes_of(model: "PreTrainedModel", sizes: dict[str, int]) -> dict[str, tuple[int, ...]] | None:
     """The shapes of the weights of a model made of the same config with other sizes; None where none can be made."""
-    from accelerate import init_empty_weights
-
     config = copy.deepcopy(model.config)
     try:
         for key, value in sizes.items():
             with suppress(AttributeError) if key == HEAD_SIZE else nullcontext():  # Falcon's follows from others
                 setattr(config, key, value)
-        with init_empty_weights():
-            other = type(model)(config)
+        other = bare(model, config)
     except Exception:  # whatever a type finds wrong with a config that nobody wrote
         return None
     return {name: tuple(weight.shape) for name, weight in other.state_dict().items()}

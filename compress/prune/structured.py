@@ -65,7 +65,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         if not scores.isfinite().all():
             raise BrokenPromise(f"{where or 'the model'}: the scores of its {dimension} are inf or NaN; model.dtype: float32 may help")
         indices[group] = scores.argsort(descending=True, stable=True)[: kept[dimension]].sort().values
-    state = {name: coupling.cut(name, weight, indices) if name in coupling.axes else weight for name, weight in model.state_dict().items()}
+    state = {name: coupling.cut(name, weight, indices) for name, weight in model.state_dict().items()}
     _same_scale(model, state, kept[WIDTH] / coupling.sizes[WIDTH])
     config = copy.deepcopy(model.config)
     for key, value in coupling.described(kept).items():

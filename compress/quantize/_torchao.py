@@ -4,7 +4,6 @@ import json
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate import init_empty_weights
 from torch import nn
 from torchao.quantization import FqnToConfig, Int8DynamicActivationInt8WeightConfig, PerRow, quantize_
 from torchao.quantization.quantize_.workflows import Int8Tensor
@@ -17,7 +16,7 @@ from compress.methods import Context, LayerSettings
 from compress.quantize._grid import Kind
 from compress.quantize._solution import Quantised
 from compress.quantize._touched import called, note_layers, require_touched
-from compress.structure import linear_layers
+from compress.structure import bare, linear_layers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -82,9 +81,9 @@ def convert_experts(model: "PreTrainedModel", settings: LayerSettings, context: 
 
     Raises ModelError where a type holds its experts the other way round, InputError where some of a layer's are to stay.
     """
-    bare, touched = _parted(model), False
-    _, left_out = linear_layers(bare, settings.ignore)
-    for path, mixture in experts.parted(bare):
+    named, touched = _parted(model), False
+    _, left_out = linear_layers(named, settings.ignore)
+    for path, mixture in experts.parted(named):
         names, fused = [f"{path}.{name}" for name in mixture.layers()], model.get_submodule(path)
         stay = [name for name in names if name in left_out]
         for name in stay:
@@ -114,10 +113,9 @@ def _parted(model: "PreTrainedModel") -> "PreTrainedModel":
     """A model that names its experts one by one: a bare one where this holds them together, else this one."""
     if not experts.held_together(model):
         return model
-    with init_empty_weights():
-        bare: PreTrainedModel = type(model)(model.config)
-    experts.part(bare)
-    return bare
+    named = bare(model, model.config)
+    experts.part(named)
+    return named
 
 
 def make_serializable(model: "PreTrainedModel", scheme: Any, left_out: list[str]) -> None:
