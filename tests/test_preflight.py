@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from compress import methods, pipeline, preflight, recipe
+from compress import artifacts, methods, pipeline, preflight, recipe
 from compress.errors import DataError, InputError, MissingPackage, ModelError
 from tests.conftest import WORDS, recipe_for
 
@@ -143,7 +143,7 @@ def test_a_mistake_in_the_last_row_that_is_used_shows_before_any_stage(loaded, t
     good = {"said": "a", "short": "b"}
     write(tmp_path / "d", "test.jsonl", [good] * 3)
     write(tmp_path / "d", "train.jsonl", [*[good] * 400, {"said": {"no": "text"}, "short": "b"}])
-    monkeypatch.setattr(pipeline, "_make", lambda *_: pytest.fail("a stage began"))
+    monkeypatch.setattr(artifacts, "_make_one", lambda *_: pytest.fail("a stage began"))
     wrong = loaded(
         data={"source": str(tmp_path / "d"), "prompt": "{said}", "target": "{short}"},
         stages=[{"quantize": "cast"}, {"finetune": "full", "steps": 1}],
@@ -164,7 +164,7 @@ def test_data_that_changes_under_way_is_said_and_what_was_read_counts(loaded, tm
         write(folder, "train.jsonl", [{"said": "other", "short": "b"}] * 3)
         target.mkdir(parents=True)
 
-    monkeypatch.setattr(pipeline, "_make", make)
+    monkeypatch.setattr(artifacts, "_make_one", make)
     stages = [{"prune": "wanda", "sparsity": 0.5}, {"quantize": "gptq", "group_size": -1}]
     prepared = pipeline.prepare(
         loaded(data={"source": str(folder), "prompt": "{said}", "target": "{short}"}, stages=stages), tmp_path / "out", "cpu"

@@ -214,7 +214,7 @@ def test_six_recipes_that_share_a_stage_make_it_once_and_take_less_than_7_tenths
             started.append(module)
             super().__init__(module, *rest, **named)
 
-    monkeypatch.setattr("compress.pipeline.Child", Counted)
+    monkeypatch.setattr("compress.artifacts.Child", Counted)
     monkeypatch.setattr("compress.benchmark.subject.Child", Counted)
     recipes = sweep.expand([toy], ["stages.1.bits=3,4,8", "stages.1.group_size=32,64"], ["benchmark.rounds=2"])
     outcomes = sweep.run(recipes, tmp_path / "many", "cpu")
