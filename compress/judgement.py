@@ -7,7 +7,7 @@ from typing import Any
 
 from compress import data
 from compress.benchmark import isolate
-from compress.benchmark.outputs import Outputs
+from compress.benchmark.messages import Outputs
 from compress.benchmark.statistics import corpus_value
 from compress.forecast.beside import foretold
 from compress.methods import Example
@@ -63,7 +63,7 @@ def reported(one: Prepared, measured: isolate.Measured, environment: dict[str, A
         environment = {
             **environment, "rouge_tokenizer": tokenizers.rouge, "bleu_tokenizer": tokenizers.bleu, "reference_scripts": scripts,
         }  # fmt: skip
-    score = next((name for name in HEADLINE if any(name in o["samples"] for o in measured.outputs.values())), None)
+    score = next((name for name in HEADLINE if any(name in o.samples for o in measured.outputs.values())), None)
     report = Report(
         recipe=recipe.name, run="", created=datetime.now(UTC).isoformat(timespec="seconds"),
         digest=recipe.digest,
@@ -98,15 +98,15 @@ def judged(report: Report, baseline: Side | None, candidate: Side, same_run: boo
 
 
 def _predictions(examples: Sequence[Example], outputs: dict[Role, Outputs], score: str | None) -> list[Prediction]:
-    windows = next((output["windows"] for output in outputs.values() if output["windows"] is not None), None)
+    windows = next((output.windows for output in outputs.values() if output.windows is not None), None)
     if windows is not None:  # what counts as an example where texts are joined
         examples = [Example(f"window {number}", text, []) for number, text in enumerate(windows, 1)]
     found = []
     for index, example in enumerate(examples):
         row: dict[str, Any] = {"id": example.id, "prompt": example.prompt, "references": example.references}
         for role, output in outputs.items():
-            row[role] = output["texts"][index] if output["texts"] is not None else None
-            if score is not None and isinstance(sample := output["samples"][score][index], list):
+            row[role] = output.texts[index] if output.texts is not None else None
+            if score is not None and isinstance(sample := output.samples[score][index], list):
                 row[f"{role}_score"] = corpus_value(score, [sample])
         found.append(Prediction(**row))
     return found
@@ -114,8 +114,8 @@ def _predictions(examples: Sequence[Example], outputs: dict[Role, Outputs], scor
 
 def _cut(measured: isolate.Measured, recipe: Recipe, examples: int) -> Cut | None:
     """How many prompts of the evaluation were cut, on the side where they were most; None where nothing limits them."""
-    most = max(measured.outputs.values(), key=lambda output: int(output["cut"]), default=None)
-    if most is None or most["limit"] is None:
+    most = max(measured.outputs.values(), key=lambda output: int(output.cut), default=None)
+    if most is None or most.limit is None:
         return None
-    key = "data.max_tokens" if most["limit"] == recipe.data.max_tokens else None
-    return Cut(where="the evaluation", cut=most["cut"], all=examples, limit=most["limit"], key=key)
+    key = "data.max_tokens" if most.limit == recipe.data.max_tokens else None
+    return Cut(where="the evaluation", cut=most.cut, all=examples, limit=most.limit, key=key)

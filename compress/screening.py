@@ -63,7 +63,7 @@ def _looks(subject: Subject, looks: Sequence[list[Example]]) -> Iterator[Samples
         for examples in looks:
             subject.answer(examples)
             assert subject.outputs is not None
-            sofar = {metric: [*sofar.get(metric, []), *rows] for metric, rows in subject.outputs["samples"].items()}
+            sofar = {metric: [*sofar.get(metric, []), *rows] for metric, rows in subject.outputs.samples.items()}
             yield sofar
     finally:
         subject.stop()

@@ -3,7 +3,7 @@
 import difflib
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress import architectures
@@ -184,14 +184,18 @@ def size_cache_by_decoder(config: Any) -> None:
         config.decoder_layers = config.num_decoder_layers
 
 
-def label_number(config: Any, text: str) -> int:
+def labels_of(config: Any) -> tuple[str, ...]:
+    """A classifier's labels by name, in their order."""
+    return tuple(str(config.id2label.get(number, number)) for number in range(config.num_labels))
+
+
+def label_number(labels: Sequence[str], text: str) -> int:
     """The number of a classifier's label written as a number or by name. Raises DataError."""
-    names = config.label2id or {}
-    if text in names:
-        return int(names[text])
-    if text.isascii() and text.isdecimal() and int(text) < config.num_labels:
+    if text in labels:
+        return labels.index(text)
+    if text.isascii() and text.isdecimal() and int(text) < len(labels):
         return int(text)
-    raise DataError(f"label {text!r} is none of the model's: numbers below {config.num_labels}, or {', '.join(names)}")
+    raise DataError(f"label {text!r} is none of the model's: numbers below {len(labels)}, or {', '.join(labels)}")
 
 
 def is_head(model: "PreTrainedModel", name: str) -> bool:

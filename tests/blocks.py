@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress import stage
-from compress.benchmark import memory
+from compress.engines.transformers.engine import cache_seen
 from compress.errors import BrokenPromise
 from compress.methods import Context, Example, LayerSettings, quiet
 from compress.model import Bundle, Source
@@ -79,7 +79,7 @@ def visit(made, look, targets=False, ignore=None, seen=None):
 def cache_left(model, batch_size, prompt_tokens, new_tokens):
     """Bytes of keys and values that a generation leaves; those of one pass of a model that doesn't generate."""
     inputs = torch.randint(2, 64, (batch_size, prompt_tokens))
-    with memory.cache_seen(model) as seen:
+    with cache_seen(model) as seen:
         if model.can_generate():
             model.generate(inputs, max_new_tokens=new_tokens, min_new_tokens=new_tokens, do_sample=False)
         else:

@@ -21,6 +21,7 @@ from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
+from compress.model import Bundle, Source
 from compress.nursery import nursery
 
 # a busy machine is no fault of what is tested
@@ -138,3 +139,16 @@ def write_recipe(tmp_path):
         return path
 
     return write
+
+
+@pytest.fixture(params=["t5", "bart", "llama", "gpt2"])
+def random_bundle(request, toys):
+    """A random model that doesn't stop at once: weights drawn wider, so that prompts matter, and the end token made unlikely."""
+    found = Bundle(Source(str(toys[request.param]), TASKS[request.param], "float32"), "cpu")
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in found.model.parameters():
+            if parameter.dim() > 1:
+                parameter.add_(0.15 * torch.randn_like(parameter))
+    found.model.generation_config.suppress_tokens = [0, 1, 2]
+    return found

@@ -9,16 +9,16 @@ from transformers import GenerationConfig
 
 import compress
 from compress import decoding
-from compress.benchmark.batching import Batches
-from compress.benchmark.generation import Writer
-from compress.benchmark.latency import generation_seconds
-from compress.benchmark.quality import Reader
+from compress.engines.transformers import timing
+from compress.engines.transformers.batching import Batches
+from compress.engines.transformers.generation import Writer
 from compress.errors import ModelError
 from compress.methods import quiet
 from compress.model import BUILTIN, Bundle, Source
 from compress.recipe import Generation
 from compress.recipe import load as load_recipe
 from tests.conftest import make_model, make_tokenizer, recipe_for
+from tests.measuring import reader, writer
 
 PROMPTS = ["the cat sat", "a big dog ran on the red mat and sat", "the", "dog", "dog sat a mat a mat a mat", "was it the cat the cat"]
 ENDS = [1, 12, 20, 30, 41, 50]  # so that rows end at different steps
@@ -89,7 +89,7 @@ def alone(model, tokenizer, tokens, **extra):
 
 def in_batches(model, tokenizer, tokens, **changes):
     settings = Generation(max_new_tokens=tokens, **changes).model_dump()
-    return Writer(Reader(model, tokenizer), PROMPTS, settings).write(Batches(model, 10_000, quiet))
+    return writer(model, tokenizer, PROMPTS, settings).write(Batches(model, 10_000, quiet))
 
 
 def test_every_field_of_transformers_is_classified():
@@ -113,7 +113,7 @@ def test_a_text_ends_with_its_stop_string_in_a_batch_as_alone():
         "Tom: The train to Rome is late.\nAnna: How late?\nTom: An hour.",
     ]
     made.model.generation_config.stop_strings = [" "]
-    writer = Writer(Reader(made.model, made.tokenizer), prompts, Generation(max_new_tokens=12).model_dump())
+    writer = Writer(made.model, made.tokenizer, reader(made.model, made.tokenizer).to_write(prompts, 12), Generation(max_new_tokens=12))
     found = writer.write(Batches(made.model, 10_000, quiet))
     assert all(made.tokenizer.decode(row).count(" ") <= 1 for row in found)
     assert writer.recheck(found).differ == 0
@@ -153,9 +153,10 @@ def test_timed_generations_take_nothing_from_the_generation_config(model):
     configured(model, **hostile)
     steps = []
     handle = model.get_output_embeddings().register_forward_hook(lambda module, inputs, output: steps.append(len(output)))
-    seconds = generation_seconds(model, inputs, 5, "cpu")
+    told = []
+    timing.generate(model, inputs, 5, timing.Told(lambda: told.append(1)))
     handle.remove()
-    assert len(seconds) == 5
+    assert len(told) == 5
     assert steps == [1] * 5
     assert model.generation_config.max_time == 1e-9, "it is as it was"
 

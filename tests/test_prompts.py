@@ -3,7 +3,6 @@
 import pytest
 
 from compress import prompts
-from compress.benchmark.quality import Reader
 from compress.calibration.stream import encoded
 from compress.data import examples
 from compress.errors import DataError
@@ -14,6 +13,7 @@ from compress.results import Cut
 from compress.training.material import read
 from tests.blocks import bundle, context
 from tests.conftest import WORDS, make_tokenizer
+from tests.measuring import reader
 
 CHAT = "{% for m in messages %}a {{ m.role and m.content }} of {% endfor %}{% if add_generation_prompt %}it was{% endif %}"
 LONG = " ".join(WORDS[(3 * n) % len(WORDS)] for n in range(40))
@@ -63,7 +63,9 @@ def test_evaluation_calibration_and_training_have_the_same_ids(toys):
     room = 16 - len(answer)
     assert (ids, answer) == (trained, learned)
     assert answer == [*made.tokenizer(target, add_special_tokens=False)["input_ids"], made.tokenizer.eos_token_id]
-    assert Reader(made.model, made.tokenizer, room, chat=True).read([LONG])[0] == ids[:room] == by_hand(made.tokenizer, LONG, room)
+    assert (
+        reader(made.model, made.tokenizer, max_tokens=room, chat=True).read([LONG])[0] == ids[:room] == by_hand(made.tokenizer, LONG, room)
+    )
     assert told.cut == [{"cut": 1, "all": 1, "limit": 16, "by_key": True}] * 2
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from compress import recipe, screening, search
+from compress.benchmark.messages import Outputs
 from compress.errors import InputError, RecipeError, RunError
 from compress.judgement import Prepared
 from compress.methods import Example, quiet
@@ -175,7 +176,7 @@ class Answering:
 
     def answer(self, examples):
         self.asked[self.role].append(len(examples))
-        self.outputs = {"samples": {"rougeL": [[50 + int(e.id) % 20 - self.drop * (1 + math.sin(int(e.id)))] for e in examples]}}
+        self.outputs = Outputs({"rougeL": [[50 + int(e.id) % 20 - self.drop * (1 + math.sin(int(e.id)))] for e in examples]})
 
 
 @pytest.mark.parametrize(("drop", "looks"), [(40.0, [20]), (1.6, [20, 40]), (0.5, [20, 40])])

@@ -4,9 +4,11 @@ import math
 import statistics
 from collections import Counter
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
 
+from compress.benchmark.messages import Point
 from compress.benchmark.statistics import corpus_value, geometric_mean
-from compress.benchmark.subject import Point, Round, Subject
+from compress.benchmark.subject import Round, Subject
 from compress.metrics import METRICS, Missing
 from compress.results import Measurement, Side, Step
 from compress.scores import Row
@@ -21,12 +23,15 @@ def side(subject: Subject, common: list[Point], ceilings: dict[str, float]) -> S
         found += _memory(subject, common)
     if subject.compiling:  # inductor keeps on disk what it compiled, so that later rounds take less
         found.append(_figure("compile_seconds", max(subject.compiling), samples=[[max(subject.compiling)]]))
-    outcomes = (subject.outputs or {}).get("samples", {})
+    outcomes = subject.outputs.samples if subject.outputs else {}
     found += [quality(metric, samples) for metric, samples in outcomes.items()]
     if rows := [row for row in outcomes.get("divergence", []) if isinstance(row, list)]:
         found.append(_figure("divergence_worst", max(corpus_value("divergence", [row]) for row in rows)))
-    explained = subject.explanation or {"dtype": None, "steps": []}
-    steps = {(step["batch_size"], step["prompt_tokens"]): Step(**step) for step in explained["steps"]}
+    dtype = subject.loads[0].traits.dtype if subject.loads else None
+    steps = {
+        point: Step(batch_size=point[0], prompt_tokens=point[1], **asdict(step))
+        for point, step in zip(subject.looked_at, subject.explanation.steps if subject.explanation else [], strict=True)
+    }
     for point, rounds in subject.rounds.items():
         reason = subject.reasons.get(point, "not reached on both sides")
         if not rounds:
@@ -35,10 +40,10 @@ def side(subject: Subject, common: list[Point], ceilings: dict[str, float]) -> S
         found += _speeds(rounds, _rates(rounds, point[0]), *point)
         found += _energy(rounds, subject.joules[point], *point)
         if point in steps:
-            found += _speeds(rounds, _utilisations(steps[point], ceilings, explained["dtype"]), *point)
+            found += _speeds(rounds, _utilisations(steps[point], ceilings, str(dtype)), *point)
     return Side(
-        role=subject.role, model=subject.source.id, dtype=explained["dtype"], measurements=found, steps=list(steps.values()),
-        failures=subject.failures, said=[*(subject.outputs or {}).get("said", []), *subject.said],
+        role=subject.role, model=subject.source.id, dtype=dtype, measurements=found, steps=list(steps.values()),
+        failures=subject.failures, said=[*(subject.outputs.said if subject.outputs else []), *subject.said],
     )  # fmt: skip
 
 
@@ -57,23 +62,25 @@ def quality(metric: str, samples: Sequence[Row]) -> Measurement:
 
 
 def _sizes(subject: Subject) -> list[Measurement]:
-    loaded = subject.loads[0]
-    sizes = [_figure(metric, loaded[metric]) for metric in ("weight_bytes", "buffer_bytes", "file_bytes", "parameters")]
-    return [*sizes, _figure("bits_per_weight", 8 * loaded["weight_bytes"] / loaded["parameters"])]
+    loaded, weights = subject.loads[0], subject.loads[0].weights
+    sizes = {**asdict(weights), "file_bytes": loaded.file_bytes}
+    found = [_figure(metric, sizes[metric]) for metric in ("weight_bytes", "buffer_bytes", "file_bytes", "parameters")]
+    return [*found, _figure("bits_per_weight", 8 * weights.weight_bytes / weights.parameters)]
 
 
 def _memory(subject: Subject, common: list[Point]) -> list[Measurement]:
     """Peaks a round; while running, those of the most demanding point that both sides can run, and what holds them."""
-    loads = [load["peak"] for load in subject.loads]
-    held = subject.loads[0]["weight_bytes"]
+    loads = [load.peaks for load in subject.loads]
+    held, rest = subject.loads[0].weights.weight_bytes, subject.loads[0].rest
     runs = []
     for peaks in subject.peaks:
         if common and all(point in peaks for point in common):
             run = dict(max((peaks[point] for point in common), key=lambda found: found["peak"]))
             for name in run.keys() & {"reserved", "process"}:  # these may be highest elsewhere
                 run[name] = max(peaks[point][name] for point in common if name in peaks[point])
-            run["other"] = max(0, min(subject.loads[0]["rest"], run["peak"] - held - run["cache"]))
-            run["activations"] = max(0, run["peak"] - held - run["cache"] - run["other"])
+            if "cache" in run:
+                run["other"] = max(0, min(rest, run["peak"] - held - run["cache"]))
+                run["activations"] = max(0, run["peak"] - held - run["cache"] - run["other"])
             runs.append(run)
     series = {
         "peak_load_bytes": ("peak", loads),

@@ -20,9 +20,9 @@ from typing import Any, NamedTuple, TypeVar
 
 from compress.benchmark.figures import quantile, side
 from compress.benchmark.machine import Machine, alone, facts
-from compress.benchmark.outputs import Outputs
+from compress.benchmark.messages import Outputs, Point
 from compress.benchmark.statistics import geometric_mean, paired_ratio
-from compress.benchmark.subject import Point, Subject
+from compress.benchmark.subject import Subject
 from compress.errors import DeviceError, OutOfMemory, RunError
 from compress.methods import Example
 from compress.model import Source
@@ -68,14 +68,14 @@ def measure(
             session.run(examples, clear)
         finally:
             _stop(subjects)
-    environment: dict[str, Any] = next((s.loads[0]["environment"] for s in subjects if s.loads), {})
+    environment: dict[str, Any] = next((s.loads[0].environment for s in subjects if s.loads), {})
     environment |= _ceilings(subjects)
     outputs = [s.outputs for s in subjects if s.outputs is not None]
     environment |= facts()
     environment["foreign_gpu_bytes"] = max(subject.foreign_gpu_bytes for subject in subjects)
-    environment["longest_input"] = next((output["longest_input"] for output in reversed(outputs)), None)  # the candidate's
-    environment["inputs_cut"] = max((output["cut"] for output in outputs), default=0)
-    environment["generation_config"] = next((output["generation_config"] for output in outputs), {})
+    environment["longest_input"] = next((output.longest_input for output in reversed(outputs)), None)  # the candidate's
+    environment["inputs_cut"] = max((output.cut for output in outputs), default=0)
+    environment["generation_config"] = next((output.generation_config for output in outputs), {})
     return [session.measured(pair) for pair in _pairs(subjects)], environment
 
 
@@ -202,7 +202,7 @@ class Session:
     def _explain(self) -> None:
         """Look at what a step does, once; after the timings of a round, since a profiler may leave traces."""
         for subject in self._subjects:
-            if subject.explanation is None:
+            if not subject.explained:
                 self._do(subject, partial(subject.explain, self._points(subject)))
 
     def _do(self, subject: Subject, work: Callable[[], T]) -> T | None:
@@ -247,7 +247,7 @@ class Session:
         return taken
 
     def _turn(self, subject: Subject) -> Generator[float, None, Conditions]:
-        environment = subject.loads[-1]["environment"]
+        environment = subject.loads[-1].environment
         ours = [s.pid for s in self._subjects if s.running]
         machine = Machine(environment["threads"], environment["gpu_uuid"])
         if self._strict and (foreign := machine.strangers(ours)):
@@ -301,6 +301,6 @@ def _ceilings(subjects: list[Subject]) -> dict[str, float]:
     """What the machine can do at best: the better where both sides measured the same, since only disturbances differ."""
     found: dict[str, float] = {}
     for subject in subjects:
-        for name, value in (subject.explanation or {}).get("ceilings", {}).items():
+        for name, value in (subject.explanation.ceilings if subject.explanation else {}).items():
             found[name] = max(value, found.get(name, 0))
     return found

@@ -13,20 +13,15 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 from compress.benchmark import nvml
-from compress.benchmark.work import cache_bytes
-from compress.held import extent, plain_tensors
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h names them
 OWN = 64 << 10  # bytes from which on an allocation has memory of its own
 MADV_POPULATE_READ = 22  # as mman.h names it
 ON_A_GPU = ("cuda", "nvidia")  # in the names of libraries that are gigabytes, of which a CPU runs nothing
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
 
 
 def resident() -> int:
@@ -90,38 +85,12 @@ def at_rest(device: str, interpreter: int) -> int:
     return torch.cuda.memory_allocated()
 
 
-def bring_in(model: "PreTrainedModel") -> None:
-    """Read a byte of every page of the weights on the CPU.
+def release(device: str) -> None:
+    """Give the GPU back what torch holds of it and no tensor takes."""
+    if device == "cuda":
+        import torch
 
-    Weights whose stored dtype is kept are mapped from their file, and pages that no step has read yet would count as no memory.
-    """
-    import torch
-
-    for tensor in plain_tensors([*model.parameters(), *model.buffers()]):
-        if tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_quantized:
-            start = tensor.storage_offset() * tensor.element_size()
-            torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), start, (tensor.nbytes,), (1,))[::4096].sum()
-
-
-def buffer_bytes(model: "PreTrainedModel") -> int:
-    """Bytes of the buffers: positions, masks and the like, which no file need hold; shared ones once."""
-    return extent(model.buffers())
-
-
-@contextmanager
-def cache_seen(model: "PreTrainedModel") -> Iterator[list[int]]:
-    """Bytes of keys and values that each call of the model left for the next, while the block runs."""
-    found: list[int] = []
-
-    def look(module: Any, inputs: Any, output: Any) -> None:
-        cache = getattr(output, "past_key_values", None)
-        found.append(0 if cache is None else cache_bytes(cache))
-
-    handle = model.register_forward_hook(look)
-    try:
-        yield found
-    finally:
-        handle.remove()
+        torch.cuda.empty_cache()
 
 
 @contextmanager

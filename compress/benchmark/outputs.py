@@ -4,21 +4,23 @@ import hashlib
 import importlib.metadata
 import json
 import shutil
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
-from compress import decoding, rouge, scores, scripts
+import msgspec
+
+from compress import decoding, engines, rouge, scores, scripts
+from compress.benchmark.messages import Loaded, Outputs
+from compress.border import plain
 from compress.data import examples_digest
 from compress.methods import Example
 from compress.model import Source, fingerprint
 from compress.recipe import Recipe, digest
 from compress.results import whole_folder
 
-Outputs = dict[str, Any]  # what `Worker.quality` gives
 HERE = Path(__file__).parent
-CODE = (
-    *(HERE / f"{part}.py" for part in ("batching", "draws", "generation", "quality", "worker")),
+CODE = (  # an engine's own stands beside it
+    *(HERE / f"{part}.py" for part in ("messages", "quality", "worker")),
     HERE.parent / "products.py",  # which imports torch
     *(Path(str(module.__file__)) for module in (decoding, rouge, scores, scripts)),
 )
@@ -37,20 +39,23 @@ PACKAGES = (
 MACHINE = ("device", "gpu", "cuda", "cpu", "cpu_instructions", "cores")  # of the environment that a worker tells
 
 
-def name(source: Source, recipe: Recipe, examples: list[Example], loaded: dict[str, Any], original: Source | None = None) -> str:
+def name(
+    source: Source, recipe: Recipe, examples: list[Example], loaded: Loaded, original: Source | None = None, engine: str = engines.PLAIN
+) -> str:
     """Names outputs by all that they depend on: the model's content, examples, prompt, generation, code, versions, machine.
 
     original   the model whose distributions are compared with, if any
-    loaded     what `Worker.load` gives: of the runtime's settings those count that changed layers, and the threads of timings don't
+    loaded     of the runtime's settings those count that changed layers, and the threads of timings don't
     """
-    data, environment = recipe.data, loaded["environment"]
+    data, environment = recipe.data, loaded.environment
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in [*CODE, *engines.code(engine)])).hexdigest()
     return digest(
         [
             fingerprint(source), original and fingerprint(original), examples_digest(examples), recipe.groups,
             asdict(recipe.tokenizers), recipe.generation.model_dump(),
             [data.chat, data.max_tokens, data.stride, data.join, data.samples, data.seed, data.shots, data.shot_separator],
-            sorted(setting for setting, layers in loaded["changed"].items() if layers), {key: environment[key] for key in MACHINE},
-            {package: _version(package) for package in PACKAGES}, hashlib.sha256(b"".join(file.read_bytes() for file in CODE)).hexdigest(),
+            sorted(setting for setting, layers in loaded.traits.changed.items() if layers), {key: environment[key] for key in MACHINE},
+            {package: _version(package) for package in PACKAGES}, code,
         ]
     )  # fmt: skip
 
@@ -62,19 +67,20 @@ def find(folder: Path, name: str) -> Outputs | None:
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["digest"] != digest(kept["outputs"]):
             raise ValueError
-        outputs: Outputs = kept["outputs"]
+        outputs = msgspec.convert(kept["outputs"], Outputs)
     except FileNotFoundError:
         return None
     except (ValueError, LookupError, TypeError, RecursionError):
         shutil.rmtree(file.parent, ignore_errors=True)
         return None
-    return {**outputs, "said": [f"outputs and scores were taken from a former run ({name})", *outputs["said"]]}
+    return replace(outputs, said=[f"outputs and scores were taken from a former run ({name})", *outputs.said])
 
 
 def keep(folder: Path, name: str, outputs: Outputs) -> None:
     """Write outputs, whole or not at all."""
+    made = plain(outputs)
     with whole_folder(folder / name) as partial:
-        (partial / "outputs.json").write_text(json.dumps({"digest": digest(outputs), "outputs": outputs}), encoding="utf-8")
+        (partial / "outputs.json").write_text(json.dumps({"digest": digest(made), "outputs": made}), encoding="utf-8")
 
 
 def _version(package: str) -> str:

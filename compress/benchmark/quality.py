@@ -1,26 +1,26 @@
-"""How a model reads the examples: their tokens, likelihoods and labels. What it writes is in generation.py, scores are in scores.py."""
+"""Examples become tokens for a model, and what it makes of those is summed by example. Scores are in scores.py."""
 
 import random
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
-import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-from compress.benchmark.batching import Batches
+from compress.engines import Piece
 from compress.errors import DataError
 from compress.prompts import Prompt, Prompts, text_of
 from compress.scores import Likelihood
-from compress.structure import context_length, decoder_inputs
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 Texts = list[str]
-AT_ONCE = 256  # tokens whose distributions are compared together; one of 150,000 numbers takes 600 kB, several times
-Piece = tuple[int, list[int], list[int]]  # example, input, and the labels of it or, behind an encoder, of the answer
+Read = Callable[[list[Piece]], list[Likelihood]]
 
 
 class Reader:
     """Texts become token ids for a model, cut to what it can take.
 
+    context      the most tokens that the model takes, or None
+    encodes      whether prompts go into an encoder, and not before the answer
     max_tokens   the longest input wanted, or None
     chat         texts are a user's turns, put into the tokenizer's chat template
     keep_end     what is too long loses its start, where examples of the task stand, and not its end
@@ -28,11 +28,10 @@ class Reader:
     """
 
     def __init__(
-        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, max_tokens: int | None = None, chat: bool = False,
+        self, tokenizer: "PreTrainedTokenizerBase", context: int | None, encodes: bool, max_tokens: int | None = None, chat: bool = False,
         keep_end: bool = False,
     ):  # fmt: skip
-        self.model, self.tokenizer, self.cut = model, tokenizer, set[str]()
-        self.context = context_length(model.config, tokenizer)
+        self.tokenizer, self.context, self.encodes, self.cut = tokenizer, context, encodes, set[str]()
         self._max_tokens = max_tokens
         self._prompts = {unended: Prompts(tokenizer, chat, unended, keep_end) for unended in (False, True)}
 
@@ -63,47 +62,47 @@ class Reader:
             found.append(ids)
         return found
 
-    def batch(self, rows: list[list[int]], left: bool = False) -> Any:
-        """Rows of ids as padded tensors on the model's device."""
-        self.tokenizer.padding_side = "left" if left else "right"
-        return self.tokenizer.pad({"input_ids": rows}, return_tensors="pt").to(self.model.device)
+    def to_write(self, prompts: Sequence[Prompt], new_tokens: int) -> list[list[int]]:
+        """Token ids of prompts to which so many tokens are written. Raises DataError where they leave no room."""
+        if self.context is not None and new_tokens >= self.context:
+            raise DataError(f"generation.max_new_tokens: {new_tokens} does not fit the model's context of {self.context} tokens")
+        return self.read(prompts, room=0 if self.encodes else new_tokens, unended=not self.encodes)
 
 
 def likelihoods(
-    reader: Reader, prompts: Sequence[Prompt], targets: Texts | None, batches: Batches, stride: int | None = None,
-    original: PreTrainedModel | None = None,
+    reader: Reader, prompts: Sequence[Prompt], targets: Texts | None, read: Read, stride: int | None = None
 ) -> list[Likelihood]:  # fmt: skip
     """The likelihood of each target given its prompt, or of each text where there are no targets.
 
-    original   the model from which the reader's diverges
+    read   gives the likelihood of each piece of text
 
     A plain text's first token is given, not predicted. Texts and targets are cut to the context; with a `stride`
     texts are read whole, in windows.
 
     Raises DataError when no text has a token to predict.
     """
-    both = reader.model.config.is_encoder_decoder
+    both = reader.encodes
     pieces: list[Piece] = []
     if targets is None:
         for example, row in enumerate(reader.read(prompts, whole=stride is not None)):
-            pieces += [(example, ids, [-100] * given + ids[given:]) for ids, given in windows(row, reader.limit(), stride)]
+            cut = windows(row, reader.limit(), stride)
+            pieces += [Piece(example, ids, [-100] * given + ids[given:], number == 0) for number, (ids, given) in enumerate(cut)]
     else:
         answers = reader.tokenizer(text_target=targets, add_special_tokens=both, verbose=False)["input_ids"]
         most = reader.context if both or reader.context is None else reader.context // 2
         reader.cut |= {text_of(prompt) for prompt, answer in zip(prompts, answers, strict=True) if most is not None and len(answer) > most}
         answers = [answer[:most] for answer in answers]
         if both:
-            pieces = list(zip(range(len(prompts)), reader.read(prompts), answers, strict=True))
+            pieces = [Piece(example, *pair) for example, pair in enumerate(zip(reader.read(prompts), answers, strict=True))]
         else:  # the answer stands in the same context as its prompt
             for example, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-                read = reader.read([prompt], room=len(answer), unended=True)[0]
-                pieces.append((example, read + answer, [-100] * len(read) + answer))
-    return _summed(reader, pieces, len(prompts), batches, original)
+                ids = reader.read([prompt], room=len(answer), unended=True)[0]
+                pieces.append(Piece(example, ids + answer, [-100] * len(ids) + answer))
+    return _summed(pieces, len(prompts), read)
 
 
 def stream_likelihoods(
-    reader: Reader, text: str, batches: Batches, stride: int | None, samples: int | None, seed: int,
-    original: PreTrainedModel | None = None,
+    reader: Reader, text: str, read: Read, stride: int | None, samples: int | None, seed: int
 ) -> tuple[list[Likelihood], Texts]:  # fmt: skip
     """The likelihood of each window of one long text, and the part of the text that it counts.
 
@@ -125,62 +124,18 @@ def stream_likelihoods(
         found = windows(ids, size, stride)
     if samples is not None and samples < len(found):
         found = [found[number] for number in sorted(random.Random(seed).sample(range(len(found)), samples))]
-    pieces = [(number, window, [-100] * given + window[given:]) for number, (window, given) in enumerate(found)]
-    return _summed(reader, pieces, len(found), batches, original), [reader.tokenizer.decode(window[given:]) for window, given in found]
+    pieces = [Piece(number, window, [-100] * given + window[given:]) for number, (window, given) in enumerate(found)]
+    return _summed(pieces, len(found), read), [reader.tokenizer.decode(window[given:]) for window, given in found]
 
 
-def _summed(
-    reader: Reader, pieces: list[Piece], examples: int, batches: Batches, original: PreTrainedModel | None
-) -> list[Likelihood]:  # fmt: skip
+def _summed(pieces: list[Piece], examples: int, read: Read) -> list[Likelihood]:
     """The likelihood of each of so many `examples` over its pieces. Raises DataError where none has a token."""
-    model, both = reader.model, reader.model.config.is_encoder_decoder
     rows = [Likelihood()] * examples
-    begins = {example: index for index, (example, _, _) in reversed(list(enumerate(pieces)))}
-
-    def work(batch: list[int]) -> None:
-        inputs = reader.batch([pieces[i][1] for i in batch])
-        labels = _padded([pieces[i][2] for i in batch]).to(model.device)
-        if both:
-            inputs["decoder_input_ids"] = decoder_inputs(model, labels)
-        else:
-            labels = torch.cat([labels[:, 1:], torch.full_like(labels[:, :1], -100)], dim=1)
-        with torch.no_grad():
-            ours = model(**inputs).logits
-            theirs = ours if original is None else original(**inputs).logits
-            found = [
-                _likelihood(ours[row][real], theirs[row][real], label[real], begins[pieces[i][0]] == i)
-                for row, (i, label) in enumerate(zip(batch, labels, strict=True))
-                for real in [label != -100]
-            ]
-        for index, likelihood in zip(batch, found, strict=True):  # all of a batch or, where memory ran out, nothing
-            example = pieces[index][0]
-            rows[example] = rows[example].plus(likelihood)
-
-    batches.each([len(ids) + (len(labels) if both else 0) for _, ids, labels in pieces], work, "reading")
+    for piece, likelihood in zip(pieces, read(pieces), strict=True):
+        rows[piece.example] = rows[piece.example].plus(likelihood)
     if not sum(row.tokens for row in rows):
         raise DataError("no example has a token to predict; perplexity needs texts of two tokens or more")
     return rows
-
-
-def _likelihood(ours: torch.Tensor, theirs: torch.Tensor, labels: torch.Tensor, begins: bool) -> Likelihood:
-    """Of labels (tokens,) and logits (tokens, vocabulary), of which the shorter vocabulary counts. `begins`: the text does."""
-    nats = torch.nn.functional.cross_entropy(ours.float(), labels, reduction="none").double().sum().item()
-    if theirs is ours:
-        return Likelihood(nats, len(labels), equal=len(labels))
-    size = min(ours.shape[-1], theirs.shape[-1])
-    parts = zip(ours[:, :size].split(AT_ONCE), theirs[:, :size].split(AT_ONCE), strict=True)  # type: ignore[no-untyped-call]
-    compared = [_divergence(*part) for part in parts]
-    divergence = torch.cat([apart for apart, _ in compared])
-    first = divergence[0].item() if begins and len(labels) else 0.0
-    return Likelihood(nats, len(labels), divergence.sum().item(), sum(equal for _, equal in compared), first)
-
-
-def _divergence(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Of logits (tokens, vocabulary): each token's divergence, (tokens,) float64, and at how many both think the same the likeliest."""
-    q, p = ours.float().log_softmax(dim=-1), theirs.float().log_softmax(dim=-1)
-    shares = p.exp()
-    divergence = torch.where(shares > 0, shares * (p - q), 0).sum(dim=-1, dtype=torch.float64)
-    return divergence, (p.argmax(dim=-1) == q.argmax(dim=-1)).sum().item()
 
 
 def windows(row: list[int], size: int | None, stride: int | None) -> list[tuple[list[int], int]]:
@@ -200,25 +155,3 @@ def windows(row: list[int], size: int | None, stride: int | None) -> list[tuple[
         if end == len(row):
             return found
         start, counted = start + stride, end
-
-
-def classify(reader: Reader, prompts: Sequence[Prompt], batches: Batches) -> list[int | None]:
-    """The label that the model gives each input; None where its scores are no numbers."""
-    encoded = reader.read(prompts)
-    labels: list[int | None] = [None] * len(prompts)
-
-    def work(batch: list[int]) -> None:
-        inputs = reader.batch([encoded[i] for i in batch])
-        with torch.no_grad():
-            logits = reader.model(**inputs).logits
-        best, broken = logits.argmax(dim=-1).tolist(), logits.isnan().any(dim=-1).tolist()
-        for index, label, none in zip(batch, best, broken, strict=True):
-            labels[index] = None if none else label
-
-    batches.each([len(row) for row in encoded], work, "classifying")
-    return labels
-
-
-def _padded(rows: list[list[int]]) -> torch.Tensor:
-    width = max(map(len, rows))
-    return torch.tensor([row + [-100] * (width - len(row)) for row in rows])

@@ -24,7 +24,10 @@ from typing import Any
 
 from compress import data, recipe, terminal
 from compress.benchmark import figures, isolate, statistics
-from compress.benchmark.subject import Subject
+from compress.benchmark.messages import Load, Outputs
+from compress.benchmark.planted import Plant
+from compress.benchmark.subject import Subject, T
+from compress.border import Request
 from compress.errors import RunError
 from compress.methods import Example
 from compress.model import BUILTIN, Source
@@ -60,12 +63,12 @@ class Faulty(Subject):
 
     def __init__(self, fault: dict[str, float], source: Source, loaded: Recipe, log: Path, progress: Progress):
         super().__init__("candidate", source, loaded, "cpu", log, log.parent, progress)
-        self._fault = {"slowdown": 0.0, "resident_bytes": 0, **fault}
+        self._fault = Plant(fault.get("slowdown", 0.0), int(fault.get("resident_bytes", 0)))
 
-    def ask(self, request: str, **arguments: Any) -> Any:
-        if request == "load":
-            super().ask("plant", **self._fault)
-        return super().ask(request, **arguments)
+    def ask(self, request: Request[T]) -> T:
+        if isinstance(request, Load):
+            super().ask(self._fault)
+        return super().ask(request)
 
 
 def main() -> None:
@@ -110,7 +113,7 @@ def comparison(loaded: Recipe, busy: bool, log: Path, progress: Progress) -> dic
         subjects = [Subject("baseline", source, loaded, "cpu", log, log.parent, progress)]
         subjects += [Faulty(fault, source, loaded, log, progress) for fault in SUBJECTS.values()]
         for subject in subjects:
-            subject.outputs = subject.explanation = {}  # speed and memory only
+            subject.outputs, subject.explained = Outputs({}), True  # speed and memory only
         session = isolate.Session(subjects, loaded, progress, strict=False)
         try:
             session.run([], lambda _: False)
@@ -198,7 +201,7 @@ def _predictions(loaded: Recipe, examples: list[Example], progress: Progress) ->
         finally:
             subject.stop()
     assert subject.outputs is not None
-    return list(subject.outputs["texts"])
+    return list(subject.outputs.texts or [])
 
 
 def _without_a_word(text: str, rng: random.Random) -> str:

@@ -5,12 +5,15 @@ import time
 from collections.abc import Generator
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from compress import border
 from compress.benchmark import outputs as kept
 from compress.benchmark.machine import Machine
-from compress.benchmark.outputs import Outputs
+from compress.benchmark.messages import Answer, Explain, Load, Loaded, Outputs, Point, Time, WarmedUp, WarmUp
 from compress.benchmark.sampler import Sampler
+from compress.border import Request
+from compress.engines import Explained
 from compress.errors import ChildDied, Killed, RunError
 from compress.methods import Example
 from compress.model import Source
@@ -20,9 +23,8 @@ from compress.process import Child, Progress
 from compress.recipe import Recipe
 from compress.results import Conditions, Role
 
-Point = tuple[int, int]  # batch size, prompt tokens
+T = TypeVar("T")
 Round = list[list[list[float]]]  # turns x iterations x tokens: seconds from the start of a generation
-OUT_OF_MEMORY = "out of memory"
 LONG_S = 1.0  # a run that takes so long has nothing to gain from another one before it
 REST = 32 << 20  # bytes of objects and of code that come with a first step
 
@@ -39,15 +41,18 @@ class Subject:
         self.role, self.source, self._recipe, self._device, self._original = role, source, recipe, device, original
         self._log, self._kept, self._progress = log, outputs, progress
         self._child: Child | None = None
-        self.loads: list[dict[str, Any]] = []
+        self.loads: list[Loaded] = []
         self.peaks: list[dict[Point, dict[str, int]]] = []
         self.compiling: list[float] = []  # seconds a round, where steps are compiled
         self.reasons: dict[Point, str] = {}
+        self._lacking: set[Point] = set()  # points that could not be run for want of memory
         self.rounds: dict[Point, list[Round]] = {point: [] for point in recipe.benchmark.points}
         self._taken: dict[Point, tuple[list[list[float]], float | None]] = {}
         self.joules: dict[Point, list[list[float]]] = {point: [] for point in self.rounds}  # rounds x turns; nothing without NVML
         self.outputs: Outputs | None = None
-        self.explanation: dict[str, Any] | None = None  # what `Worker.explain` gives
+        self.explanation: Explained | None = None
+        self.explained = False  # whether its steps were looked at, or it was tried
+        self.looked_at: list[Point] = []  # at which points
         self.failures: list[str] = []
         self.said: list[str] = []
         self.foreign_gpu_bytes = 0  # the most that processes of others held of the GPU
@@ -80,12 +85,13 @@ class Subject:
                     continue
                 with phase("warming up", self.role):
                     found = self._warm_up(point)
-                if found["reason"] is None:
-                    peaks[point] = found["memory"]
-                    compiling += found["compile_seconds"] or 0.0
-                    self._marks[point] = found["marks"]
+                if found.reason is None:
+                    peaks[point] = found.memory
+                    compiling += found.compile_seconds or 0.0
+                    self._marks[point] = found.marks
                 else:
-                    self.reasons[point] = found["reason"]
+                    self.reasons[point] = found.reason
+                    self._lacking |= {point} if found.out_of_memory else set()
             if warm:
                 self._tell("warming up", len(points), len(points))
         except BaseException:
@@ -116,33 +122,39 @@ class Subject:
                 found.append(marks[0] * point[0] * point[1] / (batch * prompt) + marks[-1] - marks[0])
         return max(found)
 
-    def _load(self) -> dict[str, Any]:
+    def _load(self) -> Loaded:
         """Load the model in a new process."""
         benchmark = self._recipe.benchmark
         self._child = Child(self.module, self._log, self._tell, benchmark.threads, start=copied)
         with phase("loading", self.role), Sampler(self._child.pid) as sampler:
-            loaded: dict[str, Any] = self.ask(
-                "load", source=asdict(self.source), device=self._device, threads=benchmark.threads, runtime=benchmark.runtime.model_dump()
+            loaded = self.ask(
+                Load(
+                    self.source,
+                    self._device,
+                    benchmark.threads,
+                    runtime=benchmark.runtime.model_dump(),
+                    batch_tokens=benchmark.quality_batch_tokens,
+                )
             )
-        self._interpreter = loaded["interpreter"]
-        self._note(loaded["peak"], sampler, loaded["environment"]["device"])
+        self._interpreter = loaded.interpreter
+        self._note(loaded.peaks, sampler, loaded.environment["device"])
         if not self.said:
             self.said += _remarks(loaded)
         return loaded
 
-    def _warm_up(self, point: Point) -> dict[str, Any]:
+    def _warm_up(self, point: Point) -> WarmedUp:
         """Run a point for the first times; one that the kernel kills the process at has no place in memory, and a new process goes on."""
         benchmark = self._recipe.benchmark
         assert self._child is not None
         with Sampler(self._child.pid) as sampler:
             try:
-                found: dict[str, Any] = self.ask("warm_up", point=point, new_tokens=benchmark.new_tokens, repeats=self._repeats(point))
+                found = self.ask(WarmUp(point, benchmark.new_tokens, self._repeats(point)))
             except Killed:
                 self.stop()
                 self._load()
-                return {"reason": f"{OUT_OF_MEMORY}: its process was killed"}
-        if found["reason"] is None and "slack" in found["memory"]:
-            self._note(found["memory"], sampler, "cuda" if "reserved" in found["memory"] else "cpu")
+                return WarmedUp("out of memory: its process was killed", out_of_memory=True)
+        if found.reason is None and "slack" in found.memory:
+            self._note(found.memory, sampler, "cuda" if "reserved" in found.memory else "cpu")
         return found
 
     def _repeats(self, point: Point) -> int:
@@ -163,12 +175,13 @@ class Subject:
     @property
     def short_of_memory(self) -> bool:
         """Whether a point could not be run for want of memory."""
-        return any(reason.startswith(OUT_OF_MEMORY) for reason in self.reasons.values())
+        return bool(self._lacking)
 
     def start_alone(self) -> None:
         """Start again, now that memory is free, and forget what had no place in it."""
         self.stop()
-        self.reasons = {point: reason for point, reason in self.reasons.items() if not reason.startswith(OUT_OF_MEMORY)}
+        self.reasons = {point: reason for point, reason in self.reasons.items() if point not in self._lacking}
+        self._lacking = set()
         self.start()
 
     def take_turn(self, machine: Machine, usable: list[Point], ours: list[int]) -> Generator[float, None, Conditions]:
@@ -182,9 +195,8 @@ class Subject:
             self._taken = {}
             return machine.between(before, before)
         assert self._child is not None
-        slices = self._child.ask_in_slices(
-            "turn", self._limit_s, points=usable, new_tokens=benchmark.new_tokens, iterations=benchmark.iterations
-        )
+        request = Time(usable, benchmark.new_tokens, benchmark.iterations)
+        slices = border.ask_in_slices(self._child, request, self._limit_s)
         while True:
             began = time.monotonic()
             try:
@@ -195,7 +207,7 @@ class Subject:
             finally:
                 ran += time.monotonic() - began
             yield done
-        self._taken = {point: (block, joules) for point, block, joules in zip(usable, timings["seconds"], timings["joules"], strict=True)}
+        self._taken = {point: (block, joules) for point, block, joules in zip(usable, timings.seconds, timings.joules, strict=True)}
         return machine.between(before, machine.read(self.pid, ours), ran)
 
     def keep(self, number: int) -> None:
@@ -218,27 +230,32 @@ class Subject:
             return
         with phase("examples", self.role):
             self.outputs = self.ask(
-                "quality", examples=[asdict(e) for e in examples], groups=list(recipe.groups),
-                tokenizers=asdict(recipe.tokenizers),
-                generation=recipe.generation.model_dump(), data=recipe.data.model_dump(mode="json"),
-                batch_tokens=recipe.benchmark.quality_batch_tokens, original=self._original and asdict(self._original),
-            )  # fmt: skip
+                Answer(
+                    examples,
+                    list(recipe.groups),
+                    asdict(recipe.tokenizers),
+                    recipe.generation.model_dump(),
+                    recipe.data.model_dump(mode="json"),
+                    self._original,
+                )
+            )
         kept.keep(self._kept, name, self.outputs)
 
     def explain(self, usable: list[Point]) -> None:
         """Look at what a step does at every point, after the last timing of a process. What can't be looked at is said; timings stand."""
+        self.explained = True
         try:
             with phase("looking at steps", self.role):
-                self.explanation = self.ask("explain", points=usable, new_tokens=self._recipe.benchmark.new_tokens)
+                self.explanation = self.ask(Explain(usable, self._recipe.benchmark.new_tokens))
+            self.looked_at = usable if self.explanation else []
         except ChildDied:
             raise
         except RunError as error:
-            self.explanation = {}
             self.said.append(f"where a step's time goes could not be looked at: {error}")
 
-    def ask(self, request: str, **arguments: Any) -> Any:
+    def ask(self, request: Request[T]) -> T:
         assert self._child is not None
-        return self._child.ask(request, limit_s=self._limit_s, **arguments)
+        return border.ask(self._child, request, self._limit_s)
 
     @property
     def _limit_s(self) -> float:
@@ -258,12 +275,12 @@ class Subject:
         self._progress(f"{self.role}: {what}", done, total)
 
 
-def _remarks(loaded: dict[str, Any]) -> list[str]:
+def _remarks(loaded: Loaded) -> list[str]:
     """What there is to say of how a model's memory was read."""
     remarks = []
-    if loaded["rest"] > max(REST, loaded["weight_bytes"] // 20):
-        more = f"{loaded['rest'] / 1e6:,.1f} MB more are held after the first step than the model's tensors take"
+    if loaded.rest > max(REST, loaded.weights.weight_bytes // 20):
+        more = f"{loaded.rest / 1e6:,.1f} MB more are held after the first step than the model's tensors take"
         remarks.append(f"{more}: pages of its file that were read, or a copy that only a kernel knows of")
-    if loaded["sampled_only"]:
+    if loaded.sampled_only:
         remarks.append("its peaks are the most of samples every 2 ms, for /proc/self/clear_refs can't be written here")
     return remarks

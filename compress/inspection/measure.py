@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress import bnb, experts, held
 from compress import model as models
-from compress.benchmark.latency import prompts
+from compress.engines.transformers.timing import prompts
 from compress.errors import InputError, ModelError
 from compress.process import Progress, serve
 from compress.structure import context_length, is_head
@@ -70,7 +70,7 @@ def _inputs(bundle: models.Bundle, batch_size: int, tokens: int) -> dict[str, Te
     """Random tokens; an encoder-decoder that generates gets as many on either side."""
     model = bundle.model
     model.config.pad_token_id = bundle.tokenizer.pad_token_id  # decoder-only classifiers look for the last real token by it
-    inputs = prompts(model, bundle.device, batch_size, tokens)
+    inputs = prompts(model, batch_size, tokens)
     if model.config.is_encoder_decoder and model.can_generate():
         inputs["decoder_input_ids"] = inputs["input_ids"]
     return inputs

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from compress.calibration.stream import encoded, padded, without_cache
 from compress.errors import BrokenPromise
 from compress.methods import Context, Example
-from compress.structure import label_number
+from compress.structure import label_number, labels_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -42,7 +42,7 @@ def _loss(model: "PreTrainedModel", example: Example, ids: list[int], answer: li
     """Mean cross-entropy of the example's target, nats a token; of the whole text where it has none."""
     logits = model(**padded(model, [(ids, answer)])).logits[0].float()
     if not model.can_generate():
-        wanted = [label_number(model.config, (example.references or [""])[0])]
+        wanted = [label_number(labels_of(model.config), (example.references or [""])[0])]
         logits = logits[None]
     elif model.config.is_encoder_decoder:
         wanted = answer

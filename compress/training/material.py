@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 
 from compress.calibration.stream import Inputs, Row, encoded, padded
 from compress.methods import Context
-from compress.structure import label_number
+from compress.structure import label_number, labels_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -87,7 +87,8 @@ def labels(model: "PreTrainedModel", inputs: Inputs, rows: list[Row], known: boo
     if not model.can_generate() and not known:  # any label will do to say that the position counts
         return torch.zeros(len(rows), dtype=torch.long, device=model.device)
     if not model.can_generate():
-        return torch.tensor([label_number(model.config, (example.references or [""])[0]) for example, _, _ in rows], device=model.device)
+        names = labels_of(model.config)
+        return torch.tensor([label_number(names, (example.references or [""])[0]) for example, _, _ in rows], device=model.device)
     both = model.config.is_encoder_decoder
     wanted = torch.full_like(inputs["decoder_input_ids" if both else "input_ids"], IGNORED)
     for row, (_, ids, answer) in zip(wanted, rows, strict=True):

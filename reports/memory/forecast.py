@@ -19,11 +19,11 @@ from pathlib import Path
 from compress.benchmark.isolate import Subject
 from compress.forecast.footprint import footprint, weight_bytes
 from compress.forecast.plan import read_config
-from compress.shape import read
 from compress.methods import quiet
 from compress.model import Source
 from compress.nursery import nursery
 from compress.recipe import Benchmark, Data, Model, Recipe
+from compress.shape import read
 
 BATCHES, PROMPT, NEW = [1, 4, 16], 128, 24
 ENDS = {"pad_token_id": 0, "eos_token_id": 1}

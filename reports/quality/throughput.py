@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 
 from compress import data, model, recipe, terminal
-from compress.benchmark.batching import Batches
-from compress.benchmark.generation import Writer
 from compress.benchmark.quality import Reader
+from compress.engines.transformers.batching import Batches
+from compress.engines.transformers.generation import Writer
 from compress.methods import quiet
 
 

@@ -5,13 +5,12 @@ import torch
 from torch import nn
 
 from compress import held
-from compress.benchmark import latency, memory
-from compress.benchmark.worker import Worker
-from compress.methods import quiet
-from compress.recipe import Runtime
+from compress.benchmark import memory
+from compress.engines.transformers import timing
 from compress.runtime import Int8Linear
 from tests.blocks import run
 from tests.conftest import TASKS, make_model
+from tests.measuring import loaded
 
 
 class State:
@@ -53,16 +52,15 @@ def test_weights_are_counted_as_they_lie_after_the_first_step(toys, tmp_path, ki
     """What is unpacked at the first step is counted unpacked, 172 columns in groups of 128 too; a second step changes nothing."""
     settings = {"bits": 4, "group_size": 128} if method == "rtn" else {"bits": 4, "group_size": 32} if method == "gptq" else {}
     folder = run("quantize", method, toys[kind], kind, tmp_path / "made", **settings)
-    worker = Worker()
-    plain = Runtime().model_dump()
-    told = worker.load(quiet, {"id": str(folder), "task": TASKS[kind]}, "cpu", 1, plain)
-    tensors = [t for t in everything(worker.model) if not hasattr(t, "__tensor_flatten__")]
+    worker, told = loaded(folder, TASKS[kind])
+    model, weight_bytes = worker.engine.model, told.weights.weight_bytes
+    tensors = [t for t in everything(model) if not hasattr(t, "__tensor_flatten__")]
     places = {(t.untyped_storage().data_ptr(), t.data_ptr(), t.numel()): t.numel() * t.element_size() for t in tensors}
-    assert told["weight_bytes"] == pytest.approx(sum(places.values()), rel=0.01)
-    latency.step(worker.model, "cpu")
-    assert held.weight_bytes(worker.model) == told["weight_bytes"]
+    assert weight_bytes == pytest.approx(sum(places.values()), rel=0.01)
+    timing.step(model)
+    assert held.weight_bytes(model) == weight_bytes
     if method != "bnb_int8":
-        assert told["weight_bytes"] > 0.99 * held.weight_bytes(make_model(kind))
+        assert weight_bytes > 0.99 * held.weight_bytes(make_model(kind))
 
 
 def everything(model):

@@ -9,6 +9,7 @@ from scipy import stats
 
 from compress.benchmark import isolate, subject
 from compress.benchmark.isolate import Session
+from compress.benchmark.messages import WarmedUp
 from compress.errors import DeviceError, RunError
 from compress.methods import quiet
 from compress.recipe import Benchmark
@@ -27,8 +28,8 @@ class Subject(subject.Subject):
     def __init__(self, role, base, luck, disturbed=()):
         self.role, self._base, self._luck, self._disturbed = role, base, iter(luck), set(disturbed)
         self.rounds, self.reasons, self.failures, self.outputs, self.number = {POINT: []}, {}, [], {}, 0
-        self.loads = [{"environment": {"threads": 1, "gpu_uuid": None}}]
-        self.joules, self.explanation = {POINT: []}, {}
+        self.loads = [SimpleNamespace(environment={"threads": 1, "gpu_uuid": None})]
+        self.joules, self.explanation, self.explained = {POINT: []}, None, True
         self._child = None
         self.starts = 0
 
@@ -136,11 +137,11 @@ def test_a_long_run_is_warmed_up_by_itself_once_the_heap_has_been_seen(tmp_path,
     class Slow(subject.Subject):
         def _load(self):
             self._child = SimpleNamespace(pid=os.getpid())
-            return {}
+            return
 
-        def ask(self, request, repeats, **_):
-            asked.append(repeats)
-            return {"reason": None, "memory": {"peak": 1}, "compile_seconds": None, "marks": [seconds]}
+        def ask(self, request):
+            asked.append(request.repeats)
+            return WarmedUp(memory={"peak": 1}, marks=[seconds])
 
     settings = Benchmark(**{"batch_sizes": [1], "prompt_tokens": [8], "warmup": 0, "precision": None, **changes})
     side = Slow("candidate", None, SimpleNamespace(benchmark=settings), "cpu", tmp_path / "log", tmp_path, quiet)
@@ -270,13 +271,13 @@ class Unexplained(Subject):
 
     _recipe = type("Recipe", (), {"benchmark": benchmark()})
 
-    def ask(self, request, **_):
+    def ask(self, request):
         raise RunError("the profiler is not here")
 
 
 def test_a_step_that_can_not_be_looked_at_costs_no_timings(monkeypatch):
     side = Unexplained("candidate", 1.0, noisy(0))
-    side.explanation, side.said = None, []
+    side.explanation, side.explained, side.said = None, False, []
     session([side], benchmark(precision=None, rounds=2), monkeypatch)
     assert (side.failures, len(side.rounds[POINT])) == ([], 2)
     assert side.said == ["where a step's time goes could not be looked at: the profiler is not here"]

@@ -7,34 +7,33 @@ from types import SimpleNamespace
 import pytest
 
 from compress.benchmark import latency
+from compress.benchmark.messages import Time
 from compress.benchmark.subject import Subject
-from compress.benchmark.worker import Worker
-from compress.methods import quiet
-from compress.model import Bundle, Source
 from tests.conftest import TASKS
+from tests.measuring import loaded
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart", "llama", "gpt2"])
 def test_every_forced_token_is_timed(toys, kind):
-    model = Bundle(Source(str(toys[kind]), TASKS[kind], "float32"), "cpu").model
-    inputs = latency.prompts(model, "cpu", 2, 8)
-    assert inputs["input_ids"].shape == (2, 8)
-    seconds = latency.generation_seconds(model, inputs, 6, "cpu")
+    engine = loaded(toys[kind], TASKS[kind], dtype="float32")[0].engine
+    prompts = latency.prompts(engine.traits, 2, 8)
+    assert [len(row) for row in prompts] == [8, 8]
+    seconds = latency.seconds(engine, prompts, 6)
     assert len(seconds) == 6
     assert all(0 < a < b for a, b in pairwise(seconds))
 
 
 def test_a_generation_may_rest_after_each_token_and_the_rest_does_not_count(toys):
-    model = Bundle(Source(str(toys["t5"]), TASKS["t5"], "float32"), "cpu").model
-    inputs, told = latency.prompts(model, "cpu", 1, 8), []
-    latency.generation_seconds(model, inputs, 6, "cpu")
+    engine = loaded(toys["t5"], TASKS["t5"], dtype="float32")[0].engine
+    prompts, told = latency.prompts(engine.traits, 1, 8), []
+    latency.seconds(engine, prompts, 6)
 
     def rest(tokens):
         told.append(tokens)
         time.sleep(0.1)
 
     began = time.perf_counter()
-    seconds = latency.generation_seconds(model, inputs, 6, "cpu", rest=rest)
+    seconds = latency.seconds(engine, prompts, 6, rest)
     whole = time.perf_counter() - began
     assert told == [1, 2, 3, 4, 5, 6]
     assert all(0 < a < b for a, b in pairwise(seconds))
@@ -59,14 +58,11 @@ def test_a_rest_comes_when_a_slice_is_over_also_between_short_generations(monkey
 
 
 def test_a_turn_tells_how_much_of_it_is_done(toys, monkeypatch):
-    worker, told = Worker(), []
-    worker.load(
-        quiet, {"id": str(toys["llama"]), "task": "causal-lm", "dtype": "float32"}, "cpu", 1, {"cpu_int8": False, "sparse_24": False}
-    )
+    worker, told = loaded(toys["llama"], "causal-lm", dtype="float32")[0], []
     monkeypatch.setattr(latency, "SLICE_S", 0)
-    found = worker.turn(lambda *said: told.append(said), [(1, 4), (2, 8)], new_tokens=3, iterations=2)
+    found = worker.time(lambda *said: told.append(said), Time([(1, 4), (2, 8)], new_tokens=3, iterations=2))
     assert told == [("timing", done, 12) for done in range(1, 13)]
-    assert [[len(marks) for marks in point] for point in found["seconds"]] == [[3, 3], [3, 3]]
+    assert [[len(marks) for marks in point] for point in found.seconds] == [[3, 3], [3, 3]]
 
 
 def test_a_turn_of_a_side_lasts_as_long_as_its_slices(monkeypatch):
@@ -96,7 +92,7 @@ def test_a_turn_of_a_side_lasts_as_long_as_its_slices(monkeypatch):
             break
         now[0] += 10
     assert (shares, returned) == ([0.4, 0.8], (0.0, 23.0, 3.0))
-    assert (handed["request"], handed["limit_s"], handed["points"]) == ("turn", 120, [(1, 8)])
+    assert (handed["request"], handed["limit_s"], handed["points"]) == ("Time", 120, [(1, 8)])
     side.keep(0)
     assert side.rounds == {(1, 8): [[[[1.5, 3.0]]]]}
     with pytest.raises(StopIteration) as end:
@@ -105,19 +101,19 @@ def test_a_turn_of_a_side_lasts_as_long_as_its_slices(monkeypatch):
 
 
 def test_prompts_are_the_same_for_both_sides(toys):
-    models = [Bundle(Source(str(toys["llama"]), "causal-lm", dtype), "cpu").model for dtype in ("float32", "bfloat16")]
-    one, other = (latency.prompts(model, "cpu", 3, 10)["input_ids"] for model in models)
-    assert one.tolist() == other.tolist()
+    one, other = (loaded(toys["llama"], "causal-lm", dtype=dtype)[0].engine.traits for dtype in ("float32", "bfloat16"))
+    assert latency.prompts(one, 3, 10) == latency.prompts(other, 3, 10)
+    assert len({token for row in latency.prompts(one, 3, 10) for token in row}) > 10
 
 
 def test_a_classification_is_one_mark(toys):
-    model = Bundle(Source(str(toys["bert"]), "sequence-classification", "float32"), "cpu").model
-    assert len(latency.forward_seconds(model, latency.prompts(model, "cpu", 2, 8), "cpu")) == 1
+    engine = loaded(toys["bert"], "sequence-classification", dtype="float32")[0].engine
+    assert len(latency.seconds(engine, latency.prompts(engine.traits, 2, 8), 6)) == 1
 
 
 @pytest.mark.gpu
 def test_cuda_events_mark_every_token(toys):
-    model = Bundle(Source(str(toys["llama"]), "causal-lm", "float16"), "cuda").model
-    seconds = latency.generation_seconds(model, latency.prompts(model, "cuda", 2, 8), 6, "cuda")
+    engine = loaded(toys["llama"], "causal-lm", "cuda", "float16")[0].engine
+    seconds = latency.seconds(engine, latency.prompts(engine.traits, 2, 8), 6)
     assert len(seconds) == 6
     assert all(0 < a < b for a, b in pairwise(seconds))

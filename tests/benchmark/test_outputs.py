@@ -3,24 +3,29 @@
 import shutil
 import time
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 
 import compress
 from compress import phases, recipe
 from compress.benchmark import outputs
+from compress.benchmark.messages import Loaded, Outputs
+from compress.engines import Traits, Weights
 from compress.methods import Example
+from compress.metrics import Missing
 from compress.model import Source
 from compress.results import read_report
 from tests.conftest import recipe_for
 
 MACHINE = dict.fromkeys(outputs.MACHINE, "x")
-MADE = {"samples": {"rougeL": [[1.0], [0.1 + 0.2]]}, "texts": ["a", "é"], "cut": 0, "generation_config": {}, "said": ["something"]}
+MADE = Outputs({"rougeL": [[1.0], [0.1 + 0.2], Missing.NAN]}, ["a", "é", ""], said=["something"])
 
 
 def test_they_are_named_by_all_that_they_depend_on(toys, rows, write_recipe, tmp_path, monkeypatch):
     def name(source=None, machine=MACHINE, changed=0, said="one", original=None, **changes):
-        told = {"environment": {**machine, "threads": 7}, "changed": {"cpu_int8": changed, "sparse_24": 0}}
+        traits = Traits("float32", 64, 64, encodes=False, generates=True, changed={"cpu_int8": changed, "sparse_24": 0})
+        told = Loaded(traits, Weights(1, 0, 1), 1, {}, 0, 0, False, {**machine, "threads": 7})
         loaded = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, **changes)))
         return outputs.name(
             source or Source(str(toys["llama"]), "causal-lm", "float32"), loaded, [Example("0", said, ["two"])], told, original
@@ -51,7 +56,7 @@ def test_they_are_named_by_all_that_they_depend_on(toys, rows, write_recipe, tmp
 def test_a_damaged_file_is_put_away(tmp_path, harm):
     outputs.keep(tmp_path, "abc", MADE)
     found = outputs.find(tmp_path, "abc")
-    assert found == {**MADE, "said": ["outputs and scores were taken from a former run (abc)", "something"]}
+    assert found == replace(MADE, said=["outputs and scores were taken from a former run (abc)", "something"])
     file = tmp_path / "abc" / "outputs.json"
     whole = file.read_text()
     file.write_text({"cut short": whole[:-20], "changed": whole.replace("[1.0]", "[2.0]")}.get(harm, harm))

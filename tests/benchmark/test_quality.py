@@ -6,33 +6,28 @@ import pytest
 import torch
 
 from compress.benchmark import quality
-from compress.benchmark.batching import Batches
-from compress.benchmark.generation import Writer
+from compress.engines.transformers import reading
+from compress.engines.transformers.batching import Batches
 from compress.errors import DataError
 from compress.methods import quiet
 from compress.model import Bundle, Source
-from compress.structure import label_number
+from compress.structure import label_number, labels_of
+from tests import measuring
 from tests.conftest import WORDS
+from tests.measuring import reads
 
 PROMPTS = ["the cat sat", "a big dog ran on the red mat and sat", "the", "blue hat on a small mat was it"]
 TARGETS = ["cat sat on mat", "dog", "the red hat", "it was blue and small"]
 
 
-SETTINGS = {"max_new_tokens": 64, "num_beams": 1, "do_sample": False, "seed": 0}
-
-
-def batches(bundle, tokens=24):
-    return Batches(bundle.model, tokens, quiet)
-
-
 def reader(bundle, **options):
-    return quality.Reader(bundle.model, bundle.tokenizer, **options)
+    return measuring.reader(bundle.model, bundle.tokenizer, **options)
 
 
 def test_likelihoods_are_those_of_a_plain_loop(random_bundle):
     bundle = random_bundle
     model, words = bundle.model, bundle.tokenizer
-    found = quality.likelihoods(reader(bundle), PROMPTS, TARGETS, batches(bundle))
+    found = quality.likelihoods(reader(bundle), PROMPTS, TARGETS, reads(bundle))
     for prompt, target, (nll, count, *_) in zip(PROMPTS, TARGETS, found, strict=True):
         given = words(prompt)["input_ids"]
         if model.config.is_encoder_decoder:
@@ -62,7 +57,7 @@ def bent(bundle, spread):
 def test_divergence_is_that_of_a_plain_loop_in_float64(random_bundle, spread):
     bundle, original = random_bundle, bent(random_bundle, spread)
     words, both = bundle.tokenizer, bundle.model.config.is_encoder_decoder
-    found = quality.likelihoods(reader(bundle), PROMPTS, TARGETS, batches(bundle), original=original)
+    found = quality.likelihoods(reader(bundle), PROMPTS, TARGETS, reads(bundle, original=original))
     for prompt, target, row in zip(PROMPTS, TARGETS, found, strict=True):
         given, answer = words(prompt)["input_ids"], words(target, add_special_tokens=both)["input_ids"]
         if both:
@@ -79,20 +74,20 @@ def test_divergence_is_that_of_a_plain_loop_in_float64(random_bundle, spread):
 
 
 def test_divergence_over_windows_counts_every_token_once(llama, monkeypatch):
-    monkeypatch.setattr(quality, "AT_ONCE", 3)
+    monkeypatch.setattr(reading, "AT_ONCE", 3)
     original, text = bent(llama, 0.1), " ".join(WORDS[(3 * k) % len(WORDS)] for k in range(40))
-    (whole,) = quality.likelihoods(reader(llama), [text], None, batches(llama, 64), original=original)
+    (whole,) = quality.likelihoods(reader(llama), [text], None, reads(llama, 64, original))
     ids = torch.tensor([llama.tokenizer(text)["input_ids"]])
     q, p = (model(ids).logits[0, :-1].double().log_softmax(-1) for model in (llama.model, original))
     expected = (p.exp() * (p - q)).sum(-1)
     assert whole.divergence == pytest.approx(expected.sum().item(), rel=1e-4)
-    (parts,) = quality.likelihoods(reader(llama, max_tokens=16), [text], None, batches(llama, 40), 6, original)
+    (parts,) = quality.likelihoods(reader(llama, max_tokens=16), [text], None, reads(llama, 40, original), 6)
     assert (parts.tokens, parts.first) == (whole.tokens, pytest.approx(expected[0].item(), rel=1e-4))
 
 
 def test_a_model_that_gives_no_chance_to_what_the_original_writes_diverges_without_end():
     ours, theirs = torch.tensor([[0.0, -torch.inf], [0.0, 0.0]]), torch.tensor([[0.0, 0.0], [0.0, -torch.inf]])
-    rows = [quality._likelihood(ours[n : n + 1], theirs[n : n + 1], torch.tensor([0]), True) for n in (0, 1)]
+    rows = [reading._likelihood(ours[n : n + 1], theirs[n : n + 1], torch.tensor([0]), True) for n in (0, 1)]
     assert [row.divergence for row in rows] == [torch.inf, pytest.approx(torch.log(torch.tensor(2.0)).item())]
 
 
@@ -102,7 +97,7 @@ def llama(toys):
 
 
 def test_plain_text_is_predicted_from_its_second_token(llama):
-    found = quality.likelihoods(reader(llama), PROMPTS, None, batches(llama))
+    found = quality.likelihoods(reader(llama), PROMPTS, None, reads(llama))
     assert [row.tokens for row in found] == [len(llama.tokenizer(p)["input_ids"]) - 1 for p in PROMPTS]
 
 
@@ -126,7 +121,7 @@ def plain_loop(model, ids, size, stride):
 def test_long_texts_are_read_in_windows_as_hugging_face_has_it(llama):
     """Against the loop of transformers' documentation, "Perplexity of fixed-length models"."""
     texts = [" ".join(WORDS[(n * k) % len(WORDS)] for k in range(40)) for n in (3, 7)] + ["the cat sat", "dog"]
-    found = quality.likelihoods(reader(llama, max_tokens=16), texts, None, batches(llama, 40), stride=6)
+    found = quality.likelihoods(reader(llama, max_tokens=16), texts, None, reads(llama, 40), stride=6)
     for text, (nll, count, *_) in zip(texts, found, strict=True):
         ids = torch.tensor([llama.tokenizer(text)["input_ids"]])
         expected, counted = plain_loop(llama.model, ids, 16, 6)
@@ -139,7 +134,7 @@ def test_a_stream_is_read_in_windows_as_hugging_face_has_it(llama, stride):
     text = "\n\n".join(" ".join(WORDS[(n * k) % len(WORDS)] for k in range(n)) for n in range(40))
     ids = torch.tensor([llama.tokenizer(text)["input_ids"]])
     expected, counted = plain_loop(llama.model, ids, 16, stride or 16)
-    found, parts = quality.stream_likelihoods(reader(llama, max_tokens=16), text, batches(llama, 40), stride, None, 0)
+    found, parts = quality.stream_likelihoods(reader(llama, max_tokens=16), text, reads(llama, 40), stride, None, 0)
     assert sum(row.tokens for row in found) == counted
     assert sum(row.nats for row in found) == pytest.approx(expected, rel=1e-5)
     assert [len(llama.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts] == [row.tokens for row in found]
@@ -147,7 +142,7 @@ def test_a_stream_is_read_in_windows_as_hugging_face_has_it(llama, stride):
         text.split()[1:16],
         text.split()[17 if stride in (None, 16) else 16 :][: int(found[1].tokens)],
     ]
-    drawn, some = quality.stream_likelihoods(reader(llama, max_tokens=16), text, batches(llama, 40), stride, 7, 1)
+    drawn, some = quality.stream_likelihoods(reader(llama, max_tokens=16), text, reads(llama, 40), stride, 7, 1)
     assert len(drawn) == 7
     rest = zip(parts, found, strict=True)
     in_order = [
@@ -158,15 +153,15 @@ def test_a_stream_is_read_in_windows_as_hugging_face_has_it(llama, stride):
 
 def test_streams_that_cannot_be_read(llama):
     with pytest.raises(DataError, match=r"data\.stride: 17 is too far for windows of 16 tokens"):
-        quality.stream_likelihoods(reader(llama, max_tokens=16), "the cat " * 40, batches(llama), 17, None, 0)
+        quality.stream_likelihoods(reader(llama, max_tokens=16), "the cat " * 40, reads(llama), 17, None, 0)
     with pytest.raises(DataError, match="perplexity needs texts of two tokens or more"):
-        quality.stream_likelihoods(reader(llama), "", batches(llama), None, None, 0)
+        quality.stream_likelihoods(reader(llama), "", reads(llama), None, None, 0)
     unbounded = reader(llama)
     unbounded.context = None
     with pytest.raises(
         DataError, match=r"data\.join: windows are as long as the model's context, and this one has no limit; give data\.max"
     ):
-        quality.stream_likelihoods(unbounded, "the cat", batches(llama), None, None, 0)
+        quality.stream_likelihoods(unbounded, "the cat", reads(llama), None, None, 0)
 
 
 def test_windows_count_every_token_but_the_first_once():
@@ -192,9 +187,9 @@ def test_cut_inputs_are_counted_and_keep_their_end_token(llama):
 
 def test_what_does_not_fit_the_context_is_refused_by_name(llama):
     with pytest.raises(DataError, match="64 does not fit the model's context of 64 tokens"):
-        Writer(reader(llama), PROMPTS, SETTINGS)
+        reader(llama).to_write(PROMPTS, 64)
     long = " ".join(["cat"] * 100)
-    found = quality.likelihoods(reader(llama), [PROMPTS[0], long], [long, TARGETS[0]], batches(llama))
+    found = quality.likelihoods(reader(llama), [PROMPTS[0], long], [long, TARGETS[0]], reads(llama))
     assert [row.tokens for row in found] == [32, 4], "an overlong answer gets half of the context"
 
 
@@ -209,13 +204,13 @@ def test_chat_prompts_have_one_start_token(llama):
 
 def test_labels_are_read_as_numbers_and_names(toys):
     model = Bundle(Source(str(toys["bert"]), "sequence-classification", "float32"), "cpu").model
-    assert (label_number(model.config, "1"), label_number(model.config, "LABEL_1")) == (1, 1)
+    assert [label_number(labels_of(model.config), text) for text in ("1", "LABEL_1")] == [1, 1]
     with pytest.raises(DataError, match="label 'good' is none of the model's: numbers below 2, or LABEL_0, LABEL_1"):
-        label_number(model.config, "good")
+        label_number(labels_of(model.config), "good")
 
 
 def test_a_label_from_logits_that_are_no_numbers_is_none(toys):
     bert = Bundle(Source(str(toys["bert"]), "sequence-classification", "float32"), "cpu")
     with torch.no_grad():
         bert.model.classifier.bias[1] = float("nan")
-    assert quality.classify(reader(bert), PROMPTS, batches(bert)) == [None] * 4
+    assert reading.classify(bert.model, bert.tokenizer, reader(bert).read(PROMPTS), Batches(bert.model, 24, quiet)) == [None] * 4

@@ -5,15 +5,14 @@ import json
 import pytest
 
 from compress import data, model, scores
-from compress.benchmark.batching import Batches
-from compress.benchmark.generation import Writer
-from compress.benchmark.quality import Reader
 from compress.benchmark.statistics import corpus_value
 from compress.builtin import corpus
+from compress.engines.transformers.batching import Batches
 from compress.methods import quiet
 from compress.model import Bundle, Source
 from compress.recipe import load
 from compress.rows import BUILTIN
+from tests.measuring import writer
 
 
 def test_the_shipped_dialogues_are_written_again_by_their_generator(tmp_path):
@@ -37,7 +36,7 @@ def test_the_model_summarises_held_out_dialogues():
     recipe = load("quickstart")
     examples = data.examples(recipe.data, recipe.folder, "evaluation", 100, 0)
     bundle = Bundle(Source(str(model.BUILTIN), "seq2seq", "float32"), "cpu")
-    writer = Writer(Reader(bundle.model, bundle.tokenizer), [e.prompt for e in examples], recipe.generation.model_dump())
-    tokens = writer.write(Batches(bundle.model, None, quiet))
+    wrote = writer(bundle.model, bundle.tokenizer, [e.prompt for e in examples], recipe.generation.model_dump())
+    tokens = wrote.write(Batches(bundle.model, None, quiet))
     texts = bundle.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     assert corpus_value("rougeL", scores.rouge(texts, [e.references for e in examples])["rougeL"]) > 60

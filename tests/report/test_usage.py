@@ -10,14 +10,15 @@ from dataclasses import asdict
 import pytest
 
 from compress import data, recipe
+from compress.benchmark.messages import Answer
 from compress.benchmark.statistics import corpus_value
-from compress.benchmark.worker import Worker
 from compress.methods import Context, quiet
 from compress.model import Bundle, Source
 from compress.quantize import int8_dynamic
 from compress.report import card, usage
 from compress.results import Prediction, StageRecord
 from tests.conftest import TASKS, make_tokenizer, recipe_for
+from tests.measuring import loaded
 from tests.report.test_files import made
 
 LONG = "{said} {said} {said} {said} {said} {said}"
@@ -65,24 +66,20 @@ def artifact(name, kind, toys, folder):
 
 def measured(found, folder):
     """A report with what a measuring process gives for the examples of a recipe."""
-    worker, examples = Worker(), data.examples(found.data, found.folder, "evaluation", 6, 0)
-    source, written = Source(str(folder), found.model.task), found.as_written()
-    runtime = written["benchmark"]["runtime"]
-    worker.load(quiet, source=asdict(source), device="cpu", threads=1, runtime=runtime)
-    outputs = worker.quality(
-        quiet, examples=[asdict(one) for one in examples], groups=list(found.groups), tokenizers={"rouge": "latin", "bleu": "13a"},
-        generation=written["generation"],
-        data=written["data"], batch_tokens=None,
-    )  # fmt: skip
-    score = next((name for name in ("rougeL", "perplexity", "accuracy") if name in outputs["samples"]), None)
+    examples = data.examples(found.data, found.folder, "evaluation", 6, 0)
+    written = found.as_written()
+    worker, _ = loaded(folder, found.model.task, runtime=written["benchmark"]["runtime"])
+    tokenizers = {"rouge": "latin", "bleu": "13a"}
+    outputs = worker.answer(quiet, Answer(examples, list(found.groups), tokenizers, written["generation"], written["data"]))
+    score = next((name for name in ("rougeL", "perplexity", "accuracy") if name in outputs.samples), None)
     predictions = [
         Prediction(
-            **asdict(example), candidate=outputs["texts"] and outputs["texts"][number],
-            candidate_score=corpus_value(score, [outputs["samples"][score][number]]),
+            **asdict(example), candidate=outputs.texts and outputs.texts[number],
+            candidate_score=corpus_value(score, [outputs.samples[score][number]]),
         )
         for number, example in enumerate(examples)
     ]  # fmt: skip
-    environment = {"device": "cpu", "cpu": "Abacus 3", "longest_input": outputs["longest_input"], "inputs_cut": outputs["cut"]}
+    environment = {"device": "cpu", "cpu": "Abacus 3", "longest_input": outputs.longest_input, "inputs_cut": outputs.cut}
     return made(settings={**written, "check": {}}, environment=environment, predictions=predictions, score=score)
 
 

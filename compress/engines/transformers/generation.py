@@ -1,7 +1,7 @@
 """What a model writes to prompts, batch by batch, and whether it writes the same to one alone."""
 
 import inspect
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Any
@@ -12,17 +12,18 @@ from torch import Tensor
 from transformers import (
     LogitsProcessorList,
     PreTrainedModel,
+    PreTrainedTokenizerBase,
     StoppingCriteria,
     StoppingCriteriaList,
 )
 from transformers.modeling_outputs import BaseModelOutput
 
 from compress import decoding
-from compress.benchmark.batching import WRITTEN, Batches
-from compress.benchmark.draws import WARPERS, GumbelNoise, at_edge, warpers
-from compress.benchmark.quality import Reader
-from compress.errors import DataError, RunError
-from compress.prompts import Prompt
+from compress.engines.transformers.batching import WRITTEN, Batches
+from compress.engines.transformers.draws import WARPERS, GumbelNoise, at_edge, warpers
+from compress.engines.transformers.reading import padded
+from compress.errors import RunError
+from compress.recipe import Generation
 from compress.runtime import Int8Linear
 
 CHECKED = 8  # examples that are done once more, alone: of fewer than 80 a tenth, four at least, for alone each takes many times as long
@@ -108,30 +109,28 @@ class Recheck:
 
 
 class Writer:
-    """Writes to prompts as `settings` (a recipe's generation block) say; what these leave None is as the model's generation config has it.
+    """Writes to prompts, given as token ids, as `settings` say; what these leave None is as the model's generation config has it.
 
     Decoder-only models are padded on the left.
     """
 
-    def __init__(self, reader: Reader, prompts: Sequence[Prompt], settings: dict[str, Any]):
-        model, both = reader.model, reader.model.config.is_encoder_decoder
-        self._reader, self._both, self._new_tokens, self._seed = reader, both, settings["max_new_tokens"], settings["seed"]
-        if reader.context is not None and self._new_tokens >= reader.context:
-            raise DataError(f"generation.max_new_tokens: {self._new_tokens} does not fit the model's context of {reader.context} tokens")
-        self._encoded = reader.read(prompts, room=0 if both else self._new_tokens, unended=not both)
+    def __init__(
+        self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, encoded: list[list[int]], settings: Generation
+    ):  # fmt: skip
+        both = model.config.is_encoder_decoder
+        self._model, self._tokenizer, self._encoded, self._both = model, tokenizer, encoded, both
+        self._new_tokens, self._seed = settings.max_new_tokens, settings.seed
         self._config = decoding.held(model.generation_config)
         for key in ("num_beams", "repetition_penalty", *WARPERS):
-            if settings.get(key) is not None:
-                setattr(self._config, key, settings[key])
-        self._warpers = warpers(self._config) if settings["do_sample"] else None
-        self._beams = settings["num_beams"]
+            if (value := getattr(settings, key, None)) is not None:
+                setattr(self._config, key, value)
+        self._warpers = warpers(self._config) if settings.do_sample else None
+        self._beams = settings.num_beams
         batching = decoding.batching(self._config, encoder=both)
         self._batching = "whole" if batching == "leaving" and self._beams > 1 else batching
         self._takes_the_best = self._beams == 1 and self._warpers is None and decoding.takes_the_best(self._config)
         ends = model.generation_config.eos_token_id
-        self._stop = {reader.tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [])} | (
-            {ends} if isinstance(ends, int) else set()
-        )
+        self._stop = {tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [])} | ({ends} if isinstance(ends, int) else set())
 
     def write(self, batches: Batches) -> list[list[int]]:
         """The tokens that the model adds to each prompt, without padding and end tokens, in the order of the prompts."""
@@ -155,10 +154,10 @@ class Writer:
         checked = min(CHECKED, max(4, len(outputs) // 10))
         chosen = range(0, len(outputs), max(1, len(outputs) // checked))[:checked]
         partings = [parting for example in chosen if (parting := self._parting(example, outputs[example])) is not None]
-        reason = _depends_on_batch(self._reader.model)
+        reason = _depends_on_batch(self._model)
         others = [parting for parting in partings if not parting.is_tie]
         if others and self._beams == 1 and reason is None:
-            reason = _why_it_may_part(self._reader.model)
+            reason = _why_it_may_part(self._model)
         if others and self._beams == 1 and reason is None:
             raise RunError(
                 f"{others[0].sentence}; so do {len(others)} of {len(chosen)} that were looked at. Figures of this model would depend on"
@@ -186,7 +185,7 @@ class Writer:
         others = others[others < len(scores)]
         noise = self._noise(given, found.sequences[:, : start + part], torch.stack([step[0] for step in found.logits[: part + 1]]))
         size = scores[scores.isfinite()].abs().max().item()
-        slack = max(APART * noise, ROUNDING.get(self._reader.model.dtype, ROUNDING[torch.float32]) * size)
+        slack = max(APART * noise, ROUNDING.get(self._model.dtype, ROUNDING[torch.float32]) * size)
         gap = (scores.max() - scores[others].max()).item()
         is_tie = gap <= slack or (self._warpers is not None and at_edge(scores, logits, others, slack))
         return Parting(example, part, mine, theirs, gap, noise, is_tie)
@@ -210,7 +209,7 @@ class Writer:
 
     def _at_once(self, given: dict[str, Any], written: Tensor, last: int) -> Tensor:
         """The logits (positions, vocabulary) behind the `last` tokens of a prompt alone and what is written to it."""
-        model = self._reader.model
+        model = self._model
         if self._both:
             inputs = {**given, "decoder_input_ids": written}
         else:
@@ -261,7 +260,7 @@ class Writer:
             few = len(ids) if ids.is_cuda else max(1, ENCODED // lengths[start])
             rows, longest = slice(start, start + few), max(lengths[start : start + few])
             with torch.no_grad():
-                states = self._reader.model.get_encoder()(input_ids=ids[rows, :longest], attention_mask=mask[rows, :longest])
+                states = self._model.get_encoder()(input_ids=ids[rows, :longest], attention_mask=mask[rows, :longest])
             found.append(torch.nn.functional.pad(states.last_hidden_state, (0, 0, 0, ids.shape[1] - longest)))
             start += few
         return torch.cat(found)
@@ -288,12 +287,12 @@ class Writer:
 
     def _inputs(self, examples: list[int]) -> tuple[dict[str, Any], int]:
         """The prompts as a batch, and how many tokens stand before the first that is written."""
-        inputs = self._reader.batch([self._encoded[i] for i in examples], left=not self._both)
+        inputs = padded(self._tokenizer, [self._encoded[i] for i in examples], self._model.device, left=not self._both)
         return inputs, 1 if self._both else inputs["input_ids"].shape[1]
 
     def _generate(self, examples: list[int], given: dict[str, Any], start: int, **wanted: Any) -> Any:
         """transformers' generation of the tokens that are yet to be written."""
-        model, tokenizer = self._reader.model, self._reader.tokenizer
+        model, tokenizer = self._model, self._tokenizer
         drawing = None if self._warpers is None else LogitsProcessorList([*self._warpers, GumbelNoise(self._seed, examples, start)])
         before = given.get("decoder_input_ids", given["input_ids"]).shape[1] if "past_key_values" in given else start
         strings = {"tokenizer": tokenizer} if self._config.stop_strings else {}
@@ -304,7 +303,7 @@ class Writer:
             )  # fmt: skip
 
     def _name(self, token: int) -> str:
-        return repr(text) if (text := self._reader.tokenizer.decode(token)) else f"number {token} of the vocabulary"
+        return repr(text) if (text := self._tokenizer.decode(token)) else f"number {token} of the vocabulary"
 
     def _until_end(self, tokens: list[int]) -> list[int]:
         return tokens[: next((index for index, token in enumerate(tokens) if token in self._stop), len(tokens))]

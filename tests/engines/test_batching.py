@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from compress.benchmark import batching
-from compress.benchmark.batching import Batches
+from compress.engines.transformers import batching
+from compress.engines.transformers.batching import Batches
 
 
 class Stepper(nn.Module):

@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from compress.benchmark.tasks import evaluate
+from compress.engines.transformers.tasks import evaluate
 from compress.errors import DataError
 from compress.metrics import METRICS
 from compress.model import Bundle, Source

@@ -8,12 +8,13 @@ from torch._dynamo.utils import counters
 from transformers import StoppingCriteria
 
 from compress import pipeline
-from compress.benchmark import latency, work
-from compress.benchmark.worker import Worker
+from compress.benchmark.messages import Explain, Time, WarmUp
+from compress.engines.transformers import timing, work
 from compress.errors import MissingPackage, ModelError
 from compress.methods import quiet
 from compress.model import Bundle, Source
 from compress.recipe import Runtime, load
+from tests import measuring
 from tests.conftest import TASKS, recipe_for
 from tests.quantize.test_methods import make
 
@@ -36,20 +37,18 @@ def test_a_static_cache_writes_the_same_and_is_as_long_as_its_own_generation(toy
     model = model_of(toys, kind)
     held = {}
     for prompt in (16, 8):  # a shorter one after a longer one
-        inputs = latency.prompts(model, "cpu", 2, prompt)
-        expected = latency.generate(model, inputs, 5, Nobody())
+        inputs = timing.prompts(model, 2, prompt)
+        expected = timing.generate(model, inputs, 5, Nobody())
         counter = work.Counter()
         with counter.watching(model):
-            assert torch.equal(latency.generate(model, inputs, 5, counter, STATIC), expected)
+            assert torch.equal(timing.generate(model, inputs, 5, counter, STATIC), expected)
         held[prompt] = counter.cache_bytes
     heads = 2 if kind == "llama" else 4
     assert held[16] - held[8] == 4 * 2 * 2 * 2 * heads * 16 * 8, "layers x keys and values x batch x heads of 16 x tokens"
 
 
 def loaded(folder, kind, runtime, device="cpu"):
-    worker = Worker()
-    worker.load(quiet, {"id": str(folder), "task": TASKS[kind]}, device, 1, runtime.model_dump())
-    return worker
+    return measuring.loaded(folder, TASKS[kind], device, runtime=runtime.model_dump())[0]
 
 
 @needs_compiler
@@ -61,16 +60,16 @@ def test_steps_are_compiled_in_the_warm_up_alone(toys, kind, device):
     points = [(1, 8), (2, 16)]
 
     def written(point, runtime):
-        return latency.generate(worker.model, latency.prompts(worker.model, device, *point), 5, Nobody(), runtime)
+        return timing.generate(worker.engine.model, timing.prompts(worker.engine.model, *point), 5, Nobody(), runtime)
 
     expected = [written(point, Runtime()) for point in points]
     counters.clear()
-    warm = [worker.warm_up(quiet, point, 5, 1) for point in points]
-    assert all(found["compile_seconds"] > 0 for found in warm)
+    warm = [worker.warm_up(quiet, WarmUp(point, 5, 1)) for point in points]
+    assert all(found.compile_seconds > 0 for found in warm)
     compiled = counters["stats"]["unique_graphs"]
     assert compiled >= len(points)
-    worker.turn(quiet, points, 5, 1)
-    worker.explain(quiet, points, 5)
+    worker.time(quiet, Time(points, 5, 1))
+    worker.explain(quiet, Explain(points, 5))
     assert counters["stats"]["unique_graphs"] == compiled
     for point, ids in zip(points, expected, strict=True):
         assert torch.equal(written(point, COMPILED), ids)
@@ -81,9 +80,9 @@ def test_steps_are_compiled_in_the_warm_up_alone(toys, kind, device):
 def test_a_classifier_is_compiled(toys):
     worker = loaded(toys["bert"], "bert", Runtime(compile=True))
     counters.clear()
-    worker.warm_up(quiet, (2, 8), 5, 1)
+    worker.warm_up(quiet, WarmUp((2, 8), 5, 1))
     assert counters["stats"]["unique_graphs"] >= 1
-    assert len(worker.turn(quiet, [(2, 8)], 5, 2)["seconds"][0]) == 2
+    assert len(worker.time(quiet, Time([(2, 8)], 5, 2)).seconds[0]) == 2
 
 
 def test_models_that_transformers_does_not_compile_are_refused(toys, tmp_path):

@@ -8,17 +8,17 @@ import transformers
 from scipy import stats
 from transformers import BitsAndBytesConfig, GenerationConfig
 
-from compress.benchmark import generation
-from compress.benchmark.batching import Batches
-from compress.benchmark.generation import GumbelNoise, Writer
-from compress.benchmark.quality import Reader
-from compress.benchmark.work import cache_bytes
+from compress.engines.transformers import generation
+from compress.engines.transformers.batching import Batches
+from compress.engines.transformers.generation import GumbelNoise
+from compress.engines.transformers.work import cache_bytes
 from compress.errors import RunError
 from compress.methods import Context, quiet
 from compress.model import Bundle, Source
 from compress.quantize import int8_dynamic
 from compress.recipe import Generation
 from compress.runtime import use_cpu_int8
+from tests import measuring
 from tests.conftest import make_tokenizer
 
 PROMPTS = ["the cat sat", "a big dog ran on the red mat and sat", "the", "blue hat on a small mat was it"]
@@ -27,7 +27,7 @@ SAMPLED = Generation(max_new_tokens=8, do_sample=True, temperature=0.7, top_k=20
 
 
 def writer(bundle, settings, prompts=PROMPTS):
-    return Writer(Reader(bundle.model, bundle.tokenizer), prompts, settings)
+    return measuring.writer(bundle.model, bundle.tokenizer, prompts, settings)
 
 
 def test_batches_give_the_same_tokens_as_one_at_a_time(random_bundle):
@@ -92,7 +92,7 @@ def test_rows_leave_a_batch_whose_cache_holds_states_in_place_of_keys(name):
     model.generation_config.eos_token_id = list(range(1, 12))
 
     def written(tokens):
-        return Writer(Reader(model, words), PROMPTS * 3, settings).write(Batches(model, tokens, quiet))
+        return measuring.writer(model, words, PROMPTS * 3, settings).write(Batches(model, tokens, quiet))
 
     alone, together = written(1), written(10_000)
     assert len({len(tokens) for tokens in alone}) > 3

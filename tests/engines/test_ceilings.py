@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from compress.benchmark import ceilings
+from compress.engines.transformers import ceilings
 
 
 def test_a_copy_counts_bytes_read_and_written_and_the_best_timing(monkeypatch):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from compress.benchmark import latency, work
+from compress.engines.transformers import timing, work
 from compress.model import Bundle, Source
 from compress.runtime import use_cpu_int8
 from tests.conftest import TASKS
@@ -16,12 +16,12 @@ def counted(folder, kind, dtype="float32", prepare=lambda model: None):
     model = Bundle(Source(str(folder), TASKS[kind], dtype), "cpu").model
     prepare(model)
     counter = work.Counter()
-    inputs = latency.prompts(model, "cpu", BATCH, PROMPT)
+    inputs = timing.prompts(model, BATCH, PROMPT)
     with counter.watching(model):
         if model.can_generate():
-            latency.generate(model, inputs, 4, counter)
+            timing.generate(model, inputs, 4, counter)
         else:
-            latency.classify(model, inputs, 1, counter)
+            timing.classify(model, inputs, 1, counter)
     assert not any(module._forward_hooks for module in model.modules())
     return counter
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from bitsandbytes.functional import has_avx512bf16
 
-from compress.benchmark import kernels, latency
+from compress.engines.transformers import kernels, timing
 from compress.metrics import KERNELS
 from compress.model import Bundle, Source
 from tests.conftest import TASKS
@@ -92,8 +92,8 @@ def test_a_gpus_kernels_count_by_their_name_or_by_who_launched_them():
 
 def profiled(folder, kind, dtype="auto", device="cpu"):
     model = Bundle(Source(str(folder), TASKS[kind], dtype), device).model
-    inputs = latency.prompts(model, device, 2, 8)
-    run = latency.generate if model.can_generate() else latency.classify
+    inputs = timing.prompts(model, 2, 8)
+    run = timing.generate if model.can_generate() else timing.classify
     return kernels.profiled(lambda watch: run(model, inputs, 9, watch), device, 4)
 
 
