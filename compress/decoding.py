@@ -6,7 +6,7 @@ safest way: whole generations of prompts of equal length.
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
@@ -76,23 +76,26 @@ def batching(config: "GenerationConfig", encoder: bool) -> Batching:
 
     encoder   the prompt is an encoder's
     """
-    acting = _acting(config) - FREE - (FREE_BEHIND_ENCODER if encoder else frozenset())
+    left = acting(vars(config)) - FREE - (FREE_BEHIND_ENCODER if encoder else frozenset())
     if passes_over_padding():
-        acting.discard("repetition_penalty")
-    if acting - WHOLE - (WHOLE_BEHIND_ENCODER if encoder else frozenset()):
+        left.discard("repetition_penalty")
+    if left - WHOLE - (WHOLE_BEHIND_ENCODER if encoder else frozenset()):
         return "equal"
-    return "whole" if acting else "leaving"
+    return "whole" if left else "leaving"
 
 
 def takes_the_best(config: "GenerationConfig") -> bool:
     """Whether a greedy generation takes the token that the model itself scores highest, at every step."""
-    return not _acting(config) - SPECIAL - SEARCH
+    return not acting(vars(config)) - SPECIAL - SEARCH
 
 
-def _acting(config: "GenerationConfig") -> set[str]:
-    """The settings that may change what is written and aren't the harness's to decide."""
-    values = {name: value for name, value in vars(config).items() if not name.startswith("_")}
-    return {name for name, value in values.items() if value is not None and value != NEUTRAL.get(name)} - OVERRULED - DETAILS
+def acting(values: Mapping[str, Any]) -> set[str]:
+    """The settings of a generation config, as plain data, that may change what is written and aren't the harness's to decide."""
+    return (
+        {name for name, value in values.items() if not name.startswith("_") and value is not None and value != NEUTRAL.get(name)}
+        - OVERRULED
+        - DETAILS
+    )
 
 
 @cache

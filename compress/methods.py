@@ -35,7 +35,7 @@ TASKS: tuple[Task, ...] = get_args(Task)
 LEFT_OUT = "left out: "  # begins the remark on a layer that stays as it was; behind it stands why
 HEAD = "a head"
 ASKED = ("named under ignore", "no pattern of bits names it", "its shape did not change")  # reasons that are the recipe's
-FAMILIES = ("quantize", "prune", "finetune", "distill")
+FAMILIES = ("quantize", "prune", "finetune", "distill", "export")
 Dtype = Literal["auto", "float32", "float16", "bfloat16"]
 TUNE_BATCH = 8  # examples a step, where quantised layers are tuned end to end
 

@@ -12,7 +12,7 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import ao, bnb
+from compress import ao, bnb, exports
 from compress.errors import DataError, DeviceError, ModelError
 from compress.phases import phase
 
@@ -123,6 +123,8 @@ def check_folder(folder: Path) -> None:
             f"{folder}: adapter_config.json says that an adapter belongs to this model, which transformers puts on it where peft is there;"
             " merge it into the weights first (peft's merge_and_unload), or take the file away"
         )
+    if exports.read(folder) is not None:
+        return
     files = weight_files(folder)
     if not files:
         raise ModelError(f"{folder}: {_why_no_weights(folder)}")
@@ -245,8 +247,10 @@ def fingerprint(source: Source) -> dict[str, Any]:
     folder = Path(source.id)
     with phase("fingerprints"):
         unread = {CARD, *(f.name for f in weight_files_beside(folder))}
-        files = sorted(f for f in folder.iterdir() if f.is_file() and f.name not in unread)
-        content = {file.name: _digest(file.resolve(), (now := file.stat()).st_size, now.st_mtime_ns) for file in files}
+        export = exports.read(folder)
+        own = [folder / name for name in export.files] if export else []
+        files = sorted({*(f for f in folder.iterdir() if f.is_file() and f.name not in unread), *own})
+        content = {str(file.relative_to(folder)): _digest(file.resolve(), (now := file.stat()).st_size, now.st_mtime_ns) for file in files}
     return {"files": content, "task": source.task, "dtype": source.dtype, "bits": source.bits}
 
 
@@ -532,7 +536,9 @@ def local_folder(source: Source) -> Path:
 
 def file_bytes(folder: Path) -> int:
     """Bytes of the weight files on disk."""
-    return sum(file.stat().st_size for file in weight_files(folder))
+    export = exports.read(folder)
+    files = weight_files(folder) if export is None else [folder / name for name in export.files]
+    return sum(file.stat().st_size for file in files)
 
 
 def _first_line(error: BaseException) -> str:

@@ -37,13 +37,15 @@ class Stack:
         attention = 2 * self.width * self.head_width * (self.heads + self.key_heads)
         return self.layers * (attention * (2 if self.crossed else 1) + self.width * self.feed_forward * (3 if self.gated else 2))
 
-    def padded(self, multiple: int) -> int:
-        """The same where each layer's columns are padded to a multiple."""
-        width, inner, heads = (
-            -(-columns // multiple) * multiple for columns in (self.width, self.feed_forward, self.heads * self.head_width)
-        )
-        attention = width * self.head_width * (self.heads + 2 * self.key_heads) + heads * self.width
-        feed_forward = width * self.feed_forward * (2 if self.gated else 1) + inner * self.width
+    def padded(self, rows: int, columns: int) -> int:
+        """The same where each layer's rows and columns are padded to multiples of so many."""
+
+        def size(tall: int, wide: int) -> int:
+            return -(-tall // rows) * rows * (-(-wide // columns) * columns)
+
+        queries, keys = self.heads * self.head_width, self.key_heads * self.head_width
+        attention = size(queries, self.width) + 2 * size(keys, self.width) + size(self.width, queries)
+        feed_forward = size(self.feed_forward, self.width) * (2 if self.gated else 1) + size(self.width, self.feed_forward)
         return self.layers * (attention * (2 if self.crossed else 1) + feed_forward)
 
     @property

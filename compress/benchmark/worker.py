@@ -4,7 +4,6 @@ import os
 import platform
 from functools import partial
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import psutil
@@ -15,6 +14,7 @@ from compress.benchmark import latency, memory, nvml, quality
 from compress.benchmark.messages import Answer, Explain, Load, Loaded, Outputs, Point, Time, Timings, WarmedUp, WarmUp
 from compress.benchmark.quality import Reader
 from compress.border import Handler, answering
+from compress.cpu import cpu_flags, cpu_name
 from compress.engines import Engine, Explained, Opening
 from compress.errors import OutOfMemory
 from compress.methods import Example
@@ -214,7 +214,7 @@ def _environment(device: str, threads: int, packages: tuple[str, ...]) -> dict[s
         "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
         "cuda": torch.version.cuda if cuda else None,
         "threads": threads,
-        "cpu": _cpu(),
+        "cpu": cpu_name(),
         "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
         "int8_instructions": _has_int8_instructions(),
         "cores": len(os.sched_getaffinity(0)),
@@ -225,16 +225,9 @@ def _environment(device: str, threads: int, packages: tuple[str, ...]) -> dict[s
     }
 
 
-def _cpu() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
 def _has_int8_instructions() -> bool:
     """Whether the CPU multiplies int8 natively (x86 VNNI or AMX, Arm dot products)."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    flags = next((set(line.split()) for line in lines if line.startswith(("flags", "Features"))), set())
-    return bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
+    return bool(cpu_flags() & {"avx512_vnni", "avx_vnni", "amx_int8", "asimddp", "i8mm"})
 
 
 def serve_by(worker: Worker, more: dict[str, Any] | None = None) -> None:

@@ -252,6 +252,17 @@ def random_prompts(vocabulary: int, end: int | None, batch_size: int, prompt_tok
     return rows if end is None else [[*row[:-1], end] for row in rows]
 
 
+def batched(lengths: Sequence[int], tokens: int, progress: Progress, what: str) -> Iterator[list[int]]:
+    """Rows of so many tokens in batches of about equally long ones, longest first, which hold at most so many tokens with their padding."""
+    waiting = sorted(range(len(lengths)), key=lambda row: -lengths[row])
+    while waiting:
+        progress(what, len(lengths) - len(waiting), len(lengths))
+        fit = max(1, tokens // lengths[waiting[0]])
+        yield waiting[:fit]
+        waiting = waiting[fit:]
+    progress(what, len(lengths), len(lengths))
+
+
 @cache
 def names() -> tuple[str, ...]:
     """The engines, by the files of this folder."""

@@ -6,12 +6,14 @@ measured on a CPU and are told where they stand. `reports/memory` holds the fore
 
 from dataclasses import dataclass
 
+from compress.cpu import cpu_flags
 from compress.shape import Shape, Stack
 
 MIB = 1 << 20
 DTYPES = {"FP32": 32, "FP16": 16, "BF16": 16}  # bits of a weight
 GROUP = 128  # weights of 4 bits share a scale of 16 bits with so many
 FBGEMM_COLUMNS = 512  # a layer's columns are padded to a multiple of so many by FBGEMM's layout
+FBGEMM_ROWS, FBGEMM_ROWS_VNNI = 8, 48  # and its rows, on a CPU with AVX2 and on one with AVX-512 VNNI
 OBJECTS = 6 * MIB  # what Python's objects for a model and the kernels' plans take on a CPU; measured on six models
 # What a CUDA context with torch's kernels takes of a GPU, which no tensor sees: some 500 MiB since CUDA 12's lazy loading.
 CONTEXT = 500 * MIB
@@ -50,7 +52,8 @@ def weight_bytes(shape: Shape, dtype: str, bits: int | None = None, padded: bool
     """
     linear = shape.linear
     if padded:
-        linear = sum(stack.padded(FBGEMM_COLUMNS) for stack in (shape.encoder, shape.decoder) if stack) or linear
+        rows = FBGEMM_ROWS_VNNI if "avx512_vnni" in cpu_flags() else FBGEMM_ROWS
+        linear = sum(stack.padded(rows, FBGEMM_COLUMNS) for stack in (shape.encoder, shape.decoder) if stack) or linear
     scales = 2 * shape.linear // GROUP if bits == 4 else 0
     return linear * (bits or DTYPES[dtype]) // 8 + scales + shape.other * DTYPES[dtype] // 8 + 4 * shape.buffers
 

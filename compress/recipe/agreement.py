@@ -10,8 +10,9 @@ from compress.recipe.blocks import Gate, Recipe, Runtime
 def agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> None:
     """What no block can see alone."""
     for index, stage in enumerate(recipe.stages[:-1]):
-        if methods.find(stage.family, stage.method).ABOUT.packs:
-            follower = recipe.stages[index + 1]
+        follower = recipe.stages[index + 1]
+        carried = follower.family == "export" and stage.family != "export"
+        if methods.find(stage.family, stage.method).ABOUT.packs and not carried:
             problems.add(
                 document, ("stages", index + 1), f"`{follower}` can't follow `{stage}`, whose output is packed: make that the last stage"
             )

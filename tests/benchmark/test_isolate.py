@@ -104,11 +104,11 @@ def test_a_point_that_can_not_be_done_in_time_is_left_out_with_the_reason(tmp_pa
 
     class Slow(subject.Subject):
         def _load(self):
-            return {}
+            return None
 
         def _warm_up(self, point):
             asked.append(point)
-            return {"reason": None, "memory": {"peak": 1}, "compile_seconds": None, "marks": marks}
+            return WarmedUp(memory={"peak": 1}, marks=marks)
 
     def started(**changes):
         asked.clear()

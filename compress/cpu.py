@@ -1,0 +1,24 @@
+"""What the CPU here says of itself."""
+
+import platform
+from functools import cache
+from pathlib import Path
+
+INFO = Path("/proc/cpuinfo")
+
+
+@cache
+def cpu_flags() -> frozenset[str]:
+    """The names of its instruction sets, as Linux has them: avx2, avx512_vnni, asimddp ..."""
+    return next((frozenset(line.split()) for line in _lines() if line.startswith(("flags", "Features"))), frozenset())
+
+
+def cpu_name() -> str:
+    return next((line.split(":", 1)[1].strip() for line in _lines() if line.startswith("model name")), platform.machine())
+
+
+def _lines() -> list[str]:
+    try:
+        return INFO.read_text().splitlines()
+    except OSError:
+        return []

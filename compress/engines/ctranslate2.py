@@ -1,0 +1,158 @@
+"""CTranslate2 (OpenNMT): encoder-decoders and decoders on CPUs and GPUs, in floats or with 8-bit weights whose inputs it rounds as it runs."""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from compress import decoding, exports
+from compress.engines import About, Engine, Opening, Piece, Traits, Weights, Written, batched
+from compress.errors import ModelError
+from compress.methods import Settings as _Settings
+from compress.model import load_tokenizer, read_config, settings
+from compress.phases import phase
+from compress.process import Progress
+from compress.recipe import Generation
+from compress.scores import Likelihood
+from compress.structure import context_length
+
+if TYPE_CHECKING:
+    from compress.model import Source
+
+ABOUT = About(
+    reads="what `export: ctranslate2` writes",
+    opens="ctranslate2",
+    tasks=("seq2seq", "causal-lm"),
+    packages=("ctranslate2",),
+    extra="ctranslate2",
+)
+WEIGHTS = "ctranslate2/model.bin"
+TOKENS = 4096  # of a batch of examples, where nothing is said
+# what a generation config may say that the engine does as transformers does, and what its searches call it
+FOLLOWED = {"no_repeat_ngram_size": "no_repeat_ngram_size", "repetition_penalty": "repetition_penalty", "length_penalty": "length_penalty"}
+
+
+class Settings(_Settings):
+    compute: Literal["auto", "float32", "float16", "bfloat16", "int8", "int8_float32", "int8_float16", "int8_bfloat16"] = Field(
+        "auto", description="what it computes in; auto is what the weights are stored in"
+    )
+
+
+def make(opening: Opening, batch_tokens: int | None = None) -> Engine:
+    return CTranslate2(opening, batch_tokens)
+
+
+class CTranslate2(Engine):
+    """A model as CTranslate2 runs it."""
+
+    def __init__(self, opening: Opening, batch_tokens: int | None):
+        import ctranslate2
+
+        ctranslate2.set_random_seed(0)
+        self._opening, self._most = opening, batch_tokens or TOKENS
+        self._folder, self._config = Path(opening.source.id), read_config(opening.source)
+        self._generation = settings(opening.source, decoding.FILE)
+        self.tokenizer = load_tokenizer(opening.source)
+
+    def open(self) -> None:
+        import ctranslate2
+
+        config, settings = self._config, self._opening.settings
+        assert isinstance(settings, Settings)
+        encodes = bool(config.is_encoder_decoder)
+        kind = ctranslate2.Translator if encodes else ctranslate2.Generator
+        wanted = "default" if settings.compute == "auto" else settings.compute
+        try:
+            self._model = kind(
+                str(self._folder / WEIGHTS.partition("/")[0]), device=self._opening.device, compute_type=wanted, inter_threads=1,
+                intra_threads=self._opening.threads,
+            )  # fmt: skip
+        except (RuntimeError, ValueError) as error:
+            raise ModelError(f"engine: ctranslate2: {str(error).splitlines()[0]}") from None
+        if wanted not in ("default", self._model.compute_type, f"{self._model.compute_type}_float32"):  # which it replaces in silence
+            raise ModelError(f"engine: ctranslate2: compute: {wanted} isn't done on this {self._opening.device}; leave it out")
+        ends = self._generation.get("eos_token_id", config.eos_token_id)
+        self.traits = Traits(
+            dtype=self._model.compute_type, context=context_length(config, self.tokenizer), vocabulary=len(self.tokenizer),
+            encodes=encodes, generates=True, start=getattr(config, "decoder_start_token_id", None),
+            ends=frozenset(ends if isinstance(ends, list) else [ends]),
+        )  # fmt: skip
+        self.run(self.prepare([[min(10, len(self.tokenizer) - 1)] * 4]), 2, lambda: None)
+
+    def weights(self) -> Weights:
+        """As its file has them, in which they lie in memory."""
+        export = exports.read(self._folder)
+        assert export is not None
+        return Weights((self._folder / WEIGHTS).stat().st_size, 0, export.parameters)
+
+    def prepare(self, prompts: list[list[int]]) -> list[list[str]]:
+        return [self._tokens(prompt) for prompt in prompts]
+
+    def run(self, prepared: list[list[str]], new_tokens: int, watch: Callable[[], None]) -> None:
+        last = len(prepared) - 1
+
+        def told(result: Any) -> bool:
+            if result.batch_id == last:
+                watch()
+            return False
+
+        self._search(prepared, new_tokens, min_length=new_tokens, callback=told, end_token=[])
+
+    def write(self, prompts: list[list[int]], generation: Generation, progress: Progress) -> Written:
+        options = self._options(generation)
+        tokens: list[list[int]] = [[] for _ in prompts]
+        with phase("generating"):
+            for batch in batched([len(prompt) + generation.max_new_tokens for prompt in prompts], self._most, progress, "generating"):
+                rows = self._search([self._tokens(prompts[row]) for row in batch], generation.max_new_tokens, **options)
+                for row, found in zip(batch, rows, strict=True):
+                    tokens[row] = found
+        return Written(tokens)
+
+    def read(self, pieces: list[Piece], progress: Progress, original: "Source | None" = None) -> list[Likelihood]:
+        found = [Likelihood()] * len(pieces)
+        lengths = [len(piece.ids) + len(piece.labels) for piece in pieces]
+        for batch in batched(lengths, self._most, progress, "reading"):
+            few = [pieces[index] for index in batch]
+            for index, piece, result in zip(batch, few, self._score(few), strict=True):
+                logs = result.log_probs
+                if self.traits.encodes:  # it predicts an end, whether or not the answer has one
+                    counted = logs[: len(piece.labels)]
+                else:
+                    counted = [log for log, label in zip(logs, piece.labels[1:], strict=True) if label >= 0]
+                found[index] = Likelihood(-float(sum(counted)), len(counted), 0.0, 0.0, 0.0)
+        return found
+
+    def _score(self, pieces: Sequence[Piece]) -> list[Any]:
+        if not self.traits.encodes:
+            return list(self._model.score_batch([self._tokens(piece.ids) for piece in pieces]))
+        answers = [piece.labels[:-1] if piece.labels[-1:] and piece.labels[-1] in self.traits.ends else piece.labels for piece in pieces]
+        return list(self._model.score_batch([self._tokens(piece.ids) for piece in pieces], [self._tokens(answer) for answer in answers]))
+
+    def _search(self, prompts: list[list[str]], new_tokens: int, min_length: int = 0, **options: Any) -> list[list[int]]:
+        """Token ids written to each prompt, up to its end."""
+        if not self.traits.encodes:
+            results = self._model.generate_batch(
+                prompts, max_length=new_tokens, min_length=min_length, include_prompt_in_result=False, sampling_topk=1,
+                **{"beam_size": 1, "end_token": sorted(self.traits.ends), **options},
+            )  # fmt: skip
+            return [list(result.sequences_ids[0]) for result in results]
+        results = self._model.translate_batch(
+            prompts, max_decoding_length=new_tokens, min_decoding_length=min_length or 1, max_input_length=0,
+            **{"beam_size": 1, "end_token": sorted(self.traits.ends), **options},
+        )  # fmt: skip
+        return [list(self.tokenizer.convert_tokens_to_ids(result.hypotheses[0])) for result in results]
+
+    def _options(self, generation: Generation) -> dict[str, Any]:
+        """What of the recipe and of the model's own generation config the engine is told. Raises ModelError for what it can't do."""
+        if generation.do_sample:
+            raise ModelError("engine: ctranslate2: generation.do_sample: its draws aren't those of other engines; leave it out")
+        own = {**self._generation, **{key: value for key, value in generation.model_dump().items() if value is not None}}
+        acting = decoding.acting(own) - decoding.SPECIAL - decoding.SEARCH - set(FOLLOWED) - {"forced_eos_token_id", "seed"}
+        if acting:
+            raise ModelError(f"engine: ctranslate2: {decoding.FILE}: {', '.join(sorted(acting))} isn't known to it; remove it there")
+        options = {name: own[key] for key, name in FOLLOWED.items() if own.get(key) is not None}
+        return {"beam_size": generation.num_beams, **options}
+
+    def _tokens(self, ids: list[int]) -> list[str]:
+        return list(self.tokenizer.convert_ids_to_tokens(ids))

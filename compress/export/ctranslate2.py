@@ -1,0 +1,181 @@
+"""CTranslate2's format: T5, BART, Marian, Pegasus, Llama and more, for its engine on CPUs and GPUs; in floats, or in 8 bits a row.
+
+Weights that lie on a grid of their row's already, 8 bits or fewer and symmetric, as `quantize: rtn` with `group_size: -1` and the like
+leave them, keep their very integers; with `weights: int8` all others are rounded to nearest in 255 steps. The engine rounds the inputs of
+layers in 8 bits token by token, as it runs.
+"""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from compress import methods
+from compress.errors import ModelError
+from compress.export._dense import dense
+from compress.exports import Export
+from compress.methods import About, Context
+from compress.model import Bundle, parameter_count
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+    from transformers import PreTrainedModel
+
+ABOUT = About(
+    at_run_time="layers in 8 bits have their inputs rounded token by token, and multiply with the CPU's or GPU's own instructions for it",
+    packages=("ctranslate2",),
+    extra="ctranslate2",
+    packs=True,
+    smaller=False,
+    tasks=("seq2seq", "causal-lm"),
+)
+FOLDER = "ctranslate2"
+LARGEST = 128  # of the integers that 8 bits hold
+
+
+class Settings(methods.Settings):
+    weights: Literal["auto", "float32", "float16", "bfloat16", "int8"] = Field(
+        "auto", description="auto: in 8 bits what lies on such a grid by row already, all else in float32; int8: all matrices in 8 bits"
+    )
+
+
+@dataclass(frozen=True)
+class Exported(Bundle):
+    """A model that is saved in the engine's format."""
+
+    weights: str = "auto"
+
+    def save(self, folder: Path) -> None:
+        self.config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        if (own := getattr(self.model, "generation_config", None)) is not None:
+            own.save_pretrained(folder)
+        parameters = parameter_count(self.model)  # the converter takes the model apart
+        kind = _convert(self, folder / FOLDER, self.weights)
+        Export("ctranslate2", [f"{FOLDER}/model.bin"], kind, parameters).write(folder)
+
+
+def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
+    """The model, to be saved for the engine. Raises ModelError for a type that it doesn't know."""
+    exported = Exported(bundle.source, bundle.device, settings.weights)
+    exported.__dict__.update(model=dense(bundle.source), tokenizer=bundle.tokenizer)
+    return exported
+
+
+def _convert(bundle: Exported, target: Path, weights: str) -> str:
+    """Write the engine's folder; gives what most of the weights are in."""
+    from ctranslate2.converters import TransformersConverter
+    from ctranslate2.specs import model_spec
+
+    rounded = {"kept": 0, "rounded": 0, "left": 0}
+
+    def store(spec: Any, name: str, value: Any) -> None:
+        if not isinstance(value, model_spec.Variable) or value.is_scalar() or value.dtype not in ("float32", "float16", "bfloat16"):
+            return
+        key = name.rsplit("/", maxsplit=1)[-1]
+        if weights in ("auto", "int8") and hasattr(spec, f"{key}_scale"):
+            matrix = value.to("float32").numpy()
+            grid = _grid(matrix)
+            if grid is None and weights == "int8":
+                grid = _nearest(matrix)
+                rounded["rounded"] += matrix.size
+            elif grid is not None:
+                rounded["kept"] += matrix.size
+            if grid is not None:
+                integers, scale = grid
+                setattr(spec, key, model_spec.NumpyVariable(integers))
+                setattr(spec, f"{key}_scale", model_spec.NumpyVariable(scale))
+                return
+            rounded["left"] += matrix.size
+        setattr(spec, key, value.to(weights if weights in ("float16", "bfloat16") else "float32"))
+
+    class Converter(TransformersConverter):  # type: ignore[misc]
+        """Of a model that is loaded already."""
+
+        def load_model(self, *_: Any, **__: Any) -> Any:
+            return _as_it_reads(bundle.model)
+
+        def load_tokenizer(self, *_: Any, **__: Any) -> Any:
+            return bundle.tokenizer
+
+        def _load(self) -> Any:
+            spec = super()._load()
+
+            class Stored(type(spec)):  # type: ignore[misc]
+                """The same, whose weights are stored in place of its own rounding, when they have been checked."""
+
+                def optimize(self, quantization: str | None = None) -> None:
+                    model_spec.visit_spec(self, store)
+                    super().optimize(quantization)
+
+            spec.__class__ = Stored
+            return spec
+
+    scratch = target.with_name(f"{target.name}.config")
+    bundle.config.save_pretrained(scratch)  # the converter reads the type from a folder
+    try:
+        Converter(str(scratch)).convert(str(target), force=True)
+    except (ValueError, KeyError, AttributeError, NotImplementedError) as error:
+        first = next(iter(str(error).splitlines()), "")
+        raise ModelError(f"export: ctranslate2: it can't convert a {bundle.config.model_type}: {first[:300]}") from None
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    _name_tokens(target / "config.json")
+    integers, floats = rounded["kept"] + rounded["rounded"], rounded["left"]
+    return "int8" if integers > floats else weights if weights in ("float16", "bfloat16") else "float32"
+
+
+def _name_tokens(file: Path) -> None:
+    """A token that the tokenizer lacks is none in the engine's config either, which reads only names: the end's stands for it."""
+    config = json.loads(file.read_text(encoding="utf-8"))
+    unnamed = {key: config["eos_token"] for key, value in config.items() if key.endswith("_token") and value is None}
+    file.write_text(json.dumps({**config, **unnamed}, indent=2), encoding="utf-8")
+
+
+def _as_it_reads(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The model with its config as the converter expects it, which knows transformers 4: https://github.com/OpenNMT/CTranslate2."""
+    config = model.config
+    if config.model_type in ("t5", "mt5", "umt5") and hasattr(config, "scale_decoder_outputs"):
+        config.tie_word_embeddings = config.scale_decoder_outputs  # by which it scales logits
+    if config.model_type in ("bart", "mbart") and not hasattr(config, "normalize_before"):
+        config.normalize_before = config.model_type == "mbart"
+    return model
+
+
+def _grid(matrix: "NDArray[np.float32]") -> "tuple[NDArray[np.int8], NDArray[np.float32]] | None":
+    """Integers (rows, columns) and what each row was multiplied with to give them, where every row lies on a symmetric grid; else None."""
+    import numpy as np
+
+    if matrix.ndim != 2:
+        return None
+    largest = np.abs(matrix).max(axis=1)
+    scale = np.where(largest == 0, 1.0, 0.0).astype(np.float32)
+    for steps in range(LARGEST, 0, -1):  # of the grid up to the largest of a row
+        waiting = np.flatnonzero(scale == 0)
+        if not len(waiting):
+            break
+        tried = steps / largest[waiting]
+        wide = matrix[waiting] * tried[:, None]
+        fits = np.abs(wide - np.rint(wide)).max(axis=1) < 1e-3
+        fits &= np.rint(wide).max(axis=1) < LARGEST
+        scale[waiting[fits]] = tried[fits]
+        if steps == LARGEST - 8 and not (scale > 0).any():
+            return None  # weights that were rounded nowhere fit nothing
+    if (scale == 0).any():
+        return None
+    return np.rint(matrix * scale[:, None]).astype(np.int8), scale
+
+
+def _nearest(matrix: "NDArray[np.float32]") -> "tuple[NDArray[np.int8], NDArray[np.float32]]":
+    """As `_grid`, of any matrix (rows, ...), to nearest, the largest of a row being 127."""
+    import numpy as np
+
+    flat = matrix.reshape(len(matrix), -1)
+    largest = np.abs(flat).max(axis=1)
+    largest[largest == 0] = LARGEST - 1
+    scale = ((LARGEST - 1) / largest).astype(np.float32)
+    return np.rint(flat * scale[:, None]).astype(np.int8).reshape(matrix.shape), scale
