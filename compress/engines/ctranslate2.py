@@ -1,4 +1,4 @@
-"""CTranslate2 (OpenNMT): encoder-decoders and decoders on CPUs and GPUs, in floats or with 8-bit weights whose inputs it rounds as it runs."""
+"""CTranslate2 (OpenNMT): encoder-decoders and decoders on CPUs and GPUs, in floats or with 8-bit weights and inputs rounded as it runs."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
