@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from compress import data, methods, model
 from compress.errors import DataError, ModelError
@@ -84,6 +84,25 @@ def make(
         card.write(recipe, original, records)
         source = Source(str(target.resolve()), source.task)
     return records
+
+
+class Carried(NamedTuple):
+    """The stages of each side, those included that bring a model into the format of an engine."""
+
+    candidate: tuple[Stage, ...]
+    baseline: tuple[Stage, ...]
+
+
+def carried(recipe: Recipe) -> Carried:
+    """The recipe's stages, and behind them what its first engine needs: the candidate as it is, the baseline in plain numbers."""
+    form = recipe.engine.about.opens
+    if form is None:
+        return Carried(recipe.stages, ())
+    module = methods.find("export", form)
+    last = recipe.stages[-1:]
+    ends = last and last[0].family == "export"
+    candidate = recipe.stages if ends else (*recipe.stages, Stage(family="export", method=form, settings=module.Settings()))
+    return Carried(candidate, (Stage(family="export", method=form, settings=module.PLAIN),))  # type: ignore[attr-defined]
 
 
 def shown_to_stages(recipe: Recipe, dataset: data.Dataset) -> list[Shown]:

@@ -17,7 +17,7 @@ from compress.phases import Phase
 from compress.recipe import Gate, Recipe
 from compress.report import quality, verdict, why
 from compress.report.turns import disturbances
-from compress.results import Cut, Prediction, Report, Role, Side, Split, StageRecord
+from compress.results import Cut, Measurement, Prediction, Report, Role, Side, Split, StageRecord
 from compress.scripts import shares
 
 HEADLINE = ("rougeL", "divergence", "perplexity", "accuracy", "chrf", "cer", "exact_match")  # single examples are ranked by
@@ -31,6 +31,7 @@ class Prepared:
     commit   git's, of the recipe
     splits   what was read of the data
     phases   where the time for it went
+    original the model as it came, where the two are in formats of an engine's own
     """
 
     recipe: Recipe
@@ -42,6 +43,7 @@ class Prepared:
     commit: str | None = None
     splits: list[Split] = field(default_factory=list)
     phases: list[Phase] = field(default_factory=list)
+    original: Source | None = None
 
 
 def reported(one: Prepared, measured: isolate.Measured, environment: dict[str, Any]) -> Report:
@@ -53,7 +55,7 @@ def reported(one: Prepared, measured: isolate.Measured, environment: dict[str, A
         side.role: side.model_copy(
             update={
                 "model": names[side.role],
-                "measurements": [*side.measurements, *foretold(side, sources[side.role], recipe, environment.get("device", "cpu"))],
+                "measurements": [*side.measurements, *_foretold(side, sources[side.role], recipe, environment)],
             }
         )
         for side in measured.sides
@@ -63,12 +65,13 @@ def reported(one: Prepared, measured: isolate.Measured, environment: dict[str, A
         environment = {
             **environment, "rouge_tokenizer": tokenizers.rouge, "bleu_tokenizer": tokenizers.bleu, "reference_scripts": scripts,
         }  # fmt: skip
+    original = measured.original and measured.original.model_copy(update={"model": recipe.model.id})
     score = next((name for name in HEADLINE if any(name in o.samples for o in measured.outputs.values())), None)
     report = Report(
         recipe=recipe.name, run="", created=datetime.now(UTC).isoformat(timespec="seconds"),
         digest=recipe.digest,
         examples_digest=data.examples_digest(one.examples), settings=recipe.as_written(), environment=environment, stages=one.stages,
-        sides=list(sides.values()), splits=data.compared(one.splits), turns=measured.turns,
+        engine=recipe.engine.name, sides=list(sides.values()), original=original, splits=data.compared(one.splits), turns=measured.turns,
         verdict="cannot_tell", decided_by="", cut=_cut(measured, recipe, len(one.examples)), score=score,
         predictions=_predictions(one.examples, measured.outputs, score),
     )  # fmt: skip
@@ -84,9 +87,12 @@ def judged(report: Report, baseline: Side | None, candidate: Side, same_run: boo
     sides = [side for side in (baseline, candidate) if side]
     decision, reason = verdict.decide(gates, [failure for side in sides for failure in side.failures])
     comparisons = [verdict.compare(pair, level) for pair in compared]
+    beside = verdict.pairs(report.original, candidate, same_run) if report.original and same_run else []
     return report.model_copy(
         update={
-            "sides": sides, "comparisons": comparisons, "gates": gates, "verdict": decision, "decided_by": reason,
+            "sides": sides, "comparisons": comparisons,
+            "against_original": [verdict.compare(pair, level) for pair in beside],
+            "gates": gates, "verdict": decision, "decided_by": reason,
             "notes": [
                 *why.notes(report.stages, comparisons, report.environment, sides, gates),
                 *quality.notes(sides, compared, [example.id for example in report.predictions], report.environment),
@@ -95,6 +101,11 @@ def judged(report: Report, baseline: Side | None, candidate: Side, same_run: boo
             ],
         }
     )  # fmt: skip
+
+
+def _foretold(side: Side, source: Source, recipe: Recipe, environment: dict[str, Any]) -> list[Measurement]:
+    """What was foretold of memory, which is of transformers."""
+    return foretold(side, source, recipe, environment.get("device", "cpu")) if recipe.engine.is_plain else []
 
 
 def _predictions(examples: Sequence[Example], outputs: dict[Role, Outputs], score: str | None) -> list[Prediction]:

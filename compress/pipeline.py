@@ -20,9 +20,9 @@ from compress.model import Source
 from compress.nursery import copied, nursery
 from compress.phases import Phase, merged, phase, watching
 from compress.process import Child, Progress
-from compress.recipe import Recipe, load, load_gates
+from compress.recipe import PLAIN, ChosenEngine, Recipe, load, load_gates
 from compress.report import card, verdict, write
-from compress.results import Report, Role, Side
+from compress.results import Report, Side
 
 OUTPUTS = Path("artifacts") / "outputs"  # below a run's `out`: what models made of examples
 
@@ -41,11 +41,17 @@ def run(
     measured to the end doesn't raise; the report has the reason and the verdict `cannot_tell`.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
-    return measure([prepare(recipe, out, device, progress, processes)], out, device, progress, strict)[0]
+    prepared = [prepare(recipe.in_engine(engine), out, device, progress, processes) for engine in recipe.engines]
+    if len(prepared) == 1:
+        return measure(prepared, out, device, progress, strict)[0]
+    return _in_engines(recipe, prepared, Path(out), device, progress, strict)
 
 
 def prepare(recipe: Recipe, out: str | Path, device: str = "auto", progress: Progress = quiet, processes: int = 1) -> Prepared:
-    """The first half of a run: make the smaller model, or find it made. Raises CompressError."""
+    """The first half of a run: make the smaller model, or find it made, and bring both into the format of the recipe's first engine.
+
+    Raises CompressError.
+    """
     with watching() as watch:
         refuse(recipe, device, processes)
         wanted, commit = recipe.model, machine.commit(recipe.folder)
@@ -55,14 +61,20 @@ def prepare(recipe: Recipe, out: str | Path, device: str = "auto", progress: Pro
         with phase("data"):
             dataset = data.Dataset(recipe.data, recipe.folder)
             examples = dataset.examples("evaluation", recipe.data.samples, recipe.data.seed)
-            shown = artifacts.shown_to_stages(recipe, dataset)
+            carried = artifacts.carried(recipe)
+            lines = [recipe.with_stages(stages) for stages in (carried.candidate, carried.baseline)]
+            shown = [artifacts.shown_to_stages(line, dataset) for line in lines]
             splits = dataset.splits()
             del dataset  # with all of its rows
         with _place(recipe, Path(out)) as (_, log):
-            stages = artifacts.make(recipe, baseline, Path(out) / "artifacts", device, log, progress, processes, shown)
+            how = (Path(out) / "artifacts", device, log, progress, processes)
+            stages, plain = (artifacts.make(line, baseline, *how, seen) for line, seen in zip(lines, shown, strict=True))
     candidate = Source(str(Path(stages[-1].artifact).resolve()), wanted.task) if stages else baseline
+    original = None if recipe.engine.is_plain else baseline
+    if plain:
+        baseline = Source(str(Path(plain[-1].artifact).resolve()), wanted.task)
     name = stages[-1].artifact if stages else wanted.id
-    return Prepared(_decided(recipe, examples), baseline, candidate, name, examples, stages, commit, splits, watch.phases())
+    return Prepared(_decided(recipe, examples), baseline, candidate, name, examples, stages, commit, splits, watch.phases(), original)
 
 
 def measure(
@@ -83,6 +95,23 @@ def measure(
         for one, report in zip(prepared, written, strict=True):
             card.write(one.recipe, one.baseline or one.candidate, one.stages, report)
         return written
+
+
+def _in_engines(
+    recipe: Recipe, prepared: Sequence[Prepared], out: Path, device: str, progress: Progress, strict: bool
+) -> Report:  # fmt: skip
+    """One report of a recipe's engines, all in turns: that of the first, which has the others'."""
+    with ExitStack() as stack:
+        watch = stack.enter_context(watching())
+        place, log = stack.enter_context(_place(recipe, out))
+        first, *others = _measured(prepared, device, log, progress, strict)
+        whole = first.model_copy(update={"others": others, "settings": recipe.as_written(), "digest": recipe.digest})
+        spent = [one.phases for one in prepared]
+        with phase("report"):
+            report = _written(whole, prepared[0].commit, place, lambda: merged(*spent, watch.phases()))
+        for one, part in zip(prepared, report.parts, strict=True):
+            card.write(one.recipe, one.baseline or one.candidate, one.stages, part)
+        return report
 
 
 def bench(
@@ -210,18 +239,25 @@ def _place(recipe: Recipe, out: Path) -> Iterator[tuple[Path, Path]]:
 
 def _measured(prepared: Sequence[Prepared], device: str, log: Path, progress: Progress, strict: bool) -> list[Report]:
     first = prepared[0]
-    baseline: list[tuple[Role, Source]] = [] if first.baseline is None else [("baseline", first.baseline)]
-    sources = [*baseline, *(("candidate", one.candidate) for one in prepared)]
 
-    def clear(sides: list[Side]) -> bool:
-        candidates = zip(prepared, sides[len(baseline) :], strict=True)
-        return all(verdict.is_clear(one.recipe.check, [*sides[: len(baseline)], side]) for one, side in candidates)
+    def clear(sides: list[list[Side]]) -> bool:
+        return all(verdict.is_clear(one.recipe.check, pair) for one, pair in zip(prepared, sides, strict=True))
 
     found, environment = isolate.measure(
-        sources, first.recipe, first.examples, device, log, log.parent.parent / OUTPUTS, progress, clear, strict
+        [_match(one) for one in prepared], first.recipe, first.examples, device, log, log.parent.parent / OUTPUTS, progress, clear, strict
     )
     with phase("judging"):
         return [judgement.reported(one, measured, environment) for one, measured in zip(prepared, found, strict=True)]
+
+
+def _match(prepared: Prepared) -> isolate.Match:
+    engine = prepared.recipe.engine
+    original = ChosenEngine(name=PLAIN, settings=methods.Settings())
+    return isolate.Match(
+        isolate.Party("candidate", prepared.candidate, engine),
+        isolate.Party("baseline", prepared.baseline, engine) if prepared.baseline else None,
+        isolate.Party("original", prepared.original, original) if prepared.original else None,
+    )
 
 
 def _written(report: Report, commit: str | None, place: Path, phases: Callable[[], list[Phase]]) -> Report:

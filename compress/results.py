@@ -16,7 +16,7 @@ from compress.errors import NoSpace, ReportError
 from compress.metrics import KERNELS, METRICS, Better, Missing
 from compress.phases import Phase
 from compress.process import is_disk_full
-from compress.recipe import Benchmark, Gate
+from compress.recipe import PLAIN, Benchmark, Gate
 
 if TYPE_CHECKING:
     import msgspec
@@ -26,7 +26,7 @@ MUCH_CUT = 0.01  # of the prompts
 MUCH_WORKED = 0.9  # of the weights that a stage could have worked on; less is said before all else
 NOTES = "compress_notes.json"  # in an artifact: what a stage did to each layer and what it has to say
 Verdict = Literal["pass", "fail", "cannot_tell"]
-Role = Literal["baseline", "candidate"]
+Role = Literal["baseline", "candidate", "original"]  # of a report's sides the first two
 FIGURES_ONLY = {"samples": "not read"}  # the context in which a report is validated without them
 
 
@@ -361,7 +361,12 @@ class Prediction(Record):
 
 
 class Report(Record):
-    """All of a run, as report.json holds it; the examples stand in predictions.parquet too."""
+    """All of a run, as report.json holds it; the examples stand in predictions.parquet too.
+
+    engine            in which both sides were measured
+    original          the model as it came, in plain transformers, where the engine is another, and how the candidate compares with it
+    others            the same in the recipe's other engines, each with a verdict of its own
+    """
 
     format: int = FORMAT
     recipe: str
@@ -372,7 +377,11 @@ class Report(Record):
     settings: dict[str, Any]
     environment: dict[str, Any]
     stages: list[StageRecord] = []
+    engine: str = PLAIN
     sides: list[Side]
+    original: Side | None = None
+    against_original: list[Comparison] = []
+    others: list["Report"] = Field([], repr=False)
     splits: list[Split] = []
     turns: list[Turn] = Field([], repr=False)
     phases: list[Phase] = []
@@ -448,6 +457,11 @@ class Report(Record):
         return self.sides[-1]
 
     @property
+    def parts(self) -> list["Report"]:
+        """A report for each engine."""
+        return [self.model_copy(update={"others": []}), *(one.model_copy(update={"folder": self.folder}) for one in self.others)]
+
+    @property
     def confidence(self) -> float:
         """Of intervals and gates."""
         return float(self.settings["benchmark"].get("confidence", Benchmark.model_fields["confidence"].default))
@@ -469,6 +483,9 @@ class Report(Record):
             "report": str(self.folder), "verdict": self.verdict, "decided_by": self.decided_by, "gates": gates, **sides,
             "artifact": self.stages[-1].artifact if self.stages else None,
             "failures": [failure for side in self.sides for failure in side.failures], "notes": self.notes,
+            "engine": self.engine,
+            **({"original": self.original.values()} if self.original else {}),
+            **({"others": [part.as_json() for part in self.others]} if self.others else {}),
             "missing": {side.role: found for side in self.sides if (found := {m.label: m.missing for m in side.measurements if m.missing})},
         }  # fmt: skip
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from compress import account, experts, methods, model
 from compress.errors import BrokenPromise, CompressError, DeviceError
+from compress.export._check import check as check_export
 from compress.methods import Example
 from compress.process import Progress, is_out_of_memory, serve
 from compress.products import in_float32
@@ -71,10 +72,13 @@ def run(
         gc.collect()
         if method.ABOUT.smaller:
             _check_smaller(model.parameter_bytes(bare), model.file_bytes(folder), f"{family}: {name}")
+        made = model.Source(str(folder), before.task)
         with in_float32(device):
-            rounds = family == "quantize" and not method.ABOUT.trains
-            _check_logits(before, model.Source(str(folder), before.task), device, context, f"{family}: {name}", rounds)
-        if counted is None and before.bits is None:
+            if family == "export":
+                check_export(before, made, name, device, context)
+            else:
+                _check_logits(before, made, device, context, f"{family}: {name}", family == "quantize" and not method.ABOUT.trains)
+        if counted is None and before.bits is None and family != "export":
             counted = account.compare(before, model.Source(str(folder), before.task))
         noted = {"layers": context.layers, "said": context.said, "curve": context.curve, "cut": context.cut}
         noted["account"] = counted and counted.model_dump()

@@ -13,7 +13,8 @@ import itertools
 import math
 import random
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -29,29 +30,48 @@ from compress.model import Source
 from compress.nursery import nursery
 from compress.phases import phase
 from compress.process import Progress
-from compress.recipe import Recipe
+from compress.recipe import ChosenEngine, Recipe
 from compress.results import Conditions, Role, Side, Turn
 
 T = TypeVar("T")
-Clear = Callable[[list[Side]], bool]  # whether nothing that could still be measured would change what the gates on speed say
+# of each candidate, with its baseline before it: whether nothing that could still be measured would change what the gates on speed say
+Clear = Callable[[list[list[Side]]], bool]
 FEWEST = 3  # rounds, below which no gate is clear
 AGAIN = 0.5  # of the turns, how many may be taken again, each once
 
 
+@dataclass(frozen=True)
+class Party:
+    """A model in an engine, and what it is measured as."""
+
+    role: Role
+    source: Source
+    engine: ChosenEngine
+
+
+@dataclass(frozen=True)
+class Match:
+    """A candidate, its baseline in the same engine, and what both came from in plain transformers, where there are such."""
+
+    candidate: Party
+    baseline: Party | None = None
+    original: Party | None = None
+
+
 class Measured(NamedTuple):
-    """A candidate with its baseline where there is one: the sides, their outputs on the examples, how each turn went."""
+    """What was found of a match: the sides, their outputs on the examples, how each turn went; the original's side."""
 
     sides: list[Side]
     outputs: dict[Role, Outputs]
     turns: list[Turn]
+    original: Side | None
 
 
 def measure(
-    sources: Sequence[tuple[Role, Source]], recipe: Recipe, examples: list[Example], device: str, log: Path, kept_outputs: Path,
+    matches: Sequence[Match], recipe: Recipe, examples: list[Example], device: str, log: Path, kept_outputs: Path,
     progress: Progress, clear: Clear = lambda _: False, strict: bool = False,
 ) -> tuple[list[Measured], dict[str, Any]]:  # fmt: skip
-    """Measure models alike: one alone, or a baseline and candidates, of which each is compared with it. Returns what was found of each
-    candidate, and the environment.
+    """Measure models alike, those that are the same in several matches once. Returns what was found of each match, and the environment.
 
     kept_outputs   a folder where outputs are kept for later runs
     clear          may end the rounds early
@@ -61,28 +81,47 @@ def measure(
     DeviceError where `strict` refuses.
     """
     with alone(progress), nursery():
-        original = next((source for role, source in sources if role == "baseline"), None)
-        subjects = [Subject(role, source, recipe, device, log, kept_outputs, progress, original) for role, source in sources]
-        session = Session(subjects, recipe, progress, strict)
+        parties = list(dict.fromkeys(party for match in matches for party in (match.baseline, match.candidate, match.original) if party))
+        original = matches[0].baseline.source if matches[0].baseline else None
+        subjects = {
+            party: Subject(party.role, party.source, recipe, device, log, kept_outputs, progress, original, party.engine)
+            for party in parties
+        }
+        pairs = [[subjects[party] for party in (match.baseline, match.candidate) if party] for match in matches]
+        beside = [[subjects[match.original], subjects[match.candidate]] for match in matches if match.original]
+        session = Session(list(subjects.values()), recipe, progress, strict, pairs, beside)
         try:
             session.run(examples, clear)
         finally:
-            _stop(subjects)
-    environment: dict[str, Any] = next((s.loads[0].environment for s in subjects if s.loads), {})
-    environment |= _ceilings(subjects)
-    outputs = [s.outputs for s in subjects if s.outputs is not None]
+            _stop(subjects.values())
+    environment = {name: value for s in reversed(subjects.values()) if s.loads for name, value in s.loads[0].environment.items()}
+    environment |= _ceilings(subjects.values())
+    outputs = [s.outputs for s in subjects.values() if s.outputs is not None and s.role != "original"]
     environment |= facts()
-    environment["foreign_gpu_bytes"] = max(subject.foreign_gpu_bytes for subject in subjects)
+    environment["foreign_gpu_bytes"] = max(subject.foreign_gpu_bytes for subject in subjects.values())
     environment["longest_input"] = next((output.longest_input for output in reversed(outputs)), None)  # the candidate's
     environment["inputs_cut"] = max((output.cut for output in outputs), default=0)
     environment["generation_config"] = next((output.generation_config for output in outputs), {})
-    return [session.measured(pair) for pair in _pairs(subjects)], environment
+    found = []
+    for match, pair in zip(matches, pairs, strict=True):
+        beyond = session.side(subjects[match.original], pair[-1]) if match.original else None
+        found.append(session.measured(pair, beyond))
+    return found, environment
 
 
 class Session:
-    """One benchmark: its rounds, and what is known so far."""
+    """One benchmark: its rounds, and what is known so far.
 
-    def __init__(self, subjects: list[Subject], recipe: Recipe, progress: Progress, strict: bool):
+    pairs    what is compared: a baseline and a candidate, or one alone; None has the first for the baseline of all others
+    beside   pairs of which nothing is decided, and which needn't be known precisely
+    """
+
+    def __init__(
+        self, subjects: list[Subject], recipe: Recipe, progress: Progress, strict: bool, pairs: list[list[Subject]] | None = None,
+        beside: Sequence[list[Subject]] = (),
+    ):  # fmt: skip
+        self._pairs = pairs or [[subjects[0], other] for other in subjects[1:]] or [subjects]
+        self._beside = list(beside)
         self._subjects, self._benchmark, self._progress, self._strict = subjects, recipe.benchmark, progress, strict
         self._random = random.Random(0)
         self._alone = False  # whether memory holds one side at a time only
@@ -121,13 +160,18 @@ class Session:
     def turns(self) -> list[Turn]:
         return [turn for _, turn in self._turns]
 
-    def sides(self) -> list[Side]:
-        return self._sides(self._subjects)
+    def sides(self) -> list[list[Side]]:
+        """Of each pair."""
+        return [self._sides(pair) for pair in self._pairs]
 
-    def measured(self, pair: list[Subject]) -> Measured:
+    def side(self, subject: Subject, other: Subject) -> Side:
+        """One of the two, as it compares with the other."""
+        return self._sides([subject, other])[0]
+
+    def measured(self, pair: list[Subject], original: Side | None = None) -> Measured:
         """What was found of some of the subjects."""
         outputs = {subject.role: subject.outputs for subject in pair if subject.outputs is not None}
-        return Measured(self._sides(pair), outputs, [turn for subject, turn in self._turns if subject in pair])
+        return Measured(self._sides(pair), outputs, [turn for subject, turn in self._turns if subject in pair], original)
 
     def _sides(self, subjects: list[Subject]) -> list[Side]:
         ceilings = _ceilings(self._subjects)
@@ -146,13 +190,17 @@ class Session:
 
     def _well(self) -> list[Subject]:
         """The sides that have not failed, where some of them can still be compared."""
-        well = [subject for subject in self._subjects if not subject.failures]
-        return well if self._subjects[0] in well and len(well) >= min(2, len(self._subjects)) else []
+        pairs = [pair for pair in self._pairs if not any(subject.failures for subject in pair)]
+        return [subject for subject in self._subjects if any(subject in pair for pair in pairs)]
+
+    def _within(self, subjects: list[Subject]) -> list[list[Subject]]:
+        """The pairs that are whole among these."""
+        return [pair for pair in self._pairs if all(subject in subjects for subject in pair)]
 
     def _is_precise(self, subjects: list[Subject]) -> bool:
         """Whether half of the interval of every latency, ratio or single one, is at most the wanted share of it."""
         halves = [0.0]
-        for pair in _pairs(subjects):
+        for pair in self._within(subjects):
             for point in _common(pair):
                 series = [[[quantile([marks[-1] for marks in turn], 0.5) for turn in turns] for turns in s.rounds[point]] for s in pair]
                 effect = paired_ratio(*series) if len(series) > 1 else geometric_mean(series[0])
@@ -175,7 +223,7 @@ class Session:
         """Whether a round that has so many turns needs no more."""
         if turns < self._benchmark.turns:
             return turns > 0 and self._is_late(number)
-        if self._benchmark.precision is None or self._alone or not any(_common(pair) for pair in _pairs(self._well())):
+        if self._benchmark.precision is None or self._alone or not any(_common(pair) for pair in self._within(self._well())):
             return True
         return self._timing >= self._starting
 
@@ -259,7 +307,7 @@ class Session:
 
     def _points(self, subject: Subject) -> list[Point]:
         """Those that it and one that it is compared with are not known to fail at."""
-        pairs = [pair for pair in _pairs(self._subjects) if subject in pair]
+        pairs = [pair for pair in [*self._pairs, *self._beside] if subject in pair]
         return [point for point in subject.rounds if any(point in _common(pair) for pair in pairs)]
 
 
@@ -282,14 +330,9 @@ def _bring_up(subject: Subject, others: list[Subject]) -> bool:
     return not (loaded and subject.short_of_memory)
 
 
-def _stop(subjects: list[Subject]) -> None:
+def _stop(subjects: Iterable[Subject]) -> None:
     for subject in subjects:
         subject.stop()
-
-
-def _pairs(subjects: list[Subject]) -> list[list[Subject]]:
-    """Each candidate with the baseline, which is the first; one alone with nothing."""
-    return [[subjects[0], other] for other in subjects[1:]] or [subjects[:1]] if subjects else []
 
 
 def _common(subjects: list[Subject]) -> list[Point]:
@@ -297,7 +340,7 @@ def _common(subjects: list[Subject]) -> list[Point]:
     return [point for point in subjects[0].rounds if all(point not in subject.reasons for subject in subjects)]
 
 
-def _ceilings(subjects: list[Subject]) -> dict[str, float]:
+def _ceilings(subjects: Iterable[Subject]) -> dict[str, float]:
     """What the machine can do at best: the better where both sides measured the same, since only disturbances differ."""
     found: dict[str, float] = {}
     for subject in subjects:

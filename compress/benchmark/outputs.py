@@ -15,7 +15,7 @@ from compress.border import plain
 from compress.data import examples_digest
 from compress.methods import Example
 from compress.model import Source, fingerprint
-from compress.recipe import Recipe, digest
+from compress.recipe import ChosenEngine, Recipe, digest
 from compress.results import whole_folder
 
 HERE = Path(__file__).parent
@@ -40,22 +40,29 @@ MACHINE = ("device", "gpu", "cuda", "cpu", "cpu_instructions", "cores")  # of th
 
 
 def name(
-    source: Source, recipe: Recipe, examples: list[Example], loaded: Loaded, original: Source | None = None, engine: str = engines.PLAIN
+    source: Source,
+    recipe: Recipe,
+    examples: list[Example],
+    loaded: Loaded,
+    original: Source | None = None,
+    engine: ChosenEngine | None = None,
 ) -> str:
     """Names outputs by all that they depend on: the model's content, examples, prompt, generation, code, versions, machine.
 
     original   the model whose distributions are compared with, if any
+    engine     what the model runs in; None for the recipe's
     loaded     of the runtime's settings those count that changed layers, and the threads of timings don't
     """
-    data, environment = recipe.data, loaded.environment
-    code = hashlib.sha256(b"".join(file.read_bytes() for file in [*CODE, *engines.code(engine)])).hexdigest()
+    data, environment, chosen = recipe.data, loaded.environment, engine or recipe.engine
+    code = hashlib.sha256(b"".join(file.read_bytes() for file in [*CODE, *engines.code(chosen.name)])).hexdigest()
     return digest(
         [
             fingerprint(source), original and fingerprint(original), examples_digest(examples), recipe.groups,
             asdict(recipe.tokenizers), recipe.generation.model_dump(),
             [data.chat, data.max_tokens, data.stride, data.join, data.samples, data.seed, data.shots, data.shot_separator],
             sorted(setting for setting, layers in loaded.traits.changed.items() if layers), {key: environment[key] for key in MACHINE},
-            {package: _version(package) for package in PACKAGES}, code,
+            {package: _version(package) for package in (*PACKAGES, *chosen.about.packages)}, code,
+            chosen.as_written(), loaded.traits.dtype,
         ]
     )  # fmt: skip
 

@@ -120,7 +120,9 @@ def comparison(loaded: Recipe, busy: bool, log: Path, progress: Progress) -> dic
         finally:
             for subject in subjects:
                 subject.stop()
-    baseline, *others = sides = session.sides()
+    pairs = session.sides()
+    baseline, others = pairs[0][0], [pair[-1] for pair in pairs]
+    sides = [baseline, *others]
     if failures := [failure for side in sides for failure in side.failures]:
         raise RunError(failures[0])
     found: dict[str, Any] = {

@@ -20,7 +20,7 @@ from compress.model import Source
 from compress.nursery import copied
 from compress.phases import phase
 from compress.process import Child, Progress
-from compress.recipe import Recipe
+from compress.recipe import ChosenEngine, Recipe
 from compress.results import Conditions, Role
 
 T = TypeVar("T")
@@ -36,8 +36,9 @@ class Subject:
 
     def __init__(
         self, role: Role, source: Source, recipe: Recipe, device: str, log: Path, outputs: Path, progress: Progress,
-        original: Source | None = None,
+        original: Source | None = None, engine: ChosenEngine | None = None,
     ):  # fmt: skip
+        self.engine = engine or recipe.engine
         self.role, self.source, self._recipe, self._device, self._original = role, source, recipe, device, original
         self._log, self._kept, self._progress = log, outputs, progress
         self._child: Child | None = None
@@ -99,7 +100,7 @@ class Subject:
             raise
         self.loads.append(loaded)
         self.peaks.append(peaks)
-        if self._recipe.benchmark.runtime.compile:
+        if self._recipe.benchmark.runtime.compile and self.engine.is_plain:
             self.compiling.append(compiling)
 
     @property
@@ -132,8 +133,10 @@ class Subject:
                     self.source,
                     self._device,
                     benchmark.threads,
-                    runtime=benchmark.runtime.model_dump(),
-                    batch_tokens=benchmark.quality_batch_tokens,
+                    self.engine.name,
+                    self.engine.settings.model_dump(),
+                    benchmark.runtime.model_dump() if self.engine.is_plain else {},
+                    benchmark.quality_batch_tokens,
                 )
             )
         self._interpreter = loaded.interpreter
@@ -223,7 +226,9 @@ class Subject:
     def answer(self, examples: list[Example]) -> None:
         """Do the examples, or take what this model has made of them before."""
         recipe = self._recipe
-        name = kept.name(self.source, recipe, examples, self.loads[0], self._original if "divergence" in recipe.groups else None)
+        name = kept.name(
+            self.source, recipe, examples, self.loads[0], self._original if "divergence" in recipe.groups else None, self.engine
+        )
         self.outputs = kept.find(self._kept, name)
         if self.outputs is not None:
             self._tell("taking outputs of a former run", len(examples), len(examples))

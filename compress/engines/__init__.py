@@ -28,7 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 LOW = 10  # token ids below which special ones lie, most often
-PLAIN = "transformers"  # what is measured where nothing is said, and what others are held against
 
 
 @dataclass(frozen=True)

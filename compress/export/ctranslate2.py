@@ -43,6 +43,9 @@ class Settings(methods.Settings):
     )
 
 
+PLAIN = Settings(weights="float32")  # what a baseline is measured in
+
+
 @dataclass(frozen=True)
 class Exported(Bundle):
     """A model that is saved in the engine's format."""

@@ -9,10 +9,24 @@ line and key. `Recipe.digest` names a run, since what a run depends on is all in
     reading.py     a file, overrides, named blocks, stages; the JSON schema
 """
 
-from compress.recipe.blocks import Benchmark, Calibration, Data, Gate, Generation, Model, Recipe, Runtime, Stage, digest, fields
+from compress.recipe.blocks import (
+    PLAIN,
+    Benchmark,
+    Calibration,
+    ChosenEngine,
+    Data,
+    Gate,
+    Generation,
+    Model,
+    Recipe,
+    Runtime,
+    Stage,
+    digest,
+    fields,
+)
 from compress.recipe.reading import load, load_gates, schema, shipped
 
 __all__ = [
-    "Benchmark", "Calibration", "Data", "Gate", "Generation", "Model", "Recipe", "Runtime", "Stage",
+    "PLAIN", "Benchmark", "Calibration", "ChosenEngine", "Data", "Gate", "Generation", "Model", "Recipe", "Runtime", "Stage",
     "digest", "fields", "load", "load_gates", "schema", "shipped",
 ]  # fmt: skip

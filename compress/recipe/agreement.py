@@ -1,10 +1,12 @@
 """What no block of a recipe can see alone: whether stages, data, metrics and gates fit the task and each other."""
 
+from collections.abc import Iterator
+
 from compress import methods, yamlfile
 from compress.methods import Task, TuneSettings
-from compress.metrics import CLASSIFIED, GENERATED, GROUPS, METRICS, TASK
+from compress.metrics import CLASSIFIED, GENERATED, GROUPS, METRICS, READ, TASK
 from compress.mistakes import Problems, suggest
-from compress.recipe.blocks import Gate, Recipe, Runtime
+from compress.recipe.blocks import ChosenEngine, Gate, Recipe, Runtime
 
 
 def agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> None:
@@ -46,6 +48,9 @@ def agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> No
             problems.add(document, place, f"{group} can't be measured on task {task}")
         elif group in GENERATED and text:
             problems.add(document, place, f"{group} needs prompt and target; data has text")
+    for index, engine in enumerate(recipe.engines):
+        for why_not in _engine_problems(recipe, engine):
+            problems.add(document, ("engines", index) if "engines" in document.data else ("engine",), f"{engine.name}: {why_not}")
     if problem := _runtime_problem(recipe.benchmark.runtime, task):
         problems.add(document, ("benchmark",), f"runtime: {problem}")
     needs_target = not text and {group for group in recipe.groups if not group.startswith(TASK)} - {"generated_tokens"}
@@ -55,6 +60,25 @@ def agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> No
     for name, gate in recipe.check.items():
         if problem := gate_problem(name, gate) or _unmeasured(name, measured, recipe.groups):
             problems.add(document, ("check", name), problem)
+
+
+def _engine_problems(recipe: Recipe, engine: ChosenEngine) -> Iterator[str]:
+    """Why a recipe can't be measured in an engine."""
+    about, last = engine.about, recipe.stages[-1] if recipe.stages else None
+    if recipe.model.task not in about.tasks:
+        yield f"it is for task {' and '.join(about.tasks)}, not for {recipe.model.task}"
+    if last is not None and last.family == "export" and last.method != about.opens:
+        yield f"it opens no {last.method}, which `{last}` writes; take the engine that does"
+    if engine.is_plain:
+        return
+    if recipe.benchmark.runtime != Runtime():
+        yield "benchmark.runtime is for transformers; leave it out"
+    if recipe.generation.do_sample and set(recipe.groups) & GENERATED:
+        yield "generation.do_sample: engines draw otherwise from each other; leave it out"
+    unknown = [group for group in recipe.groups if group.startswith(TASK) or group == "divergence"]
+    unknown += [] if about.likelihoods else sorted(READ & set(recipe.groups) - {"divergence"})
+    if unknown:
+        yield f"{', '.join(unknown)} can't be measured in it; leave out, or measure in transformers"
 
 
 def _runtime_problem(runtime: Runtime, task: Task) -> str | None:

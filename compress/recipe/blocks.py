@@ -7,7 +7,7 @@ from pathlib import Path
 from string import Formatter
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, SerializeAsAny, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from compress import methods
 from compress.methods import Dtype, Settings, Task
@@ -19,6 +19,7 @@ from compress.yamlfile import Document, Place
 Count = Annotated[int, Field(ge=1, le=2**40)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Plain = str | bool | int | float
+PLAIN = "transformers"  # the engine where nothing is said, and what others are held against
 
 
 class Model(Settings):
@@ -221,6 +222,29 @@ class Stage(BaseModel):
         return f"{self.family}: {self.method}"
 
 
+class ChosenEngine(BaseModel):
+    """An engine in which both models are measured, with its own settings."""
+
+    model_config = ConfigDict(frozen=True)
+
+    name: str
+    settings: SerializeAsAny[Settings]
+
+    @property
+    def about(self) -> Any:
+        """The engine's ABOUT."""
+        return methods.find("engines", self.name).ABOUT
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is transformers, in which everything can be measured."""
+        return self.name == PLAIN
+
+    def as_written(self) -> str | dict[str, Any]:
+        settings = self.settings.model_dump(mode="json", exclude_defaults=True)
+        return {"name": self.name, **settings} if settings else self.name
+
+
 class Recipe(Settings):
     """The whole of it."""
 
@@ -238,6 +262,7 @@ class Recipe(Settings):
     check: dict[str, Gate] = Field({}, description="metric: limits, or the name of a file under checks/; what decides the verdict")
 
     _stages: tuple[Stage, ...] = ()  # read apart, each with the settings of its method
+    _engines: tuple[ChosenEngine, ...] = ()  # likewise; transformers where there is none
     _file: Path = Path("recipe.yaml")
     _tokenizers: Tokenizers | None = None  # those that the references have decided on
     _document: Document | None = None  # where its keys stand
@@ -245,6 +270,28 @@ class Recipe(Settings):
     @property
     def stages(self) -> tuple[Stage, ...]:
         return self._stages
+
+    @property
+    def engines(self) -> tuple[ChosenEngine, ...]:
+        """What both models are measured in, each with a verdict of its own."""
+        return self._engines or (ChosenEngine(name=PLAIN, settings=Settings()),)
+
+    @property
+    def engine(self) -> ChosenEngine:
+        """The first of them."""
+        return self.engines[0]
+
+    def in_engine(self, engine: ChosenEngine) -> "Recipe":
+        """The same measured in that engine alone."""
+        found = self.model_copy()
+        found._engines = (engine,)
+        return found
+
+    def with_stages(self, stages: Sequence[Stage]) -> "Recipe":
+        """The same with other stages."""
+        found = self.model_copy()
+        found._stages = tuple(stages)
+        return found
 
     @property
     def name(self) -> str:
@@ -279,7 +326,9 @@ class Recipe(Settings):
 
     def as_written(self) -> dict[str, Any]:
         """The recipe as plain data, defaults filled in."""
-        return {**self.model_dump(mode="json"), "stages": [stage.as_written() for stage in self.stages]}
+        engines = [engine.as_written() for engine in self.engines]
+        measured = {} if engines == [PLAIN] else {"engines": engines}
+        return {**self.model_dump(mode="json"), "stages": [stage.as_written() for stage in self.stages], **measured}
 
     @property
     def digest(self) -> str:

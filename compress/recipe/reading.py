@@ -9,7 +9,7 @@ from compress import methods, yamlfile
 from compress.errors import printable
 from compress.mistakes import Problems, suggest
 from compress.recipe.agreement import agree, gate_problem
-from compress.recipe.blocks import Benchmark, Gate, Recipe, Stage
+from compress.recipe.blocks import PLAIN, Benchmark, ChosenEngine, Gate, Recipe, Stage
 
 PACKAGE = Path(__file__).parent.parent
 OURS = ("artifacts", "searches", "sweeps")  # what stands beside recipes' folders of reports
@@ -37,9 +37,11 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recip
         document.override(assignment)
     data = dict(document.data)
     written = data.pop("stages", [])
+    chosen: dict[str, Any] = {key: data.pop(key) for key in ("engine", "engines") if key in data}
     data.update({key: _named(key, document, file.parent, problems) for key in NAMED})
     recipe = problems.validate(Recipe, data, document, ())
     stages = _stages(written, document, problems)
+    engines = _engines(chosen, document, problems)
     problems.end()
     assert recipe is not None
     if file.stem in OURS:
@@ -47,7 +49,7 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     if file.stem != printable(file.stem) or "\n" in file.stem or len(os.fsencode(file.name)) > LONGEST:
         wanted = f"UTF-8 without control characters, at most {LONGEST} bytes"
         problems.add(document, (), f"a recipe's name is that of its reports: {wanted}; rename the file", "the file")
-    recipe._stages, recipe._file, recipe._document = stages, file, document
+    recipe._stages, recipe._engines, recipe._file, recipe._document = stages, engines, file, document
     agree(recipe, document, problems)
     problems.end()
     return recipe
@@ -122,6 +124,38 @@ def _stage(item: Any, index: int, document: yamlfile.Document, problems: Problem
     return None if settings is None else Stage(family=family, method=method, settings=settings)
 
 
+def _engines(written: dict[str, Any], document: yamlfile.Document, problems: Problems) -> tuple[ChosenEngine, ...]:
+    """Those under `engines`, or the one under `engine`: each a name, or a mapping with its `name` and settings."""
+    if len(written) > 1:
+        problems.add(document, ("engines",), "engine and engines say the same; give one of the two")
+        return ()
+    ((key, value),) = written.items() or (("engine", PLAIN),)
+    items = value if key == "engines" else [value]
+    if not isinstance(items, list) or not items:
+        problems.add(document, (key,), "a list of engines is wanted, such as [transformers, ctranslate2]")
+        return ()
+    places: list[yamlfile.Place] = [(key, index) if key == "engines" else (key,) for index in range(len(items))]
+    engines = [_engine(item, place, document, problems) for item, place in zip(items, places, strict=True)]
+    names = [engine.name for engine in engines if engine is not None]
+    for index, name in enumerate(names):
+        if name in names[:index]:
+            problems.add(document, places[index], f"{name} stands twice")
+    return tuple(engine for engine in engines if engine is not None)
+
+
+def _engine(item: Any, place: yamlfile.Place, document: yamlfile.Document, problems: Problems) -> ChosenEngine | None:
+    block = {"name": item} if isinstance(item, str) else item
+    if not isinstance(block, dict) or not isinstance(name := block.get("name"), str):
+        problems.add(document, place, "the name of an engine is wanted, or a mapping with its name and settings")
+        return None
+    if name not in (engines := methods.names("engines")):
+        problems.add(document, place, f"there is no engine {name!r}{suggest(name, engines)}")
+        return None
+    rest = {key: value for key, value in block.items() if key != "name"}
+    settings = problems.validate(methods.find("engines", name).Settings, rest, document, place, f"engine: {name}")
+    return None if settings is None else ChosenEngine(name=name, settings=settings)
+
+
 def schema() -> dict[str, Any]:
     """The JSON schema of a recipe, the settings of every method included."""
     document = Recipe.model_json_schema()
@@ -135,6 +169,9 @@ def schema() -> dict[str, Any]:
     document["properties"]["stages"] = {
         "type": "array", "items": {"anyOf": stages}, "default": [], "description": "what is done to the model, in this order",
     }  # fmt: skip
+    engine = {"anyOf": [{"enum": list(methods.names("engines"))}, {"type": "object", "required": ["name"]}]}
+    document["properties"]["engine"] = {**engine, "default": PLAIN, "description": "what both models are measured in"}
+    document["properties"]["engines"] = {"type": "array", "items": engine, "description": "several, with a verdict in each"}
     for key, default in NAMED.items():
         document["properties"][key] = {
             "anyOf": [document["properties"][key], {"type": "string"}],

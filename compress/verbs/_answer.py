@@ -54,7 +54,7 @@ def finish(reports: Sequence["Report"], as_json: bool, measured_only: bool = Fal
         sys.stdout.flush()
     except BrokenPipeError:  # nobody reads on, and the exit status still counts
         ignore_stdout()
-    statuses = {_status(report, measured_only) for report in reports}
+    statuses = {_status(part, measured_only) for report in reports for part in report.parts}
     return next(status for status in WORST_FIRST if status in statuses)
 
 

@@ -1,0 +1,77 @@
+"""Whether a model that was carried over to an engine's format says the same there: by how likely it finds what it is given."""
+
+import os
+from collections.abc import Sequence
+
+from compress import engines
+from compress.engines import Engine, Opening, Piece, random_prompts
+from compress.errors import BrokenPromise
+from compress.methods import Context
+from compress.model import Source
+from compress.prompts import Prompts
+from compress.recipe import PLAIN, Runtime
+
+LOOKED_AT = 4  # examples
+TOKENS = 64  # of each
+# nats a token, of itself and one, by which both may differ: floats by rounding, integers by what 8 bits and rounded inputs cost
+FLOATS, INTEGERS = 0.01, 0.2
+
+
+def check(before: Source, made: Source, form: str, device: str, context: Context) -> None:
+    """See that the engine that opens a format finds texts as likely as transformers does of the model before.
+
+    Raises BrokenPromise where it doesn't, and what opening raises where the engine can't open it.
+    """
+    name = next((name for name in engines.names() if engines.find(name).ABOUT.opens == form), None)
+    if name is None:
+        context.say("no engine here opens it, so it was not tried")
+        return
+    if missing := engines.find(name).ABOUT.missing():
+        context.say(f"it was not tried: {', '.join(missing)}, which opens it, isn't installed here")
+        return
+    if not engines.find(name).ABOUT.likelihoods:
+        context.say(f"{name} opened it; what it says was not compared, for it gives no likelihoods")
+        _opened(name, made, device)
+        return
+    plain = _opened(PLAIN, before, device)
+    pieces = _pieces(plain, context)
+    theirs, tokens = _nats(plain, pieces)
+    del plain
+    engine = _opened(name, made, device)
+    ours, _ = _nats(engine, pieces)
+    rounded = "int" in engine.traits.dtype or "q" in engine.traits.dtype.lower()
+    if not abs(ours - theirs) <= (INTEGERS if rounded else FLOATS) * (1 + theirs):
+        raise BrokenPromise(
+            f"export: {form}: {name} has {ours:.3f} nats a token for {tokens} tokens where transformers has {theirs:.3f} of the same model:"
+            " something of it isn't read there as meant; nothing was kept"
+        )
+    context.say(f"opened by {name}: {ours:.3f} nats a token for {tokens} tokens, {theirs:.3f} in transformers")
+
+
+def _opened(name: str, source: Source, device: str) -> Engine:
+    module = engines.require(name)
+    engine = module.make(Opening(source, device, len(os.sched_getaffinity(0)), Runtime(), module.Settings()))
+    engine.open()
+    return engine
+
+
+def _nats(engine: Engine, pieces: Sequence[Piece]) -> tuple[float, int]:
+    """Nats a token, and how many tokens there are."""
+    rows = engine.read(list(pieces), lambda *_: None)
+    tokens = sum(row.tokens for row in rows)
+    return sum(row.nats for row in rows) / max(1, tokens), int(tokens)
+
+
+def _pieces(engine: Engine, context: Context) -> list[Piece]:
+    """Examples that the stage was shown, or random tokens where there are none."""
+    traits, few = engine.traits, context.examples[:LOOKED_AT]
+    prompts = Prompts(engine.tokenizer, context.chat)
+    limit = min(TOKENS, context.max_tokens, traits.context or TOKENS)
+    rows = [prompts.read(example, limit)[0] for example in few]
+    answers = [engine.tokenizer(text_target=(example.references or [example.prompt])[0])["input_ids"][:limit] for example in few]
+    if not few:
+        rows = random_prompts(traits.vocabulary, None, LOOKED_AT, min(16, limit))
+        answers = rows
+    if traits.encodes:
+        return [Piece(0, row, answer) for row, answer in zip(rows, answers, strict=True)]
+    return [Piece(0, row, [-100, *row[1:]]) for row in rows if len(row) > 1]
