@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from compress import data
-from compress.benchmark import isolate
+from compress.benchmark import figures, isolate
 from compress.benchmark.messages import Outputs
 from compress.benchmark.statistics import corpus_value
 from compress.forecast.beside import foretold
@@ -15,9 +15,10 @@ from compress.metrics import COMPARED
 from compress.model import Source
 from compress.phases import Phase
 from compress.recipe import Gate, Recipe
+from compress.report import original as beside
 from compress.report import quality, verdict, why
 from compress.report.turns import disturbances
-from compress.results import Cut, Measurement, Prediction, Report, Role, Side, Split, StageRecord
+from compress.results import Agreement, Cut, Measurement, Prediction, Report, Role, Side, Split, StageRecord
 from compress.scripts import shares
 
 HEADLINE = ("rougeL", "divergence", "perplexity", "accuracy", "chrf", "cer", "exact_match")  # single examples are ranked by
@@ -71,7 +72,8 @@ def reported(one: Prepared, measured: isolate.Measured, environment: dict[str, A
         recipe=recipe.name, run="", created=datetime.now(UTC).isoformat(timespec="seconds"),
         digest=recipe.digest,
         examples_digest=data.examples_digest(one.examples), settings=recipe.as_written(), environment=environment, stages=one.stages,
-        engine=recipe.engine.name, sides=list(sides.values()), original=original, splits=data.compared(one.splits), turns=measured.turns,
+        engine=recipe.engine.name, sides=list(sides.values()), original=original,
+        agreement=_agreement(recipe.engine.name, measured), splits=data.compared(one.splits), turns=measured.turns,
         verdict="cannot_tell", decided_by="", cut=_cut(measured, recipe, len(one.examples)), score=score,
         predictions=_predictions(one.examples, measured.outputs, score),
     )  # fmt: skip
@@ -87,13 +89,14 @@ def judged(report: Report, baseline: Side | None, candidate: Side, same_run: boo
     sides = [side for side in (baseline, candidate) if side]
     decision, reason = verdict.decide(gates, [failure for side in sides for failure in side.failures])
     comparisons = [verdict.compare(pair, level) for pair in compared]
-    beside = verdict.pairs(report.original, candidate, same_run) if report.original and same_run else []
-    return report.model_copy(
+    theirs = verdict.pairs(report.original, candidate, same_run) if report.original and same_run else []
+    found = report.model_copy(update={"sides": sides, "against_original": [verdict.compare(pair, level) for pair in theirs]})
+    return found.model_copy(
         update={
-            "sides": sides, "comparisons": comparisons,
-            "against_original": [verdict.compare(pair, level) for pair in beside],
+            "comparisons": comparisons,
             "gates": gates, "verdict": decision, "decided_by": reason,
             "notes": [
+                *beside.sentences(found),
                 *why.notes(report.stages, comparisons, report.environment, sides, gates),
                 *quality.notes(sides, compared, [example.id for example in report.predictions], report.environment),
                 *quality.left_out(report.splits),
@@ -101,6 +104,23 @@ def judged(report: Report, baseline: Side | None, candidate: Side, same_run: boo
             ],
         }
     )  # fmt: skip
+
+
+def _agreement(engine: str, measured: isolate.Measured) -> Agreement | None:
+    """Whether the engine says of the original's weights what transformers does; None where that can't be seen."""
+    theirs, ours = measured.original_outputs, measured.outputs.get("baseline")
+    if theirs is None or ours is None:
+        return None
+    equal = None
+    if theirs.texts is not None and ours.texts is not None:
+        equal = sum(mine == other for mine, other in zip(ours.texts, theirs.texts, strict=True))
+    likelihood = None
+    if "perplexity" in theirs.samples and "perplexity" in ours.samples:
+        mine, other = (figures.quality("perplexity", outputs.samples["perplexity"]).value for outputs in (ours, theirs))
+        likelihood = mine / other if mine and other else None
+    if equal is None and likelihood is None:
+        return None
+    return Agreement(engine=engine, examples=len(theirs.texts or ours.samples["perplexity"]), equal=equal, likelihood=likelihood)
 
 
 def _foretold(side: Side, source: Source, recipe: Recipe, environment: dict[str, Any]) -> list[Measurement]:

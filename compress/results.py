@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MUCH_CUT = 0.01  # of the prompts
+LEAST_EQUAL, MOST_APART = 0.9, 1.02  # of examples that an engine answers as transformers does; of perplexities with the same weights
 MUCH_WORKED = 0.9  # of the weights that a stage could have worked on; less is said before all else
 NOTES = "compress_notes.json"  # in an artifact: what a stage did to each layer and what it has to say
 Verdict = Literal["pass", "fail", "cannot_tell"]
@@ -327,6 +328,34 @@ class StageRecord(Record):
         return ": ".join(map(str, next(iter(self.stage.items()))))
 
 
+class Agreement(Record):
+    """Whether an engine says of the original's weights what transformers says.
+
+    equal        of so many `examples` the same was written or chosen
+    likelihood   the engine's perplexity over transformers'; None where it isn't measured
+    """
+
+    engine: str
+    examples: int
+    equal: int | None = None
+    likelihood: float | None = None
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether rounding alone doesn't explain what differs."""
+        few = self.equal is not None and self.equal < LEAST_EQUAL * self.examples
+        return few or (self.likelihood is not None and not 1 / MOST_APART <= self.likelihood <= MOST_APART)
+
+    @property
+    def sentence(self) -> str:
+        said = []
+        if self.equal is not None:
+            said.append(f"writes the same as transformers in {self.equal:,} of {self.examples:,} examples")
+        if self.likelihood is not None:
+            said.append(f"has a perplexity of x{self.likelihood:.4f} of transformers'")
+        return f"With the original's weights {self.engine} {' and '.join(said)}"
+
+
 class Split(Record):
     """A split of the data as it was read before the first stage.
 
@@ -364,7 +393,9 @@ class Report(Record):
     """All of a run, as report.json holds it; the examples stand in predictions.parquet too.
 
     engine            in which both sides were measured
-    original          the model as it came, in plain transformers, where the engine is another, and how the candidate compares with it
+    original          the model as it came, in plain transformers, where the engine is another
+    against_original  how the candidate compares with it
+    agreement         whether the engine says the same of the original's weights
     others            the same in the recipe's other engines, each with a verdict of its own
     """
 
@@ -381,6 +412,7 @@ class Report(Record):
     sides: list[Side]
     original: Side | None = None
     against_original: list[Comparison] = []
+    agreement: Agreement | None = None
     others: list["Report"] = Field([], repr=False)
     splits: list[Split] = []
     turns: list[Turn] = Field([], repr=False)
@@ -444,6 +476,8 @@ class Report(Record):
             for record in self.stages
             if record.account is not None and record.account.share < MUCH_WORKED
         ]
+        if self.agreement is not None and self.agreement.is_doubtful:
+            little.append(f"{self.agreement.sentence}, which rounding doesn't explain: its figures are of another model")
         cuts = [self.cut, *(record.cut for record in self.stages)]
         return [*little, *(cut.sentence for cut in cuts if cut is not None and cut.share > MUCH_CUT)]
 
@@ -455,6 +489,11 @@ class Report(Record):
     @property
     def candidate(self) -> Side:
         return self.sides[-1]
+
+    @property
+    def inside(self) -> str:
+        """What stands behind a model's name: " in ctranslate2"; nothing where it is transformers."""
+        return "" if self.engine == PLAIN else f" in {self.engine}"
 
     @property
     def parts(self) -> list["Report"]:

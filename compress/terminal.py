@@ -66,7 +66,12 @@ def _lines() -> process.Progress:
 
 
 def show_report(report: Report) -> None:
-    """Figures, gates, what the stages did to the layers, verdict of one report."""
+    """Figures, gates, what the stages did to the layers, verdict of one report, in each of its engines."""
+    for part in report.parts:
+        _show_part(part)
+
+
+def _show_part(report: Report) -> None:
     console, colour = _Console(), COLOURS[report.verdict]
     if report.gates:
         gates = _table("verdict", "gate")
@@ -101,7 +106,7 @@ def show_report(report: Report) -> None:
         console.print(_shown(note), style="yellow")
     for sentence in report.cautions:
         console.print(_shown(f"{sentence}."), style="bold yellow")
-    console.print(f"{_shown(report.recipe)}: [bold {colour}]{verdict_words(report.verdict)}[/]: {_shown(report.decided_by)}")
+    console.print(f"{_shown(report.recipe)}{report.inside}: [bold {colour}]{verdict_words(report.verdict)}[/]: {_shown(report.decided_by)}")
     if report.stages:
         console.print(f"artifact  {_shown(report.stages[-1].artifact)}", soft_wrap=True)
     console.print(f"report    {_shown(str(report.folder))}", soft_wrap=True)

@@ -59,12 +59,13 @@ class Match:
 
 
 class Measured(NamedTuple):
-    """What was found of a match: the sides, their outputs on the examples, how each turn went; the original's side."""
+    """What was found of a match: the sides, their outputs on the examples, how each turn went; the original's side and outputs."""
 
     sides: list[Side]
     outputs: dict[Role, Outputs]
     turns: list[Turn]
-    original: Side | None
+    original: Side | None = None
+    original_outputs: Outputs | None = None
 
 
 def measure(
@@ -104,8 +105,8 @@ def measure(
     environment["generation_config"] = next((output.generation_config for output in outputs), {})
     found = []
     for match, pair in zip(matches, pairs, strict=True):
-        beyond = session.side(subjects[match.original], pair[-1]) if match.original else None
-        found.append(session.measured(pair, beyond))
+        beyond = [subjects[match.original]] if match.original else []
+        found.append(session.measured(pair, *beyond))
     return found, environment
 
 
@@ -164,14 +165,13 @@ class Session:
         """Of each pair."""
         return [self._sides(pair) for pair in self._pairs]
 
-    def side(self, subject: Subject, other: Subject) -> Side:
-        """One of the two, as it compares with the other."""
-        return self._sides([subject, other])[0]
-
-    def measured(self, pair: list[Subject], original: Side | None = None) -> Measured:
-        """What was found of some of the subjects."""
+    def measured(self, pair: list[Subject], original: Subject | None = None) -> Measured:
+        """What was found of a pair, and beside it of the original."""
         outputs = {subject.role: subject.outputs for subject in pair if subject.outputs is not None}
-        return Measured(self._sides(pair), outputs, [turn for subject, turn in self._turns if subject in pair], original)
+        turns = [turn for subject, turn in self._turns if subject in pair]
+        if original is None:
+            return Measured(self._sides(pair), outputs, turns)
+        return Measured(self._sides(pair), outputs, turns, self._sides([original, pair[-1]])[0], original.outputs)
 
     def _sides(self, subjects: list[Subject]) -> list[Side]:
         ceilings = _ceilings(self._subjects)

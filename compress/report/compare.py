@@ -208,10 +208,10 @@ def _key(data: Any) -> str:
 
 def _name(report: Report, side: Side) -> str:
     if side.role == "candidate":
-        return f"{report.recipe} ({report.line or 'as it is'})"
+        return f"{report.recipe}{report.inside} ({report.line or 'as it is'})"
     recipe = report.settings.get("model")
     model = str(recipe.get("id", side.model)) if isinstance(recipe, dict) else side.model
-    return f"baseline {model.rstrip('/').rsplit('/', 1)[-1]}"
+    return f"baseline {model.rstrip('/').rsplit('/', 1)[-1]}{report.inside}"
 
 
 def _row(report: Report, side: Side, name: str, unlike: list[str]) -> Row:

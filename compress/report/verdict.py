@@ -172,7 +172,7 @@ def decide(results: Sequence[GateResult], failures: Sequence[str]) -> tuple[Verd
 
 def require_comparable(ours: Report, theirs: Report) -> None:
     """Raise ReportError unless both were measured alike: same examples, same generation, same benchmark, same machine."""
-    mine, other = measured_how(ours), measured_how(theirs)
+    mine, other = ({"engine": report.engine, **measured_how(report)} for report in (ours, theirs))
     if unlike := differing(mine, other):
         what = unlike[0]
         raise ReportError(
@@ -199,7 +199,7 @@ def measured_how(report: Report) -> dict[str, Any]:
 
 def baseline_key(report: Report, side: Side) -> str:
     """The same for baselines that are one: the same model, measured alike."""
-    return json.dumps([side.model, report.settings.get("model"), measured_how(report)], sort_keys=True, default=str)
+    return json.dumps([side.model, report.engine, report.settings.get("model"), measured_how(report)], sort_keys=True, default=str)
 
 
 def differing(mine: dict[str, Any], other: dict[str, Any]) -> list[str]:

@@ -11,7 +11,7 @@ import yaml
 from compress.errors import printable
 from compress.metrics import METRICS, TASK
 from compress.phases import Phase
-from compress.report import memory, steps, times, turns
+from compress.report import memory, original, steps, times, turns
 from compress.report.frame import curves, frame, layers, predictions
 from compress.report.layers import lost_most, remarkable, summary
 from compress.report.numbers import change, figure, percent, share, verdict_words
@@ -42,14 +42,14 @@ def write(report: Report, folder: Path, phases: Callable[[], list[Phase]] = list
 
     placed = report.model_copy(update={"folder": folder, "phases": phases()})
     with whole_folder(folder) as partial:
-        frame([placed]).to_parquet(partial / "measurements.parquet", index=False)
+        frame(placed.parts).to_parquet(partial / "measurements.parquet", index=False)
         predictions(report).to_parquet(partial / "predictions.parquet", index=False)
         if any(record.layers for record in report.stages):
             layers(report).to_parquet(partial / "layers.parquet", index=False)
         if any(record.curve for record in report.stages):
             curves(report).to_parquet(partial / "curves.parquet", index=False)
         (partial / "report.md").write_text(markdown(placed), encoding="utf-8")
-        (partial / "report.html").write_text(html.render([placed]), encoding="utf-8")
+        (partial / "report.html").write_text(html.render(placed.parts), encoding="utf-8")
         placed = placed.model_copy(update={"phases": phases()})
         (partial / "report.json").write_text(placed.model_dump_json(indent=1), encoding="utf-8")
     return placed
@@ -59,6 +59,8 @@ def markdown(report: Report) -> str:
     """The report for people who read text."""
     parts = [
         brief(report),
+        _original(report),
+        *(f"{brief(part)}\n\n{_original(part)}" for part in report.parts[1:]),
         _memory(report),
         steps.section(report),
         _stages(report),
@@ -76,7 +78,7 @@ def markdown(report: Report) -> str:
 
 def brief(report: Report) -> str:
     """How the report for people who read text begins: the verdict, the gates, the figures, what is to be said of them."""
-    heading = f"# {cell(report.recipe)}: {verdict_words(report.verdict)}"
+    heading = f"# {cell(report.recipe)}{report.inside}: {verdict_words(report.verdict)}"
     cautions = [f"**{cell(sentence)}.**" for sentence in report.cautions]
     parts = [heading, f"{cell(report.decided_by)}.", *cautions, gates(report), figures(report), _notes(report)]
     return "\n\n".join(part for part in parts if part)
@@ -143,6 +145,12 @@ def sides(report: Report) -> tuple[list[str], list[list[str]]]:
         rows.append([named.label, figure(theirs), figure(ours), change(compared), METRICS[named.metric].better])
     header = ["figure", "baseline", "candidate", f"change ({percent(report)} interval)", "better"]
     return header, rows
+
+
+def _original(report: Report) -> str:
+    if not (rows := original.rows(report)):
+        return ""
+    return "## Beside the original in plain transformers\n\n" + table(original.head(report), rows)
 
 
 def _memory(report: Report) -> str:

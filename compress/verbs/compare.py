@@ -33,7 +33,7 @@ def call(given: Namespace) -> int:
 
     reports, damaged = read_reports(find_reports(given.reports, given.out))
     complain(damaged)
-    found = compare.rows(reports)
+    found = compare.rows([part for report in reports for part in report.parts])
     if not given.unlike:
         compare.require_alike(found)
     figures = compare.labels(found, given.columns)

@@ -34,7 +34,7 @@ class Column:
         return self.side.role == "candidate"
 
     def compared(self, point: tuple[str, int | None, int | None]) -> Comparison | None:
-        """With its own baseline; None for a baseline."""
+        """With its own baseline; None for a baseline and an original."""
         return next((c for c in self.report.comparisons if c.point == point), None) if self.candidate else None
 
 
@@ -43,13 +43,16 @@ def columns(reports: Sequence[Report]) -> list[Column]:
     baselines: dict[str, Column] = {}
     for report in reports:
         if side := report.side("baseline"):
-            baselines.setdefault(baseline_key(report, side), Column(f"baseline {printable(short(side))}", report, side))
+            baselines.setdefault(baseline_key(report, side), Column(f"baseline {printable(short(side))}{report.inside}", report, side))
     found = list(baselines.values())
     if len({column.name for column in found}) < len(found):
         found = [replace(column, name=f"{column.name} #{number}") for number, column in enumerate(found, 1)]
     if len(found) == 1:
-        found = [Column("baseline", found[0].report, found[0].side)]
-    return found + [Column(printable(name), report, report.candidate) for name, report in zip(_names(reports), reports, strict=True)]
+        found = [Column(f"baseline{found[0].report.inside}", found[0].report, found[0].side)]
+    candidates = [Column(printable(name), report, report.candidate) for name, report in zip(_names(reports), reports, strict=True)]
+    first = next((report for report in reports if report.original), None)
+    original = [Column("original in transformers", first, first.original)] if first and first.original else []
+    return [*original, *found, *candidates]
 
 
 def of(columns: Sequence[Column]) -> dict[str, Any]:
@@ -137,7 +140,8 @@ def _change(column: Column, point: tuple[str, int | None, int | None]) -> dict[s
 
 def _names(reports: Sequence[Report]) -> list[str]:
     """A name a report: its recipe, its stages or its run, whichever tells them all apart."""
-    kinds = ([r.recipe for r in reports], [r.line for r in reports], [f"{r.recipe} {r.run}" for r in reports])
+    engines = [f"{r.recipe} in {r.engine}" for r in reports]
+    kinds = ([r.recipe for r in reports], engines, [r.line for r in reports], [f"{r.recipe} {r.run}" for r in reports])
     numbered = [f"{report.recipe} #{number}" for number, report in enumerate(reports, 1)]
     return next((names for names in kinds if all(names) and len(set(names)) == len(names)), numbered)
 
@@ -146,6 +150,8 @@ def _title(candidates: Sequence[Column]) -> str:
     baseline, alone = candidates[0].report.side("baseline"), len(candidates) == 1
     if baseline is None:
         return f"{candidates[0].name if alone else f'{len(candidates)} models'}, without a baseline"
+    if alone:
+        return f"May {candidates[0].name}{candidates[0].report.inside} replace {short(baseline)}?"
     return f"May {candidates[0].name if alone else f'any of these {len(candidates)}'} replace {short(baseline)}?"
 
 
