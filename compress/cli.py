@@ -18,7 +18,10 @@ from compress.quiet import QUIET
 from compress.verbs._answer import ignore_stdout
 
 # in the order that help has them
-VERBS = ("run", "sweep", "search", "bench", "inspect", "plan", "validate", "compare", "check", "history", "publish", "methods", "schema")
+VERBS = (
+    "run", "sweep", "search", "bench", "inspect", "plan", "validate", "compare", "check", "history", "publish", "methods", "engines",
+    "schema",
+)  # fmt: skip
 
 # Validation answers at once only if pydantic doesn't search every installed package for plugins, of which we have none.
 os.environ.setdefault("PYDANTIC_DISABLE_PLUGINS", "__all__")

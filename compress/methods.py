@@ -49,6 +49,10 @@ class Settings(BaseModel):
         """Why a stage so set can't be the first of a recipe; None where it can."""
         return None
 
+    def why_not_behind(self, stage: str, before: "Settings") -> str | None:
+        """Why a stage so set can't follow that `stage` with the settings it had `before`; None where it can."""
+        return None
+
     def needs(self) -> dict[str, str]:
         """Packages that these settings need besides the method's own, and the extra of this package that installs each."""
         return {}

@@ -9,9 +9,9 @@ from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from compress import artifacts, data, decoding, judgement, methods, model, preflight
+from compress import artifacts, data, decoding, exports, judgement, methods, model, preflight
 from compress.benchmark import isolate, machine
-from compress.errors import DeviceError, InputError, RunError
+from compress.errors import DeviceError, InputError, ModelError, RunError
 from compress.inspection.findings import Inspection
 from compress.judgement import Prepared
 from compress.methods import Example, quiet
@@ -129,6 +129,12 @@ def bench(
     _refuse_chat(recipe, source, progress)
     dataset = data.Dataset(recipe.data, recipe.folder)
     examples = dataset.examples("evaluation", recipe.data.samples, recipe.data.seed)
+    line = recipe.with_stages(() if _is_exported(source, recipe.engine) else artifacts.carried(recipe.with_stages(())).candidate)
+    if line.stages:
+        with _place(recipe, Path(out)) as (_, log):
+            shown = artifacts.shown_to_stages(line, dataset)
+            made = artifacts.make(line, source, Path(out) / "artifacts", device, log, progress, shown=shown)
+        source = Source(str(Path(made[-1].artifact).resolve()), source.task)
     alone = Prepared(_decided(recipe, examples), None, source, model_id, examples, [], commit, dataset.splits())
     return measure([alone], out, device, progress, strict)[0]
 
@@ -248,6 +254,14 @@ def _measured(prepared: Sequence[Prepared], device: str, log: Path, progress: Pr
     )
     with phase("judging"):
         return [judgement.reported(one, measured, environment) for one, measured in zip(prepared, found, strict=True)]
+
+
+def _is_exported(source: Source, engine: ChosenEngine) -> bool:
+    """Whether a model is in the engine's format. Raises ModelError where it is in another engine's."""
+    export = exports.read(Path(source.id)) if source.is_folder else None
+    if export is not None and export.format != engine.about.opens:
+        raise ModelError(f"{source.id}: it is in the format {export.format}, which {engine.name} doesn't open; give --engine one that does")
+    return export is not None
 
 
 def _match(prepared: Prepared) -> isolate.Match:

@@ -196,6 +196,19 @@ def show_methods(found: Sequence[dict[str, Any]]) -> None:
     _Console().print(display)
 
 
+def show_engines(found: Sequence[dict[str, Any]]) -> None:
+    """The engines there are: what each opens, for which tasks, and where."""
+    display = _table("engine", "what it runs")
+    for engine in found:
+        there = "installed" if engine["installed"] else "not installed"
+        told = [_shown(engine["about"]), f"[dim]Opens {_shown(engine['reads'])}; {', '.join(engine['tasks'])}.[/]"]
+        if not engine["installed"]:
+            told.append(f"[yellow]Install with: {_shown(engine['install'])}[/]")
+        name = f"{_shown(engine['engine'])}\n[dim]{', '.join(engine['devices'])}; {there}[/]"
+        display.add_row(name, "\n".join(told), end_section=True)
+    _Console().print(display)
+
+
 def show_inspection(found: Inspection, every: bool) -> None:
     """Where a model's parameters, near-zero weights and time are: a row a layer, or a row for layers that differ in numbers only."""
     console = _Console()

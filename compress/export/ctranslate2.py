@@ -7,6 +7,7 @@ layers in 8 bits token by token, as it runs.
 
 import json
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,7 +18,7 @@ from compress import methods
 from compress.errors import ModelError
 from compress.export._dense import dense
 from compress.exports import Export
-from compress.methods import About, Context
+from compress.methods import About, Context, Task
 from compress.model import Bundle, parameter_count
 
 if TYPE_CHECKING:
@@ -35,12 +36,19 @@ ABOUT = About(
 )
 FOLDER = "ctranslate2"
 LARGEST = 128  # of the integers that 8 bits hold
+ON_GRID = 1e-3  # of a step, by which a number may lie beside the grid for float32's sake
 
 
 class Settings(methods.Settings):
     weights: Literal["auto", "float32", "float16", "bfloat16", "int8"] = Field(
         "auto", description="auto: in 8 bits what lies on such a grid by row already, all else in float32; int8: all matrices in 8 bits"
     )
+
+    def why_not_behind(self, stage: str, before: methods.Settings) -> str | None:
+        grid = {name: getattr(before, name, None) for name in ("bits", "symmetric", "group_size")}
+        if self.weights != "auto" or grid["bits"] is None or (grid["symmetric"] and grid["group_size"] == -1):
+            return None
+        return f"it holds 8 bits or fewer a row, symmetric; in `{stage}` give group_size: -1 and symmetric: true, or here weights: int8"
 
 
 PLAIN = Settings(weights="float32")  # what a baseline is measured in
@@ -51,6 +59,7 @@ class Exported(Bundle):
     """A model that is saved in the engine's format."""
 
     weights: str = "auto"
+    say: Callable[[str], None] = print
 
     def save(self, folder: Path) -> None:
         self.config.save_pretrained(folder)
@@ -58,23 +67,49 @@ class Exported(Bundle):
         if (own := getattr(self.model, "generation_config", None)) is not None:
             own.save_pretrained(folder)
         parameters = parameter_count(self.model)  # the converter takes the model apart
-        kind = _convert(self, folder / FOLDER, self.weights)
-        Export("ctranslate2", [f"{FOLDER}/model.bin"], kind, parameters).write(folder)
+        stored = _convert(self, folder / FOLDER, self.weights)
+        integers = stored["kept"] + stored["rounded"]
+        if integers:
+            whole = integers + stored["floats"]
+            self.say(
+                f"of {whole:,} weights {stored['kept'] / whole:.1%} keep their integers, {stored['rounded'] / whole:.1%} were rounded to"
+                f" 8 bits a row, {stored['floats'] / whole:.1%} stay floats"
+            )
+        floats = self.weights if self.weights in ("float16", "bfloat16") else "float32"
+        Export("ctranslate2", [f"{FOLDER}/model.bin"], "int8" if integers > stored["floats"] else floats, parameters).write(folder)
 
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model, to be saved for the engine. Raises ModelError for a type that it doesn't know."""
-    exported = Exported(bundle.source, bundle.device, settings.weights)
+    exported = Exported(bundle.source, bundle.device, settings.weights, context.say)
     exported.__dict__.update(model=dense(bundle.source), tokenizer=bundle.tokenizer)
     return exported
 
 
-def _convert(bundle: Exported, target: Path, weights: str) -> str:
-    """Write the engine's folder; gives what most of the weights are in."""
+def usage(task: Task, prompt: list[str], new_tokens: int) -> list[str]:
+    """Python that writes to a prompt, in a folder that was exported; `prompt` are lines that give `ids`, its tokens."""
+    kind, call = ("Translator", "translate_batch") if task == "seq2seq" else ("Generator", "generate_batch")
+    options = f"max_decoding_length={new_tokens}" if task == "seq2seq" else f"max_length={new_tokens}, include_prompt_in_result=False"
+    result = "hypotheses[0]" if task == "seq2seq" else "sequences[0]"
+    return [
+        "import ctranslate2",
+        "from transformers import AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        f'model = ctranslate2.{kind}("{FOLDER}", device="auto")',
+        *prompt,
+        "tokens = tokenizer.convert_ids_to_tokens(ids)",
+        f"written = model.{call}([tokens], beam_size=1, {options})[0].{result}",
+        "print(tokenizer.decode(tokenizer.convert_tokens_to_ids(written), skip_special_tokens=True).strip())",
+    ]
+
+
+def _convert(bundle: Exported, target: Path, weights: str) -> dict[str, int]:
+    """Write the engine's folder; gives how many weights of matrices kept their integers, were rounded to some, stayed floats."""
     from ctranslate2.converters import TransformersConverter
     from ctranslate2.specs import model_spec
 
-    rounded = {"kept": 0, "rounded": 0, "left": 0}
+    stored, counted = {"kept": 0, "rounded": 0, "floats": 0}, set[int]()
 
     def store(spec: Any, name: str, value: Any) -> None:
         if not isinstance(value, model_spec.Variable) or value.is_scalar() or value.dtype not in ("float32", "float16", "bfloat16"):
@@ -83,17 +118,15 @@ def _convert(bundle: Exported, target: Path, weights: str) -> str:
         if weights in ("auto", "int8") and hasattr(spec, f"{key}_scale"):
             matrix = value.to("float32").numpy()
             grid = _grid(matrix)
-            if grid is None and weights == "int8":
-                grid = _nearest(matrix)
-                rounded["rounded"] += matrix.size
-            elif grid is not None:
-                rounded["kept"] += matrix.size
-            if grid is not None:
-                integers, scale = grid
+            kind = "kept" if grid is not None else "rounded" if weights == "int8" else "floats"
+            if (content := hash(matrix.tobytes())) not in counted:  # tied matrices are stored once
+                stored[kind] += matrix.size
+                counted.add(content)
+            if kind != "floats":
+                integers, scale = grid or _nearest(matrix)
                 setattr(spec, key, model_spec.NumpyVariable(integers))
                 setattr(spec, f"{key}_scale", model_spec.NumpyVariable(scale))
                 return
-            rounded["left"] += matrix.size
         setattr(spec, key, value.to(weights if weights in ("float16", "bfloat16") else "float32"))
 
     class Converter(TransformersConverter):  # type: ignore[misc]
@@ -128,8 +161,7 @@ def _convert(bundle: Exported, target: Path, weights: str) -> str:
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
     _name_tokens(target / "config.json")
-    integers, floats = rounded["kept"] + rounded["rounded"], rounded["left"]
-    return "int8" if integers > floats else weights if weights in ("float16", "bfloat16") else "float32"
+    return stored
 
 
 def _name_tokens(file: Path) -> None:
@@ -163,10 +195,11 @@ def _grid(matrix: "NDArray[np.float32]") -> "tuple[NDArray[np.int8], NDArray[np.
             break
         tried = steps / largest[waiting]
         wide = matrix[waiting] * tried[:, None]
-        fits = np.abs(wide - np.rint(wide)).max(axis=1) < 1e-3
-        fits &= np.rint(wide).max(axis=1) < LARGEST
-        scale[waiting[fits]] = tried[fits]
-        if steps == LARGEST - 8 and not (scale > 0).any():
+        turned = np.rint(wide).max(axis=1) == LARGEST  # -128 there is, 128 there isn't: such a row's step is negative
+        fits = np.abs(wide - np.rint(wide)).max(axis=1) < ON_GRID
+        fits &= ~(turned & (np.rint(wide).min(axis=1) == -LARGEST))
+        scale[waiting[fits]] = np.where(turned, -tried, tried)[fits]
+        if steps == LARGEST - 8 and not scale.any():
             return None  # weights that were rounded nowhere fit nothing
     if (scale == 0).any():
         return None

@@ -13,6 +13,8 @@ def agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> No
     """What no block can see alone."""
     for index, stage in enumerate(recipe.stages[:-1]):
         follower = recipe.stages[index + 1]
+        if why := follower.settings.why_not_behind(str(stage), stage.settings):
+            problems.add(document, ("stages", index + 1), f"`{follower}`: {why}")
         carried = follower.family == "export" and stage.family != "export"
         if methods.find(stage.family, stage.method).ABOUT.packs and not carried:
             problems.add(

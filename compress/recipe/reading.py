@@ -35,6 +35,9 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recip
             if assignment.startswith(f"{key}."):  # one key of a block that is given by its name
                 document.data[key] = _named(key, document, file.parent, problems)
         document.override(assignment)
+        for key, other in (("engine", "engines"), ("engines", "engine")):
+            if assignment.startswith(f"{key}="):
+                document.data.pop(other, None)
     data = dict(document.data)
     written = data.pop("stages", [])
     chosen: dict[str, Any] = {key: data.pop(key) for key in ("engine", "engines") if key in data}

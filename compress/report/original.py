@@ -1,5 +1,6 @@
 """Beside what an engine gives stands what the model gave as it came, in plain transformers: what leaving it there would cost, and whether
 the engine says the same of the same weights."""
+
 from compress.metrics import METRICS
 from compress.report.numbers import change, figure, percent
 from compress.results import Comparison, Report

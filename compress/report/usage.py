@@ -10,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from compress import exports, methods
 from compress.errors import printable
+from compress.extras import requirements
 from compress.metrics import GENERATED
 from compress.model import AUTO
 from compress.recipe import Recipe
@@ -52,7 +54,10 @@ class Use:
 def section(recipe: Recipe, artifact: Path, report: Report | None) -> str:
     """The code that runs as it stands in the artifact's folder, with what it prints where a report says."""
     use = _use(recipe, artifact, report)
+    export = exports.read(artifact)
     example = next((one for one in report.predictions if len(one.prompt) <= LONGEST), None) if report else None
+    if export is not None:
+        return _in_its_engine(use, export, example, report)
     lines = [*_loaded(use), "", *_asked(use, example), *_printed(use, example is not None)]
     readers = READERS.get(use.packed, use.packed).split()
     packages = ["torch", "transformers", *readers, *(["accelerate"] if use.device != "cpu" else [])]
@@ -63,8 +68,20 @@ def section(recipe: Recipe, artifact: Path, report: Report | None) -> str:
     return "\n\n".join(["## How to load it", install, "In this folder, as it was measured:", code, *_promise(use, example, report)])
 
 
+def _in_its_engine(use: Use, export: exports.Export, example: Prediction | None, report: Report | None) -> str:
+    """The code of a folder that an engine of its own opens."""
+    method = methods.find("export", export.format)
+    install = f"    pip install transformers {' '.join(map(shlex.quote, requirements(method.ABOUT.extra or '')))}"
+    asked = [line for line in _asked(use, example) if not line.startswith(("inputs =", "labels =", "answer =", "target ="))]
+    code = "```python\n" + "\n".join(method.usage(use.task, asked, use.generation["max_new_tokens"])) + "\n```"  # type: ignore[attr-defined]
+    promise = [] if use.likely else _promise(use, example, report)
+    return "\n\n".join(["## How to load it", install, "In this folder, as it was measured:", code, *promise])
+
+
 def measured_with(recipe: Recipe, device: str) -> str:
     """The runtime in which figures were measured, where it isn't plain transformers; else nothing."""
+    if not recipe.engine.is_plain:
+        return str(recipe.engine.as_written())
     runtime = recipe.benchmark.runtime
     parts = ["int8 layers by `compress.use_cpu_int8`"] if runtime.cpu_int8 and device == "cpu" else []
     parts += ["2:4 layers by `compress.use_sparse_24`"] if runtime.sparse_24 and device == "cuda" else []

@@ -1,7 +1,8 @@
 """Arguments that several verbs take."""
 
-from argparse import ArgumentParser
+from argparse import Action, ArgumentParser, Namespace
 from pathlib import Path
+from typing import Any
 
 from compress import trackers
 
@@ -21,6 +22,13 @@ def overriding(parser: ArgumentParser) -> None:
     )
 
 
+class _Engine(Action):
+    """`--engine NAME` is `--set engine=NAME`."""
+
+    def __call__(self, parser: ArgumentParser, given: Namespace, value: Any, option: str | None = None) -> None:
+        given.set = [*given.set, f"engine={value}"]
+
+
 def telling(parser: ArgumentParser) -> None:
     parser.add_argument("--junit", type=Path, metavar="FILE", help="write the gates as JUnit XML, a test case each")
     parser.add_argument("--markdown", type=Path, metavar="FILE", help="write verdict, gates and figures as Markdown")
@@ -28,6 +36,7 @@ def telling(parser: ArgumentParser) -> None:
 
 def measuring(parser: ArgumentParser) -> None:
     overriding(parser)
+    parser.add_argument("--engine", action=_Engine, metavar="NAME", help="what both models are measured in: see `compress engines`")
     parser.add_argument("--out", type=Path, default=Path("reports"), metavar="DIR", help="where reports and artifacts go (reports)")
     parser.add_argument("--strict", action="store_true", help="refuse to measure on a GPU that another process uses")
     on_a_device(parser)
