@@ -76,7 +76,7 @@ class CTranslate2(Engine):
         self.traits = Traits(
             dtype=self._model.compute_type, context=context_length(config, self.tokenizer), vocabulary=len(self.tokenizer),
             encodes=encodes, generates=True, start=getattr(config, "decoder_start_token_id", None),
-            ends=frozenset(ends if isinstance(ends, list) else [ends]),
+            ends=frozenset({self.tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}),
         )  # fmt: skip
         self.run(self.prepare([[min(10, len(self.tokenizer) - 1)] * 4]), 2, lambda: None)
 
@@ -103,7 +103,9 @@ class CTranslate2(Engine):
         options = self._options(generation)
         tokens: list[list[int]] = [[] for _ in prompts]
         with phase("generating"):
-            for batch in batched([len(prompt) + generation.max_new_tokens for prompt in prompts], self._most, progress, "generating"):
+            # of prompts of several lengths a decoder gives parts back as if they were written
+            lengths = [len(prompt) + generation.max_new_tokens for prompt in prompts]
+            for batch in batched(lengths, self._most, progress, "generating", alike=not self.traits.encodes):
                 rows = self._search([self._tokens(prompts[row]) for row in batch], generation.max_new_tokens, **options)
                 for row, found in zip(batch, rows, strict=True):
                     tokens[row] = found
@@ -138,7 +140,7 @@ class CTranslate2(Engine):
             )  # fmt: skip
             return [list(result.sequences_ids[0]) for result in results]
         results = self._model.translate_batch(
-            prompts, max_decoding_length=new_tokens, min_decoding_length=min_length or 1, max_input_length=0,
+            prompts, max_decoding_length=new_tokens, min_decoding_length=min_length, max_input_length=0,
             **{"beam_size": 1, "end_token": sorted(self.traits.ends), **options},
         )  # fmt: skip
         return [list(self.tokenizer.convert_tokens_to_ids(result.hypotheses[0])) for result in results]

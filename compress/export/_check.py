@@ -70,7 +70,7 @@ def _pieces(engine: Engine, context: Context) -> list[Piece]:
     rows = [prompts.read(example, limit)[0] for example in few]
     answers = [engine.tokenizer(text_target=(example.references or [example.prompt])[0])["input_ids"][:limit] for example in few]
     if not few:
-        rows = random_prompts(traits.vocabulary, None, LOOKED_AT, min(16, limit))
+        rows = random_prompts(min(traits.vocabulary, len(engine.tokenizer)), None, LOOKED_AT, min(16, limit))
         answers = rows
     if traits.encodes:
         return [Piece(0, row, answer) for row, answer in zip(rows, answers, strict=True)]

@@ -5,6 +5,7 @@ leave them, keep their very integers; with `weights: int8` all others are rounde
 layers in 8 bits token by token, as it runs.
 """
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -136,7 +137,11 @@ def _convert(bundle: Exported, target: Path, weights: str) -> dict[str, int]:
             return _as_it_reads(bundle.model)
 
         def load_tokenizer(self, *_: Any, **__: Any) -> Any:
-            return bundle.tokenizer
+            """With a token for every row of the embedding, some of which have none."""
+            tokenizer = copy.deepcopy(bundle.tokenizer)
+            rows = bundle.model.get_input_embeddings().num_embeddings
+            tokenizer.add_tokens([f"<unused_{number}>" for number in range(len(tokenizer), rows)])
+            return tokenizer
 
         def _load(self) -> Any:
             spec = super()._load()
