@@ -7,7 +7,10 @@ them again: 6 s for the 210 layers of a model of 135 million weights, and a hund
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import nn
 
 NAMES = "tensor_names"  # of torchao's metadata
 
@@ -32,3 +35,16 @@ def reading() -> Iterator[None]:
         yield
     finally:
         torchao.unflatten_tensor_state_dict = together
+
+
+def unpack(model: "nn.Module") -> None:
+    """Put plain float32 weights in the place of torchao's, in place; what inputs are multiplied by before is taken into them."""
+    from torch import nn
+
+    for module in model.modules():
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if not hasattr(parameter, "__tensor_flatten__"):
+                continue
+            weight: Any = parameter.data
+            numbers, factor = weight.dequantize().float(), getattr(weight, "act_pre_scale", None)
+            setattr(module, name, nn.Parameter(numbers if factor is None else numbers * factor.float(), requires_grad=False))

@@ -45,6 +45,18 @@ def page() -> str:
     lines += ["", "### benchmark.runtime", "", _about(parts["Runtime"]), "", *_table(_rows(parts["Runtime"]))]
     lines += [
         "",
+        "## engine",
+        "",
+        "What both models are measured in: a name, or a mapping with its `name` and settings; `engines` is a list of several, with a verdict"
+        " in each. See [serving.md](serving.md).",
+    ]
+    for name in methods.names("engines"):
+        module = methods.find("engines", name)
+        lines += ["", f"### engine: {name}", "", (module.__doc__ or "").split("\n")[0]]
+        if properties := module.Settings.model_json_schema().get("properties"):
+            lines += ["", *_table(_rows({"properties": properties}))]
+    lines += [
+        "",
         "## check",
         "",
         "A block a metric, each with one limit or more.",

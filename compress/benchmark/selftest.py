@@ -38,7 +38,7 @@ from compress.report import verdict
 from compress.report.table import table
 from compress.results import Side
 
-RECIPE = "quickstart"
+RECIPE = "quickstart-int8"
 BENCHMARK = {
     "batch_sizes": [1], "prompt_tokens": [64], "new_tokens": 24, "rounds": 5, "turns": 9, "iterations": 1, "warmup": 1, "threads": 1,
     "precision": 0.02, "max_minutes": 6,

@@ -75,6 +75,15 @@ def test_integers_of_a_stage_are_kept(toys, tmp_path, kind):
     assert nats(opened("ctranslate2", again, kind, compute="float32"), encodes) != pytest.approx(nats(engine, encodes), rel=1e-5)
 
 
+def test_what_others_packed_is_unpacked_and_keeps_its_integers(toys, tmp_path):
+    """torchao's layers in 8 bits a row: the dense model says what transformers says of them, and all lie on the grid."""
+    packed = made(toys["t5"], "t5", tmp_path / "packed", "int8_dynamic", "quantize")
+    folder = made(packed, "t5", tmp_path / "made")
+    assert exports.read(folder).weights == "int8"
+    packed_nats, engine_nats = nats(opened("transformers", packed, "t5"), True), nats(opened("ctranslate2", folder, "t5"), True)
+    assert engine_nats == pytest.approx(packed_nats, rel=0.01)
+
+
 def test_a_grid_is_found_whatever_its_step_and_sign():
     draw = np.random.default_rng(0)
     integers = draw.integers(-128, 128, (64, 96))
