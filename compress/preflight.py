@@ -132,7 +132,7 @@ def _look_at_stage(sight: Sight, stage: Stage, place: Place) -> None:
 
 
 def _look_at_measuring(sight: Sight) -> None:
-    """lm_eval for its tasks, the C++ compiler that torch.compile calls."""
+    """Packages of engines, lm_eval for its tasks, the C++ compiler that torch.compile calls."""
     recipe, compiler = sight.recipe, os.environ.get("CXX", "g++")
     if recipe.benchmark.runtime.compile and shutil.which(compiler) is None:
         problem = (
@@ -146,6 +146,10 @@ def _look_at_measuring(sight: Sight) -> None:
             f"{install_line(package[1])}"
         )
         sight.add(("metrics",), MissingPackage(problem))
+    for engine in recipe.engines:
+        if missing := engine.about.missing():
+            problem = f"{engine.name} needs {', '.join(missing)}, not installed here. Install with: {engine.about.install_line}"
+            sight.add(("engine",), MissingPackage(problem))
     if any(group.startswith(TASK) for group in recipe.groups) and find_spec("lm_eval") is None:
         problem = f"lm_eval's tasks need lm-eval, not installed here. Install with: {install_line('lm_eval')}"
         sight.add(("metrics",), MissingPackage(problem))

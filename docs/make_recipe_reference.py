@@ -47,8 +47,8 @@ def page() -> str:
         "",
         "## engine",
         "",
-        "What both models are measured in: a name, or a mapping with its `name` and settings; `engines` is a list of several, with a verdict"
-        " in each. See [serving.md](serving.md).",
+        "What both models are measured in: a name, or a mapping with its `name` and settings; `engines` is a list of several, with a"
+        " verdict in each. See [serving.md](serving.md).",
     ]
     for name in methods.names("engines"):
         module = methods.find("engines", name)

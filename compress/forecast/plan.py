@@ -81,6 +81,8 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
             f"{shape.architecture!r} isn't known here: its weights are read from its files' headers, and what else it takes can't be told"
         )
     said += remarks(recipe)
+    if others := [engine.name for engine in recipe.engines if not engine.is_plain]:
+        said.append(f"memory and time are foretold of plain transformers; {' and '.join(others)} takes less of both, most often")
     dtype = stored_dtype(folder, config, recipe.model.dtype)
     rows = []
     left = _left(recipe, dtype)
@@ -89,7 +91,7 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
         padded = benchmark.runtime.cpu_int8 and machine.device == "cpu" and left.pads
         sizes[f"INT{left.bits}"] = weight_bytes(shape, left.dtype, left.bits, padded), left.dtype
         said.append(f"{left.stage} leaves INT{left.bits} in memory; what it doesn't pack stays {left.dtype}")
-    elif left.stage:
+    elif left.stage and any(engine.is_plain for engine in recipe.engines):
         said.append(f"{left.stage}: plain transformers unpacks the weights, so they take what {left.dtype} takes; files alone are smaller")
     for name, (weights, stored) in sizes.items():
         for batch, prompt in benchmark.points:
