@@ -147,12 +147,13 @@ def _names(reports: Sequence[Report]) -> list[str]:
 
 
 def _title(candidates: Sequence[Column]) -> str:
-    baseline, alone = candidates[0].report.side("baseline"), len(candidates) == 1
-    if baseline is None:
-        return f"{candidates[0].name if alone else f'{len(candidates)} models'}, without a baseline"
-    if alone:
-        return f"May {candidates[0].name}{candidates[0].report.inside} replace {short(baseline)}?"
-    return f"May {candidates[0].name if alone else f'any of these {len(candidates)}'} replace {short(baseline)}?"
+    first, alone = candidates[0], len(candidates) == 1
+    name = f"{first.name}{first.report.inside}" if alone else f"{len(candidates)} models"
+    if (baseline := first.report.side("baseline")) is None:
+        return f"{name}, without a baseline"
+    if len({column.report.recipe for column in candidates}) == 1 and len({column.report.engine for column in candidates}) > 1:
+        return f"May {printable(first.report.recipe)} replace {short(baseline)}, and in which engine?"
+    return f"May {name if alone else f'any of these {len(candidates)}'} replace {short(baseline)}?"
 
 
 def _card(column: Column) -> dict[str, Any]:
@@ -164,6 +165,10 @@ def _card(column: Column) -> dict[str, Any]:
         found = [m for m in column.side.measurements if m.metric == metric]
         if one := min(found, key=lambda m: (m.prompt_tokens or 0, m.batch_size or 0), default=None):
             gist.append({"label": one.label, "value": figure(one), **_change(column, one.point)})
+    timed = [c for c in report.against_original if c.metric == "latency_p50"]
+    if fastest := min(timed, key=lambda c: (c.prompt_tokens or 0, c.batch_size or 0), default=None):
+        value, _, interval = change(fastest).partition(" ")
+        gist.append({"label": "latency against plain transformers", "value": value, "change": interval, "mark": ""})
     return {
         "name": column.name, "verdict": report.verdict, "words": verdict_words(report.verdict), "sentence": sentence(report),
         "line": "" if report.line == column.name else report.line,
