@@ -251,18 +251,18 @@ def random_prompts(vocabulary: int, end: int | None, batch_size: int, prompt_tok
     return rows if end is None else [[*row[:-1], end] for row in rows]
 
 
-def batched(lengths: Sequence[int], tokens: int, progress: Progress, what: str, alike: bool = False) -> Iterator[list[int]]:
+def batched(lengths: Sequence[int], tokens: int, progress: Progress, what: str, spread: int | None = None) -> Iterator[list[int]]:
     """Rows of so many tokens in batches of about equally long ones, longest first, which hold at most so many tokens with their padding.
 
-    alike   a batch's rows are of one length
+    spread   by how many tokens rows of a batch may differ at most
     """
     waiting = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     while waiting:
         progress(what, len(lengths) - len(waiting), len(lengths))
         longest = lengths[waiting[0]]
         fit = max(1, tokens // longest)
-        if alike:
-            fit = min(fit, sum(lengths[row] == longest for row in waiting))
+        if spread is not None:
+            fit = min(fit, sum(lengths[row] >= longest - spread for row in waiting))
         yield waiting[:fit]
         waiting = waiting[fit:]
     progress(what, len(lengths), len(lengths))

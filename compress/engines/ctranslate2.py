@@ -28,7 +28,8 @@ ABOUT = About(
     extra="ctranslate2",
 )
 WEIGHTS = "ctranslate2/model.bin"
-TOKENS = 4096  # of a batch of examples, where nothing is said
+TOKENS, SCORES = 4096, 2**27  # of a batch of examples, where nothing is said: tokens, and numbers that they are scored by
+SPREAD = 16  # tokens, by which prompts of a batch may differ without an encoder
 # what a generation config may say that the engine does as transformers does, and what its searches call it
 FOLLOWED = {"no_repeat_ngram_size": "no_repeat_ngram_size", "repetition_penalty": "repetition_penalty", "length_penalty": "length_penalty"}
 
@@ -50,10 +51,11 @@ class CTranslate2(Engine):
         import ctranslate2
 
         ctranslate2.set_random_seed(0)
-        self._opening, self._most = opening, batch_tokens or TOKENS
+        self._opening = opening
         self._folder, self._config = Path(opening.source.id), read_config(opening.source)
         self._generation = settings(opening.source, decoding.FILE)
         self.tokenizer = load_tokenizer(opening.source)
+        self._most = batch_tokens or min(TOKENS, SCORES // len(self.tokenizer))
 
     def open(self) -> None:
         import ctranslate2
@@ -103,12 +105,16 @@ class CTranslate2(Engine):
         options = self._options(generation)
         tokens: list[list[int]] = [[] for _ in prompts]
         with phase("generating"):
-            # of prompts of several lengths a decoder gives parts back as if they were written
             lengths = [len(prompt) + generation.max_new_tokens for prompt in prompts]
-            for batch in batched(lengths, self._most, progress, "generating", alike=not self.traits.encodes):
-                rows = self._search([self._tokens(prompts[row]) for row in batch], generation.max_new_tokens, **options)
-                for row, found in zip(batch, rows, strict=True):
-                    tokens[row] = found
+            spread = None if self.traits.encodes else SPREAD if options == {"beam_size": 1} else 0
+            for batch in batched(lengths, self._most, progress, "generating", spread):
+                few = [prompts[row] for row in batch]
+                # a decoder writes what the others' prompts have more of as if it chose to, a token a step
+                more = 0 if self.traits.encodes else max(map(len, few)) - min(map(len, few))
+                rows = self._search([self._tokens(prompt) for prompt in few], generation.max_new_tokens + more, **options)
+                for row, prompt, found in zip(batch, few, rows, strict=True):
+                    begun = 0 if self.traits.encodes else len(prompt)
+                    tokens[row] = found[begun : begun + generation.max_new_tokens]
         return Written(tokens)
 
     def read(self, pieces: list[Piece], progress: Progress, original: "Source | None" = None) -> list[Likelihood]:
@@ -132,10 +138,10 @@ class CTranslate2(Engine):
         return list(self._model.score_batch([self._tokens(piece.ids) for piece in pieces], [self._tokens(answer) for answer in answers]))
 
     def _search(self, prompts: list[list[str]], new_tokens: int, min_length: int = 0, **options: Any) -> list[list[int]]:
-        """Token ids written to each prompt, up to its end."""
+        """Token ids written to each prompt, up to its end; without an encoder behind the prompt's own."""
         if not self.traits.encodes:
             results = self._model.generate_batch(
-                prompts, max_length=new_tokens, min_length=min_length, include_prompt_in_result=False, sampling_topk=1,
+                prompts, max_length=new_tokens, min_length=min_length, sampling_topk=1,
                 **{"beam_size": 1, "end_token": sorted(self.traits.ends), **options},
             )  # fmt: skip
             return [list(result.sequences_ids[0]) for result in results]
