@@ -120,7 +120,9 @@ def _agreement(engine: str, measured: isolate.Measured) -> Agreement | None:
         likelihood = mine / other if mine and other else None
     if equal is None and likelihood is None:
         return None
-    return Agreement(engine=engine, examples=len(theirs.texts or ours.samples["perplexity"]), equal=equal, likelihood=likelihood)
+    baseline = measured.sides[0]
+    dtype = measured.original.dtype if measured.original and measured.original.dtype != baseline.dtype else None
+    return Agreement(engine=engine, dtype=dtype, examples=len(theirs.texts or ours.samples["perplexity"]), equal=equal, likelihood=likelihood)
 
 
 def _foretold(side: Side, source: Source, recipe: Recipe, environment: dict[str, Any]) -> list[Measurement]:

@@ -333,9 +333,11 @@ class Agreement(Record):
 
     equal        of so many `examples` the same was written or chosen
     likelihood   the engine's perplexity over transformers'; None where it isn't measured
+    dtype        what transformers computes in, where the engine computes in another; then texts part by rounding
     """
 
     engine: str
+    dtype: str | None = None
     examples: int
     equal: int | None = None
     likelihood: float | None = None
@@ -343,14 +345,15 @@ class Agreement(Record):
     @property
     def is_doubtful(self) -> bool:
         """Whether rounding alone doesn't explain what differs."""
-        few = self.equal is not None and self.equal < LEAST_EQUAL * self.examples
+        few = self.equal is not None and self.dtype is None and self.equal < LEAST_EQUAL * self.examples
         return few or (self.likelihood is not None and not 1 / MOST_APART <= self.likelihood <= MOST_APART)
 
     @property
     def sentence(self) -> str:
         said = []
         if self.equal is not None:
-            said.append(f"writes the same as transformers in {self.equal:,} of {self.examples:,} examples")
+            where = "transformers" if self.dtype is None else f"transformers in {self.dtype}"
+            said.append(f"writes the same as {where} in {self.equal:,} of {self.examples:,} examples")
         if self.likelihood is not None:
             said.append(f"has a perplexity of x{self.likelihood:.4f} of transformers'")
         return f"With the original's weights {self.engine} {' and '.join(said)}"
