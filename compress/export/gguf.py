@@ -1,0 +1,290 @@
+"""GGUF, llama.cpp's format: decoders of the kinds of Llama, Mistral, Qwen2 and Qwen3, in one file with their tokenizer.
+
+What `quantize: rtn`, `gptq`, `awq` or `autoround` left on a grid in groups of 32 columns, or of a multiple, keeps its very integers: a
+symmetric grid is Q4_0, Q5_0 or Q8_0, any other Q4_1 or Q5_1, whose scales are float16. Other matrices are float16, or are rounded to
+nearest in the type that `weights` names, as the package gguf does it.
+"""
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from compress import decoding, methods
+from compress.errors import ModelError
+from compress.export._gguf_blocks import BLOCK, blocks, kind_for, unpacked, widths
+from compress.export._gguf_tokenizer import Vocabulary, vocabulary
+from compress.exports import Export
+from compress.methods import About, Context
+from compress.model import Bundle, local_folder, settings, tensor_headers, weight_files
+
+if TYPE_CHECKING:
+    import numpy as np
+    from gguf import GGUFWriter
+    from numpy.typing import NDArray
+    from torch import Tensor
+    from transformers import PreTrainedConfig
+
+ABOUT = About(
+    at_run_time="llama.cpp rounds the inputs of quantised layers to 8 bits in groups of 32, and multiplies with integers",
+    packages=("gguf",),
+    extra="llama_cpp",
+    packs=True,
+    smaller=False,
+    tasks=("causal-lm",),
+)
+FILE = "model.gguf"
+PACKED, BESIDE = "weight_packed", ("weight_scale", "weight_zero_point", "weight_shape")
+TABLES = ("token_embd.weight", "output.weight")  # embeddings and head, by GGUF's names
+ROPE = "rope_freqs.weight"  # which no model's own files hold
+
+
+class Family(NamedTuple):
+    """GGUF's name for models of a type, and whether the two halves of each head's rows of q and k are interleaved there."""
+
+    architecture: str
+    interleaved: bool
+
+
+FAMILIES = {
+    "llama": Family("llama", True),
+    "mistral": Family("llama", True),
+    "qwen2": Family("qwen2", False),
+    "qwen3": Family("qwen3", False),
+}
+
+
+class Settings(methods.Settings):
+    weights: Literal["auto", "f32", "f16", "q8_0", "q4_0", "q4_1", "q5_0", "q5_1"] = Field(
+        "auto", description="auto: layers on a grid keep their integers, all other matrices are in float16; else the type of every layer"
+    )
+    embeddings: Literal["f32", "f16", "q8_0"] | None = Field(
+        None, description="the type of embeddings, and of a head that is on no grid; null is f16, and f32 with weights: f32"
+    )
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor of the file: its name, shape and type there, and what reads it, in the bytes of that type."""
+
+    name: str
+    shape: tuple[int, ...]
+    kind: str
+    read: "Callable[[], NDArray[Any]]"
+
+
+@dataclass(frozen=True)
+class Exported(Bundle):
+    """A model that is saved as GGUF, which is read from its own files tensor by tensor."""
+
+    tensors: list[Stored]
+    words: Vocabulary
+
+    def save(self, folder: Path) -> None:
+        import gguf
+        import numpy as np
+
+        self.config.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        if own := settings(self.source, decoding.FILE):
+            (folder / decoding.FILE).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
+        sizes: dict[str, int] = {}
+        for tensor in self.tensors:
+            sizes[tensor.kind] = sizes.get(tensor.kind, 0) + (math.prod(tensor.shape) if tensor.name not in TABLES else 0)
+        most = max(sizes, key=lambda kind: sizes[kind])
+        writer = gguf.GGUFWriter(folder / FILE, FAMILIES[self.config.model_type].architecture)
+        writer.add_file_type(gguf.LlamaFileType["ALL_F32" if most == "F32" else f"MOSTLY_{most}"])
+        writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+        _describe(writer, self.config)
+        self.words.write(writer)
+        for tensor in self.tensors:
+            raw = gguf.GGMLQuantizationType[tensor.kind]
+            per_block, size = gguf.GGML_QUANT_SIZES[raw]
+            count = math.prod(tensor.shape)
+            writer.add_tensor_info(tensor.name, tensor.shape, np.dtype(np.float32), count // per_block * size, raw)
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        for tensor in self.tensors:
+            writer.write_tensor_data(tensor.read())
+        writer.close()
+        parameters = sum(math.prod(tensor.shape) for tensor in self.tensors if tensor.name != ROPE)
+        Export("gguf", [FILE], most.lower(), parameters).write(folder)
+
+
+def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
+    """The model, to be saved as GGUF; its weights are read then.
+
+    Raises ModelError for a type of model, a tokenizer, positions or weights that can't be carried over, before any are read.
+    """
+    config = bundle.config
+    _check(config)
+    words = vocabulary(bundle.tokenizer, config.vocab_size)
+    packing = getattr(config, "quantization_config", None)
+    tensors = _tensors(local_folder(bundle.source), config, settings, widths(packing) if packing else {})
+    if packing:
+        del config.quantization_config
+    exported = Exported(bundle.source, bundle.device, tensors, words)
+    exported.__dict__.update(config=config, tokenizer=bundle.tokenizer)
+    return exported
+
+
+def _check(config: "PreTrainedConfig") -> None:
+    """Raises ModelError for what llama.cpp would compute otherwise."""
+    if config.model_type not in FAMILIES:
+        raise ModelError(f"export: gguf: the model is a {config.model_type}; known are {', '.join(sorted(FAMILIES))}")
+    if config.hidden_act != "silu":
+        raise ModelError(f"export: gguf: hidden_act: {config.hidden_act}; a {config.model_type} computes with silu there")
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window < config.max_position_embeddings:
+        raise ModelError(
+            f"export: gguf: sliding_window: {window:,} of {config.max_position_embeddings:,} positions; there all are attended to. Set"
+            f" max_position_embeddings to {window} in config.json, up to which it is the same"
+        )
+    if (kind := config.rope_parameters["rope_type"]) not in ("default", "linear", "llama3"):
+        raise ModelError(f"export: gguf: rope_type: {kind}; known are default, linear and llama3")
+
+
+def _describe(writer: "GGUFWriter", config: "PreTrainedConfig") -> None:
+    import gguf
+
+    rope, heads = config.rope_parameters, config.num_attention_heads
+    head = _head_columns(config)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(head)
+    writer.add_value_length(head)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_rope_dimension_count(head)
+    writer.add_rope_freq_base(rope["rope_theta"])
+    if rope["rope_type"] == "linear":
+        writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+        writer.add_rope_scaling_factor(rope["factor"])
+
+
+def _head_columns(config: "PreTrainedConfig") -> int:
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
+def _tensors(folder: Path, config: "PreTrainedConfig", settings: Settings, bits: Mapping[str, int]) -> list[Stored]:
+    """What the file will hold, of the safetensors in a folder. `bits` of packed layers, by name or class.
+
+    Raises ModelError for a tensor that has no place in it, or that its type can't hold.
+    """
+    import gguf
+
+    family, stored = FAMILIES[config.model_type], []
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH[family.architecture.upper()], config.num_hidden_layers)
+    files = {name: file for file in weight_files(folder) for name, _ in tensor_headers(file)}
+    shapes = {name: tuple(header["shape"]) for file in weight_files(folder) for name, header in tensor_headers(file)}
+    for name, file in files.items():
+        layer, _, leaf = name.rpartition(".")
+        if leaf in BESIDE or leaf == "inv_freq" or (layer == "lm_head" and config.tie_word_embeddings):
+            continue
+        place = names.get_name(f"{layer}.weight" if leaf == PACKED else name, try_suffixes=(".weight", ".bias"))
+        if place is None:
+            raise ModelError(f"export: gguf: {name} has no place in the format's {family.architecture}; export a model without it")
+        order = _order(layer, config) if family.interleaved else None
+        if leaf == PACKED:
+            parts = {part: files[f"{layer}.{part}"] for part in (PACKED, *BESIDE) if f"{layer}.{part}" in files}
+            stored.append(_packed(layer, place, parts, bits.get(layer) or bits["Linear"], settings, order))
+        else:
+            kind = _kind(name, place, shapes[name], settings)
+            stored.append(Stored(place, shapes[name], kind, _reader(name, file, kind, order)))
+    if (factors := _rope_factors(config)) is not None:
+        stored.append(Stored(ROPE, factors.shape, "F32", lambda: factors))
+    return stored
+
+
+def _packed(
+    layer: str, place: str, parts: Mapping[str, Path], bits: int, settings: Settings, order: "NDArray[np.int64] | None"
+) -> Stored:  # fmt: skip
+    """A layer that is on a grid. `parts` are its tensors' files."""
+    rows, columns = (int(number) for number in _tensor(f"{layer}.weight_shape", parts["weight_shape"]))
+    groups = _tensor(f"{layer}.weight_scale", parts["weight_scale"]).shape[1]
+    keeps = settings.weights == "auto"
+    symmetric = "weight_zero_point" not in parts
+    kind = kind_for(layer, bits, symmetric, columns, groups) if keeps else _kind(layer, place, (rows, columns), settings)
+
+    def read() -> "NDArray[Any]":
+        found = unpacked({part: _tensor(f"{layer}.{part}", file) for part, file in parts.items()}, bits)
+        found = found if order is None else found.rows(order)
+        return blocks(layer, found, kind) if keeps else _rounded(layer, found.values(), kind)
+
+    return Stored(place, (rows, columns), kind, read)
+
+
+def _kind(name: str, place: str, shape: tuple[int, ...], settings: Settings) -> str:
+    """The type that numbers get which are on no grid."""
+    if len(shape) < 2:
+        return "F32"
+    wanted = "f16" if settings.weights == "auto" else settings.weights
+    if place in TABLES:
+        wanted = settings.embeddings or ("f32" if settings.weights == "f32" else "f16")
+    if wanted.startswith("q") and shape[-1] % BLOCK:
+        key = "embeddings" if place in TABLES else "weights"
+        raise ModelError(
+            f"export: gguf: {name} has {shape[-1]} columns, which a block's {BLOCK} must divide with {key}: {wanted}; take {key}: f16"
+        )
+    return wanted.upper()
+
+
+def _reader(name: str, file: Path, kind: str, order: "NDArray[np.int64] | None") -> "Callable[[], NDArray[Any]]":
+    def read() -> "NDArray[Any]":
+        values = _tensor(name, file).float().numpy()
+        return _rounded(name, values if order is None else values[order], kind)
+
+    return read
+
+
+def _rounded(name: str, values: "NDArray[np.float32]", kind: str) -> "NDArray[Any]":
+    import gguf
+    import numpy as np
+
+    with np.errstate(over="ignore"):
+        made: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(values), gguf.GGMLQuantizationType[kind])
+    if kind == "F16" and not np.isfinite(made).all():
+        raise ModelError(f"export: gguf: {name} has a weight of {np.abs(values).max():.3g}, beyond float16; take weights: f32")
+    return made
+
+
+def _tensor(name: str, file: Path) -> "Tensor":
+    from safetensors import safe_open
+
+    with safe_open(file, framework="pt") as tensors:
+        found: Tensor = tensors.get_tensor(name)
+    return found
+
+
+def _order(layer: str, config: "PreTrainedConfig") -> "NDArray[np.int64] | None":
+    """The order of a layer's rows where a rotation turns neighbours, and not the two halves of a head's rows; None for other layers."""
+    import numpy as np
+
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(layer.rpartition(".")[2])
+    if heads is None:
+        return None
+    return np.arange(heads * _head_columns(config)).reshape(heads, 2, -1).swapaxes(1, 2).reshape(-1)
+
+
+def _rope_factors(config: "PreTrainedConfig") -> "NDArray[np.float32] | None":
+    """What each frequency of the rotation is divided by, float32 (head columns / 2); None where they are as usual."""
+    import numpy as np
+
+    if config.rope_parameters["rope_type"] != "llama3":
+        return None
+    from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+    scaled = ROPE_INIT_FUNCTIONS["llama3"](config, "cpu")[0].double().numpy()
+    head = _head_columns(config)
+    usual = config.rope_parameters["rope_theta"] ** -(np.arange(0, head, 2) / head)
+    factors: NDArray[np.float32] = (usual / scaled).astype(np.float32)
+    return factors
