@@ -91,12 +91,21 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_get_logits": (POINTER(c_float), [c_void_p]),
     "llama_free": (None, [c_void_p]),
 }
-_said = [""]  # its last complaint
+# what it says of a context that nobody set: sizes, what it finds out itself, a threshold, keys and values in float16
+DEFAULTS = (512, 2048, 512, 1, -1, -1, -1.0, CACHES["f16"], CACHES["f16"])
+_said: list[str] = []  # its complaints; the first says what is wrong, the others what can't be done for that
 
 
 def _hear(level: int, message: bytes, _: int | None) -> None:
     if level == ERROR:
-        _said[0] = message.decode(errors="replace").strip()
+        _said.append(message.decode(errors="replace").strip())
+
+
+def _complaint() -> str:
+    """What it complained of, told once."""
+    first = next(iter(_said), "it doesn't say why")
+    _said.clear()
+    return first
 
 
 _listener = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)(_hear)  # which must live as long as the library
@@ -118,8 +127,7 @@ def library() -> ctypes.CDLL:
     native.llama_log_set(_listener, None)
     native.llama_backend_init()
     p = native.llama_context_default_params()
-    known = (p.n_ctx, p.n_batch, p.n_ubatch, p.n_seq_max, p.rope_scaling, p.flash_attention, p.defrag, p.type_k, p.type_v)
-    if known != (512, 2048, 512, 1, -1, -1, -1.0, 1, 1) or p.n_threads != p.n_threads_batch:
+    if (p.n_ctx, p.n_batch, p.n_ubatch, p.n_seq_max, p.rope_scaling, p.flash_attention, p.defrag, p.type_k, p.type_v) != DEFAULTS:
         raise ModelError(f"engine: llama_cpp: this xllamacpp has other structures than were known; {_way_out()}")
     return native
 
@@ -151,7 +159,7 @@ class LlamaCpp(Engine):
         wanted.n_gpu_layers = 0
         self._model = self._library.llama_model_load_from_file(str(self._folder / FILE).encode(), wanted)
         if not self._model:
-            raise ModelError(f"engine: llama_cpp: {self._folder / FILE}: {_said[0] or 'it can not be loaded'}")
+            raise ModelError(f"engine: llama_cpp: {self._folder / FILE}: {_complaint()}")
         self._parameters = export.parameters
         self._vocabulary = self._library.llama_vocab_n_tokens(self._library.llama_model_get_vocab(self._model))
         ends = self._generation.get("eos_token_id", self._config.eos_token_id)
@@ -227,7 +235,7 @@ class LlamaCpp(Engine):
         self._context, self._shape = self._library.llama_init_from_model(self._model, wanted), shape
         if not self._context:
             self._context = None
-            raise ModelError(f"engine: llama_cpp: no cache for {sequences} x {shape[1]:,} tokens: {_said[0]}; take fewer or shorter ones")
+            raise ModelError(f"engine: llama_cpp: no cache for {sequences} x {shape[1]:,} tokens: {_complaint()}; take fewer")
 
     def _decode(self, rows: list[tuple[int, int, int, bool]]) -> "NDArray[np.float32]":
         """Logits, float32 (wanted tokens, vocabulary), that hold until the next call. Rows: token, position, sequence, whether wanted."""
@@ -238,7 +246,7 @@ class LlamaCpp(Engine):
         places = sequences.ctypes.data + sequences.itemsize * np.arange(len(rows), dtype=np.uint64)  # of each token's list of one sequence
         at = [array.ctypes.data for array in (tokens, positions, ones, places, wanted)]
         if code := self._library.llama_decode(self._context, _Batch(len(rows), at[0], None, *at[1:])):
-            raise ModelError(f"engine: llama_cpp: it stopped with {code}: {_said[0]}")
+            raise ModelError(f"engine: llama_cpp: it stopped with {code}: {_complaint()}")
         if not wanted.any():
             return np.empty((0, self._vocabulary), np.float32)
         return np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (int(wanted.sum()), self._vocabulary))

@@ -53,8 +53,8 @@ def kind_for(layer: str, bits: int, symmetric: bool, columns: int, groups: int) 
     """The type of blocks that holds a layer's integers as they are. Raises ModelError where none does."""
     if columns % BLOCK:
         raise ModelError(
-            f"export: gguf: {layer} has {columns} columns, which a block's {BLOCK} must divide; name the layer under ignore of the stage that"
-            " quantises"
+            f"export: gguf: {layer} has {columns} columns, which a block's {BLOCK} must divide; name the layer under ignore of the stage"
+            " that quantises"
         )
     if (columns // groups) % BLOCK:
         raise ModelError(
@@ -110,8 +110,8 @@ def widths(config: Mapping[str, Any]) -> Mapping[str, int]:
     if method != "compressed-tensors" or form != "pack-quantized" or any(group.get("input_activations") for group in groups):
         raise ModelError(
             f"export: gguf: the weights are packed by {method}{f' ({form})' if form else ''}, and integers are taken over from"
-            " compressed-tensors' pack-quantized alone; quantise with rtn, gptq, awq or autoround in format: compressed-tensors, or export a"
-            " model in floats"
+            " compressed-tensors' pack-quantized alone; quantise with rtn, gptq, awq or autoround in format: compressed-tensors, or export"
+            " a model in floats"
         )
     return {target: int(group["weights"]["num_bits"]) for group in groups for target in group["targets"]}
 

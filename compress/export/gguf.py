@@ -139,6 +139,9 @@ def _check(config: "PreTrainedConfig") -> None:
         raise ModelError(f"export: gguf: the model is a {config.model_type}; known are {', '.join(sorted(FAMILIES))}")
     if config.hidden_act != "silu":
         raise ModelError(f"export: gguf: hidden_act: {config.hidden_act}; a {config.model_type} computes with silu there")
+    usual = config.hidden_size // config.num_attention_heads
+    if config.model_type == "qwen2" and (head := _head_columns(config)) != usual:
+        raise ModelError(f"export: gguf: head_dim: {head}; a qwen2 has hidden_size / num_attention_heads there, {usual}")
     window = getattr(config, "sliding_window", None)
     if window is not None and window < config.max_position_embeddings:
         raise ModelError(
