@@ -45,6 +45,7 @@ TOKENS, SEQUENCES = 4096, 64  # of a batch of examples, where nothing is said, a
 PAGE = 256  # tokens, of which the engine makes a cache a multiple
 AT_ONCE = 256  # tokens whose logits are kept together while a text is read
 CACHES = {"f32": 0, "f16": 1}  # as ggml numbers them
+TRIED = "install xllamacpp 2026.10.11549, which is known"
 ERROR = 4  # of a message, as ggml numbers its levels
 
 
@@ -122,18 +123,14 @@ def library() -> ctypes.CDLL:
         try:
             function = getattr(native, name)
         except AttributeError:
-            raise ModelError(f"engine: llama_cpp: this xllamacpp has no {name}; {_way_out()}") from None
+            raise ModelError(f"engine: llama_cpp: this xllamacpp has no {name}; {TRIED}") from None
         function.restype, function.argtypes = result, arguments
     native.llama_log_set(_listener, None)
     native.llama_backend_init()
     p = native.llama_context_default_params()
     if (p.n_ctx, p.n_batch, p.n_ubatch, p.n_seq_max, p.rope_scaling, p.flash_attention, p.defrag, p.type_k, p.type_v) != DEFAULTS:
-        raise ModelError(f"engine: llama_cpp: this xllamacpp has other structures than were known; {_way_out()}")
+        raise ModelError(f"engine: llama_cpp: this xllamacpp has other structures than were known; {TRIED}")
     return native
-
-
-def _way_out() -> str:
-    return "pip install 'xllamacpp==2026.10.11549', the one that was tried"
 
 
 def make(opening: Opening, batch_tokens: int | None = None) -> Engine:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from compress.errors import MissingPackage, ModelError
+from compress.extras import install_line
 
 if TYPE_CHECKING:
     import numpy as np
@@ -126,7 +127,7 @@ def unpacked(parts: "Mapping[str, Tensor]", bits: int) -> Integers:
     try:
         from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
     except ImportError:
-        raise MissingPackage("export: gguf: packed weights need compressed-tensors. Install with: pip install compressed-tensors") from None
+        raise MissingPackage(f"export: gguf: packed weights need compressed-tensors. Install with: {install_line('quant')}") from None
     scale, zero, middle = parts["weight_scale"].float(), parts.get("weight_zero_point"), 2 ** (bits - 1)
     shape = torch.Size(parts["weight_shape"].tolist())
     integers = unpack_from_int32(parts["weight_packed"], bits, shape).to(torch.int16)  # counted from -middle
