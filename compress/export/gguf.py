@@ -7,6 +7,7 @@ nearest in the type that `weights` names, as the package gguf does it.
 
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,7 @@ ABOUT = About(
 FILE = "model.gguf"
 PACKED, BESIDE = "weight_packed", ("weight_scale", "weight_zero_point", "weight_shape")
 TABLES = ("token_embd.weight", "output.weight")  # embeddings and head, by GGUF's names
+INPUT = "model.embed_tokens.weight"
 ROPE = "rope_freqs.weight"  # which no model's own files hold
 
 
@@ -92,10 +94,10 @@ class Exported(Bundle):
         self.tokenizer.save_pretrained(folder)
         if own := settings(self.source, decoding.FILE):
             (folder / decoding.FILE).write_text(json.dumps(own, indent=2) + "\n", encoding="utf-8")
-        sizes: dict[str, int] = {}
+        sizes = Counter[str]()
         for tensor in self.tensors:
-            sizes[tensor.kind] = sizes.get(tensor.kind, 0) + (math.prod(tensor.shape) if tensor.name not in TABLES else 0)
-        most = max(sizes, key=lambda kind: sizes[kind])
+            sizes[tensor.kind] += math.prod(tensor.shape) if tensor.name not in TABLES else 0
+        most = sizes.most_common(1)[0][0]
         writer = gguf.GGUFWriter(folder / FILE, FAMILIES[self.config.model_type].architecture)
         writer.add_file_type(gguf.LlamaFileType["ALL_F32" if most == "F32" else f"MOSTLY_{most}"])
         writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
@@ -126,6 +128,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     words = vocabulary(bundle.tokenizer, config.vocab_size)
     packing = getattr(config, "quantization_config", None)
     tensors = _tensors(local_folder(bundle.source), config, settings, widths(packing) if packing else {})
+    kinds = Counter(tensor.kind for tensor in tensors if tensor.name not in TABLES and len(tensor.shape) > 1)
+    context.say(f"layers are stored as {', '.join(f'{kind} ({count})' for kind, count in sorted(kinds.items()))}")
     if packing:
         del config.quantization_config
     exported = Exported(bundle.source, bundle.device, tensors, words)
@@ -191,7 +195,9 @@ def _tensors(folder: Path, config: "PreTrainedConfig", settings: Settings, bits:
     shapes = {name: tuple(header["shape"]) for file in weight_files(folder) for name, header in tensor_headers(file)}
     for name, file in files.items():
         layer, _, leaf = name.rpartition(".")
-        if leaf in BESIDE or leaf == "inv_freq" or (layer == "lm_head" and config.tie_word_embeddings):
+        if leaf in BESIDE or leaf == "inv_freq":
+            continue
+        if name == "lm_head.weight" and config.tie_word_embeddings and _tensor(name, file).equal(_tensor(INPUT, files[INPUT])):
             continue
         place = names.get_name(f"{layer}.weight" if leaf == PACKED else name, try_suffixes=(".weight", ".bias"))
         if place is None:

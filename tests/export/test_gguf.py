@@ -114,8 +114,22 @@ def test_types_are_those_asked_for(tmp_path):
         assert {kind for kind, values in made.values() if values.ndim == 1} == {"F32"}
         nearest = gguf.quants.quantize(numbers[f"{UP}.weight"].float().numpy(), gguf.GGMLQuantizationType[layers])
         assert np.array_equal(made["blk.1.ffn_up.weight"][1], gguf.quants.dequantize(nearest, gguf.GGMLQuantizationType[layers]))
+    told = context()
+    export.apply(Bundle(Source(str(folder), "causal-lm"), "cpu"), export.Settings(), told)
+    assert told.said == ["layers are stored as F16 (14)"]
     record = exports.read(tmp_path / "F16-F16")
     assert (record.format, record.files, record.parameters) == ("gguf", ["model.gguf"], sum(tensor.numel() for tensor in numbers.values()))
+
+
+def test_a_head_is_shared_where_it_is_the_same(tmp_path):
+    """As transformers takes it, whatever the config says."""
+    folder = decoder(tmp_path / "model")
+    numbers = load_file(folder / "model.safetensors")
+    for name, head in (("same", 1.0), ("other", 2.0)):
+        save_file(
+            {**numbers, "lm_head.weight": head * numbers["model.embed_tokens.weight"]}, folder / "model.safetensors", {"format": "pt"}
+        )
+        assert ("output.weight" in tensors(written(folder, tmp_path / name))) == (name == "other")
 
 
 def test_a_packed_model_can_be_unpacked_instead(tmp_path):
