@@ -48,7 +48,7 @@ def tokenizer(split: str = "gpt2") -> PreTrainedTokenizerFast:
 
 def _sentencepiece(special: list[str]) -> PreTrainedTokenizerFast:
     """As Llama 2's is written down: bytes to fall back on, a space before each text, a bos token; merges are listed for each token made."""
-    made = ["th", "at", "the", SPACE + "the", SPACE + "c", SPACE + "cat", SPACE + "a", "ll", "he", "hell", "hello"]
+    made = ["th", "at", "ta", "the", SPACE + "the", SPACE + "c", SPACE + "cat", SPACE + "a", "ll", "he", "hell", "hello"]
     letters = sorted({letter for text in TEXTS for letter in text if letter.isascii() and not letter.isspace()} | {SPACE})
     names = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *made, *letters]
     vocabulary = {token: number for number, token in enumerate(names)}

@@ -121,6 +121,14 @@ def test_types_are_those_asked_for(tmp_path):
     assert (record.format, record.files, record.parameters) == ("gguf", ["model.gguf"], sum(tensor.numel() for tensor in numbers.values()))
 
 
+def test_what_is_on_no_grid_stays_beside_integers(tmp_path):
+    source = Bundle(Source(str(decoder(tmp_path / "model", tie_word_embeddings=False)), "causal-lm"), "cpu")
+    rtn.apply(source, rtn.Settings(group_size=32, symmetric=True, ignore=["up_proj"]), context()).save(tmp_path / "packed")
+    made = tensors(written(tmp_path / "packed", tmp_path / "made", embeddings="q8_0"))
+    kinds = {name: made[name][0] for name in ("output.weight", "token_embd.weight", "blk.0.ffn_up.weight", "blk.0.ffn_gate.weight")}
+    assert kinds == {"output.weight": "Q8_0", "token_embd.weight": "Q8_0", "blk.0.ffn_up.weight": "F16", "blk.0.ffn_gate.weight": "Q4_0"}
+
+
 def test_a_head_is_shared_where_it_is_the_same(tmp_path):
     """As transformers takes it, whatever the config says."""
     folder = decoder(tmp_path / "model")
