@@ -37,12 +37,13 @@ def tokenizer(split: str = "gpt2") -> PreTrainedTokenizerFast:
         "qwen2": [pre_tokenizers.Split(Regex(WORDS % r"\p{N}"), "isolated")],
         "llama3": [pre_tokenizers.Split(Regex(WORDS % r"\p{N}{1,3}"), "isolated")],
     }[split]
-    words.pre_tokenizer = pre_tokenizers.Sequence([*first, by_bytes])
+    words.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)  # so that it learns tokens across any split
     words.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     words.train_from_iterator(
         TEXTS, trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
     )
+    words.pre_tokenizer = pre_tokenizers.Sequence([*first, by_bytes])
     return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>", pad_token="</s>")
 
 

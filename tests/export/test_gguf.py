@@ -169,7 +169,7 @@ def test_what_cant_be_carried_over_is_refused_before_any_work(toys, tmp_path):
     assert "sliding_window: 64 of 256 positions" in refused(window)
     assert "head_dim: 32; a qwen2 has hidden_size / num_attention_heads there, 16" in refused(decoder(tmp_path / "wide", "qwen2"))
     assert "hidden_act: gelu" in refused(decoder(tmp_path / "gelu", hidden_act="gelu"))
-    assert "a token 320, and the model 300 embeddings" in refused(decoder(tmp_path / "few", vocab_size=300))
+    assert "a token 339, and the model 300 embeddings" in refused(decoder(tmp_path / "few", vocab_size=300))
     odd = decoder(tmp_path / "odd", intermediate_size=72)
     said = refused(odd, weights="q4_0")
     assert "down_proj.weight has 72 columns, which a block's 32 must divide with weights: q4_0; take weights: f16" in said
