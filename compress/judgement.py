@@ -122,7 +122,9 @@ def _agreement(engine: str, measured: isolate.Measured) -> Agreement | None:
         return None
     baseline = measured.sides[0]
     dtype = measured.original.dtype if measured.original and measured.original.dtype != baseline.dtype else None
-    return Agreement(engine=engine, dtype=dtype, examples=len(theirs.texts or ours.samples["perplexity"]), equal=equal, likelihood=likelihood)
+    return Agreement(
+        engine=engine, dtype=dtype, examples=len(theirs.texts or ours.samples["perplexity"]), equal=equal, likelihood=likelihood
+    )
 
 
 def _foretold(side: Side, source: Source, recipe: Recipe, environment: dict[str, Any]) -> list[Measurement]:

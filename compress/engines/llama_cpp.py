@@ -162,7 +162,7 @@ class LlamaCpp(Engine):
         ends = self._generation.get("eos_token_id", self._config.eos_token_id)
         self.traits = Traits(
             dtype=export.weights, context=context_length(self._config, self.tokenizer), vocabulary=self._vocabulary, encodes=False,
-            generates=True, ends=frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends]),
+            generates=True, ends=frozenset({self.tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}),
         )  # fmt: skip
         self.run([[min(10, self._vocabulary - 1)] * 4], 2, lambda: None)
 

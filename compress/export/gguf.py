@@ -20,7 +20,7 @@ from compress.errors import ModelError
 from compress.export._gguf_blocks import BLOCK, blocks, kind_for, unpacked, widths
 from compress.export._gguf_tokenizer import Vocabulary, vocabulary
 from compress.exports import Export
-from compress.methods import About, Context
+from compress.methods import About, Context, Task
 from compress.model import Bundle, local_folder, settings, tensor_headers, weight_files
 
 if TYPE_CHECKING:
@@ -67,6 +67,19 @@ class Settings(methods.Settings):
     embeddings: Literal["f32", "f16", "q8_0"] | None = Field(
         None, description="the type of embeddings, and of a head that is on no grid; null is f16, and f32 with weights: f32"
     )
+
+    def why_not_behind(self, stage: str, before: methods.Settings) -> str | None:
+        bits, symmetric = getattr(before, "bits", None), getattr(before, "symmetric", None)
+        if self.weights != "auto" or bits is None:
+            return None
+        if getattr(before, "format", None) == "gptq":
+            return f"it takes integers over from format: compressed-tensors alone; leave format out of `{stage}`"
+        if bits == 8 and not symmetric:
+            return f"it holds zero points of their own in 5 bits at most; in `{stage}` give symmetric: true"
+        return None
+
+
+PLAIN = Settings(weights="f32")  # what a baseline is measured in
 
 
 @dataclass(frozen=True)
@@ -135,6 +148,22 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     exported = Exported(bundle.source, bundle.device, tensors, words)
     exported.__dict__.update(config=config, tokenizer=bundle.tokenizer)
     return exported
+
+
+def usage(task: Task, prompt: list[str], new_tokens: int) -> list[str]:
+    """Python that writes to a prompt, in a folder that was exported; `prompt` are lines that give `ids`, its tokens."""
+    return [
+        "import xllamacpp",
+        "from transformers import AutoTokenizer",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        "params = xllamacpp.CommonParams()",
+        f'params.model.path, params.n_ctx, params.n_parallel = "{FILE}", 4096, 1',
+        "server = xllamacpp.Server(params)",
+        *prompt,
+        f'request = {{"prompt": ids, "max_tokens": {new_tokens}, "temperature": 0}}',
+        'print(server.handle_completions(request)["choices"][0]["text"].strip())',
+    ]
 
 
 def _check(config: "PreTrainedConfig") -> None:
