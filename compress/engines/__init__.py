@@ -51,7 +51,8 @@ class About:
 
     @property
     def install_line(self) -> str:
-        return install_line(self.extra) if self.extra else f"pip install {' '.join(self.packages)}"
+        """The line that installs the packages; nothing where there are none."""
+        return install_line(self.extra) if self.extra else ""
 
     def missing(self) -> list[str]:
         """The packages that aren't installed here. Nothing is imported."""
