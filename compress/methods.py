@@ -15,7 +15,7 @@ import hashlib
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -49,8 +49,11 @@ class Settings(BaseModel):
         """Why a stage so set can't be the first of a recipe; None where it can."""
         return None
 
-    def why_not_behind(self, stage: str, before: "Settings") -> str | None:
-        """Why a stage so set can't follow that `stage` with the settings it had `before`; None where it can."""
+    def why_not_behind(self, stage: str, before: "Settings", columns: Collection[int] = ()) -> str | None:
+        """Why a stage so set can't follow that `stage` with the settings it had `before`; None where it can.
+
+        columns   of the model's layers, where they are known
+        """
         return None
 
     def needs(self) -> dict[str, str]:

@@ -10,13 +10,14 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib.util import find_spec
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from compress import data, decoding, methods, model, rows
 from compress.errors import CompressError, DataError, InputError, MissingPackage, ModelError
 from compress.extras import install_line
-from compress.forecast.plan import read_config
+from compress.forecast.plan import read_config, widths
 from compress.methods import Task, TuneSettings
 from compress.metrics import GENERATED, TASK
 from compress.model import Source
@@ -63,6 +64,7 @@ def look(recipe: Recipe, stages: bool = True) -> Sight:
         _look_at_model(sight, recipe.model.id, ("model",))
         for index, stage in enumerate(recipe.stages):
             _look_at_stage(sight, stage, ("stages", index))
+        _look_at_widths(sight)
     _look_at_measuring(sight)
     for purpose in _purposes(recipe, stages):
         _look_at_split(sight, purpose)
@@ -129,6 +131,21 @@ def _look_at_stage(sight: Sight, stage: Stage, place: Place) -> None:
         sight.add((*place, stage.family), error)
     for role, other in stage.settings.models().items():
         _look_at_model(sight, other.id, (*place, role))
+
+
+def _look_at_widths(sight: Sight) -> None:
+    """Whether layers of the model's shapes fit into the format that they are carried over to."""
+    recipe, columns = sight.recipe, widths(sight.recipe)
+    if any(stage.method == "structured" for stage in recipe.stages):  # the shapes are others then
+        return
+    for index, (before, stage) in enumerate(pairwise(recipe.stages), 1):
+        if why := stage.settings.why_not_behind(str(before), before.settings, columns):
+            sight.add(("stages", index), ModelError(f"`{stage}`: {why}"))
+    if not recipe.stages or (last := recipe.stages[-1]).family == "export":
+        return
+    for form in {engine.about.opens for engine in recipe.engines} - {None}:
+        if why := methods.find("export", form).Settings().why_not_behind(str(last), last.settings, columns):
+            sight.add(("engine",), ModelError(f"export: {form}: {why}"))
 
 
 def _look_at_measuring(sight: Sight) -> None:

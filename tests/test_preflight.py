@@ -176,3 +176,12 @@ def test_data_that_changes_under_way_is_said_and_what_was_read_counts(loaded, tm
 
     said = "has changed since it was read, before the first stage; all figures are of what it was then."
     assert left_out(compared(prepared.splits)) == [f"test.jsonl {said}", f"train.jsonl {said}"]
+
+
+def test_layers_that_do_not_fit_a_format_show_before_any_work(loaded):
+    """The toy Llama has layers of 172 columns, which blocks of 32 don't divide."""
+    stages = [{"quantize": "rtn", "bits": 8, "group_size": -1, "symmetric": True}]
+    said = "layers of 172 columns don't fit its blocks of 32; name them under ignore of `quantize: rtn`"
+    assert any(said in line for line in preflight.look(loaded(stages=stages, engine="llama_cpp")).mistakes)
+    assert any(said in line for line in preflight.look(loaded(stages=[*stages, {"export": "gguf"}], engine="llama_cpp")).mistakes)
+    assert preflight.look(loaded(stages=stages, engine="ctranslate2")).mistakes == []

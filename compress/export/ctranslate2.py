@@ -8,7 +8,7 @@ layers in 8 bits token by token, as it runs.
 import copy
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -45,7 +45,7 @@ class Settings(methods.Settings):
         "auto", description="auto: in 8 bits what lies on such a grid by row already, all else in float32; int8: all matrices in 8 bits"
     )
 
-    def why_not_behind(self, stage: str, before: methods.Settings) -> str | None:
+    def why_not_behind(self, stage: str, before: methods.Settings, columns: Collection[int] = ()) -> str | None:
         grid = {name: getattr(before, name, None) for name in ("bits", "symmetric", "group_size")}
         if self.weights != "auto" or grid["bits"] is None or (grid["symmetric"] and grid["group_size"] == -1):
             return None

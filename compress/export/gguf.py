@@ -8,7 +8,7 @@ nearest in the type that `weights` names, as the package gguf does it.
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
@@ -68,7 +68,7 @@ class Settings(methods.Settings):
         None, description="the type of embeddings, and of a head that is on no grid; null is f16, and f32 with weights: f32"
     )
 
-    def why_not_behind(self, stage: str, before: methods.Settings) -> str | None:
+    def why_not_behind(self, stage: str, before: methods.Settings, columns: Collection[int] = ()) -> str | None:
         bits, symmetric = getattr(before, "bits", None), getattr(before, "symmetric", None)
         if self.weights != "auto" or bits is None:
             return None
@@ -76,6 +76,10 @@ class Settings(methods.Settings):
             return f"it takes integers over from format: compressed-tensors alone; leave format out of `{stage}`"
         if bits == 8 and not symmetric:
             return f"it holds zero points of their own in 5 bits at most; in `{stage}` give symmetric: true"
+        if (size := getattr(before, "group_size", None)) not in (None, -1) and size % BLOCK:
+            return f"it holds groups of {BLOCK} columns and multiples; in `{stage}` give such a group_size"
+        if odd := sorted(width for width in columns if width % BLOCK):
+            return f"layers of {odd[0]} columns don't fit its blocks of {BLOCK}; name them under ignore of `{stage}`"
         return None
 
 

@@ -4,6 +4,7 @@ Sizes are exact or nearly so; times are rough, from how much is computed and rea
 """
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -136,17 +137,21 @@ def _left(recipe: Recipe, dtype: str) -> Left:
 
 def remarks(recipe: Recipe) -> list[str]:
     """What its stages' settings will do to layers of the model's shapes, where its config lies on this disk and is of a known kind."""
-    place = model.BUILTIN if recipe.model.id == "builtin" else recipe.folder / model.user_path(recipe.model.id)
-    try:
-        columns = read(read_config(place), recipe.model.task).columns
-    except ModelError:
-        return []
-    found = []
+    columns, found = widths(recipe), list[str]()
     for stage in recipe.stages:
         if stage.method == "structured":  # the shapes are others then
             break
         found += [f"{stage}: {sentence}" for sentence in stage.settings.about_shapes(columns)]
     return found
+
+
+def widths(recipe: Recipe) -> Mapping[int, int]:
+    """How many weights are in layers of so many columns; nothing where the config isn't on this disk or of a known kind."""
+    place = model.BUILTIN if recipe.model.id == "builtin" else recipe.folder / model.user_path(recipe.model.id)
+    try:
+        return read(read_config(place), recipe.model.task).columns
+    except ModelError:
+        return {}
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -73,6 +73,9 @@ def _engine_problems(recipe: Recipe, engine: ChosenEngine) -> Iterator[str]:
         yield f"it opens no {last.method}, which `{last}` writes; take the engine that does"
     if engine.is_plain:
         return
+    carried = None if last is None or last.family == "export" or about.opens is None else methods.find("export", about.opens)
+    if last is not None and carried is not None and (why := carried.Settings().why_not_behind(str(last), last.settings)):
+        yield why
     if recipe.benchmark.runtime != Runtime():
         yield "benchmark.runtime is for transformers; leave it out"
     if recipe.generation.do_sample and set(recipe.groups) & GENERATED:
