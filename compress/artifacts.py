@@ -5,11 +5,10 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from compress import data, methods, model
+from compress import border, data, methods, model
 from compress.errors import DataError, ModelError
 from compress.methods import Example, TrainSettings, TuneSettings
 from compress.model import Source
@@ -18,24 +17,10 @@ from compress.phases import phase
 from compress.process import Child, Progress, Team, take_lock
 from compress.recipe import Recipe, Stage, digest
 from compress.report import card, write
+from compress.requests import Make, Shown
 from compress.results import StageRecord
 
 MEASURED_ROWS, MEASURED_TOKENS = 8, 64  # on which methods that need no data measure what layers lose
-
-
-@dataclass(frozen=True)
-class Shown:
-    """What a stage is shown of the data.
-
-    examples     of the train split
-    validation   what early stopping looks at
-    max_tokens   each example's longest input
-    """
-
-    examples: list[Example]
-    validation: list[Example]
-    max_tokens: int
-    chat: bool
 
 
 def make(
@@ -75,7 +60,7 @@ def make(
         else:
             models = {"original": original, **others}
             with phase("stages"):
-                _make_one(stage, source, models, asdict(seen), target, device, log, progress, together)
+                _make_one(stage, source, models, seen, target, device, log, progress, together)
         seconds = time.monotonic() - start
         noted = write.read_notes(target)
         record = StageRecord(stage=stage.as_written(), artifact=str(target), seconds=seconds, reused=reused, **noted)
@@ -137,19 +122,21 @@ def is_whole(artifact: Path) -> bool:
 
 
 def _make_one(
-    stage: Stage, source: Source, models: dict[str, Source], shown: dict[str, Any], target: Path, device: str, log: Path,
+    stage: Stage, source: Source, models: dict[str, Source], shown: Shown, target: Path, device: str, log: Path,
     progress: Progress, processes: int = 1,
 ) -> None:  # fmt: skip
-    written = {"family": stage.family, "method": stage.method, "settings": stage.settings.model_dump(mode="json")}
     scratch = target.with_name(f".{target.name}.scratch")  # a stage that was killed finds its checkpoints there
     alone = processes == 1
     with _one_at_a_time(target, progress):
         if is_whole(target):  # another run made it meanwhile
             return
         with Child("compress.stage", log, progress, start=copied) if alone else Team("compress.stage", log, progress, processes) as worker:
-            worker.ask(
-                "run", source=asdict(source), stage=written, shown=shown, target=str(target), scratch=str(scratch), device=device,
-                cache=str(target.parent / "teachers"), models={role: asdict(other) for role, other in models.items()}, processes=processes,
+            border.ask(
+                worker,
+                Make(
+                    source, stage.family, stage.method, stage.settings.model_dump(mode="json"), shown, str(target), device, str(scratch),
+                    str(target.parent / "teachers"), models, processes,
+                ),
             )  # fmt: skip
         shutil.rmtree(scratch, ignore_errors=True)
 

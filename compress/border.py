@@ -23,7 +23,7 @@ class Request(Generic[Answer]):
 class Asked(Protocol):
     """A working process: `compress.process.Child` or `Team`."""
 
-    def ask(self, request: str, limit_s: float | None = None, **arguments: Any) -> Any: ...
+    def ask(self, request: str, **arguments: Any) -> Any: ...
 
 
 class AskedInSlices(Protocol):
@@ -32,7 +32,8 @@ class AskedInSlices(Protocol):
 
 def ask(process: Asked, request: Request[Answer], limit_s: float | None = None) -> Answer:
     """The process's answer to a request, as `Child.ask` has it. Raises RunError for an answer that isn't of its type."""
-    return _typed(request, process.ask(type(request).__name__, limit_s=limit_s, **plain(request)))
+    limit = {} if limit_s is None else {"limit_s": limit_s}
+    return _typed(request, process.ask(type(request).__name__, **limit, **plain(request)))
 
 
 def ask_in_slices(process: AskedInSlices, request: Request[Answer], limit_s: float) -> Generator[float, None, Answer]:

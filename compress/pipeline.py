@@ -5,11 +5,10 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 
-from compress import artifacts, data, decoding, exports, judgement, methods, model, preflight
+from compress import artifacts, border, data, decoding, exports, judgement, methods, model, preflight
 from compress.benchmark import isolate, machine
 from compress.errors import DeviceError, InputError, ModelError, RunError
 from compress.inspection.findings import Inspection
@@ -22,6 +21,7 @@ from compress.phases import Phase, merged, phase, watching
 from compress.process import Child, Progress
 from compress.recipe import PLAIN, ChosenEngine, Recipe, load, load_gates
 from compress.report import card, verdict, write
+from compress.requests import Inspect, SeeTemplate
 from compress.results import Report, Side
 
 OUTPUTS = Path("artifacts") / "outputs"  # below a run's `out`: what models made of examples
@@ -173,7 +173,7 @@ def inspect(
         raise InputError(f"--task {task}: there is no such task; allowed are {', '.join(model.AUTO)}")
     source = model.pinned(Source(model.locate(model_id, Path()), task or ""))
     with tempfile.TemporaryDirectory() as folder, Child("compress.inspection.measure", Path(folder) / "log", progress) as child:
-        found = child.ask("inspect", source=asdict(source), device=device, batch_size=batch_size, tokens=tokens)
+        found = border.ask(child, Inspect(source, device, batch_size, tokens))
     return Inspection.model_validate({"model": model_id, **found})
 
 
@@ -206,7 +206,7 @@ def _refuse_chat(recipe: Recipe, source: Source, progress: Progress) -> None:
     if not recipe.data.chat:
         return
     with tempfile.TemporaryDirectory() as folder, Child("compress.prompts", Path(folder) / "log", progress, start=copied) as child:
-        child.ask("look", source=asdict(source))
+        border.ask(child, SeeTemplate(source))
 
 
 def usable(out: Path) -> None:

@@ -8,12 +8,14 @@ tokenised again, so that the ids are those of the shorter prompt.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from compress.border import answering
 from compress.errors import DataError
 from compress.methods import Example
-from compress.model import Source, load_tokenizer, require_template
+from compress.model import load_tokenizer, require_template
 from compress.process import Progress, serve
+from compress.requests import SeeTemplate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -152,10 +154,10 @@ def _ends(tokenizer: "PreTrainedTokenizerBase", text: str, from_end: bool) -> li
     return sorted({0, *((len(text) - start if from_end else end) for start, end in offsets)})
 
 
-def look(progress: Progress, source: dict[str, Any]) -> None:
+def look(progress: Progress, request: SeeTemplate) -> None:
     """See that a model's chat template serves. Raises DataError, and ModelError for a tokenizer that can't be loaded."""
-    check_template(load_tokenizer(Source(**source)))
+    check_template(load_tokenizer(request.source))
 
 
 if __name__ == "__main__":
-    serve({"look": look})
+    serve(answering({SeeTemplate: look}))

@@ -7,14 +7,15 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from compress import account, experts, methods, model
+from compress.border import answering
 from compress.errors import BrokenPromise, CompressError, DeviceError
 from compress.export._check import check as check_export
-from compress.methods import Example
 from compress.process import Progress, is_out_of_memory, serve
 from compress.products import in_float32
+from compress.requests import Make
 from compress.results import NOTES, whole_folder
 from compress.structure import trial_inputs
 
@@ -30,32 +31,21 @@ ROUNDED = 2  # times what the plainest rounding changes, where that is more: 4 b
 UNSURE = 10  # times as much of a classifier's: on a few examples its two or three lie close together
 
 
-def run(
-    progress: Progress, source: dict[str, Any], stage: dict[str, Any], shown: dict[str, Any], target: str, device: str,
-    scratch: str | None = None, cache: str | None = None, models: dict[str, dict[str, Any]] | None = None, processes: int = 1,
-) -> None:  # fmt: skip
-    """Make the artifact of one stage in the folder `target`, which appears whole or not at all.
-
-    shown     what the method may see: examples, validation, max_tokens, chat
-    scratch   where it may leave checkpoints; not made before it does
-    cache     where it may leave what other stages can use; not made before it does
-    models    what it may load besides the source: `original`, the recipe's model as it came, and those that its settings name
-    processes so many are asked for this same stage, to do it together; the first makes the artifact
-    """
-    family, name = stage["family"], stage["method"]
-    settings = methods.find(family, name).Settings.model_validate(stage["settings"])
+def run(progress: Progress, request: Make) -> None:
+    """Make an artifact. Raises what the method raises, and BrokenPromise for one that isn't what was promised."""
+    family, name, shown, before = request.family, request.method, request.shown, request.source
+    target, processes = request.target, request.processes
+    settings = methods.find(family, name).Settings.model_validate(request.settings)
     method = methods.require(family, name, settings)
-    device = model.pick_device(device)
+    device = model.pick_device(request.device)
     if device not in method.ABOUT.devices:
         raise DeviceError(f"{family}: {name} runs on {', '.join(method.ABOUT.devices)}, not on {device}")
     rank = 0 if processes == 1 else _join(device, processes)
-    before = model.Source(**source)
-    seen, watched = ([Example(**row) for row in shown.get(kind, [])] for kind in ("examples", "validation"))
-    others = {role: model.Source(**other) for role, other in (models or {}).items()}
-    place, shared = (Path(folder) if folder else None for folder in (scratch, cache))
+    place, shared = (Path(folder) if folder else None for folder in (request.scratch, request.cache))
     context = methods.Context(
-        device, progress, seen, shown["max_tokens"], shown["chat"], others, place, watched, shared, processes=processes, rank=rank
-    )
+        device, progress, shown.examples, shown.max_tokens, shown.chat, request.models, place, shown.validation, shared,
+        processes=processes, rank=rank,
+    )  # fmt: skip
     progress(f"{family}: {name}", 0, 1)
     bare = model.skeleton(before)
     if method.ABOUT.experts:
@@ -210,4 +200,4 @@ def _inputs(loaded: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", con
 
 
 if __name__ == "__main__":
-    serve({"run": run})
+    serve(answering({Make: run}))

@@ -10,6 +10,7 @@ from compress.methods import Context, Example, LayerSettings, quiet
 from compress.model import Bundle, Source
 from compress.quantize._calibrated import quantise
 from compress.quantize._pack import Packed
+from compress.requests import Make, Shown
 from tests.conftest import TASKS, WORDS, make_model, make_tokenizer
 
 ODD = ("gate_proj", "up_proj", "down_proj")
@@ -23,10 +24,12 @@ def run(family, method, folder, kind, target, seen=SEEN, device="cpu", **setting
     """
     if (method, kind) == ("bnb_nf4", "llama"):
         settings["ignore"] = [*settings.get("ignore", ["lm_head"]), *ODD]
-    stage.run(
-        quiet, {"id": str(folder), "task": TASKS[kind], "dtype": "float32"}, {"family": family, "method": method, "settings": settings},
-        {"examples": seen, "max_tokens": 32, "chat": False}, str(target), device,
-    )  # fmt: skip
+    return made(Source(str(folder), TASKS[kind], "float32"), family, method, settings, target, [Example(**row) for row in seen], device)
+
+
+def made(source, family, method, settings, target, examples=(), device="cpu", progress=quiet):
+    """What a stage makes of a model, with all its checks; its folder."""
+    stage.run(progress, Make(source, family, method, settings, Shown(list(examples), max_tokens=32), str(target), device))
     return target
 
 

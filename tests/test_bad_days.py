@@ -11,9 +11,10 @@ import pytest
 import torch
 import yaml
 
-from compress import methods, stage
+from compress import methods
 from compress.errors import NoSpace
-from compress.model import Bundle
+from compress.model import Bundle, Source
+from tests.blocks import made
 from tests.conftest import recipe_for
 from tests.test_cli import program
 
@@ -166,10 +167,7 @@ def test_a_disk_that_fills_while_the_artifact_is_written(toys, tmp_path, monkeyp
 
     monkeypatch.setattr(Bundle, "save", full)
     with pytest.raises(NoSpace, match="nothing of it is left"):
-        written = {"family": "quantize", "method": "cast", "settings": {}}
-        nothing = {"examples": [], "max_tokens": 32, "chat": False}
-        source = {"id": str(toys["llama"]), "task": "causal-lm", "dtype": "float32"}
-        stage.run(lambda *_: None, source, written, nothing, str(tmp_path / "a"), "cpu")
+        made(Source(str(toys["llama"]), "causal-lm", "float32"), "quantize", "cast", {}, tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 
 

@@ -112,14 +112,14 @@ def test_the_pipeline_draws_the_validation_split_and_reports_the_curve(toys, row
     monkeypatch.setattr(artifacts, "Child", Here)
     shown = []
     plain = stage.run
-    monkeypatch.setattr(stage, "run", lambda *given, **named: shown.append(named["shown"]) or plain(*given, **named))
+    monkeypatch.setattr(stage, "run", lambda progress, request: shown.append(request.shown) or plain(progress, request))
     stopping = {"samples": 3, "every": 2}
     data = recipe_for("llama", toys["llama"], rows)["data"] | {"splits": {"train": "train", "validation": "test", "evaluation": "test"}}
     stages = [{"finetune": "full", "steps": 4, "batch_size": 4, "early_stopping": stopping}]
     found = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, data=data, stages=stages)))
     source = Source(str(toys["llama"]), "causal-lm", "float32")
     (record,) = artifacts.make(found, source, tmp_path / "out", "cpu", tmp_path / "log", lambda *_: None)
-    assert len(shown[0]["validation"]) == 3
+    assert len(shown[0].validation) == 3
     assert [point.step for point in record.curve if point.validation is not None] == [2, 4]
     assert [point.step for point in record.curve if point.loss is not None] == [1, 2, 3, 4]
 

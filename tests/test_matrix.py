@@ -3,16 +3,15 @@
 import json
 import os
 import pickle
-from dataclasses import asdict
 
 import pytest
 import torch
 import transformers
 
-from compress import stage
 from compress.errors import CompressError
 from compress.model import AUTO, Source, load_model
 from compress.results import NOTES
+from tests import blocks
 from tests.architectures import ALL, BOTH_SIDES, CLASSIFIERS, made, task_of
 from tests.blocks import examples
 from tests.conftest import out_of_the_collectors_way
@@ -46,20 +45,18 @@ def made_or_refused(name: str, method: str, folder, target) -> str:
     family, settings = METHODS[method]
     if method == "depth" and name in BOTH_SIDES:
         settings = {"drop": {"decoder": 1}}
-    shown = {"examples": [asdict(e) for e in examples(12, label=name in CLASSIFIERS)], "max_tokens": 32, "chat": False}
     told: list[tuple[str, int, int]] = []
-    source = {"id": str(folder), "task": task_of(name), "dtype": "float32"}
+    source = Source(str(folder), task_of(name), "float32")
     try:
-        stage.run(
-            lambda *step: told.append(step), source, {"family": family, "method": method, "settings": settings}, shown, str(target), "cpu"
-        )
+        seen = examples(12, label=name in CLASSIFIERS)
+        blocks.made(source, family, method, settings, target, seen, progress=lambda *step: told.append(step))
     except CompressError as refusal:
         assert "\n" not in str(refusal)
         assert not [step for step in told if step[1] > 0], f"{refusal}, after {told[-1]}"
         return str(refusal)
     account = json.loads((target / NOTES).read_text())["account"]
     if account is not None:
-        assert sum(account.values()) == sum(p.numel() for p in load_model(Source(**source), "cpu").parameters())
+        assert sum(account.values()) == sum(p.numel() for p in load_model(source, "cpu").parameters())
     return "made"
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import threading
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from compress.errors import MissingPackage, OutOfMemory
 from compress.model import Source
 from compress.report import verdict, why
 from compress.report.html import sections
+from compress.requests import Shown
 from compress.results import Comparison, GateResult, StageRecord, Step
 from tests.conftest import recipe_for
 
@@ -87,7 +89,7 @@ def test_what_a_killed_stage_left_is_swept(loaded, toys, tmp_path, monkeypatch):
     found = loaded()
     with pytest.raises(KeyboardInterrupt):
         artifacts._make_one(
-            found.stages[0], Source(str(toys["llama"]), "causal-lm"), {}, {}, target, "cpu", tmp_path / "log", methods.quiet
+            found.stages[0], Source(str(toys["llama"]), "causal-lm"), {}, Shown(), target, "cpu", tmp_path / "log", methods.quiet
         )
     assert list(target.parent.iterdir()) == []
 
@@ -113,7 +115,7 @@ def test_of_two_runs_that_make_the_same_the_second_waits(loaded, toys, tmp_path,
 
     def make(progress):
         source = Source(str(toys["llama"]), "causal-lm")
-        artifacts._make_one(found.stages[0], source, {}, {}, target, "cpu", tmp_path / "log", progress)
+        artifacts._make_one(found.stages[0], source, {}, Shown(), target, "cpu", tmp_path / "log", progress)
 
     monkeypatch.setattr(artifacts, "Child", Slow)
     found = loaded()
@@ -191,7 +193,7 @@ def test_of_two_sides_ceilings_the_better_counts():
 
 class Explained:
     def __init__(self, ceilings):
-        self.explanation = ceilings and {"ceilings": ceilings}
+        self.explanation = ceilings and SimpleNamespace(ceilings=ceilings)
 
 
 class Crowded:

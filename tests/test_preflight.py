@@ -159,7 +159,7 @@ def test_data_that_changes_under_way_is_said_and_what_was_read_counts(loaded, tm
     shown = []
 
     def make(stage, source, models, seen, target, *_):
-        shown.append([example["prompt"] for example in seen["examples"]])
+        shown.append([example.prompt for example in seen.examples])
         write(folder, "test.jsonl", [{"said": "other", "short": "b"}] * 3)
         write(folder, "train.jsonl", [{"said": "other", "short": "b"}] * 3)
         target.mkdir(parents=True)

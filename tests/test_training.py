@@ -7,9 +7,11 @@ import torch
 from safetensors.torch import load_file
 
 from compress import artifacts, methods, recipe, stage
+from compress.border import answering
 from compress.errors import RunError
 from compress.methods import Context
 from compress.model import Source
+from compress.requests import Make
 from compress.training import learner
 from compress.training.weights import zeros_kept
 from tests.blocks import bundle, examples
@@ -166,7 +168,7 @@ class Here:
         pass
 
     def ask(self, what, **named):
-        return stage.run(self.progress, **named)
+        return answering({Make: stage.run})[what](progress=self.progress, **named)
 
 
 def test_a_run_killed_in_recovery_goes_on_from_its_last_checkpoint(toys, rows, write_recipe, tmp_path, often, monkeypatch):

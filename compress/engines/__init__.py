@@ -246,7 +246,10 @@ def random_prompts(vocabulary: int, end: int | None, batch_size: int, prompt_tok
     """Random token ids (batch_size, prompt_tokens), always the same; special ids are left out as far as they are low.
 
     end   what each row ends with, where it matters
+
+    Raises MemoryError where so many numbers have no place, before any is drawn.
     """
+    bytearray(8 * batch_size * prompt_tokens)
     draw, low = random.Random(0), min(LOW, vocabulary - 1)
     rows = [[draw.randrange(low, vocabulary) for _ in range(prompt_tokens)] for _ in range(batch_size)]
     return rows if end is None else [[*row[:-1], end] for row in rows]

@@ -13,9 +13,11 @@ from transformers.pytorch_utils import Conv1D
 
 from compress import bnb, experts, held
 from compress import model as models
+from compress.border import answering
 from compress.engines.transformers.timing import prompts
 from compress.errors import InputError, ModelError
 from compress.process import Progress, serve
+from compress.requests import Inspect
 from compress.structure import context_length, is_head
 
 if TYPE_CHECKING:
@@ -27,14 +29,14 @@ CHUNK = 1 << 24  # weights at a time; their float64 copies stay small beside a m
 Row = dict[str, Any]
 
 
-def inspect(progress: Progress, source: dict[str, Any], device: str, batch_size: int, tokens: int | None) -> dict[str, Any]:
+def inspect(progress: Progress, request: Inspect) -> dict[str, Any]:
     """Look at a model. Returns an `Inspection` as plain data, but for the model's name as people wrote it."""
-    found = models.Source(**source)
-    found = replace(found, task=found.task or models.task_of(found))
+    source, batch_size = request.source, request.batch_size
+    found = replace(source, task=source.task or models.task_of(source))
     progress("loading", 0, 1)
-    bundle = models.Bundle(found, models.pick_device(device))
+    bundle = models.Bundle(found, models.pick_device(request.device))
     model = bundle.model
-    tokens = _length(bundle, tokens)
+    tokens = _length(bundle, request.tokens)
     rows = _holdings(model)
     total = held.extent([*model.parameters(), *model.buffers()])
     rows["the rest"] = {"kind": "rest", "parameters": 0, "bytes": total - sum(row["bytes"] for row in rows.values())}
@@ -248,4 +250,4 @@ def _short(dtype: torch.dtype) -> str:
 
 
 if __name__ == "__main__":
-    serve({"inspect": inspect})
+    serve(answering({Inspect: inspect}))

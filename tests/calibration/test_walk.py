@@ -7,18 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from compress import methods, stage
+from compress import methods
 from compress.calibration.inputs import in_order, reach, second_moments
 from compress.calibration.stream import encoded, padded
 from compress.errors import BrokenPromise, DataError, DeviceError, ModelError
-from compress.methods import Example, LayerSettings, quiet
+from compress.methods import Example, LayerSettings
 from compress.model import Source, load_model
 from compress.quantize import rtn
 from compress.quantize._calibrated import quantise
 from compress.quantize._grid import GridSettings, fit
 from compress.quantize._pack import Packed
 from compress.quantize._solution import Quantised
-from tests.blocks import bundle, context, examples, lively, saved, visit
+from tests.blocks import bundle, context, examples, lively, made, saved, visit
 from tests.conftest import TASKS, WORDS
 
 
@@ -250,10 +250,8 @@ def test_fixed_ranges_for_an_encoder_decoder_are_refused_before_weights_are_read
 
 
 def test_fp8_without_a_gpu_is_refused(toys, tmp_path):
-    source = {"id": str(toys["llama"]), "task": "causal-lm", "dtype": "float32"}
-    calibration = {"examples": [], "max_tokens": 32, "chat": False}
     with pytest.raises(DeviceError, match="quantize: fp8 runs on cuda, not on cpu"):
-        stage.run(quiet, source, {"family": "quantize", "method": "fp8", "settings": {}}, calibration, str(tmp_path / "made"), "cpu")
+        made(Source(str(toys["llama"]), "causal-lm", "float32"), "quantize", "fp8", {}, tmp_path / "made")
     assert not (tmp_path / "made").exists()
 
 

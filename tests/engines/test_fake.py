@@ -153,3 +153,12 @@ def test_what_the_fake_writes_and_reads(toys):
     assert engine.write([[3, 4, 5, 1]], Generation(max_new_tokens=2), quiet).tokens == [[3, 4]]
     (row,) = engine.read([engines.Piece(0, [3, 4], [5, 6, 1])], quiet)
     assert (row.nats, row.tokens) == (4.5, 3)
+
+
+def test_prompts_that_have_no_place_in_memory_are_refused_at_once():
+    with pytest.raises(MemoryError):
+        engines.random_prompts(64, None, 10**12, 8)
+    rows = engines.random_prompts(64, 7, 3, 8)
+    assert rows == engines.random_prompts(64, 7, 3, 8)
+    assert {len(row) for row in rows} == {8}
+    assert all(row[-1] == 7 and min(row) >= 7 for row in rows)

@@ -1,19 +1,19 @@
 """What is carried over to CTranslate2 against plain transformers: the same tokens, the same likelihoods, the very integers."""
 
 import json
-from dataclasses import asdict
 
 import numpy as np
 import pytest
 import torch
 
-from compress import engines, exports, model, stage
+from compress import engines, exports, model
 from compress.engines import Opening, Piece
 from compress.errors import BrokenPromise, ModelError, RecipeError
 from compress.export import ctranslate2 as export
 from compress.methods import quiet
 from compress.model import BUILTIN, Source
 from compress.recipe import Generation, Runtime, load
+from tests import blocks
 from tests.conftest import TASKS, recipe_for
 
 pytest.importorskip("ctranslate2")
@@ -21,10 +21,7 @@ pytest.importorskip("ctranslate2")
 
 def made(source, kind, target, method="ctranslate2", family="export", **settings):
     """The artifact of one stage."""
-    shown = {"examples": [], "validation": [], "max_tokens": 32, "chat": False}
-    written = {"family": family, "method": method, "settings": settings}
-    stage.run(quiet, asdict(Source(str(source), TASKS.get(kind, kind))), written, shown, str(target), "cpu")
-    return target
+    return blocks.made(Source(str(source), TASKS.get(kind, kind)), family, method, settings, target)
 
 
 def opened(name, folder, kind, **settings):

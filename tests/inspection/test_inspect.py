@@ -4,7 +4,6 @@ import importlib.util
 import json
 import math
 import shutil
-from dataclasses import asdict
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from compress.inspection.findings import Inspection, Part, grouped
 from compress.methods import quiet
 from compress.model import Source
 from compress.report.numbers import count
+from compress.requests import Inspect
 from tests.conftest import TASKS, make_model, make_tokenizer
 from tests.quantize.test_methods import make
 from tests.test_cli import program
@@ -28,7 +28,7 @@ NEAR = ("zero", "below_hundredth", "below_tenth", "below_half")
 
 
 def look(folder, task="", tokens=None) -> Inspection:
-    found = measure.inspect(quiet, asdict(Source(str(folder), task)), "cpu", 2, tokens)
+    found = measure.inspect(quiet, Inspect(Source(str(folder), task), "cpu", 2, tokens))
     return Inspection.model_validate({"model": "toy", **json.loads(json.dumps(found, allow_nan=False))})
 
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress import held, methods, model, stage
+from compress import held, methods, model
 from compress.errors import BrokenPromise, MissingPackage
 from compress.model import Source
-from tests.blocks import ODD, run
+from tests.blocks import ODD, made, run
 from tests.conftest import TASKS, make_model, make_tokenizer
 from tests.plain import plain
 
@@ -206,16 +206,8 @@ def test_t5_with_large_activations_survives_float16(tmp_path):
 def test_casting_to_the_same_dtype_is_refused(toys, tmp_path):
     half = make(toys["llama"], "llama", "cast", tmp_path / "half", dtype="bfloat16")
     assert json.loads((half / "config.json").read_text())["dtype"] == "bfloat16"
-    written = {"family": "quantize", "method": "cast", "settings": {"dtype": "bfloat16"}}
     with pytest.raises(BrokenPromise, match="is in bfloat16 already"):
-        stage.run(
-            methods.quiet,
-            {"id": str(half), "task": "causal-lm"},
-            written,
-            {"examples": [], "max_tokens": 32, "chat": False},
-            str(tmp_path / "again"),
-            "cpu",
-        )
+        made(Source(str(half), "causal-lm"), "quantize", "cast", {"dtype": "bfloat16"}, tmp_path / "again")
     assert not (tmp_path / "again").exists()
 
 

@@ -1,0 +1,71 @@
+"""What working processes are asked besides measuring, and what they answer. Both sides have these records; none needs torch."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from compress.border import Request
+from compress.methods import Example
+from compress.model import Source
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What a stage may see.
+
+    examples     of the train split
+    validation   what early stopping looks at
+    max_tokens   each example's longest input
+    chat         prompts are a user's turns
+    """
+
+    examples: list[Example] = field(default_factory=list)
+    validation: list[Example] = field(default_factory=list)
+    max_tokens: int = 512
+    chat: bool = False
+
+
+@dataclass(frozen=True)
+class Make(Request[None]):
+    """Make the artifact of one stage in the folder `target`, which appears whole or not at all.
+
+    settings   the method's, as plain data
+    scratch    where it may leave checkpoints; not made before it does
+    cache      where it may leave what other stages can use; not made before it does
+    models     what it may load besides the source: `original`, the recipe's model as it came, and those that its settings name
+    processes  so many are asked for this same stage, to do it together; the first makes the artifact
+    """
+
+    answer = None
+
+    source: Source
+    family: str
+    method: str
+    settings: dict[str, Any]
+    shown: Shown
+    target: str
+    device: str
+    scratch: str | None = None
+    cache: str | None = None
+    models: dict[str, Source] = field(default_factory=dict)
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Inspect(Request[dict[str, Any]]):
+    """Look at a model, in inputs of so many tokens (None: 128, or all that fit); the answer is an `Inspection` but for the model's name."""
+
+    answer = dict[str, Any]
+
+    source: Source
+    device: str
+    batch_size: int = 1
+    tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class SeeTemplate(Request[None]):
+    """See that a model's chat template serves; what is wrong with it is raised."""
+
+    answer = None
+
+    source: Source
