@@ -11,7 +11,7 @@ import pandas as pd
 
 sys.path.insert(0, ".")
 from tests.architectures import BOTH_SIDES, CLASSIFIERS, DECODERS, made
-from tests.test_matrix import METHODS, cell
+from tests.test_matrix import cells
 
 ROWS, PAGE = Path("docs/types.csv"), Path("docs/types.md")
 HEAD = """# Types of model
@@ -35,8 +35,7 @@ def main(names: list[str]) -> None:
 
 def tried(name: str) -> dict[str, str]:
     with tempfile.TemporaryDirectory() as place:
-        folder = made(name, Path(place) / "model")
-        outcomes = {m: cell(name, m, folder, Path(place) / m) for m in METHODS}
+        outcomes = cells(name, made(name, Path(place) / "model"), Path(place))
     return {"type": name, **{method: text.replace(place, "").removeprefix("/") for method, text in outcomes.items()}}
 
 

@@ -88,7 +88,7 @@ BOTH_SIDES = {
     "MT5ForConditionalGeneration": T5,
     "UMT5ForConditionalGeneration": T5,
     "LongT5ForConditionalGeneration": T5,
-    "SwitchTransformersForConditionalGeneration": {**T5, "num_sparse_encoder_layers": 0, "num_sparse_decoder_layers": 0},
+    "SwitchTransformersForConditionalGeneration": {**T5, "num_experts": 4, "num_decoder_layers": 2, "num_sparse_encoder_layers": 0, "num_sparse_decoder_layers": 0},
     "T5GemmaForConditionalGeneration": {
         "encoder": {**GEMMA, "vocab_size": 64}, "decoder": {**GEMMA, "vocab_size": 64}, "vocab_size": 64, **ENDS, "bos_token_id": 1,
     },

@@ -1,5 +1,6 @@
 """Small random models of every architecture, made once a session; a small data set; recipes over them. No network."""
 
+import gc
 import json
 import os
 import tempfile
@@ -45,6 +46,17 @@ def shared_nursery():
     """The processes of every run are copies of one, which imports once a session."""
     with nursery():
         yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def out_of_the_way():
+    out_of_the_collectors_way()
+
+
+def out_of_the_collectors_way():
+    """Whatever is there by now stays: a stage, which runs in this process here, has rubbish collected thrice, each time among millions of objects."""
+    gc.collect()
+    gc.freeze()
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:

@@ -15,6 +15,7 @@ from compress.model import AUTO, Source, load_model
 from compress.results import NOTES
 from tests.architectures import ALL, BOTH_SIDES, CLASSIFIERS, made, task_of
 from tests.blocks import examples
+from tests.conftest import out_of_the_collectors_way
 
 METHODS = {
     "rtn": ("quantize", {}),
@@ -27,8 +28,21 @@ METHODS = {
 }
 
 
-def cell(name: str, method: str, folder, target) -> str:
-    """`made`, or the sentence that refuses; anything else that happens is an error."""
+def cells(name: str, folder, place) -> dict[str, str]:
+    """By method `made`, or the sentence that refuses; anything else that happens is an error. What is made lies in `place`, a folder a method."""
+    found = {method: made_or_refused(name, method, folder, place / method) for method in METHODS}
+    targets = [place / method for method, outcome in found.items() if outcome == "made"]
+    inputs = {"input_ids": torch.arange(2, 12)[None], "attention_mask": torch.ones(1, 10, dtype=torch.long)}
+    if name in BOTH_SIDES:
+        inputs["decoder_input_ids"] = inputs["input_ids"][:, :4]
+    for target, there in zip(targets, elsewhere(task_of(name), targets, inputs), strict=True):
+        with torch.no_grad():
+            here = load_model(Source(str(target), task_of(name)), "cpu")(**inputs).logits
+        torch.testing.assert_close(there, here, msg=lambda said, target=target: f"{target.name}: {said}")
+    return found
+
+
+def made_or_refused(name: str, method: str, folder, target) -> str:
     family, settings = METHODS[method]
     if method == "depth" and name in BOTH_SIDES:
         settings = {"drop": {"decoder": 1}}
@@ -46,23 +60,17 @@ def cell(name: str, method: str, folder, target) -> str:
     account = json.loads((target / NOTES).read_text())["account"]
     if account is not None:
         assert sum(account.values()) == sum(p.numel() for p in load_model(Source(**source), "cpu").parameters())
-    inputs = {"input_ids": torch.arange(2, 12)[None], "attention_mask": torch.ones(1, 10, dtype=torch.long)}
-    if name in BOTH_SIDES:
-        inputs["decoder_input_ids"] = inputs["input_ids"][:, :4]
-    with torch.no_grad():
-        here = load_model(Source(str(target), task_of(name)), "cpu")(**inputs).logits
-    torch.testing.assert_close(elsewhere(task_of(name), target, inputs), here)
     return "made"
 
 
-def elsewhere(task, folder, inputs):
-    """What plain transformers has for these inputs, in a process of its own."""
+def elsewhere(task, folders, inputs):
+    """What plain transformers has for these inputs, a folder at a time, in a process of its own."""
     read, write = os.pipe()
     if (child := os.fork()) == 0:
         try:
-            model = getattr(transformers, AUTO[task]).from_pretrained(folder, dtype="auto").eval()
             with torch.no_grad(), os.fdopen(write, "wb") as answer:
-                pickle.dump(model(**inputs).logits, answer)
+                models = (getattr(transformers, AUTO[task]).from_pretrained(folder, dtype="auto").eval() for folder in folders)
+                pickle.dump([model(**inputs).logits for model in models], answer)
         finally:
             os._exit(0)
     os.close(write)
@@ -75,6 +83,5 @@ def elsewhere(task, folder, inputs):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ALL)
 def test_every_method_makes_it_or_refuses_it_before_any_work(name, tmp_path):
-    folder = made(name, tmp_path / "model")
-    for method in METHODS:
-        cell(name, method, folder, tmp_path / method)
+    out_of_the_collectors_way()  # each type brings modules of its own
+    cells(name, made(name, tmp_path / "model"), tmp_path)
