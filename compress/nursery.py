@@ -30,7 +30,10 @@ from compress.process import Process, environment_of, fresh
 
 GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, of either under Windows' Linux
 PIPES = 2
-IMPORTED = ("compress.benchmark.worker", "compress.stage")
+IMPORTED = (
+    "compress.benchmark.worker", "compress.stage", "compress.engines.transformers.engine",  # transformers itself, which takes the longest
+    "rouge_score.tokenizers",  # with NLTK, and that with scikit-learn
+)  # fmt: skip
 _current: "ContextVar[Nursery | None]" = ContextVar("nursery", default=None)  # of this thread
 
 

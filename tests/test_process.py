@@ -113,6 +113,13 @@ def test_copies_find_imported_what_they_need_and_share_nothing(server, tmp_path,
         assert second.ask("recall") is None
 
 
+def test_what_loads_models_is_imported_before_any_copy():
+    code = "import importlib, sys; from compress.nursery import IMPORTED; [importlib.import_module(name) for name in IMPORTED]"
+    loads = {"torch", "transformers.modeling_utils", "transformers.quantizers", "nltk"}
+    done = subprocess.run([sys.executable, "-c", f"{code}; print(*{loads} - sys.modules.keys())"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "\n"), "each copy would import it, for seconds"
+
+
 def test_copies_end_with_their_nursery(server, tmp_path, monkeypatch):
     monkeypatch.setattr(nursery, "GPUS", ())
     with nursery.nursery():
