@@ -261,21 +261,21 @@ def test_a_sweep_on_ray(toy, tmp_path, monkeypatch):
     assert "'nothing'" in failed["reason"]
 
 
-def _work(number):
-    if number == 1:
-        raise RunError("it broke")
-    if number == 2:
-        raise ValueError("a fault")
-    return number
-
-
 @pytest.mark.slow
 def test_a_cluster_gives_what_its_tasks_gave(monkeypatch):
     pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent.parent))
+
+    def work(number):  # from here, and not by the name of this module, which imports torch
+        if number == 1:
+            raise RunError("it broke")
+        if number == 2:
+            raise ValueError("a fault")
+        return number
+
     with cluster() as workers:
         assert workers.room >= 1
-        tasks = {workers.start(_work, number): number for number in range(3)}
+        tasks = {workers.start(work, number): number for number in range(3)}
         found = {}
         while tasks:
             task, one = workers.first(list(tasks))

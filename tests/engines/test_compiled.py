@@ -17,6 +17,7 @@ from compress.recipe import Runtime, load
 from tests import measuring
 from tests.conftest import TASKS, recipe_for
 from tests.quantize.test_methods import make
+from tests.wide import stored, wide
 
 STATIC = Runtime(cache="static")
 COMPILED = Runtime(cache="static", compile=True)
@@ -55,8 +56,9 @@ def loaded(folder, kind, runtime, device="cpu"):
 @pytest.mark.slow
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("kind", ["t5", "llama"])
-def test_steps_are_compiled_in_the_warm_up_alone(toys, kind, device):
-    worker = loaded(toys[kind], kind, COMPILED, device)
+def test_steps_are_compiled_in_the_warm_up_alone(kind, device, tmp_path):
+    one_block = {"t5": {"num_layers": 1, "num_decoder_layers": 1}, "llama": {"num_hidden_layers": 1}}[kind]
+    worker = loaded(stored(wide(kind, **one_block), tmp_path / kind), kind, COMPILED, device)
     points = [(1, 8), (2, 16)]
 
     def written(point, runtime):
