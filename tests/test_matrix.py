@@ -65,6 +65,7 @@ def elsewhere(task, folders, inputs):
     read, write = os.pipe()
     if (child := os.fork()) == 0:
         try:
+            torch.set_num_threads(1)  # others stay behind at a fork
             with torch.no_grad(), os.fdopen(write, "wb") as answer:
                 models = (getattr(transformers, AUTO[task]).from_pretrained(folder, dtype="auto").eval() for folder in folders)
                 pickle.dump([model(**inputs).logits for model in models], answer)

@@ -1,6 +1,5 @@
 """Whether a model that was carried over to an engine's format says the same there: by how likely it finds what it is given."""
 
-import os
 from collections.abc import Sequence
 
 from compress import engines
@@ -49,8 +48,10 @@ def check(before: Source, made: Source, form: str, device: str, context: Context
 
 
 def _opened(name: str, source: Source, device: str) -> Engine:
+    import torch
+
     module = engines.require(name)
-    engine = module.make(Opening(source, device, len(os.sched_getaffinity(0)), Runtime(), module.Settings()))
+    engine = module.make(Opening(source, device, torch.get_num_threads(), Runtime(), module.Settings()))
     engine.open()
     return engine
 
