@@ -56,7 +56,9 @@ def test_a_report_of_another_engine_has_the_original_beside_it(report_of, kind):
     latency_p50 = min(m.value for m in report.candidate.measurements if m.metric == "latency_p50")
     assert latency_p50 >= 0.002 * (1 if kind == "bert" else report.settings["benchmark"]["new_tokens"])
     assert {c.metric for c in report.against_original} >= {"latency_p50", "weight_bytes"}
-    assert (report.agreement.dtype, report.agreement.equal < report.agreement.examples) == (None, True), "it doesn't write what the model writes"
+    assert (report.agreement.dtype, report.agreement.equal < report.agreement.examples) == (None, True), (
+        "it doesn't write what the model writes"
+    )
     assert any("which rounding doesn't explain" in sentence for sentence in report.cautions)
     text = (report.folder / "report.md").read_text()
     assert text.startswith("# toy in fake: ")
