@@ -90,7 +90,10 @@ class Exported(Bundle):
             if self.weights == "int4":
                 import nncf
 
-                nncf.compress_weights(graph, mode=nncf.CompressWeightsMode.INT4_ASYM, group_size=GROUP)  # in place
+                # layers whose columns 32 does not divide are left to NNCF, and no reason to refuse the model
+                whole = nncf.AdvancedCompressionParameters(group_size_fallback_mode=nncf.GroupSizeFallbackMode.IGNORE)
+                mode = nncf.CompressWeightsMode.INT4_ASYM
+                nncf.compress_weights(graph, mode=mode, group_size=GROUP, advanced_parameters=whole)  # in place
             else:
                 kept |= _store(graph, self.packed, tables if self.weights == "int8" else None)
             stored += _sizes(graph)
@@ -224,7 +227,7 @@ def _numbers(matrix: Integers, bits: int) -> Any:
         flat: NDArray[np.uint8] = values.reshape(-1).astype(np.uint8)
         if bits == 4:  # the first of two is the lower half of a byte
             flat = np.append(flat, np.uint8(0)) if len(flat) % 2 else flat
-            flat = flat[::2] & 15 | flat[1::2] << 4
+            flat = (flat[::2] & 15 | flat[1::2] << 4).astype(np.uint8)
         kind = getattr(openvino.Type, f"{'i' if matrix.zero is None else 'u'}{bits}")
         return op.convert(op.constant(openvino.Tensor(flat, openvino.Shape(shape), kind), shared_memory=False), "f32")
 
