@@ -1,4 +1,6 @@
-"""What keeps libraries from talking where a person would read it: variables that they look at when they are imported."""
+"""What keeps libraries from talking: variables that they look at when they are imported, and what tells their makers what is done."""
+
+import sys
 
 QUIET = {  # they say what went wrong, and nothing else
     "TRANSFORMERS_VERBOSITY": "error",
@@ -9,3 +11,8 @@ QUIET = {  # they say what went wrong, and nothing else
     "BITSANDBYTES_NOWELCOME": "1",
     "TOKENIZERS_PARALLELISM": "false",  # of which tokenizers warn after a fork
 }
+
+
+def silence(package: str) -> None:
+    """Have a package that tells others what is done not be there for those that import it from now on."""
+    sys.modules.setdefault(package, None)  # type: ignore[arg-type]

@@ -1,11 +1,12 @@
 """A model as numbers alone: packed weights unpacked to what they stand for, all in float32."""
 
+import copy
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from compress import ao
 from compress.model import Source, load_model
-from compress.structure import trial_inputs
+from compress.structure import bare, trial_inputs
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -24,6 +25,7 @@ def dense(source: Source) -> "PreTrainedModel":
         elif "compressed" in method:  # which unpacks at loading, or at the first step
             with torch.no_grad():
                 model(**trial_inputs(model))
+            model = _rebuilt(model)
         else:
             model = model.dequantize()
         model.config.__dict__.pop("quantization_config", None)
@@ -31,3 +33,14 @@ def dense(source: Source) -> "PreTrainedModel":
         if tensor.is_floating_point():
             tensor.data = tensor.data.float()
     return model
+
+
+def _rebuilt(model: "PreTrainedModel") -> "PreTrainedModel":
+    """The same numbers in modules as transformers makes them, since what unpacks at the first step leaves its own calls behind."""
+    config, state = copy.deepcopy(model.config), model.state_dict()
+    del config.quantization_config
+    plain = bare(model, config)
+    plain.load_state_dict({name: state[name] for name in plain.state_dict()}, assign=True)
+    plain.tie_weights()
+    plain.generation_config = model.generation_config
+    return plain.eval()

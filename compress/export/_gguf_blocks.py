@@ -7,47 +7,18 @@ So a symmetric grid of up to 4, 5 or 8 bits is one of the first three, any other
 columns that is a multiple of 32 is several blocks with the same scale.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from compress.errors import MissingPackage, ModelError
-from compress.extras import install_line
+from compress.errors import ModelError
+from compress.export._integers import Integers
 
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
-    from torch import Tensor
 
 BLOCK = 32  # columns
 SYMMETRIC, ASYMMETRIC = {4: "Q4_0", 5: "Q5_0", 8: "Q8_0"}, {4: "Q4_1", 5: "Q5_1"}  # by the most bits that they hold
 MIDDLE = {"Q4_0": 8, "Q5_0": 16}
-
-
-@dataclass(frozen=True)
-class Integers:
-    """A matrix on a grid: scale (integers - zero).
-
-    integers   int16 (rows, columns); around 0 where the grid is symmetric, else of 0 to 2^bits - 1
-    scale      float32 (rows, groups)
-    zero       int16 (rows, groups); None where the grid is symmetric
-    """
-
-    integers: "NDArray[np.int16]"
-    scale: "NDArray[np.float32]"
-    zero: "NDArray[np.int16] | None"
-
-    def values(self) -> "NDArray[np.float32]":
-        """What the integers stand for, float32 (rows, columns)."""
-        import numpy as np
-
-        size = self.integers.shape[1] // self.scale.shape[1]
-        shifted = self.integers if self.zero is None else self.integers - np.repeat(self.zero, size, axis=1)
-        return (shifted * np.repeat(self.scale, size, axis=1)).astype(np.float32)
-
-    def rows(self, order: "NDArray[np.int64]") -> "Integers":
-        """The same with its rows in this order."""
-        return Integers(self.integers[order], self.scale[order], None if self.zero is None else self.zero[order])
 
 
 def kind_for(layer: str, bits: int, symmetric: bool, columns: int, groups: int) -> str:
@@ -99,40 +70,3 @@ def blocks(layer: str, matrix: Integers, kind: str) -> "NDArray[np.uint8]":
         low = (integers & 15).astype(np.uint8)  # the first and the second half of a block share bytes
         parts.append(low[..., : BLOCK // 2] | low[..., BLOCK // 2 :] << 4)
     return np.concatenate([part.view(np.uint8) for part in parts], axis=-1).reshape(rows, -1)
-
-
-def widths(config: Mapping[str, Any]) -> Mapping[str, int]:
-    """Bits by layer, or by class of layer, as a model's quantization_config has them.
-
-    Raises ModelError for weights that aren't packed by compressed-tensors, or whose inputs are rounded at run time too.
-    """
-    form, method = config.get("format"), config.get("quant_method")
-    groups = config.get("config_groups", {}).values()
-    if method != "compressed-tensors" or form != "pack-quantized" or any(group.get("input_activations") for group in groups):
-        raise ModelError(
-            f"export: gguf: the weights are packed by {method}{f' ({form})' if form else ''}, and integers are taken over from"
-            " compressed-tensors' pack-quantized alone; quantise with rtn, gptq, awq or autoround in format: compressed-tensors, or export"
-            " a model in floats"
-        )
-    return {target: int(group["weights"]["num_bits"]) for group in groups for target in group["targets"]}
-
-
-def unpacked(parts: "Mapping[str, Tensor]", bits: int) -> Integers:
-    """The integers of a packed layer, from its tensors `weight_packed` and so on, as `compress.quantize._pack` stores them.
-
-    Raises MissingPackage.
-    """
-    import torch
-
-    try:
-        from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
-    except ImportError:
-        raise MissingPackage(f"export: gguf: packed weights need compressed-tensors. Install with: {install_line('quant')}") from None
-    scale, zero, middle = parts["weight_scale"].float(), parts.get("weight_zero_point"), 2 ** (bits - 1)
-    shape = torch.Size(parts["weight_shape"].tolist())
-    integers = unpack_from_int32(parts["weight_packed"], bits, shape).to(torch.int16)  # counted from -middle
-    if zero is None:
-        return Integers(integers.numpy(), scale.numpy(), None)
-    if zero.dtype == torch.int32:
-        zero = unpack_from_int32(zero, bits, scale.shape, packed_dim=0)
-    return Integers((integers + middle).numpy(), scale.numpy(), (zero.to(torch.int16) + middle).numpy())

@@ -17,8 +17,9 @@ from pydantic import Field
 
 from compress import decoding, methods
 from compress.errors import ModelError
-from compress.export._gguf_blocks import BLOCK, blocks, kind_for, unpacked, widths
+from compress.export._gguf_blocks import BLOCK, blocks, kind_for
 from compress.export._gguf_tokenizer import Vocabulary, vocabulary
+from compress.export._integers import unpacked, widths
 from compress.exports import Export
 from compress.methods import About, Context, Task
 from compress.model import Bundle, local_folder, settings, tensor_headers, weight_files
@@ -144,7 +145,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     _check(config)
     words = vocabulary(bundle.tokenizer, config.vocab_size)
     packing = getattr(config, "quantization_config", None)
-    tensors = _tensors(local_folder(bundle.source), config, settings, widths(packing) if packing else {})
+    tensors = _tensors(local_folder(bundle.source), config, settings, widths(packing, "gguf") if packing else {})
     kinds = Counter(tensor.kind for tensor in tensors if tensor.name not in TABLES and len(tensor.shape) > 1)
     context.say(f"layers are stored as {', '.join(f'{kind} ({count})' for kind, count in sorted(kinds.items()))}")
     if packing:
@@ -258,7 +259,7 @@ def _packed(
     kind = kind_for(layer, bits, symmetric, columns, groups) if keeps else _kind(layer, place, (rows, columns), settings)
 
     def read() -> "NDArray[Any]":
-        found = unpacked({part: _tensor(f"{layer}.{part}", file) for part, file in parts.items()}, bits)
+        found = unpacked({part: _tensor(f"{layer}.{part}", file) for part, file in parts.items()}, bits, "gguf")
         found = found if order is None else found.rows(order)
         return blocks(layer, found, kind) if keeps else _rounded(layer, found.values(), kind)
 
