@@ -19,7 +19,7 @@ def test_the_recipe_is_valid_and_explains_itself(path):
 
 @pytest.mark.parametrize("path", BENCHMARKS, ids=lambda p: p.stem)
 def test_the_benchmark_is_valid(path):
-    assert recipe.load("quickstart", [f"benchmark={path.stem}"]).benchmark.batch_sizes
+    assert recipe.load("quickstart-int8", [f"benchmark={path.stem}"]).benchmark.batch_sizes
 
 
 @pytest.mark.parametrize("path", CHECKS, ids=lambda p: p.stem)

@@ -16,6 +16,7 @@ from compress.recipe import Benchmark
 from compress.results import Conditions
 
 POINT = (1, 8)
+TRANSFORMERS = SimpleNamespace(is_plain=True)
 
 
 def conditions(*disturbed):
@@ -112,7 +113,7 @@ def test_a_point_that_can_not_be_done_in_time_is_left_out_with_the_reason(tmp_pa
 
     def started(**changes):
         asked.clear()
-        recipe = type("Recipe", (), {"benchmark": Benchmark(**points, **changes)})
+        recipe = SimpleNamespace(benchmark=Benchmark(**points, **changes), engine=TRANSFORMERS)
         side = Slow("candidate", None, recipe, "cpu", tmp_path / "log", tmp_path, quiet)
         side.start()
         return side
@@ -144,7 +145,7 @@ def test_a_long_run_is_warmed_up_by_itself_once_the_heap_has_been_seen(tmp_path,
             return WarmedUp(memory={"peak": 1}, marks=[seconds])
 
     settings = Benchmark(**{"batch_sizes": [1], "prompt_tokens": [8], "warmup": 0, "precision": None, **changes})
-    side = Slow("candidate", None, SimpleNamespace(benchmark=settings), "cpu", tmp_path / "log", tmp_path, quiet)
+    side = Slow("candidate", None, SimpleNamespace(benchmark=settings, engine=TRANSFORMERS), "cpu", tmp_path / "log", tmp_path, quiet)
     side.start()
     side.start()
     assert asked == runs
