@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from compress.pipeline import bench, check, inspect, run
     from compress.recipe import Recipe
     from compress.recipe import load as load_recipe
+    from compress.report import Report, read_report
     from compress.report.frame import load_reports, pivot
     from compress.report.tradeoff import plot_tradeoff
-    from compress.results import Report, read_report
     from compress.runtime import use_cpu_int8, use_sparse_24
     from compress.trackers import log
 
@@ -34,7 +34,7 @@ _HOMES = {
     "CompressError": ("compress.errors", "CompressError"),
     "Inspection": ("compress.inspection.findings", "Inspection"),
     "Recipe": ("compress.recipe", "Recipe"),
-    "Report": ("compress.results", "Report"),
+    "Report": ("compress.report", "Report"),
     "bench": ("compress.pipeline", "bench"),
     "check": ("compress.pipeline", "check"),
     "inspect": ("compress.pipeline", "inspect"),
@@ -43,7 +43,7 @@ _HOMES = {
     "log": ("compress.trackers", "log"),
     "pivot": ("compress.report.frame", "pivot"),
     "plot_tradeoff": ("compress.report.tradeoff", "plot_tradeoff"),
-    "read_report": ("compress.results", "read_report"),
+    "read_report": ("compress.report", "read_report"),
     "run": ("compress.pipeline", "run"),
     "use_cpu_int8": ("compress.runtime", "use_cpu_int8"),
     "use_sparse_24": ("compress.runtime", "use_sparse_24"),

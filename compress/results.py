@@ -511,12 +511,6 @@ class Report(Record):
     def side(self, role: Role) -> Side | None:
         return next((side for side in self.sides if side.role == role), None)
 
-    def _repr_html_(self) -> str:
-        """What a notebook shows."""
-        from compress.report.notebook import as_html
-
-        return as_html(self)
-
     def as_json(self) -> dict[str, Any]:
         """What `--json` prints."""
         sides = {role: side.values() if (side := self.side(role)) else {} for role in ("baseline", "candidate")}

@@ -10,8 +10,12 @@ from compress.results import Report
 
 
 def as_html(report: Report) -> str:
-    """The verdict, the gates and the figures of both sides."""
-    said = f"{report.recipe} ({report.line or 'as it is'}): {verdict_words(report.verdict)}; {report.decided_by}"
+    """The verdict, the gates and the figures of both sides, in each of its engines."""
+    return "\n".join(map(_part, report.parts))
+
+
+def _part(report: Report) -> str:
+    said = f"{report.recipe}{report.inside} ({report.line or 'as it is'}): {verdict_words(report.verdict)}; {report.decided_by}"
     parts = [f"<p>{html.escape(printable(said))}.</p>"]
     if report.gates:
         parts.append(html_table(["verdict", "gate"], [[verdict_words(gate.verdict), gate.sentence] for gate in report.gates]))
