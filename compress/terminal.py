@@ -22,9 +22,9 @@ from compress.report import times
 from compress.report.compare import as_text, decisive, gates, rows
 from compress.report.history import FEWEST, Line, Run
 from compress.report.layers import line
+from compress.report.markdown import Row, either, shown
 from compress.report.numbers import change, count, duration, figure, percent, scaled, verdict_words
 from compress.report.table import fitted, room
-from compress.report.write import Row, either, shown
 from compress.results import Report
 
 COLOURS = {"pass": "green", "fail": "red", "cannot_tell": "yellow"}

@@ -9,7 +9,7 @@ import transformers
 from compress.errors import BrokenPromise
 from compress.prune import magnitude
 from compress.quantize import bnb_int8
-from compress.report import write
+from compress.report import markdown
 from compress.results import NOTES, Account, StageRecord
 from tests.blocks import run, saved
 from tests.conftest import make_model
@@ -100,7 +100,7 @@ def test_little_worked_on_is_said_before_the_gates():
     record = StageRecord(
         stage={"quantize": "rtn"}, artifact="a", seconds=0, reused=False, account=Account(worked=80, left_out=20, vectors=25)
     )
-    text = write.brief(made(stages=[record]))
+    text = markdown.brief(made(stages=[record]))
     assert text.split("\n\n")[2] == "**quantize: rtn worked on 80.0% of the weights that are no embeddings, heads, norms or biases.**"
     assert record.account.sentence == "64.0% of 125 parameters were worked on; 20.0% are norms and biases, 16.0% are left out"
 

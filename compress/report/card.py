@@ -18,8 +18,8 @@ from compress import __version__, model
 from compress.metrics import GROUPS
 from compress.model import CARD, Source
 from compress.recipe import Recipe, digest
+from compress.report import markdown as tables
 from compress.report import usage
-from compress.report import write as tables
 from compress.report.numbers import verdict_words
 from compress.report.table import cell, table
 from compress.report.why import at_run_time

@@ -3,9 +3,9 @@
 import html
 
 from compress.errors import printable
+from compress.report.markdown import sides
 from compress.report.numbers import verdict_words
 from compress.report.table import html_table
-from compress.report.write import sides
 from compress.results import Report
 
 

@@ -28,13 +28,13 @@ def refuse(given: Namespace) -> None:
 
 def tell(reports: Sequence["Report"], given: Namespace) -> None:
     """Tell a pipeline: the files of `_arguments.telling`, and on GitHub's runners annotations, which they read on stderr too."""
-    from compress.report import ci, write
+    from compress.report import ci, markdown
     from compress.results import write_whole
 
     if given.junit:
         write_whole(given.junit, ci.junit(reports))
     if given.markdown:
-        write_whole(given.markdown, "\n\n".join(map(write.brief, reports)) + "\n")
+        write_whole(given.markdown, "\n\n".join(map(markdown.brief, reports)) + "\n")
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for line in (line for report in reports for line in ci.annotations(report)):
             print(line, file=sys.stderr)

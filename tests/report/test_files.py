@@ -8,7 +8,7 @@ import pytest
 
 import compress
 from compress.errors import NoSpace, ReportError
-from compress.report import write
+from compress.report import markdown, write
 from compress.results import Measurement, Point, Prediction, Report, Side, StageRecord, read_report, whole_folder, write_whole
 
 
@@ -60,7 +60,7 @@ def test_the_curve_of_a_training_is_shown_and_kept(tmp_path):
     assert kept.loss[:30].tolist() == [5 - step / 10 for step in range(1, 31)]
     assert kept.validation[30:32].tolist() == [0.0, 31.25]
     assert kept.grad_norm.isna().all()
-    plain = write.markdown(made(stages=[record.model_copy(update={"curve": losses})]))
+    plain = markdown.whole(made(stages=[record.model_copy(update={"curve": losses})]))
     lines = plain.split("## Training: distill: logits")[1].splitlines()[2:16]
     assert lines[0] == "| step | loss |"
     assert [line.split(" | ")[0] for line in lines[2:13]] == [
@@ -100,7 +100,7 @@ def test_predictions_keep_every_output(tmp_path):
 
 
 def test_the_text_report_shows_outputs_as_text(tmp_path):
-    text = write.markdown(made())
+    text = markdown.whole(made())
     assert "\x1b" not in text and "\u202e" not in text and "<script>" not in text
     assert "&lt;script&gt;" in text
     assert "rougeL 80.0 to 10.0" in text

@@ -7,7 +7,7 @@ import pandas
 import pytest
 
 from compress import methods, terminal
-from compress.report import layers, why, write
+from compress.report import layers, markdown, why, write
 from compress.report.numbers import share
 from compress.results import NOTES, Layer, StageRecord, read_report
 from tests.report.test_files import made
@@ -79,7 +79,7 @@ def test_shares_are_percentages(value, expected):
 
 
 def test_the_text_report_lists_the_odd_layers_and_the_ten_worst():
-    text = write.markdown(made(stages=[stage(*llama())]))
+    text = markdown.whole(made(stages=[stage(*llama())]))
     section = text.split("## Layers: quantize: gptq\n\n")[1].split("\n## ")[0]
     assert section.startswith("16 layers: 12 in 4 bits, 1 in 8 bits (4.3 a layer on average); 3 left out. ")
     assert r"| lm\_head | full | left out: a head |" in section
@@ -91,29 +91,29 @@ def test_the_text_report_lists_the_odd_layers_and_the_ten_worst():
 
 
 def test_pruned_layers_are_shown_with_their_zeros():
-    text = write.markdown(made(stages=[stage(Layer(name="a", bits=32, sparsity=0.5, error=0.03))]))
+    text = markdown.whole(made(stages=[stage(Layer(name="a", bits=32, sparsity=0.5, error=0.03))]))
     assert "| layer | zeros | error |" in text and "| a | 50 % | 3 % |" in text
 
 
 def test_a_name_or_remark_is_shown_as_text():
     evil = Layer(name="a|<b>\x1b[31m", remark="left out: ![x](http://y)")
-    text = write.markdown(made(stages=[stage(evil)]))
+    text = markdown.whole(made(stages=[stage(evil)]))
     assert r"| a\|&lt;b&gt;" in text and r"\!\[x\](http://y)" in text
     assert "\x1b" not in text
 
 
 def test_errors_that_nobody_measured_are_not_shown_as_none():
-    text = write.markdown(made(stages=[stage(Layer(name="a", bits=8), method="bnb_int8")]))
+    text = markdown.whole(made(stages=[stage(Layer(name="a", bits=8), method="bnb_int8")]))
     assert "What each layer lost was not measured." in text
     assert "lost most;" not in text
 
 
 def test_a_stage_without_layers_has_no_section():
-    assert "## Layers" not in write.markdown(made())
+    assert "## Layers" not in markdown.whole(made())
 
 
 def test_the_text_report_says_what_is_unpacked_and_when():
-    text = write.markdown(made(stages=[stage(method="bnb_nf4"), stage(method="no_longer_there")]))
+    text = markdown.whole(made(stages=[stage(method="bnb_nf4"), stage(method="no_longer_there")]))
     row, gone = (
         next(line for line in text.splitlines() if line.startswith(f"| quantize: {name}")) for name in (r"bnb\_nf4", r"no\_longer")
     )
@@ -203,6 +203,6 @@ def test_reports_of_earlier_versions_are_read(tmp_path):
 @pytest.mark.parametrize("folder", sorted(REFERENCE.iterdir()), ids=lambda folder: folder.name)
 def test_reference_reports_are_read_and_shown(folder, capsys):
     report = read_report(folder)
-    assert write.markdown(report).startswith(f"# {report.recipe}: ")
+    assert markdown.whole(report).startswith(f"# {report.recipe}: ")
     terminal.show_report(report)
     assert "artifact" in capsys.readouterr().out

@@ -3,7 +3,7 @@
 import pytest
 
 from compress.metrics import KERNELS
-from compress.report import why, write
+from compress.report import markdown, why
 from compress.results import Comparison, GateResult, Measurement, Side, StageRecord, Step
 from tests.report.test_files import made
 
@@ -146,7 +146,7 @@ def test_without_a_profile_there_the_method_speaks(steps):
 
 def test_the_table_has_a_row_a_side_and_point():
     ours = side("candidate", step(0.016, unpacking=0.61), step(0.02, batch_size=8))
-    text = write.markdown(made(sides=[side("baseline", step(0.005)), ours], environment={"device": "cpu", **MACHINE}, score=None))
+    text = markdown.whole(made(sides=[side("baseline", step(0.005)), ours], environment={"device": "cpu", **MACHINE}, score=None))
     section = text.split("## Where a step's time goes\n\n")[1].split("\n## ")[0]
     assert (
         "| point | side | step | matrix products | attention | unpacking weights | rounding inputs | the rest | outside kernels |"
@@ -155,4 +155,4 @@ def test_the_table_has_a_row_a_side_and_point():
     assert "| batch 1, prompt 64 | baseline | 5.0 ms | 100% | 0% | 0% | 0% | 0% | 0% |" in section
     assert "| batch 1, prompt 64 | candidate | 16.0 ms | 39% | 0% | 61% | 0% | 0% | 0% |" in section
     assert "copies of 10 GB/s, matrix products of 50 GFLOP/s in float32." in section
-    assert "## Where" not in write.markdown(made())
+    assert "## Where" not in markdown.whole(made())

@@ -11,10 +11,10 @@ from compress.errors import printable
 from compress.metrics import METRICS
 from compress.report import memory, steps, times, turns
 from compress.report.layers import lost_most, remarkable, summary
+from compress.report.markdown import FIGURES, shown
 from compress.report.numbers import change, duration, figure, percent, scaled, share, verdict_words
 from compress.report.verdict import baseline_key
 from compress.report.why import at_run_time, open_points
-from compress.report.write import FIGURES, shown
 from compress.results import Comparison, GateResult, Measurement, Report, Side, StageRecord
 
 GIST = ("weight_bytes", "peak_run_bytes", "latency_p50")  # beside the headline metric
