@@ -203,6 +203,6 @@ def test_reports_of_earlier_versions_are_read(tmp_path):
 @pytest.mark.parametrize("folder", sorted(REFERENCE.iterdir()), ids=lambda folder: folder.name)
 def test_reference_reports_are_read_and_shown(folder, capsys):
     report = read_report(folder)
-    assert markdown.whole(report).startswith(f"# {report.recipe}: ")
+    assert markdown.whole(report).startswith(f"# {report.recipe}{report.inside}: ")
     terminal.show_report(report)
     assert "artifact" in capsys.readouterr().out
