@@ -151,6 +151,11 @@ def check(source: "Source", sampled: bool) -> None:
     refuse(settings, size if isinstance(size, int) else None, f"{source.id}: {FILE}", sampled)
 
 
+def ends(settings: Mapping[str, Any], otherwise: Any, padding: int | None) -> frozenset[int]:
+    """The tokens that end a text: those of a generation config as plain data, or `otherwise`, one or a list, and padding."""
+    return frozenset(_tokens(settings.get("eos_token_id", otherwise))) | ({padding} if padding is not None else frozenset())
+
+
 def overruled(config: "GenerationConfig") -> list[str]:
     """What of a config the harness decides and the config says otherwise, as `key: value`."""
     mere = {"max_length", "output_attentions", "output_hidden_states", "output_logits", "output_scores", "return_dict_in_generate"}

@@ -15,7 +15,7 @@ import hashlib
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -209,7 +209,7 @@ class About:
 
     def missing(self) -> list[str]:
         """The packages that aren't installed here. Looks at metadata only; nothing is imported."""
-        return [name for name in self.packages if _version(name) is None]
+        return lacking(self.packages)
 
 
 @dataclass(frozen=True)
@@ -306,11 +306,16 @@ def require(family: str, name: str, settings: Settings) -> Method:
     line = ""
     if missing := method.ABOUT.missing():
         line = method.ABOUT.install_line
-    elif missing := [package for package in settings.needs() if _version(package) is None]:
+    elif missing := lacking(settings.needs()):
         line = install_line(*(settings.needs()[package] for package in missing))
     if missing:
         raise MissingPackage(f"{family}: {name} needs {', '.join(missing)}, not installed here. Install with: {line}")
     return method
+
+
+def lacking(packages: Iterable[str]) -> list[str]:
+    """Those that aren't installed here. Looks at metadata only; nothing is imported."""
+    return [name for name in packages if _version(name) is None]
 
 
 def quiet(what: str, done: int, total: int) -> None:

@@ -150,9 +150,9 @@ class Worker:
     ) -> tuple[scores.Samples, list[str] | None, list[str]]:  # fmt: skip
         """Statistics of metrics on likelihoods, the text of each window with data.join, and what there is to say of them."""
         samples: scores.Samples = {}
-        original, reason = (request.original, None) if "divergence" in request.groups else (None, None)
+        original, reason = None, None
         if "divergence" in request.groups:
-            reason = "it is from an original, and none is beside this model"
+            original, reason = request.original, "it is from an original, and none is beside this model"
             if original is not None:
                 reason = self.engine.why_no_divergence(original)
         with phase("reading"):

@@ -4,18 +4,16 @@ An engine knows token ids, and nothing of examples, clocks and verdicts. Whoever
 what is measured.
 """
 
-import importlib
-import pkgutil
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
+from compress import methods
 from compress.errors import MissingPackage, ModelError
 from compress.extras import install_line
 from compress.methods import Settings, Task
@@ -56,16 +54,7 @@ class About:
 
     def missing(self) -> list[str]:
         """The packages that aren't installed here. Nothing is imported."""
-        from importlib import metadata
-
-        def lacks(name: str) -> bool:
-            try:
-                metadata.version(name)
-            except metadata.PackageNotFoundError:
-                return True
-            return False
-
-        return [name for name in self.packages if lacks(name)]
+        return methods.lacking(self.packages)
 
 
 @dataclass(frozen=True)
@@ -272,15 +261,14 @@ def batched(lengths: Sequence[int], tokens: int, progress: Progress, what: str, 
     progress(what, len(lengths), len(lengths))
 
 
-@cache
 def names() -> tuple[str, ...]:
     """The engines, by the files of this folder."""
-    return tuple(sorted(m.name for m in pkgutil.iter_modules([str(Path(__file__).parent)]) if not m.name.startswith("_")))
+    return methods.names("engines")
 
 
 def find(name: str) -> EngineModule:
     """The engine of that name. The caller has checked that it is one of `names()`."""
-    return cast(EngineModule, importlib.import_module(f"{__name__}.{name}"))
+    return cast(EngineModule, methods.find("engines", name))
 
 
 def require(name: str) -> EngineModule:

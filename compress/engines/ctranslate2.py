@@ -74,11 +74,10 @@ class CTranslate2(Engine):
             raise ModelError(f"engine: ctranslate2: {str(error).splitlines()[0]}") from None
         if wanted not in ("default", self._model.compute_type, f"{self._model.compute_type}_float32"):  # which it replaces in silence
             raise ModelError(f"engine: ctranslate2: compute: {wanted} isn't done on this {self._opening.device}; leave it out")
-        ends = self._generation.get("eos_token_id", config.eos_token_id)
         self.traits = Traits(
             dtype=self._model.compute_type, context=context_length(config, self.tokenizer), vocabulary=len(self.tokenizer),
             encodes=encodes, generates=True, start=getattr(config, "decoder_start_token_id", None),
-            ends=frozenset({self.tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}),
+            ends=decoding.ends(self._generation, config.eos_token_id, self.tokenizer.pad_token_id),
         )  # fmt: skip
         self.run(self.prepare([[min(10, len(self.tokenizer) - 1)] * 4]), 2, lambda: None)
 

@@ -159,10 +159,9 @@ class LlamaCpp(Engine):
             raise ModelError(f"engine: llama_cpp: {self._folder / FILE}: {_complaint()}")
         self._parameters = export.parameters
         self._vocabulary = self._library.llama_vocab_n_tokens(self._library.llama_model_get_vocab(self._model))
-        ends = self._generation.get("eos_token_id", self._config.eos_token_id)
         self.traits = Traits(
             dtype=export.weights, context=context_length(self._config, self.tokenizer), vocabulary=self._vocabulary, encodes=False,
-            generates=True, ends=frozenset({self.tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}),
+            generates=True, ends=decoding.ends(self._generation, self._config.eos_token_id, self.tokenizer.pad_token_id),
         )  # fmt: skip
         self.run([[min(10, self._vocabulary - 1)] * 4], 2, lambda: None)
 

@@ -74,12 +74,11 @@ class OpenVINO(Engine):
         self._encoder = self._compiled("encoder", own.precision) if encodes else None
         self._decoder = self._compiled("decoder", own.precision)
         self._takes = {port.any_name for port in self._decoder.model_inputs}
-        ends = self._generation.get("eos_token_id", config.eos_token_id)
         self.traits = Traits(
             dtype=own.precision if export.weights == "float32" else f"{export.weights}_{own.precision}",
             context=context_length(config, self.tokenizer), vocabulary=self._vocabulary, encodes=encodes, generates=True,
             start=getattr(config, "decoder_start_token_id", None),
-            ends=frozenset({self.tokenizer.pad_token_id, *(ends if isinstance(ends, list) else [ends])} - {None}),
+            ends=decoding.ends(self._generation, config.eos_token_id, self.tokenizer.pad_token_id),
         )  # fmt: skip
         self._weights = Weights(sum((self._folder / name).stat().st_size for name in export.files), 0, export.parameters)
         self.run([[min(10, self._vocabulary - 1)] * 4], 2, lambda: None)
