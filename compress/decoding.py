@@ -6,13 +6,14 @@ safest way: whole generations of prompts of equal length.
 """
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress import model
 from compress.errors import ModelError
+from compress.recipe import Generation
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
@@ -149,6 +150,24 @@ def check(source: "Source", sampled: bool) -> None:
     text = next((part for key in ("text_config", "decoder") if isinstance(part := config.get(key), dict)), config)
     size = text.get("vocab_size", config.get("vocab_size"))
     refuse(settings, size if isinstance(size, int) else None, f"{source.id}: {FILE}", sampled)
+
+
+def followed(engine: str, own: Mapping[str, Any], recipe: Generation, known: Collection[str], beams: bool = False) -> dict[str, Any]:
+    """What the recipe, and where it says nothing the model's own generation config as plain data, say to an engine that searches greedily.
+
+    known   the settings that it follows besides
+    beams   whether it searches with beams, too
+
+    Raises ModelError for what it doesn't do.
+    """
+    if recipe.do_sample:
+        raise ModelError(f"engine: {engine}: generation.do_sample: its draws aren't those of other engines; leave it out")
+    if recipe.num_beams > 1 and not beams:
+        raise ModelError(f"engine: {engine}: generation.num_beams: {recipe.num_beams}; it has no beams, leave it out")
+    values = {**own, **{name: value for name, value in recipe.model_dump(exclude={"seed"}).items() if value is not None}}
+    if unknown := acting(values) - SPECIAL - SEARCH - set(known):
+        raise ModelError(f"engine: {engine}: {', '.join(sorted(unknown))} isn't done here; remove it from the recipe and {FILE}")
+    return values
 
 
 def ends(settings: Mapping[str, Any], otherwise: Any, padding: int | None) -> frozenset[int]:

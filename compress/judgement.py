@@ -123,8 +123,9 @@ def _agreement(engine: str, measured: isolate.Measured) -> Agreement | None:
     baseline = measured.sides[0]
     dtype = measured.original.dtype if measured.original and measured.original.dtype != baseline.dtype else None
     return Agreement(
-        engine=engine, dtype=dtype, examples=len(theirs.texts or ours.samples["perplexity"]), equal=equal, likelihood=likelihood
-    )
+        engine=engine, dtype=dtype, half=dtype is None and (baseline.dtype or "").endswith("float16"),
+        examples=len(theirs.texts or ours.samples["perplexity"]), equal=equal, likelihood=likelihood,
+    )  # fmt: skip
 
 
 def _foretold(side: Side, source: Source, recipe: Recipe, environment: dict[str, Any]) -> list[Measurement]:

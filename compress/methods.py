@@ -15,7 +15,7 @@ import hashlib
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -26,6 +26,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from compress.errors import MissingPackage
 from compress.extras import install_line
+from compress.packages import lacking, versions
 
 if TYPE_CHECKING:
     from compress.model import Bundle, Source
@@ -55,6 +56,10 @@ class Settings(BaseModel):
         columns   of the model's layers, where they are known
         """
         return None
+
+    def readers(self) -> dict[str, str]:
+        """Packages by which transformers reads what a stage so set makes, besides the method's own, and the extra that installs each."""
+        return {}
 
     def needs(self) -> dict[str, str]:
         """Packages that these settings need besides the method's own, and the extra of this package that installs each."""
@@ -313,11 +318,6 @@ def require(family: str, name: str, settings: Settings) -> Method:
     return method
 
 
-def lacking(packages: Iterable[str]) -> list[str]:
-    """Those that aren't installed here. Looks at metadata only; nothing is imported."""
-    return [name for name in packages if _version(name) is None]
-
-
 def quiet(what: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
@@ -334,14 +334,4 @@ def made_with(method: Method) -> dict[str, str]:
     names = ("ao", "bnb", "decoding", "experts", "model", "products", "prompts", "scores", "stage", "structure", "writing")
     code = [file, *shared, *(package / f"{name}.py" for name in names)]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()
-    return {"code": digest, **{name: _version(name) or "" for name in ("torch", "transformers", *method.ABOUT.packages)}}
-
-
-def _version(name: str) -> str | None:
-    """The installed version of a distribution; None where it isn't installed."""
-    import importlib.metadata
-
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return {"code": digest, **versions(("torch", "transformers", *method.ABOUT.packages))}

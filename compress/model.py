@@ -31,6 +31,8 @@ AUTO = {
     "causal-lm": "AutoModelForCausalLM",
     "sequence-classification": "AutoModelForSequenceClassification",
 }
+# what packed weights bring along, of compressed-tensors and of GPTQ
+BROUGHT = frozenset({"weight_scale", "weight_zero_point", "weight_shape", "input_scale", "input_zero_point", "qzeros", "scales", "g_idx"})
 PACKED_READER = (5, 23)  # the first transformers that reads the packed weights of encoder-decoders and GPT-2, which are made elsewise
 
 
@@ -240,6 +242,34 @@ def tensor_headers(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     yield from header.items()
 
 
+def stored_parameters(folder: Path) -> int:
+    """The number of weights in a folder's files, packed ones with their unpacked shapes; nothing is loaded.
+
+    Raises ModelError where a file is damaged.
+    """
+    bits = (settings(Source(str(folder), ""), "config.json").get("quantization_config") or {}).get("bits", 4)
+    total = 0
+    for file in weight_files(folder):
+        headers = dict(tensor_headers(file))
+        for name, header in headers.items():
+            owner, _, leaf = name.rpartition(".")
+            if leaf in BROUGHT:
+                continue
+            if leaf == "weight_packed":
+                total += math.prod(_integers(file, headers[f"{owner}.weight_shape"]))
+            else:
+                total += math.prod(header["shape"]) * (32 // bits if leaf == "qweight" else 1)
+    return total
+
+
+def _integers(file: Path, header: dict[str, Any]) -> tuple[int, ...]:
+    """A tensor of 64-bit integers."""
+    begin, end = header["data_offsets"]
+    with file.open("rb") as stream:
+        stream.seek(8 + struct.unpack("<Q", stream.read(8))[0] + begin)
+        return struct.unpack(f"<{(end - begin) // 8}q", stream.read(end - begin))
+
+
 def fingerprint(source: Source) -> dict[str, Any]:
     """What tells one model from another: the content of a folder's files but its card and weights beside it; id and commit of a hub's."""
     if not source.is_folder:
@@ -263,13 +293,15 @@ def _digest(file: Path, size: int, mtime_ns: int) -> str:
 
 def pick_device(wanted: str) -> str:
     """`cpu` or `cuda`. Raises DeviceError when a GPU is wanted and none is there."""
+    if wanted == "cpu":  # for which an engine's own environment needs no torch
+        return "cpu"
     import torch
 
     there = torch.cuda.is_available()
     if wanted == "cuda" and not there:
         why = "this torch has no CUDA" if torch.version.cuda is None else "torch sees no GPU"
         raise DeviceError(f"--device cuda: {why} on this machine; use --device cpu or auto")
-    return "cuda" if there and wanted != "cpu" else "cpu"
+    return "cuda" if there else "cpu"
 
 
 @dataclass(frozen=True)
@@ -519,7 +551,7 @@ def parameter_count(model: "PreTrainedModel") -> int:
 
 def weights_in(owner: "nn.Module", leaf: str, parameter: "torch.Tensor") -> int:
     """How many weights a module's parameter of this name stands for; none where it is what packed weights bring along."""
-    if leaf in ("weight_scale", "weight_zero_point", "weight_shape", "input_scale", "input_zero_point"):
+    if leaf in BROUGHT:
         return 0
     if leaf == "weight_packed":
         return int(owner.weight_shape.prod())  # type: ignore[operator]

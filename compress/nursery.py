@@ -26,13 +26,13 @@ from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
 
+from compress.hardware import has_gpu
 from compress.process import Process, environment_of, fresh
 
-GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, of either under Windows' Linux
 PIPES = 2
 IMPORTED = (
     "compress.benchmark.worker", "compress.stage", "compress.engines.transformers.engine",  # transformers itself, which takes the longest
-    "rouge_score.tokenizers",  # with NLTK, and that with scikit-learn
+    "compress.benchmark.scorer", "rouge_score.tokenizers",  # with NLTK, and that with scikit-learn
 )  # fmt: skip
 _current: "ContextVar[Nursery | None]" = ContextVar("nursery", default=None)  # of this thread
 
@@ -40,7 +40,7 @@ _current: "ContextVar[Nursery | None]" = ContextVar("nursery", default=None)  # 
 @contextmanager
 def nursery() -> Iterator[None]:
     """Within it, or a function that it decorates, `copied` makes copies of one process. Within another it is that one; it ends with it."""
-    if _current.get() or any(Path(device).exists() for device in GPUS):
+    if _current.get() or has_gpu():
         yield
         return
     with Nursery() as made:

@@ -21,6 +21,7 @@ from compress.forecast.plan import read_config, widths
 from compress.methods import Task, TuneSettings
 from compress.metrics import GENERATED, TASK
 from compress.model import Source
+from compress.packages import lacking
 from compress.recipe import Recipe, Stage
 from compress.scripts import PACKAGES
 from compress.yamlfile import Place, dotted
@@ -64,6 +65,8 @@ def look(recipe: Recipe, stages: bool = True) -> Sight:
         _look_at_model(sight, recipe.model.id, ("model",))
         for index, stage in enumerate(recipe.stages):
             _look_at_stage(sight, stage, ("stages", index))
+            if any(engine.is_plain for engine in recipe.engines) or stage != recipe.stages[-1]:
+                _look_at_readers(sight, stage, ("stages", index))
         _look_at_widths(sight)
     _look_at_measuring(sight)
     for purpose in _purposes(recipe, stages):
@@ -133,6 +136,17 @@ def _look_at_stage(sight: Sight, stage: Stage, place: Place) -> None:
         _look_at_model(sight, other.id, (*place, role))
 
 
+def _look_at_readers(sight: Sight, stage: Stage, place: Place) -> None:
+    """Whether transformers can read what a stage makes."""
+    readers = stage.settings.readers()
+    if missing := lacking(readers):
+        problem = (
+            f"transformers reads what it makes by {', '.join(missing)}, not installed here; measure it in another engine (`compress"
+            f" engines`), or install with: {install_line(*(readers[package] for package in missing))}"
+        )
+        sight.add((*place, stage.family), MissingPackage(problem))
+
+
 def _look_at_widths(sight: Sight) -> None:
     """Whether layers of the model's shapes fit into the format that they are carried over to."""
     recipe, columns = sight.recipe, widths(sight.recipe)
@@ -164,9 +178,10 @@ def _look_at_measuring(sight: Sight) -> None:
         )
         sight.add(("metrics",), MissingPackage(problem))
     for engine in recipe.engines:
-        if missing := engine.about.missing():
-            problem = f"{engine.name} needs {', '.join(missing)}, not installed here. Install with: {engine.about.install_line}"
-            sight.add(("engine",), MissingPackage(problem))
+        try:
+            engine.about.require(engine.name, recipe.interpreter(engine))
+        except MissingPackage as error:
+            sight.add(("engine",), error)
     if any(group.startswith(TASK) for group in recipe.groups) and find_spec("lm_eval") is None:
         problem = f"lm_eval's tasks need lm-eval, not installed here. Install with: {install_line('lm_eval')}"
         sight.add(("metrics",), MissingPackage(problem))

@@ -334,10 +334,12 @@ class Agreement(Record):
     equal        of so many `examples` the same was written or chosen
     likelihood   the engine's perplexity over transformers'; None where it isn't measured
     dtype        what transformers computes in, where the engine computes in another; then texts part by rounding
+    half         whether both compute in 16 bits, in which they part by rounding, too
     """
 
     engine: str
     dtype: str | None = None
+    half: bool = False
     examples: int
     equal: int | None = None
     likelihood: float | None = None
@@ -345,7 +347,8 @@ class Agreement(Record):
     @property
     def is_doubtful(self) -> bool:
         """Whether rounding alone doesn't explain what differs."""
-        few = self.equal is not None and self.dtype is None and self.equal < LEAST_EQUAL * self.examples
+        exact = self.dtype is None and not self.half
+        few = self.equal is not None and exact and self.equal < LEAST_EQUAL * self.examples
         return few or (self.likelihood is not None and not 1 / MOST_APART <= self.likelihood <= MOST_APART)
 
     @property
@@ -353,10 +356,11 @@ class Agreement(Record):
         said = []
         if self.equal is not None:
             where = "transformers" if self.dtype is None else f"transformers in {self.dtype}"
-            said.append(f"writes the same as {where} in {self.equal:,} of {self.examples:,} examples")
+            how = ", both in 16 bits, where roundings part texts," if self.half else ""
+            said.append(f"writes the same as {where} in {self.equal:,} of {self.examples:,} examples{how}")
         if self.likelihood is not None:
             said.append(f"has a perplexity of x{self.likelihood:.4f} of transformers'")
-        return f"With the original's weights {self.engine} {' and '.join(said)}"
+        return f"With the original's weights {self.engine} {' and '.join(said).removesuffix(',')}"
 
 
 class Split(Record):

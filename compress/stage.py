@@ -7,9 +7,10 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from compress import account, experts, methods, model
+from compress import account, experts, gptq, methods, model
 from compress.border import answering
 from compress.errors import BrokenPromise, CompressError, DeviceError
 from compress.export._check import check as check_export
@@ -154,7 +155,7 @@ def _logits(source: model.Source, device: str, context: methods.Context, who: st
     gc.collect()
     if device == "cuda":
         torch.cuda.empty_cache()
-    loaded, few = model.load_model(source, device), replace(context, examples=context.examples[:LOOKED_AT], said=[], cut=[])
+    loaded, few = _loaded(source, device, context), replace(context, examples=context.examples[:LOOKED_AT], said=[], cut=[])
     if rounded:
         _round(loaded, context)
     rows = []
@@ -167,6 +168,15 @@ def _logits(source: model.Source, device: str, context: methods.Context, who: st
                 raise BrokenPromise(f"{who}: plain transformers can't run the result: {type(error).__name__}: {first[:200]}") from None
             rows.append((logits - logits.mean(dim=-1, keepdim=True)).flatten(0, -2).cpu())
     return rows
+
+
+def _loaded(source: model.Source, device: str, context: methods.Context) -> "PreTrainedModel":
+    """The model as transformers loads it, or where what it takes isn't installed, with the numbers that its files hold."""
+    if not gptq.is_unread(source):
+        return model.load_model(source, device)
+    context.say(f"its files were looked at unpacked: {', '.join(gptq.READERS)}, by which transformers reads them, aren't installed here")
+    with TemporaryDirectory(dir=Path(source.id).parent) as folder:
+        return model.load_model(gptq.unpacked(source, Path(folder) / "unpacked"), device)
 
 
 def _round(loaded: "PreTrainedModel", context: methods.Context) -> None:

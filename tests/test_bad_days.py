@@ -174,7 +174,7 @@ def test_a_disk_that_fills_while_the_artifact_is_written(toys, tmp_path, monkeyp
 def test_a_method_whose_package_is_absent_says_what_to_install(monkeypatch):
     from compress.errors import MissingPackage
 
-    monkeypatch.setattr(methods, "_version", lambda name: None)
+    monkeypatch.setattr(methods, "lacking", list)
     with pytest.raises(
         MissingPackage, match=r"quantize: bnb_nf4 needs bitsandbytes, not installed here\. Install with: pip install 'bitsandbytes>="
     ):

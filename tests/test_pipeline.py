@@ -57,7 +57,7 @@ def test_an_artifact_is_named_by_all_that_it_depends_on(loaded, toys, tmp_path, 
     config = json.loads((copy / "config.json").read_text())
     (copy / "config.json").write_text(json.dumps({**config, "rms_norm_eps": 1e-5}))
     others.add(name_of(monkeypatch, loaded(), Source(str(copy), "causal-lm", "float32"), tmp_path))
-    monkeypatch.setattr(methods, "_version", lambda name: "0")
+    monkeypatch.setattr(methods, "versions", lambda names: dict.fromkeys(names, "0"))
     others.add(name_of(monkeypatch, loaded(), source, tmp_path))
     assert len(others | {first}) == 7
 

@@ -1,6 +1,7 @@
 """What is seen before any work: models, tasks, data files, fields, packages; each by file, line and key."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -111,7 +112,7 @@ def test_chat_without_a_template(loaded, toys, tmp_path):
 
 
 def test_packages_that_are_absent(loaded, monkeypatch):
-    monkeypatch.setattr(methods, "_version", lambda name: None)
+    monkeypatch.setattr(methods, "lacking", list)
     wrong = loaded(stages=[{"quantize": "bnb_nf4"}])
     (line,) = preflight.look(wrong).mistakes
     assert "stages[0].quantize: quantize: bnb_nf4 needs bitsandbytes, not installed here. Install with: pip install 'bitsandbytes>=" in line
@@ -185,3 +186,12 @@ def test_layers_that_do_not_fit_a_format_show_before_any_work(loaded):
     assert any(said in line for line in preflight.look(loaded(stages=stages, engine="llama_cpp")).mistakes)
     assert any(said in line for line in preflight.look(loaded(stages=[*stages, {"export": "gguf"}], engine="llama_cpp")).mistakes)
     assert preflight.look(loaded(stages=stages, engine="ctranslate2")).mistakes == []
+
+
+def test_what_reads_an_artifact_is_wanted_where_transformers_has_to(loaded, monkeypatch):
+    monkeypatch.setattr(preflight, "lacking", list)
+    (mistake,) = preflight.look(loaded(stages=[{"quantize": "rtn", "format": "gptq"}])).mistakes
+    assert re.search(
+        r"transformers reads what it makes by gptqmodel, optimum, not installed here; .*install with: pip install 'gptqmodel", mistake
+    )
+    assert preflight.look(loaded(engine="fake", stages=[{"quantize": "rtn", "format": "gptq"}])).mistakes == []

@@ -114,7 +114,7 @@ class Explain(Request[Explained | None]):
 class Outputs:
     """What a model made of the examples.
 
-    samples            metric -> an example's statistics, or the reason why there are none
+    samples            metric -> an example's statistics, or the reason why there are none; a working process leaves those on texts out
     texts              what it wrote, or its labels; None where it only read
     windows            the text that each window counts, with data.join
     cut                prompts that were cut, to `limit` tokens
@@ -138,7 +138,6 @@ class Answer(Request[Outputs]):
     """Do the examples.
 
     groups      of metrics
-    tokenizers  what metrics on texts cut these with, as `scripts.Tokenizers` has them
     generation, data   the recipe's blocks
     original    the source of the model from which this one diverges, which may be itself; None where there is none
     """
@@ -147,7 +146,22 @@ class Answer(Request[Outputs]):
 
     examples: list[Example]
     groups: list[str]
-    tokenizers: dict[str, str]
     generation: dict[str, Any]
     data: dict[str, Any]
     original: Source | None = None
+
+
+@dataclass(frozen=True)
+class Score(Request[Samples]):
+    """Compare texts with their references, of which each has one or several.
+
+    groups      of metrics
+    tokenizers  what they cut texts with, as `scripts.Tokenizers` has them
+    """
+
+    answer = Samples
+
+    texts: list[str]
+    references: list[list[str]]
+    groups: list[str]
+    tokenizers: dict[str, str]

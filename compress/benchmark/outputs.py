@@ -1,7 +1,6 @@
 """What a model made of the examples, kept: the same model is asked the same only once. Times and memory are never kept."""
 
 import hashlib
-import importlib.metadata
 import json
 import shutil
 from dataclasses import asdict, replace
@@ -15,12 +14,13 @@ from compress.border import plain
 from compress.data import examples_digest
 from compress.methods import Example
 from compress.model import Source, fingerprint
+from compress.packages import versions
 from compress.recipe import ChosenEngine, Recipe, digest
 from compress.results import whole_folder
 
 HERE = Path(__file__).parent
 CODE = (  # an engine's own stands beside it
-    *(HERE / f"{part}.py" for part in ("messages", "quality", "worker")),
+    *(HERE / f"{part}.py" for part in ("messages", "quality", "scorer", "worker")),
     HERE.parent / "products.py",  # which imports torch
     *(Path(str(module.__file__)) for module in (decoding, rouge, scores, scripts)),
 )
@@ -54,6 +54,7 @@ def name(
     loaded     of the runtime's settings those count that changed layers, and the threads of timings don't
     """
     data, environment, chosen = recipe.data, loaded.environment, engine or recipe.engine
+    packages, interpreter = [*PACKAGES, *chosen.about.packages], recipe.interpreter(chosen)
     code = hashlib.sha256(b"".join(file.read_bytes() for file in [*CODE, *engines.code(chosen.name)])).hexdigest()
     return digest(
         [
@@ -61,7 +62,7 @@ def name(
             asdict(recipe.tokenizers), recipe.generation.model_dump(),
             [data.chat, data.max_tokens, data.stride, data.join, data.samples, data.seed, data.shots, data.shot_separator],
             sorted(setting for setting, layers in loaded.traits.changed.items() if layers), {key: environment[key] for key in MACHINE},
-            {package: _version(package) for package in (*PACKAGES, *chosen.about.packages)}, code,
+            versions(packages), interpreter and interpreter.versions(packages), code,
             chosen.as_written(), loaded.traits.dtype,
         ]
     )  # fmt: skip
@@ -88,10 +89,3 @@ def keep(folder: Path, name: str, outputs: Outputs) -> None:
     made = plain(outputs)
     with whole_folder(folder / name) as partial:
         (partial / "outputs.json").write_text(json.dumps({"digest": digest(made), "outputs": made}), encoding="utf-8")
-
-
-def _version(package: str) -> str:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return ""

@@ -3,25 +3,27 @@
 import math
 import time
 from collections.abc import Generator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TypeVar
 
 from compress import border
 from compress.benchmark import outputs as kept
 from compress.benchmark.machine import Machine
-from compress.benchmark.messages import Answer, Explain, Load, Loaded, Outputs, Point, Time, WarmedUp, WarmUp
+from compress.benchmark.messages import Answer, Explain, Load, Loaded, Outputs, Point, Score, Time, WarmedUp, WarmUp
 from compress.benchmark.sampler import Sampler
 from compress.border import Request
 from compress.engines import Explained
 from compress.errors import ChildDied, Killed, RunError
 from compress.methods import Example
+from compress.metrics import COMPARED
 from compress.model import Source
 from compress.nursery import copied
 from compress.phases import phase
 from compress.process import Child, Progress
 from compress.recipe import ChosenEngine, Recipe
 from compress.results import Conditions, Role
+from compress.scores import Samples
 
 T = TypeVar("T")
 Round = list[list[list[float]]]  # turns x iterations x tokens: seconds from the start of a generation
@@ -126,7 +128,8 @@ class Subject:
     def _load(self) -> Loaded:
         """Load the model in a new process."""
         benchmark = self._recipe.benchmark
-        self._child = Child(self.module, self._log, self._tell, benchmark.threads, start=copied)
+        interpreter = self._recipe.interpreter(self.engine)
+        self._child = Child(self.module, self._log, self._tell, benchmark.threads, start=interpreter.start if interpreter else copied)
         with phase("loading", self.role), Sampler(self._child.pid) as sampler:
             loaded = self.ask(
                 Load(
@@ -238,13 +241,21 @@ class Subject:
                 Answer(
                     examples,
                     list(recipe.groups),
-                    asdict(recipe.tokenizers),
                     recipe.generation.model_dump(),
                     recipe.data.model_dump(mode="json"),
                     self._original,
                 )
             )
+        if self.outputs.texts is not None and COMPARED & set(recipe.groups):
+            scored = self._scored(self.outputs.texts, [example.references for example in examples])
+            self.outputs = replace(self.outputs, samples={**scored, **self.outputs.samples})
         kept.keep(self._kept, name, self.outputs)
+
+    def _scored(self, texts: list[str], references: list[list[str]]) -> Samples:
+        """Statistics of the metrics that compare texts, worked out in a process of their own."""
+        score = Score(texts, references, list(self._recipe.groups), asdict(self._recipe.tokenizers))
+        with phase("scoring", self.role), Child("compress.benchmark.scorer", self._log, self._tell, start=copied) as child:
+            return border.ask(child, score, self._limit_s)
 
     def explain(self, usable: list[Point]) -> None:
         """Look at what a step does at every point, after the last timing of a process. What can't be looked at is said; timings stand."""
@@ -283,6 +294,8 @@ class Subject:
 def _remarks(loaded: Loaded) -> list[str]:
     """What there is to say of how a model's memory was read."""
     remarks = []
+    if loaded.weights.reserved:
+        remarks.append(f"{loaded.weights.reserved / 1e6:,.1f} MB are kept ready for keys and values and count as its peak, however few there are")
     if loaded.rest > max(REST, loaded.weights.weight_bytes // 20):
         more = f"{loaded.rest / 1e6:,.1f} MB more are held after the first step than the model's tensors take"
         remarks.append(f"{more}: pages of its file that were read, or a copy that only a kernel knows of")

@@ -3,7 +3,7 @@
 import os
 import platform
 from functools import partial
-from importlib import metadata
+from importlib.util import find_spec
 from typing import Any
 
 import psutil
@@ -14,15 +14,15 @@ from compress.benchmark import latency, memory, nvml, quality
 from compress.benchmark.messages import Answer, Explain, Load, Loaded, Outputs, Point, Time, Timings, WarmedUp, WarmUp
 from compress.benchmark.quality import Reader
 from compress.border import Handler, answering
-from compress.cpu import cpu_flags, cpu_name
 from compress.engines import Engine, Explained, Opening
 from compress.errors import OutOfMemory
+from compress.hardware import cpu_flags, cpu_name
 from compress.methods import Example
 from compress.metrics import CLASSIFIED, GENERATED, READ, TASK
+from compress.packages import versions
 from compress.phases import phase
 from compress.process import Progress, is_out_of_memory, serve
 from compress.recipe import Data, Generation, Runtime
-from compress.scripts import Tokenizers
 from compress.structure import label_number
 
 
@@ -48,7 +48,7 @@ class Worker:
         progress("loading", 1, 1)
         return Loaded(
             traits=self.engine.traits, weights=weights, file_bytes=models.file_bytes(models.local_folder(request.source)), peaks=peaks,
-            interpreter=self.interpreter, rest=memory.at_rest(self.device, self.interpreter) - weights.weight_bytes,
+            interpreter=self.interpreter, rest=memory.at_rest(self.device, self.interpreter) - weights.weight_bytes - weights.reserved,
             sampled_only=self.device == "cpu" and not memory.can_reset(),
             environment=_environment(self.device, threads, module.ABOUT.packages),
         )  # fmt: skip
@@ -118,8 +118,6 @@ class Worker:
             texts = [text.strip() for text in tokenizer.batch_decode(written.tokens, skip_special_tokens=True)]
             if data.shots:  # a model that goes on with the next example has answered before
                 texts = [text.split(data.shot_separator)[0].strip() for text in texts]
-            with phase("scoring"):
-                samples.update(scores.score_texts(groups, texts, references, Tokenizers(**request.tokenizers)))
             if "generated_tokens" in groups:
                 samples["generated_tokens"] = [[float(len(row))] for row in written.tokens]
         if READ & set(groups):
@@ -204,24 +202,33 @@ class Worker:
 
 def _environment(device: str, threads: int, packages: tuple[str, ...]) -> dict[str, Any]:
     """What the figures depend on besides the model."""
-    import torch
-
     cuda = device == "cuda"
     return {
         "device": device,
-        "gpu": torch.cuda.get_device_name() if cuda else None,
         "gpu_uuid": nvml.gpu_uuid() if cuda else None,
-        "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
-        "cuda": torch.version.cuda if cuda else None,
+        **_of_torch(cuda),
         "threads": threads,
         "cpu": cpu_name(),
-        "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
         "int8_instructions": _has_int8_instructions(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{name: metadata.version(name) for name in ("torch", "transformers", *packages)},
+        **versions(("torch", "transformers", *packages)),
+    }
+
+
+def _of_torch(cuda: bool) -> dict[str, Any]:
+    """What torch knows of the machine; an engine's own environment need not have it."""
+    if find_spec("torch") is None:
+        return {"gpu": None, "gpu_memory_bytes": None, "cuda": None, "cpu_instructions": None}
+    import torch
+
+    return {
+        "gpu": torch.cuda.get_device_name() if cuda else None,
+        "gpu_memory_bytes": torch.cuda.get_device_properties(0).total_memory if cuda else None,
+        "cuda": torch.version.cuda if cuda else None,
+        "cpu_instructions": torch.backends.cpu.get_cpu_capability(),
     }
 
 

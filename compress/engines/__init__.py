@@ -6,7 +6,7 @@ what is measured.
 
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +16,11 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 from compress import methods
 from compress.errors import MissingPackage, ModelError
 from compress.extras import install_line
+from compress.hardware import has_gpu
+from compress.interpreter import Interpreter
 from compress.methods import Settings, Task
 from compress.model import Source
+from compress.packages import lacking
 from compress.process import Progress
 from compress.recipe import Generation, Runtime
 from compress.scores import Likelihood, Samples
@@ -36,6 +39,7 @@ class About:
     opens            the `export` method whose folders it opens; None for folders of Hugging Face
     tasks, devices   what it does, and where
     packages, extra  distributions that must be installed, and the extra of this package that installs them
+    apart            what pip installs into an environment of its own, by device, where the engine doesn't go together with this package
     likelihoods      whether it tells how likely a given text is
     """
 
@@ -45,16 +49,33 @@ class About:
     devices: tuple[str, ...] = ("cpu", "cuda")
     packages: tuple[str, ...] = ()
     extra: str | None = None
+    apart: Mapping[str, str] = field(default_factory=dict)
     likelihoods: bool = True
 
     @property
     def install_line(self) -> str:
         """The line that installs the packages; nothing where there are none."""
-        return install_line(self.extra) if self.extra else ""
+        if not self.apart:
+            return install_line(self.extra) if self.extra else ""
+        wanted = self.apart["cuda" if has_gpu() else "cpu"]
+        return f"python -m venv engine-env && engine-env/bin/pip install {wanted}; and give `python: engine-env/bin/python` beside its name"
 
     def missing(self) -> list[str]:
         """The packages that aren't installed here. Nothing is imported."""
-        return methods.lacking(self.packages)
+        return lacking(self.packages)
+
+    def require(self, name: str, interpreter: Interpreter | None = None) -> None:
+        """See that an engine of this name has its packages, in the environment of that interpreter where one is given.
+
+        Raises MissingPackage with the line that installs them.
+        """
+        if interpreter is not None:
+            try:
+                interpreter.require(self.packages)
+            except MissingPackage as error:
+                raise MissingPackage(f"engine: {name}: python: {error}") from None
+        elif missing := self.missing():
+            raise MissingPackage(f"engine: {name} needs {', '.join(missing)}, not installed here. Install with: {self.install_line}")
 
 
 @dataclass(frozen=True)
@@ -106,11 +127,15 @@ class Traits:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a model holds after its first step: bytes of its weights as they lie, of buffers that no file need hold; how many numbers."""
+    """What a model holds after its first step: bytes of its weights as they lie, of buffers that no file need hold; how many numbers.
+
+    reserved   bytes that are kept ready for keys and values, whether or not there are any
+    """
 
     weight_bytes: int
     buffer_bytes: int
     parameters: int
+    reserved: int = 0
 
 
 @dataclass(frozen=True)
@@ -271,11 +296,13 @@ def find(name: str) -> EngineModule:
     return cast(EngineModule, methods.find("engines", name))
 
 
-def require(name: str) -> EngineModule:
-    """The engine, its packages being there. Raises MissingPackage with the line that installs them."""
+def require(name: str, interpreter: Interpreter | None = None) -> EngineModule:
+    """The engine, its packages being there, in the environment of that interpreter where one is given.
+
+    Raises MissingPackage with the line that installs them.
+    """
     found = find(name)
-    if missing := found.ABOUT.missing():
-        raise MissingPackage(f"engine: {name} needs {', '.join(missing)}, not installed here. Install with: {found.ABOUT.install_line}")
+    found.ABOUT.require(name, interpreter)
     return found
 
 

@@ -30,8 +30,7 @@ ABOUT = About(
 WEIGHTS = "ctranslate2/model.bin"
 TOKENS, SCORES = 4096, 2**27  # of a batch of examples, where nothing is said: tokens, and numbers that they are scored by
 SPREAD = 16  # tokens, by which prompts of a batch may differ without an encoder
-# what a generation config may say that the engine does as transformers does, and what its searches call it
-FOLLOWED = {"no_repeat_ngram_size": "no_repeat_ngram_size", "repetition_penalty": "repetition_penalty", "length_penalty": "length_penalty"}
+FOLLOWED = ("no_repeat_ngram_size", "repetition_penalty", "length_penalty")  # as transformers does, and under the same names
 
 
 class Settings(_Settings):
@@ -101,7 +100,9 @@ class CTranslate2(Engine):
         self._search(prepared, new_tokens, min_length=new_tokens, callback=told, end_token=[])
 
     def write(self, prompts: list[list[int]], generation: Generation, progress: Progress) -> Written:
-        options = self._options(generation)
+        own = decoding.followed("ctranslate2", self._generation, generation, [*FOLLOWED, "forced_eos_token_id"], beams=True)
+        most = generation.max_new_tokens - (own.get("forced_eos_token_id") is not None)  # in the last one's place an end is
+        options = {name: own[name] for name in FOLLOWED if own.get(name) is not None} | {"beam_size": generation.num_beams}
         tokens: list[list[int]] = [[] for _ in prompts]
         with phase("generating"):
             lengths = [len(prompt) + generation.max_new_tokens for prompt in prompts]
@@ -110,10 +111,10 @@ class CTranslate2(Engine):
                 few = [prompts[row] for row in batch]
                 # a decoder writes what the others' prompts have more of as if it chose to, a token a step
                 more = 0 if self.traits.encodes else max(map(len, few)) - min(map(len, few))
-                rows = self._search([self._tokens(prompt) for prompt in few], generation.max_new_tokens + more, **options)
+                rows = self._search([self._tokens(prompt) for prompt in few], most + more, **options)
                 for row, prompt, found in zip(batch, few, rows, strict=True):
                     begun = 0 if self.traits.encodes else len(prompt)
-                    tokens[row] = found[begun : begun + generation.max_new_tokens]
+                    tokens[row] = found[begun : begun + most]
         return Written(tokens)
 
     def read(self, pieces: list[Piece], progress: Progress, original: "Source | None" = None) -> list[Likelihood]:
@@ -149,17 +150,6 @@ class CTranslate2(Engine):
             **{"beam_size": 1, "end_token": sorted(self.traits.ends), **options},
         )  # fmt: skip
         return [list(self.tokenizer.convert_tokens_to_ids(result.hypotheses[0])) for result in results]
-
-    def _options(self, generation: Generation) -> dict[str, Any]:
-        """What of the recipe and of the model's own generation config the engine is told. Raises ModelError for what it can't do."""
-        if generation.do_sample:
-            raise ModelError("engine: ctranslate2: generation.do_sample: its draws aren't those of other engines; leave it out")
-        own = {**self._generation, **{key: value for key, value in generation.model_dump().items() if value is not None}}
-        acting = decoding.acting(own) - decoding.SPECIAL - decoding.SEARCH - set(FOLLOWED) - {"forced_eos_token_id", "seed"}
-        if acting:
-            raise ModelError(f"engine: ctranslate2: {decoding.FILE}: {', '.join(sorted(acting))} isn't known to it; remove it there")
-        options = {name: own[key] for key, name in FOLLOWED.items() if own.get(key) is not None}
-        return {"beam_size": generation.num_beams, **options}
 
     def _tokens(self, ids: list[int]) -> list[str]:
         return list(self.tokenizer.convert_ids_to_tokens(ids))

@@ -173,7 +173,7 @@ class LlamaCpp(Engine):
         self._search(prepared, new_tokens, frozenset(), watch)
 
     def write(self, prompts: list[list[int]], generation: Generation, progress: Progress) -> Written:
-        self._refuse(generation)
+        decoding.followed("llama_cpp", self._generation, generation, ())
         tokens: list[list[int]] = [[] for _ in prompts]
         with phase("generating"):
             for batch in batched([len(prompt) + generation.max_new_tokens for prompt in prompts], self._most, progress, "generating"):
@@ -246,19 +246,6 @@ class LlamaCpp(Engine):
         if not wanted.any():
             return np.empty((0, self._vocabulary), np.float32)
         return np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (int(wanted.sum()), self._vocabulary))
-
-    def _refuse(self, generation: Generation) -> None:
-        """Raises ModelError for what of the recipe, or of the model's own generation config, isn't done here."""
-        if generation.do_sample:
-            raise ModelError("engine: llama_cpp: generation.do_sample: its draws aren't those of other engines; leave it out")
-        if generation.num_beams > 1:
-            raise ModelError(f"engine: llama_cpp: generation.num_beams: {generation.num_beams}; it has no beams, leave it out")
-        given = {key: value for key, value in generation.model_dump().items() if value is not None}
-        acting = decoding.acting({**self._generation, **given}) - decoding.SPECIAL - decoding.SEARCH - {"seed"}
-        if acting:
-            raise ModelError(
-                f"engine: llama_cpp: {', '.join(sorted(acting))} isn't done here; remove it from the recipe and {decoding.FILE}"
-            )
 
 
 def _nats(logits: "NDArray[np.float32]", token: int) -> float:

@@ -39,7 +39,7 @@ FOLDER = "openvino"
 TOKENS, SCORES = 4096, 2**26  # of a batch of examples, where nothing is said: tokens, and logits that are read at once
 SPREAD = 16  # tokens, by which prompts of a batch may differ without an encoder: a row is padded before them
 TYPES = {"float32": "f32", "bfloat16": "bf16"}
-FOLLOWED = {"repetition_penalty", "forced_eos_token_id", "seed"}  # of what a generation config may say
+FOLLOWED = ("repetition_penalty", "forced_eos_token_id")  # of what a generation config may say
 
 
 class Settings(_Settings):
@@ -94,7 +94,7 @@ class OpenVINO(Engine):
             watch()
 
     def write(self, prompts: list[list[int]], generation: Generation, progress: Progress) -> Written:
-        own = self._followed(generation)
+        own = decoding.followed("openvino", self._generation, generation, FOLLOWED)
         most = generation.max_new_tokens - (own.get("forced_eos_token_id") is not None)  # in the last one's place an end is
         tokens: list[list[int]] = [[] for _ in prompts]
         with phase("generating"):
@@ -186,19 +186,6 @@ class OpenVINO(Engine):
             np.put_along_axis(seen, ids, True, axis=1)
             written, going = np.hstack([written, ids]), going & ~np.isin(ids[:, 0], ends)
         return [list(takewhile(lambda token: token not in ends, row)) for row in written.tolist()]
-
-    def _followed(self, generation: Generation) -> dict[str, Any]:
-        """What the recipe and the model's own generation config say. Raises ModelError for what isn't done here."""
-        if generation.do_sample:
-            raise ModelError("engine: openvino: generation.do_sample: its draws aren't those of other engines; leave it out")
-        if generation.num_beams > 1:
-            raise ModelError(f"engine: openvino: generation.num_beams: {generation.num_beams}; it has no beams, leave it out")
-        own = {**self._generation, **{key: value for key, value in generation.model_dump().items() if value is not None}}
-        if acting := decoding.acting(own) - decoding.SPECIAL - decoding.SEARCH - FOLLOWED:
-            raise ModelError(
-                f"engine: openvino: {', '.join(sorted(acting))} isn't done here; remove it from the recipe and {decoding.FILE}"
-            )
-        return own
 
 
 def _padded(rows: list[list[int]], value: int, left: bool = False) -> "NDArray[np.int64]":

@@ -6,7 +6,7 @@ measured on a CPU and are told where they stand. `reports/memory` holds the fore
 
 from dataclasses import dataclass
 
-from compress.cpu import cpu_flags
+from compress.hardware import cpu_flags
 from compress.shape import Shape, Stack
 
 MIB = 1 << 20

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from compress import methods
+from compress import gptq, methods
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -54,7 +54,8 @@ class GridSettings(methods.LayerSettings):
         " null is false, and true for a mixture, of whose experts plain transformers reads no zeros",
     )
     format: Literal["compressed-tensors", "gptq"] = Field(
-        "compressed-tensors", description="of the files; gptq is for decoders and encoders, and runs packed by gptqmodel's kernels"
+        "compressed-tensors",
+        description="of the files; gptq is for decoders and encoders, and runs packed in vLLM, and in transformers by gptqmodel's kernels",
     )
 
     keep_zeros: bool = Field(True, description="weights that pruning made zero stay zero")
@@ -98,8 +99,8 @@ class GridSettings(methods.LayerSettings):
     def needs_examples(self) -> bool:
         return self.bits == "auto"
 
-    def needs(self) -> dict[str, str]:
-        return {"gptqmodel": "gptqmodel"} if self.format == "gptq" else {}
+    def readers(self) -> dict[str, str]:
+        return dict.fromkeys(gptq.READERS, gptq.EXTRA) if self.format == "gptq" else {}
 
 
 class TunedSettings(GridSettings):

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from string import Formatter
@@ -10,6 +11,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
 from compress import methods
+from compress.interpreter import Interpreter
 from compress.methods import Dtype, Settings, Task
 from compress.metrics import GROUPS
 from compress.recipe.scoring import Scoring, tokenizers
@@ -223,12 +225,13 @@ class Stage(BaseModel):
 
 
 class ChosenEngine(BaseModel):
-    """An engine in which both models are measured, with its own settings."""
+    """An engine in which both models are measured, with its own settings; `python` is the interpreter of an environment of its own."""
 
     model_config = ConfigDict(frozen=True)
 
     name: str
     settings: SerializeAsAny[Settings]
+    python: str | None = None
 
     @property
     def about(self) -> Any:
@@ -242,6 +245,7 @@ class ChosenEngine(BaseModel):
 
     def as_written(self) -> str | dict[str, Any]:
         settings = self.settings.model_dump(mode="json", exclude_defaults=True)
+        settings |= {"python": self.python} if self.python else {}
         return {"name": self.name, **settings} if settings else self.name
 
 
@@ -286,6 +290,12 @@ class Recipe(Settings):
         found = self.model_copy()
         found._engines = (engine,)
         return found
+
+    def interpreter(self, engine: ChosenEngine) -> Interpreter | None:
+        """What runs an engine that has an environment of its own. A link to another Python stays one, by which that finds its packages."""
+        if engine.python is None:
+            return None
+        return Interpreter(Path(os.path.abspath(self.folder / os.path.expanduser(engine.python))))  # noqa: PTH100, PTH111
 
     def with_stages(self, stages: Sequence[Stage]) -> "Recipe":
         """The same with other stages."""

@@ -154,9 +154,13 @@ def _engine(item: Any, place: yamlfile.Place, document: yamlfile.Document, probl
     if name not in (engines := methods.names("engines")):
         problems.add(document, place, f"there is no engine {name!r}{suggest(name, engines)}")
         return None
-    rest = {key: value for key, value in block.items() if key != "name"}
+    python = block.get("python")
+    if not (python is None or (isinstance(python, str) and python)):
+        problems.add(document, (*place, "python"), f"{python!r}: the interpreter of an environment is wanted, such as ../env/bin/python")
+        return None
+    rest = {key: value for key, value in block.items() if key not in ("name", "python")}
     settings = problems.validate(methods.find("engines", name).Settings, rest, document, place, f"engine: {name}")
-    return None if settings is None else ChosenEngine(name=name, settings=settings)
+    return None if settings is None else ChosenEngine(name=name, settings=settings, python=python)
 
 
 def schema() -> dict[str, Any]:

@@ -92,8 +92,7 @@ def test_packed_weights_are_not_packed_again(toys, tmp_path):
 
 
 def test_without_bitsandbytes_it_is_refused_with_a_line_that_installs_it(toys, rows, write_recipe, tmp_path, monkeypatch):
-    known = methods._version
-    monkeypatch.setattr(methods, "_version", lambda name: None if name == "bitsandbytes" else known(name))
+    monkeypatch.setattr(methods, "lacking", lambda packages: [name for name in packages if name == "bitsandbytes"])
     stage = {"distill": "logits", "teacher": {"id": str(toys["llama"]), "bits": 8}}
     path = write_recipe(recipe_for("llama", toys["llama"], rows, stages=[stage]))
     with pytest.raises(MissingPackage, match=r"distill: logits needs bitsandbytes, not installed here\.") as error:

@@ -36,7 +36,7 @@ def test_every_engine_says_what_it_is_and_needs_no_import():
         module = engines.find(name)
         assert module.__doc__ and module.ABOUT.reads and module.ABOUT.devices
         assert issubclass(module.Settings, Settings)
-        assert module.ABOUT.extra or not module.ABOUT.packages
+        assert module.ABOUT.extra or module.ABOUT.apart or not module.ABOUT.packages
 
 
 def test_a_time_that_is_known_is_what_is_measured(toys):

