@@ -34,7 +34,7 @@ def script(folder, text):
 
 def test_the_measuring_process_runs_in_it_with_its_packages_and_our_code(toys, rows, write_recipe, python, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
-    told = f"#!/bin/sh\necho started >> {tmp_path}/started\nexec {python} \"$@\"\n"
+    told = f'#!/bin/sh\necho started >> {tmp_path}/started\nexec {python} "$@"\n'
     own = tmp_path / "bin" / "python"
     own.parent.mkdir()
     own.write_text(told)

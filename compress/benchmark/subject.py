@@ -295,7 +295,7 @@ def _remarks(loaded: Loaded) -> list[str]:
     """What there is to say of how a model's memory was read."""
     remarks = []
     if loaded.weights.reserved:
-        remarks.append(f"{loaded.weights.reserved / 1e6:,.1f} MB are kept ready for keys and values and count as its peak, however few there are")
+        remarks.append(f"{loaded.weights.reserved / 1e6:,.1f} MB are kept ready for keys and values and count as peak memory")
     if loaded.rest > max(REST, loaded.weights.weight_bytes // 20):
         more = f"{loaded.rest / 1e6:,.1f} MB more are held after the first step than the model's tensors take"
         remarks.append(f"{more}: pages of its file that were read, or a copy that only a kernel knows of")

@@ -15,6 +15,7 @@ from compress import decoding
 from compress.engines import About, Engine, Opening, Piece, Traits, Weights, Written
 from compress.errors import ModelError, in_a_line
 from compress.methods import Settings as _Settings
+from compress.methods import Task
 from compress.model import load_tokenizer, local_folder, settings, stored_parameters
 from compress.phases import phase
 from compress.process import Progress
@@ -48,6 +49,20 @@ class Settings(_Settings):
 
 def make(opening: Opening, batch_tokens: int | None = None) -> Engine:
     return VLLM(opening)
+
+
+def usage(task: Task, prompt: list[str], new_tokens: int) -> list[str]:
+    """Python that writes to a prompt in a model's folder; `prompt` are lines that give `ids`, its tokens."""
+    return [
+        "from transformers import AutoTokenizer",
+        "from vllm import LLM, SamplingParams",
+        "",
+        'tokenizer = AutoTokenizer.from_pretrained(".")',
+        'model = LLM(".")  # or, as a server: vllm serve .',
+        *prompt,
+        f"how = SamplingParams(temperature=0, max_tokens={new_tokens})",
+        'print(model.generate([{"prompt_token_ids": ids}], how)[0].outputs[0].text.strip())',
+    ]
 
 
 class VLLM(Engine):

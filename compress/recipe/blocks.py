@@ -234,9 +234,14 @@ class ChosenEngine(BaseModel):
     python: str | None = None
 
     @property
+    def module(self) -> Any:
+        """The engine's file, as `compress.engines.EngineModule` has it."""
+        return methods.find("engines", self.name)
+
+    @property
     def about(self) -> Any:
         """The engine's ABOUT."""
-        return methods.find("engines", self.name).ABOUT
+        return self.module.ABOUT
 
     @property
     def is_plain(self) -> bool:

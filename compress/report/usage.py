@@ -54,10 +54,13 @@ class Use:
 def section(recipe: Recipe, artifact: Path, report: Report | None) -> str:
     """The code that runs as it stands in the artifact's folder, with what it prints where a report says."""
     use = _use(recipe, artifact, report)
-    export = exports.read(artifact)
+    export, engine = exports.read(artifact), recipe.engine.module
     example = next((one for one in report.predictions if len(one.prompt) <= LONGEST), None) if report else None
     if export is not None:
-        return _in_its_engine(use, export, example, report)
+        method = methods.find("export", export.format)
+        return _in_its_engine(use, method, requirements(method.ABOUT.extra or ""), example, report)
+    if hasattr(engine, "usage"):
+        return _in_its_engine(use, engine, [engine.ABOUT.apart[use.device]], example, report)
     lines = [*_loaded(use), "", *_asked(use, example), *_printed(use, example is not None)]
     readers = READERS.get(use.packed, use.packed).split()
     packages = ["torch", "transformers", *readers, *(["accelerate"] if use.device != "cpu" else [])]
@@ -68,12 +71,11 @@ def section(recipe: Recipe, artifact: Path, report: Report | None) -> str:
     return "\n\n".join(["## How to load it", install, "In this folder, as it was measured:", code, *_promise(use, example, report)])
 
 
-def _in_its_engine(use: Use, export: exports.Export, example: Prediction | None, report: Report | None) -> str:
-    """The code of a folder that an engine of its own opens."""
-    method = methods.find("export", export.format)
-    install = f"    pip install transformers {' '.join(map(shlex.quote, requirements(method.ABOUT.extra or '')))}"
+def _in_its_engine(use: Use, module: Any, packages: list[str], example: Prediction | None, report: Report | None) -> str:
+    """The code of a folder that an engine of its own opens, as that engine's module or the format's has it."""
+    install = f"    pip install transformers {' '.join(map(shlex.quote, packages))}"
     asked = [line for line in _asked(use, example) if not line.startswith(("inputs =", "labels =", "answer =", "target ="))]
-    code = "```python\n" + "\n".join(method.usage(use.task, asked, use.generation["max_new_tokens"])) + "\n```"  # type: ignore[attr-defined]
+    code = "```python\n" + "\n".join(module.usage(use.task, asked, use.generation["max_new_tokens"])) + "\n```"
     promise = [] if use.likely else _promise(use, example, report)
     return "\n\n".join(["## How to load it", install, "In this folder, as it was measured:", code, *promise])
 

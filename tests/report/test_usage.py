@@ -9,7 +9,7 @@ from dataclasses import asdict
 
 import pytest
 
-from compress import data, recipe
+from compress import data, recipe, scores
 from compress.benchmark.messages import Answer
 from compress.benchmark.statistics import corpus_value
 from compress.methods import Context, quiet
@@ -70,11 +70,14 @@ def measured(found, folder):
     written = found.as_written()
     worker, _ = loaded(folder, found.model.task, runtime=written["benchmark"]["runtime"])
     outputs = worker.answer(quiet, Answer(examples, list(found.groups), written["generation"], written["data"]))
-    score = next((name for name in ("rougeL", "perplexity", "accuracy") if name in outputs.samples), None)
+    references = [example.references for example in examples]
+    compares = outputs.texts is not None and "rouge" in found.groups
+    samples = {**(scores.rouge(outputs.texts, references) if compares else {}), **outputs.samples}
+    score = next((name for name in ("rougeL", "perplexity", "accuracy") if name in samples), None)
     predictions = [
         Prediction(
             **asdict(example), candidate=outputs.texts and outputs.texts[number],
-            candidate_score=corpus_value(score, [outputs.samples[score][number]]),
+            candidate_score=corpus_value(score, [samples[score][number]]),
         )
         for number, example in enumerate(examples)
     ]  # fmt: skip
