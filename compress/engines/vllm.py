@@ -41,8 +41,7 @@ class Settings(_Settings):
         "auto", description="what it computes in; auto is what the model is stored in, and bfloat16 for one in float32"
     )
     context: int | None = Field(None, gt=1, description="the most tokens of a prompt with its answer; null is what the model takes")
-    cache_gib: float = Field(1.0, gt=0, description="GiB for keys and values, which it takes when it begins; on a CPU")
-    gpu_share: float = Field(0.9, gt=0, le=1, description="of a GPU's memory, which it takes for weights, keys and values")
+    cache_gib: float = Field(1.0, gt=0, description="GiB for keys and values, which it takes when it begins")
     eager: bool | None = Field(None, description="run layer by layer, not compiled; null is true on a CPU, where compiling takes a minute")
     round_inputs: bool = Field(True, description="of 4-bit layers to 8 bits on a CPU, as it does unless told otherwise")
 
@@ -73,7 +72,6 @@ class VLLM(Engine):
         assert isinstance(own, Settings)
         os.environ.update({  # which it reads when it is imported
             "VLLM_CPU_INT4_W4A8": str(int(own.round_inputs)),
-            "VLLM_CPU_KVCACHE_SPACE": f"{own.cache_gib:g}",
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, whose memory is looked at, and with which it ends
             "VLLM_LOGGING_LEVEL": "ERROR",
@@ -96,7 +94,7 @@ class VLLM(Engine):
         try:
             self._model = LLM(
                 model=str(local_folder(source)), dtype=own.dtype, max_model_len=own.context, enforce_eager=eager, skip_tokenizer_init=True,
-                gpu_memory_utilization=own.gpu_share, enable_prefix_caching=False, disable_log_stats=True, trust_remote_code=False, seed=0,
+                kv_cache_memory_bytes=int(own.cache_gib * 2**30), enable_prefix_caching=False, disable_log_stats=True, trust_remote_code=False, seed=0,
             )  # fmt: skip
         except Exception as error:  # of many kinds, of its own and of what it calls
             raise ModelError(f"engine: vllm: {source.id}: {in_a_line(error)}") from None
