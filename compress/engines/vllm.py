@@ -94,7 +94,8 @@ class VLLM(Engine):
         try:
             self._model = LLM(
                 model=str(local_folder(source)), dtype=own.dtype, max_model_len=own.context, enforce_eager=eager, skip_tokenizer_init=True,
-                kv_cache_memory_bytes=int(own.cache_gib * 2**30), enable_prefix_caching=False, disable_log_stats=True, trust_remote_code=False, seed=0,
+                kv_cache_memory_bytes=int(own.cache_gib * 2**30), enable_prefix_caching=False, disable_log_stats=True,
+                trust_remote_code=False, seed=0,
             )  # fmt: skip
         except Exception as error:  # of many kinds, of its own and of what it calls
             raise ModelError(f"engine: vllm: {source.id}: {in_a_line(error)}") from None
