@@ -3,9 +3,10 @@
     python reports/memory/after_ten_steps.py FOLDER... [--report REPORT.json ...]
 
 For each folder of a causal model, in a process of its own: `from_pretrained`, ten tokens written after a prompt of 128, freed memory given
-back. Then what is resident more than before the model was loaded, of that what is mapped from files, and the bytes of all tensors that
-Python's garbage collector knows of, each stretch of memory once. Ten tokens again give the high-water mark, where it can be set back.
-With `--report`, in the same order, a report's candidate stands beside each: its weights, its peak while running, and how far off they are.
+back. Then what is resident more than before the model was loaded, of that what is mapped from files and what of it is code of libraries, and
+the bytes of all tensors that Python's garbage collector knows of, each stretch of memory once. Ten tokens again give the high-water mark, where
+it can be set back. With `--report`, in the same order, a report's candidate stands beside each: its weights, its peak while running, and how
+far off they are, code left out, which is no part of what a model takes.
 """
 
 import argparse
@@ -27,14 +28,14 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(held(arguments.one)))
         return
-    print("| model | resident | mapped from files | tensors | peak | report: weights | report: peak |\n|---|---|---|---|---|---|---|")
+    print("| model | resident | mapped from files | code | tensors | peak | report: weights | report: peak |\n|---|---|---|---|---|---|---|---|")
     for folder, report in zip(arguments.folders, [*arguments.report, *[None] * len(arguments.folders)], strict=False):
         # tensors have memory of their own, for the holes in a heap are chance
         apart = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0"}
         run = subprocess.run([sys.executable, __file__, "--one", folder], check=True, capture_output=True, text=True, env=apart)
         lines = run.stdout.splitlines()
         found = json.loads(lines[-1])
-        cells = [f"{found[name] / 1e6:.1f} MB" if found[name] else "-" for name in ("resident", "file", "tensors", "peak")]
+        cells = [f"{found[name] / 1e6:.1f} MB" if found[name] else "-" for name in ("resident", "file", "code", "tensors", "peak")]
         cells += ["-", "-"] if report is None else beside(report, found)
         print(f"| {folder.name} | {' | '.join(cells)} |", flush=True)
 
@@ -42,7 +43,7 @@ def main() -> None:
 def beside(report: Path, found: dict[str, int]) -> list[str]:
     sides = [side for side in json.loads(report.read_text())["sides"] if side["role"] == "candidate"]
     values = {m["metric"]: m["value"] for m in sides[-1]["measurements"] if m["batch_size"] is None}
-    pairs = ((values["weight_bytes"], found["tensors"]), (values["peak_run_bytes"], found["peak"]))
+    pairs = ((values["weight_bytes"], found["tensors"]), (values["peak_run_bytes"], found["peak"] - found["code"]))
     return [f"{said / 1e6:.1f} MB" + (f" ({100 * (said / seen - 1):+.1f} %)" if seen else "") for said, seen in pairs]
 
 
@@ -77,7 +78,7 @@ def held(folder: Path) -> dict[str, int]:
         peak = status("VmHWM") - before["VmRSS"]
     except OSError:
         pass
-    names = {"resident": "VmRSS", "file": "RssFile"}
+    names = {"resident": "VmRSS", "file": "RssFile", "code": "code"}
     return {**{name: after[key] - before[key] for name, key in names.items()}, "tensors": total, "peak": peak}
 
 
@@ -110,7 +111,18 @@ def resident() -> dict[str, int]:
 
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
-    return {key: status(key) for key in ("VmRSS", "RssFile", "RssAnon")}
+    return {**{key: status(key) for key in ("VmRSS", "RssFile")}, "code": code()}
+
+
+def code() -> int:
+    """Resident bytes of files that are libraries."""
+    total, counted = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split(" ", 1)[0]:
+            counted = ".so" in line.rpartition("/")[2]
+        elif counted and line.startswith("Rss:"):
+            total += int(line.split()[1]) * 1024
+    return total
 
 
 def status(key: str) -> int:
