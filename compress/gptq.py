@@ -3,10 +3,10 @@ they are unpacked here, by the format's definition, for a look at what was made.
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compress.model import SINGLE, Source, settings, weight_files
 from compress.packages import lacking
@@ -17,6 +17,21 @@ if TYPE_CHECKING:
 READERS = ("gptqmodel", "optimum")  # by which transformers reads them
 EXTRA = "gptqmodel"
 PARTS = ("qweight", "qzeros", "scales", "g_idx")
+
+
+class Layer(NamedTuple):
+    """A packed layer: scale (integers - zero), each column's by its group's.
+
+    integers  int32 (rows, columns), of 0 to 2^bits - 1
+    zero      int32 (rows, groups)
+    scale     float32 (rows, groups)
+    groups    int64 (columns,), each column's group
+    """
+
+    integers: "Tensor"
+    zero: "Tensor"
+    scale: "Tensor"
+    groups: "Tensor"
 
 
 def is_unread(source: Source) -> bool:
@@ -37,22 +52,37 @@ def unpacked(source: Source, folder: Path) -> Source:
     return replace(source, id=str(folder))
 
 
-def _tensors(folder: Path, packing: dict[str, Any]) -> "Iterator[tuple[str, Tensor]]":
-    """Tensors by name, a packed layer's four as one `weight` (rows, columns)."""
-    from safetensors.torch import load_file
+def layers(folder: Path, packing: Mapping[str, Any]) -> dict[str, Layer]:
+    """The packed layers of a folder by name; `packing` is the quantization_config in its config.json."""
+    tensors = _stored(folder)
+    return {name.removesuffix(".qweight"): _layer(tensors, name, packing) for name in tensors if name.endswith(".qweight")}
 
-    bits, less_one = packing["bits"], packing.get("checkpoint_format", "gptq") == "gptq"
-    tensors = {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
+
+def _tensors(folder: Path, packing: Mapping[str, Any]) -> "Iterator[tuple[str, Tensor]]":
+    """Tensors by name, a packed layer's four as one `weight` (rows, columns)."""
+    tensors = _stored(folder)
     for name, tensor in tensors.items():
         layer, _, part = name.rpartition(".")
         if part == "qweight":
-            integers = _numbers(tensor.t(), bits)
-            zeros = _numbers(tensors[f"{layer}.qzeros"], bits).t() + less_one
-            groups = tensors[f"{layer}.g_idx"].long()
-            scale = tensors[f"{layer}.scales"].t().float()
-            yield f"{layer}.weight", ((integers - zeros[:, groups]) * scale[:, groups]).contiguous()
+            integers, zero, scale, groups = _layer(tensors, name, packing)
+            yield f"{layer}.weight", ((integers - zero[:, groups]) * scale[:, groups]).contiguous()
         elif part not in PARTS:
             yield name, tensor
+
+
+def _stored(folder: Path) -> "dict[str, Tensor]":
+    from safetensors.torch import load_file
+
+    return {name: tensor for file in weight_files(folder) for name, tensor in load_file(file).items()}
+
+
+def _layer(tensors: "Mapping[str, Tensor]", qweight: str, packing: Mapping[str, Any]) -> Layer:
+    layer, bits = qweight.removesuffix(".qweight"), packing["bits"]
+    less_one = packing.get("checkpoint_format", "gptq") == "gptq"
+    return Layer(
+        _numbers(tensors[qweight].t(), bits), _numbers(tensors[f"{layer}.qzeros"], bits).t() + less_one,
+        tensors[f"{layer}.scales"].t().float(), tensors[f"{layer}.g_idx"].long(),
+    )  # fmt: skip
 
 
 def _numbers(words: "Tensor", bits: int) -> "Tensor":

@@ -26,6 +26,8 @@ from compress.recipe import Generation, Runtime
 from compress.scores import Likelihood, Samples
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
 LOW = 10  # token ids below which special ones lie, most often
@@ -283,6 +285,16 @@ def batched(lengths: Sequence[int], tokens: int, progress: Progress, what: str, 
         yield waiting[:fit]
         waiting = waiting[fit:]
     progress(what, len(lengths), len(lengths))
+
+
+def nats(logits: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> float:
+    """Minus the log of the labels' probability, of logits (tokens, vocabulary) and labels (tokens,)."""
+    import numpy as np
+
+    wide = logits.astype(np.float64)
+    wide -= wide.max(axis=1, keepdims=True)
+    logs = np.log(np.exp(wide).sum(axis=1)) - np.take_along_axis(wide, labels[:, None], axis=1)[:, 0]
+    return float(logs.sum())
 
 
 def names() -> tuple[str, ...]:

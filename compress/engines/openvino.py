@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from compress import decoding, exports
-from compress.engines import About, Engine, Opening, Piece, Traits, Weights, Written, batched
+from compress.engines import About, Engine, Opening, Piece, Traits, Weights, Written, batched, nats
 from compress.errors import ModelError
 from compress.methods import Settings as _Settings
 from compress.model import load_tokenizer, read_config, settings
@@ -118,8 +118,8 @@ class OpenVINO(Engine):
                 ids = np.hstack([ids, np.where(labels < 0, self.tokenizer.pad_token_id, labels)[:, :-1]])
             logits = self._logits(ids, ids.shape[1])
             for index, row, wanted in zip(batch, logits, labels, strict=True):
-                nats = _nats(row[wanted >= 0].astype(np.float64), wanted[wanted >= 0])
-                found[index] = Likelihood(nats, int((wanted >= 0).sum()), 0.0, 0.0, 0.0)
+                counted = wanted >= 0
+                found[index] = Likelihood(nats(row[counted], wanted[counted]), int(counted.sum()), 0.0, 0.0, 0.0)
         return found
 
     def _compiled(self, name: str, precision: str) -> Any:
@@ -194,12 +194,3 @@ def _padded(rows: list[list[int]], value: int, left: bool = False) -> "NDArray[n
 
     longest = max(map(len, rows))
     return np.array([[value] * (longest - len(row)) + row if left else row + [value] * (longest - len(row)) for row in rows])
-
-
-def _nats(logits: "NDArray[np.float64]", labels: "NDArray[np.int64]") -> float:
-    """Minus the log of the labels' probability, of logits (tokens, vocabulary)."""
-    import numpy as np
-
-    logits = logits - logits.max(axis=1, keepdims=True)
-    logs = np.log(np.exp(logits).sum(axis=1)) - np.take_along_axis(logits, labels[:, None], axis=1)[:, 0]
-    return float(logs.sum())

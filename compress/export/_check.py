@@ -1,8 +1,10 @@
 """Whether a model that was carried over to an engine's format says the same there: by how likely it finds what it is given."""
 
 from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
-from compress import engines
+from compress import engines, gptq
 from compress.engines import Engine, Opening, Piece, random_prompts
 from compress.errors import BrokenPromise
 from compress.methods import Context
@@ -32,7 +34,9 @@ def check(before: Source, made: Source, form: str, device: str, context: Context
         context.say(f"{name} opened it; what it says was not compared, for it gives no likelihoods")
         _opened(name, made, device)
         return
-    plain = _opened(PLAIN, before, device)
+    with TemporaryDirectory(dir=Path(made.id).parent) as folder:  # where transformers can't read what is before, what it stands for is
+        read = gptq.unpacked(before, Path(folder) / "unpacked") if gptq.is_unread(before) else before
+        plain = _opened(PLAIN, read, device)
     pieces = _pieces(plain, context)
     theirs, tokens = _nats(plain, pieces)
     del plain

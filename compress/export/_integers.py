@@ -1,11 +1,14 @@
-"""Integers that a stage found, as `compress.quantize._pack` stores them in an artifact."""
+"""Integers that a stage found, as `compress.quantize._pack` or, in GPTQ's own files, `_gptq_files` stores them in an artifact."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from compress import gptq
 from compress.errors import MissingPackage, ModelError
 from compress.extras import install_line
+from compress.model import tensor_headers, weight_files
 
 if TYPE_CHECKING:
     import numpy as np
@@ -37,6 +40,46 @@ class Integers:
     def rows(self, order: "NDArray[np.int64]") -> "Integers":
         """The same with its rows in this order."""
         return Integers(self.integers[order], self.scale[order], None if self.zero is None else self.zero[order])
+
+
+Packed = dict[str, tuple[Integers, int]]  # layers on a grid by name, and their bits
+
+
+def packed_layers(folder: Path, config: Mapping[str, Any], form: str) -> Packed:
+    """The packed layers of a folder of compressed-tensors; `config` is its quantization_config, `form` the `export` that asks.
+
+    Raises what `widths` and `unpacked` raise.
+    """
+    from safetensors import safe_open
+
+    bits = widths(config, form)
+    files = {name: file for file in weight_files(folder) for name, _ in tensor_headers(file)}
+    layers: dict[str, dict[str, Any]] = {name.rpartition(".")[0]: {} for name in files if name.endswith(".weight_packed")}
+    for name, file in files.items():
+        layer, _, leaf = name.rpartition(".")
+        if layer in layers and leaf.startswith("weight_"):
+            with safe_open(file, framework="pt") as tensors:
+                layers[layer][leaf] = tensors.get_tensor(name)
+    wide = {layer: bits.get(layer) or bits["Linear"] for layer in layers}
+    return {layer: (unpacked(parts, wide[layer], form), wide[layer]) for layer, parts in layers.items()}
+
+
+def gptq_layers(folder: Path, config: Mapping[str, Any], form: str) -> Packed:
+    """The same of a folder in GPTQ's own format. Raises ModelError for layers whose groups aren't columns that stand together."""
+    import numpy as np
+
+    found: Packed = {}
+    for name, layer in gptq.layers(folder, config).items():
+        integers, zero, scale, groups = (tensor.numpy() for tensor in layer)
+        if not np.array_equal(groups, np.arange(len(groups)) * scale.shape[1] // len(groups)):
+            raise ModelError(f"export: {form}: {name} has groups of columns that don't stand together (desc_act); give weights: float32")
+        middle = 2 ** (config["bits"] - 1)
+        if (zero == middle).all():
+            matrix = Integers((integers - middle).astype(np.int16), scale, None)
+        else:
+            matrix = Integers(integers.astype(np.int16), scale, zero.astype(np.int16))
+        found[name] = matrix, int(config["bits"])
+    return found
 
 
 def widths(config: Mapping[str, Any], form: str) -> Mapping[str, int]:

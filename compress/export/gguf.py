@@ -20,6 +20,7 @@ from compress.errors import ModelError
 from compress.export._gguf_blocks import BLOCK, blocks, kind_for
 from compress.export._gguf_tokenizer import Vocabulary, vocabulary
 from compress.export._integers import unpacked, widths
+from compress.export._positions import check_positions
 from compress.exports import Export
 from compress.methods import About, Context, Task
 from compress.model import Bundle, local_folder, settings, tensor_headers, weight_files
@@ -180,14 +181,7 @@ def _check(config: "PreTrainedConfig") -> None:
     usual = config.hidden_size // config.num_attention_heads
     if config.model_type == "qwen2" and (head := _head_columns(config)) != usual:
         raise ModelError(f"export: gguf: head_dim: {head}; a qwen2 has hidden_size / num_attention_heads there, {usual}")
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window < config.max_position_embeddings:
-        raise ModelError(
-            f"export: gguf: sliding_window: {window:,} of {config.max_position_embeddings:,} positions; there all are attended to. Set"
-            f" max_position_embeddings to {window} in config.json, up to which it is the same"
-        )
-    if (kind := config.rope_parameters["rope_type"]) not in ("default", "linear", "llama3"):
-        raise ModelError(f"export: gguf: rope_type: {kind}; known are default, linear and llama3")
+    check_positions(config, "gguf", ("default", "linear", "llama3"))
 
 
 def _describe(writer: "GGUFWriter", config: "PreTrainedConfig") -> None:

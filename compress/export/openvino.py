@@ -7,7 +7,7 @@ Packed weights of 4 or 8 bits, a scale a row or a group, with zero points of the
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -17,10 +17,10 @@ from pydantic import Field
 from compress import methods
 from compress.errors import ModelError
 from compress.export._dense import dense
-from compress.export._integers import Integers, unpacked, widths
+from compress.export._integers import Integers, Packed, packed_layers
 from compress.exports import Export
 from compress.methods import About, Context, Task
-from compress.model import Bundle, local_folder, parameter_count, read_config, tensor_headers, weight_files
+from compress.model import Bundle, local_folder, parameter_count, read_config
 from compress.quiet import silence
 
 if TYPE_CHECKING:
@@ -44,7 +44,6 @@ TYPES = {"i8": "int8", "u8": "int8", "i4": "int4", "u4": "int4", "f32": "float32
 GROUP = 32  # columns that share a scale where NNCF rounds
 # what the engine would else do of itself: compute in bfloat16 where the CPU can, round keys, values and the inputs of layers
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
-Packed = dict[str, tuple[Integers, int]]  # layers on a grid by name, and their bits
 
 
 class Settings(methods.Settings):
@@ -119,7 +118,8 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """
     packing = getattr(read_config(bundle.source), "quantization_config", None) or {}
     keeps = settings.weights == "auto" and packing.get("quant_method") == "compressed-tensors"
-    packed = _packed(local_folder(bundle.source), widths(packing, "openvino")) if keeps else {}
+    packed = packed_layers(local_folder(bundle.source), packing, "openvino") if keeps else {}
+    _check_widths(packed)
     exported = Exported(bundle.source, bundle.device, settings.weights, packed, context.say)
     exported.__dict__.update(model=dense(bundle.source), tokenizer=bundle.tokenizer)
     return exported
@@ -164,27 +164,14 @@ def usage(task: Task, prompt: list[str], new_tokens: int) -> list[str]:
     ]
 
 
-def _packed(folder: Path, bits: Mapping[str, int]) -> Packed:
-    """The packed layers of a folder, by name; `bits` by name or class. Raises ModelError for widths that the format doesn't hold."""
-    from safetensors import safe_open
-
-    files = {name: file for file in weight_files(folder) for name, _ in tensor_headers(file)}
-    layers: dict[str, dict[str, Any]] = {name.rpartition(".")[0]: {} for name in files if name.endswith(".weight_packed")}
-    for name, file in files.items():
-        layer, _, leaf = name.rpartition(".")
-        if layer in layers and leaf.startswith("weight_"):
-            with safe_open(file, framework="pt") as tensors:
-                layers[layer][leaf] = tensors.get_tensor(name)
-    found: Packed = {}
-    for layer, parts in layers.items():
-        width = bits.get(layer) or bits["Linear"]
+def _check_widths(packed: Packed) -> None:
+    """Raises ModelError for widths that the format doesn't hold."""
+    for layer, (_, width) in packed.items():
         if width not in WIDTHS:
             raise ModelError(
                 f"export: openvino: {layer} has {width} bits a weight, and 4 or 8 can be stored; quantise it with bits: 4 or bits: 8, or"
                 " give weights: float32"
             )
-        found[layer] = unpacked(parts, width, "openvino"), width
-    return found
 
 
 def _store(graph: Any, packed: Packed, tables: set[str] | None) -> set[str]:
