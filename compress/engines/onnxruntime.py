@@ -65,7 +65,8 @@ class OnnxRuntime(Engine):
             context=context_length(self._config, self.tokenizer), vocabulary=self._vocabulary, encodes=False, generates=True,
             ends=decoding.ends(self._generation, self._config.eos_token_id, self.tokenizer.pad_token_id),
         )  # fmt: skip
-        self._weights = Weights(file_bytes(self._folder), 0, export.parameters)  # what it lays out anew takes as many bytes
+        twice = 4 * self._vocabulary * self._config.hidden_size * self._config.tie_word_embeddings  # a head, turned to look tokens up in
+        self._weights = Weights(file_bytes(self._folder) + twice, twice, export.parameters)  # laid out anew they are as large
         self.run([[min(10, self._vocabulary - 1)] * 4], 2, lambda: None)
 
     def weights(self) -> Weights:

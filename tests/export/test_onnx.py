@@ -73,7 +73,7 @@ def dense(packed, source, target, bits, symmetric):
     [
         ("gptq", {"bits": 4, "group_size": 32, "symmetric": True}, {(4, 32)}),
         ("rtn", {"bits": 4, "group_size": 64, "symmetric": False}, {(4, 64)}),
-        ("rtn", {"bits": 3, "group_size": 32, "symmetric": False}, {(4, 32)}),
+        ("rtn", {"bits": 3, "group_size": 32, "symmetric": True}, {(4, 32)}),
         ("rtn", {"bits": 4, "group_size": -1, "symmetric": False}, {(4, 64), (4, 128)}),
         ("rtn", {"bits": 8, "group_size": -1, "symmetric": True}, {(8, 16), (8, 64), (8, 256)}),
         ("rtn", {"bits": {"*.0.*": 4, "*.1.*": 8}, "group_size": 32, "symmetric": True}, {(4, 32), (8, 32)}),
