@@ -8,21 +8,23 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
-from compress import artifacts, border, data, decoding, exports, judgement, methods, model, preflight
+from compress import artifacts, border, data, decoding, exports, judgement, methods, preflight
 from compress.benchmark import isolate, machine
 from compress.errors import DeviceError, InputError, ModelError, RunError
 from compress.inspection.findings import Inspection
 from compress.judgement import Prepared
 from compress.methods import Example, quiet
 from compress.metrics import GENERATED
-from compress.model import Source
+from compress.model.loading import AUTO
+from compress.model.source import Source, locate, pinned
 from compress.nursery import copied, nursery
 from compress.phases import Phase, merged, phase, watching
 from compress.process import Child, Progress
 from compress.recipe import PLAIN, ChosenEngine, Recipe, load, load_gates
 from compress.report import card, verdict, write
 from compress.requests import Inspect, SeeTemplate
-from compress.results import Report, Side
+from compress.results.report import Report
+from compress.results.sides import Side
 
 OUTPUTS = Path("artifacts") / "outputs"  # below a run's `out`: what models made of examples
 
@@ -55,7 +57,7 @@ def prepare(recipe: Recipe, out: str | Path, device: str = "auto", progress: Pro
     with watching() as watch:
         refuse(recipe, device, processes)
         wanted, commit = recipe.model, machine.commit(recipe.folder)
-        baseline = model.pinned(Source(model.locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
+        baseline = pinned(Source(locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
         _refuse_generation(recipe, baseline)
         _refuse_chat(recipe, baseline, progress)
         with phase("data"):
@@ -124,7 +126,7 @@ def bench(
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     preflight.look(recipe, stages=False).end()
-    source, commit = model.pinned(Source(model.locate(model_id, Path()), recipe.model.task)), machine.commit(recipe.folder)
+    source, commit = pinned(Source(locate(model_id, Path()), recipe.model.task)), machine.commit(recipe.folder)
     _refuse_generation(recipe, source)
     _refuse_chat(recipe, source, progress)
     dataset = data.Dataset(recipe.data, recipe.folder)
@@ -169,9 +171,9 @@ def inspect(
     for name, value in (("--batch-size", batch_size), ("--tokens", tokens)):
         if value is not None and value < 1:
             raise InputError(f"{name} {value}: a number from 1 on is wanted")
-    if task is not None and task not in model.AUTO:
-        raise InputError(f"--task {task}: there is no such task; allowed are {', '.join(model.AUTO)}")
-    source = model.pinned(Source(model.locate(model_id, Path()), task or ""))
+    if task is not None and task not in AUTO:
+        raise InputError(f"--task {task}: there is no such task; allowed are {', '.join(AUTO)}")
+    source = pinned(Source(locate(model_id, Path()), task or ""))
     with tempfile.TemporaryDirectory() as folder, Child("compress.inspection.measure", Path(folder) / "log", progress) as child:
         found = border.ask(child, Inspect(source, device, batch_size, tokens))
     return Inspection.model_validate({"model": model_id, **found})

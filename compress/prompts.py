@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from compress.border import answering
 from compress.errors import DataError
 from compress.methods import Example
-from compress.model import load_tokenizer, require_template
+from compress.model.loading import load_tokenizer, require_template
 from compress.process import Progress, serve
 from compress.requests import SeeTemplate
 

@@ -21,7 +21,8 @@ from compress.nursery import nursery
 from compress.pipeline import OUTPUTS
 from compress.process import Progress
 from compress.report import verdict
-from compress.results import Role, Side
+from compress.results.record import Role
+from compress.results.sides import Side
 from compress.scores import Samples
 
 SHARES = (1 / 9, 1 / 3)  # of the examples, after which a recipe may be given up; three times as many each, as in Hyperband (Li et al. 2018)

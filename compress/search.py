@@ -22,17 +22,18 @@ import yaml
 
 from compress import pipeline, sweep
 from compress.cluster import Here, Workers
-from compress.errors import CompressError, InputError, MissingPackage, NoSpace, RecipeError
+from compress.errors import CompressError, InputError, MissingPackage, NoSpace, RecipeError, is_disk_full
 from compress.extras import install_line
+from compress.files import take_lock, write_whole
 from compress.methods import quiet
 from compress.metrics import GROUPS, METRICS
 from compress.mistakes import suggest
-from compress.model import user_path
+from compress.model.source import user_path
 from compress.nursery import nursery
-from compress.process import Progress, is_disk_full, take_lock
+from compress.process import Progress
 from compress.recipe import Recipe, digest
 from compress.report.numbers import duration
-from compress.results import Report, read_report, write_whole
+from compress.results.report import Report, read_report
 from compress.screening import hopeless
 
 NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"

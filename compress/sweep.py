@@ -20,6 +20,7 @@ from compress import pipeline
 from compress.cluster import Workers
 from compress.data import examples_digest
 from compress.errors import CompressError, InputError, RecipeError, ReportError
+from compress.files import write_whole
 from compress.forecast import machine, plan
 from compress.judgement import Prepared
 from compress.methods import quiet
@@ -27,7 +28,7 @@ from compress.nursery import nursery
 from compress.process import Progress
 from compress.recipe import Recipe, digest, load
 from compress.report.numbers import duration
-from compress.results import Report, read_report, write_whole
+from compress.results.report import Report, read_report
 from compress.yamlfile import Document, located
 
 MOST = 1000  # recipes of a sweep

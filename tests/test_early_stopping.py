@@ -10,7 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from compress import artifacts, recipe, stage
 from compress.errors import DataError, RecipeError, RunError
 from compress.methods import Context
-from compress.model import Source
+from compress.model.source import Source
 from compress.training.material import Batch
 from tests.blocks import bundle, examples
 from tests.conftest import recipe_for

@@ -7,14 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 
-from compress import artifacts, methods, model, pipeline, preflight, recipe
+from compress import artifacts, methods, pipeline, preflight, recipe
 from compress.benchmark import figures, isolate
-from compress.errors import MissingPackage, OutOfMemory
-from compress.model import Source
+from compress.errors import MissingPackage, ModelError, OutOfMemory
+from compress.model.source import Source, pinned
 from compress.report import verdict, why
 from compress.report.html import sections
 from compress.requests import Shown
-from compress.results import Comparison, GateResult, StageRecord, Step
+from compress.results.sides import Comparison, GateResult, Step
+from compress.results.stages import StageRecord
 from tests.conftest import recipe_for
 
 
@@ -287,7 +288,7 @@ def test_hub_ids_are_pinned_to_a_commit(monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, id, **_: type("Info", (), {"sha": "abc123"}))
-    assert model.pinned(Source("google/flan-t5-small", "seq2seq")).revision == "abc123"
+    assert pinned(Source("google/flan-t5-small", "seq2seq")).revision == "abc123"
 
 
 def test_a_hub_that_does_not_answer_is_said(monkeypatch):
@@ -297,8 +298,8 @@ def test_a_hub_that_does_not_answer_is_said(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", silent)
-    with pytest.raises(model.ModelError, match="no folder of that name here, and the hub does not answer: no route"):
-        model.pinned(Source("nobody/no-such-model", "seq2seq"))
+    with pytest.raises(ModelError, match="no folder of that name here, and the hub does not answer: no route"):
+        pinned(Source("nobody/no-such-model", "seq2seq"))
 
 
 def test_a_tokenizer_whose_packages_are_missing_is_refused_with_the_way_out(monkeypatch):

@@ -14,9 +14,9 @@ from safetensors.torch import load_file
 from compress import artifacts, pipeline, recipe
 from compress.errors import ChildDied, DataError, DeviceError, InputError, ModelError, RecipeError, RunError
 from compress.methods import Optimisation, everyone, quiet
-from compress.model import Source
-from compress.process import Team
-from compress.results import read_report
+from compress.model.source import Source
+from compress.results.report import read_report
+from compress.team import Team
 from compress.training import sharded
 from tests import together
 from tests.blocks import bundle, context, saved

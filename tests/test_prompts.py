@@ -9,7 +9,7 @@ from compress.errors import DataError
 from compress.methods import Example
 from compress.prompts import Prompts
 from compress.recipe import Data
-from compress.results import Cut
+from compress.results.stages import Cut
 from compress.training.material import read
 from tests.blocks import bundle, context
 from tests.conftest import WORDS, make_tokenizer

@@ -13,8 +13,9 @@ from compress.benchmark.messages import Outputs
 from compress.errors import InputError, RecipeError, RunError
 from compress.judgement import Prepared
 from compress.methods import Example, quiet
-from compress.model import Source
-from compress.results import GateResult, Report, Side
+from compress.model.source import Source
+from compress.results.report import Report
+from compress.results.sides import GateResult, Side
 from compress.search import Range, Search, Tried, gate, space
 from tests.conftest import recipe_for
 

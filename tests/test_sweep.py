@@ -14,8 +14,10 @@ from compress.cluster import cluster
 from compress.errors import CompressError, InputError, ModelError, RecipeError, RunError
 from compress.judgement import Prepared
 from compress.methods import Example, quiet
-from compress.model import Source
-from compress.results import Measurement, Report, Side, StageRecord
+from compress.model.source import Source
+from compress.results.report import Report
+from compress.results.sides import Measurement, Side
+from compress.results.stages import StageRecord
 from tests.benchmark.test_isolate import Subject, benchmark, noisy
 from tests.conftest import recipe_for
 

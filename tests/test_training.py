@@ -10,7 +10,7 @@ from compress import artifacts, methods, recipe, stage
 from compress.border import answering
 from compress.errors import RunError
 from compress.methods import Context
-from compress.model import Source
+from compress.model.source import Source
 from compress.requests import Make
 from compress.training import learner
 from compress.training.weights import zeros_kept

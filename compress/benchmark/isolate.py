@@ -26,12 +26,13 @@ from compress.benchmark.statistics import geometric_mean, paired_ratio
 from compress.benchmark.subject import Subject
 from compress.errors import DeviceError, OutOfMemory, RunError
 from compress.methods import Example
-from compress.model import Source
+from compress.model.source import Source
 from compress.nursery import nursery
 from compress.phases import phase
 from compress.process import Progress
 from compress.recipe import ChosenEngine, Recipe
-from compress.results import Conditions, Role, Side, Turn
+from compress.results.record import Role
+from compress.results.sides import Conditions, Side, Turn
 
 T = TypeVar("T")
 # of each candidate, with its baseline before it: whether nothing that could still be measured would change what the gates on speed say

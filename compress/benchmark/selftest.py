@@ -30,13 +30,13 @@ from compress.benchmark.subject import Subject, T
 from compress.border import Request
 from compress.errors import RunError
 from compress.methods import Example
-from compress.model import BUILTIN, Source
+from compress.model.source import BUILTIN, Source
 from compress.nursery import nursery
 from compress.process import Progress
 from compress.recipe import Gate, Recipe
 from compress.report import verdict
 from compress.report.table import table
-from compress.results import Side
+from compress.results.sides import Side
 
 RECIPE = "quickstart-int8"
 BENCHMARK = {

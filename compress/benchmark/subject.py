@@ -17,12 +17,13 @@ from compress.engines import Explained
 from compress.errors import ChildDied, Killed, RunError
 from compress.methods import Example
 from compress.metrics import COMPARED
-from compress.model import Source
+from compress.model.source import Source
 from compress.nursery import copied
 from compress.phases import phase
 from compress.process import Child, Progress
 from compress.recipe import ChosenEngine, Recipe
-from compress.results import Conditions, Role
+from compress.results.record import Role
+from compress.results.sides import Conditions
 from compress.scores import Samples
 
 T = TypeVar("T")

@@ -6,7 +6,7 @@ from compress import engines
 from compress.engines import Engine, Opening, Piece, random_prompts
 from compress.errors import BrokenPromise
 from compress.methods import Context
-from compress.model import Source
+from compress.model.source import Source
 from compress.prompts import Prompts
 from compress.recipe import PLAIN, Runtime
 

@@ -20,7 +20,7 @@ from compress.errors import ModelError
 from compress.export._dense import dense
 from compress.exports import Export
 from compress.methods import About, Context, Task
-from compress.model import Bundle, parameter_count
+from compress.model.loading import Bundle, parameter_count
 
 if TYPE_CHECKING:
     import numpy as np

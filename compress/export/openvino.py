@@ -20,7 +20,8 @@ from compress.export._dense import dense
 from compress.export._integers import Integers, unpacked, widths
 from compress.exports import Export
 from compress.methods import About, Context, Task
-from compress.model import Bundle, local_folder, parameter_count, read_config, tensor_headers, weight_files
+from compress.model.folder import tensor_headers, weight_files
+from compress.model.loading import Bundle, local_folder, parameter_count, read_config
 from compress.quiet import silence
 
 if TYPE_CHECKING:

@@ -20,7 +20,7 @@ from compress.benchmark.isolate import Subject
 from compress.forecast.footprint import footprint, weight_bytes
 from compress.forecast.plan import read_config
 from compress.methods import quiet
-from compress.model import Source
+from compress.model.source import Source
 from compress.nursery import nursery
 from compress.recipe import Benchmark, Data, Model, Recipe
 from compress.shape import read

@@ -13,7 +13,7 @@ from compress.benchmark.messages import WarmedUp
 from compress.errors import DeviceError, RunError
 from compress.methods import quiet
 from compress.recipe import Benchmark
-from compress.results import Conditions
+from compress.results.sides import Conditions
 
 POINT = (1, 8)
 TRANSFORMERS = SimpleNamespace(is_plain=True)

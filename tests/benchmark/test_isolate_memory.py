@@ -14,7 +14,7 @@ from compress.benchmark.sampler import Sampler
 from compress.benchmark.selftest import Faulty
 from compress.benchmark.subject import Subject
 from compress.methods import quiet
-from compress.model import Source
+from compress.model.source import Source
 from compress.nursery import nursery
 from compress.recipe import load
 from tests.blocks import cache_left

@@ -8,7 +8,8 @@ import pytest
 from compress import artifacts, methods, pipeline, recipe
 from compress.distill import _pair
 from compress.errors import ModelError, RecipeError
-from compress.model import Source, load_model, load_tokenizer
+from compress.model.loading import load_model, load_tokenizer
+from compress.model.source import Source
 from tests.conftest import recipe_for
 from tests.test_pipeline import name_of
 from tests.test_training import Here

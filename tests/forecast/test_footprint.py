@@ -7,7 +7,8 @@ from compress import held
 from compress.architectures import read
 from compress.forecast.footprint import OBJECTS, cache_bytes, footprint, weight_bytes
 from compress.methods import quiet
-from compress.model import Source, load_model
+from compress.model.loading import load_model
+from compress.model.source import Source
 from compress.runtime import use_cpu_int8
 from tests.blocks import cache_left, run
 from tests.conftest import TASKS, make_model, make_tokenizer
