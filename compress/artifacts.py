@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from compress import border, data, methods
 from compress.errors import DataError, ModelError
+from compress.execution import Execution
 from compress.files import take_lock
 from compress.methods import Example, TrainSettings, TuneSettings
 from compress.model.folder import check_folder
@@ -27,8 +28,7 @@ MEASURED_ROWS, MEASURED_TOKENS = 8, 64  # on which methods that need no data mea
 
 
 def make(
-    recipe: Recipe, source: Source, folder: Path, device: str, log: Path, progress: Progress, processes: int = 1,
-    shown: Sequence[Shown] | None = None,
+    recipe: Recipe, source: Source, folder: Path, execution: Execution, processes: int = 1, shown: Sequence[Shown] | None = None
 ) -> list[StageRecord]:  # fmt: skip
     """Make the artifact of every stage, or find it made. Each is `shown` its examples, which are read now where there are none.
 
@@ -39,7 +39,7 @@ def make(
     original = source
     records: list[StageRecord] = []
     name = Path(source.id).name if source.is_folder else source.id.rsplit("/", 1)[-1]
-    history: list[Any] = [fingerprint(source), device]
+    history: list[Any] = [fingerprint(source), execution.device]
     shown = shown_to_stages(recipe, data.Dataset(recipe.data, recipe.folder)) if shown is None else shown
     for stage, seen in zip(recipe.stages, shown, strict=True):
         method = methods.find(stage.family, stage.method)
@@ -59,11 +59,11 @@ def make(
         target = folder / f"{name}-{stage.method}-{digest(history)}"
         start, reused = time.monotonic(), is_whole(target)
         if reused:
-            progress(f"{stage}; made before", 1, 1)
+            execution.progress(f"{stage}; made before", 1, 1)
         else:
             models = {"original": original, **others}
             with phase("stages"):
-                _make_one(stage, source, models, seen, target, device, log, progress, together)
+                _make_one(stage, source, models, seen, target, execution, together)
         seconds = time.monotonic() - start
         noted = write.read_notes(target)
         record = StageRecord(stage=stage.as_written(), artifact=str(target), seconds=seconds, reused=reused, **noted)
@@ -125,11 +125,10 @@ def is_whole(artifact: Path) -> bool:
 
 
 def _make_one(
-    stage: Stage, source: Source, models: dict[str, Source], shown: Shown, target: Path, device: str, log: Path,
-    progress: Progress, processes: int = 1,
+    stage: Stage, source: Source, models: dict[str, Source], shown: Shown, target: Path, execution: Execution, processes: int = 1
 ) -> None:  # fmt: skip
     scratch = target.with_name(f".{target.name}.scratch")  # a stage that was killed finds its checkpoints there
-    alone = processes == 1
+    device, log, progress, alone = execution.device, execution.log, execution.progress, processes == 1
     with _one_at_a_time(target, progress):
         if is_whole(target):  # another run made it meanwhile
             return

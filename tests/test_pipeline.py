@@ -10,6 +10,7 @@ import pytest
 from compress import artifacts, methods, pipeline, preflight, recipe
 from compress.benchmark import figures, isolate
 from compress.errors import MissingPackage, ModelError, OutOfMemory
+from compress.execution import Execution
 from compress.model.source import Source, pinned
 from compress.report import verdict, why
 from compress.report.html import sections
@@ -36,7 +37,7 @@ def name_of(monkeypatch, loaded_recipe, source, tmp_path, device="cpu"):
         "_make_one",
         lambda stage, source, models, shown, target, *_: (made.append(target.name), target.mkdir(parents=True)),
     )
-    artifacts.make(loaded_recipe, source, tmp_path / "artifacts", device, tmp_path / "log", methods.quiet)
+    artifacts.make(loaded_recipe, source, tmp_path / "artifacts", Execution(device, tmp_path / "log"))
     shutil.rmtree(tmp_path / "artifacts")
     return made[0]
 
@@ -90,7 +91,7 @@ def test_what_a_killed_stage_left_is_swept(loaded, toys, tmp_path, monkeypatch):
     found = loaded()
     with pytest.raises(KeyboardInterrupt):
         artifacts._make_one(
-            found.stages[0], Source(str(toys["llama"]), "causal-lm"), {}, Shown(), target, "cpu", tmp_path / "log", methods.quiet
+            found.stages[0], Source(str(toys["llama"]), "causal-lm"), {}, Shown(), target, Execution("cpu", tmp_path / "log")
         )
     assert list(target.parent.iterdir()) == []
 
@@ -116,7 +117,7 @@ def test_of_two_runs_that_make_the_same_the_second_waits(loaded, toys, tmp_path,
 
     def make(progress):
         source = Source(str(toys["llama"]), "causal-lm")
-        artifacts._make_one(found.stages[0], source, {}, Shown(), target, "cpu", tmp_path / "log", progress)
+        artifacts._make_one(found.stages[0], source, {}, Shown(), target, Execution("cpu", tmp_path / "log", progress))
 
     monkeypatch.setattr(artifacts, "Child", Slow)
     found = loaded()
