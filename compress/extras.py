@@ -6,6 +6,7 @@ editable install and a wheel alike, and fetches nothing of somebody else's.
 
 import shlex
 import tomllib
+from collections.abc import Iterable
 from importlib import metadata
 from pathlib import Path
 
@@ -17,6 +18,17 @@ def install_line(*extras: str) -> str:
     """pip install 'compressed-tensors>=0.15'"""
     wanted = dict.fromkeys(requirement for extra in extras for requirement in requirements(extra))
     return f"pip install {' '.join(shlex.quote(requirement) for requirement in wanted)}"
+
+
+def line_into(python: str, packages: Iterable[str]) -> str:
+    """../env/bin/python -m pip install transformers"""
+    return f"{python} -m pip install {' '.join(map(shlex.quote, packages))}"
+
+
+def line_apart(packages: str) -> str:
+    """What makes an environment beside this one, and what to do with it."""
+    install = line_into("engine-env/bin/python", packages.split())
+    return f"python -m venv engine-env && {install}; and give `python: engine-env/bin/python` beside its name"
 
 
 def requirements(extra: str) -> list[str]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import MissingPackage, in_a_line
+from compress.extras import line_into
 from compress.packages import alternatives
 
 if TYPE_CHECKING:
@@ -83,5 +84,5 @@ class Interpreter:
         wanted = (*NEEDED, *packages)
         here = self.versions(wanted)
         if missing := [package for package in wanted if not any(name in here for name in alternatives([package]))]:
-            line = " ".join(alternatives([package])[-1] for package in missing)
-            raise MissingPackage(f"{self.python} has no {', '.join(missing)}. Install with: {self.python} -m pip install {line}")
+            line = line_into(str(self.python), [alternatives([package])[-1] for package in missing])
+            raise MissingPackage(f"{self.python} has no {', '.join(missing)}. Install with: {line}")

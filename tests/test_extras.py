@@ -12,13 +12,14 @@ import pytest
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
 
-from compress import extras, methods, trackers
+from compress import engines, extras, methods, trackers
 from compress.report.usage import READERS
 
 ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 DECLARED = {canonicalize_name(Requirement(line).name) for lines in [PROJECT["dependencies"], *EXTRAS.values()] for line in lines}
+APART = {name for engine in engines.names() for line in engines.find(engine).ABOUT.apart.values() for name in line.split()}
 PAGES = [
     ROOT / "pyproject.toml", *ROOT.glob("*.md"), *(ROOT / "recipes").rglob("*.*"),
     *(path for path in (ROOT / "docs").rglob("*") if path.suffix in (".md", ".yml", ".ipynb")),
@@ -41,7 +42,7 @@ def wrong(command):
         except InvalidRequirement:
             yield f"{word} is no requirement"
             continue
-        if name not in DECLARED - {extras.DISTRIBUTION}:
+        if name not in (DECLARED | APART) - {extras.DISTRIBUTION}:
             yield f"{word} is not declared"
 
 

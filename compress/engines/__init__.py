@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from compress import methods
 from compress.errors import MissingPackage, ModelError
-from compress.extras import install_line
+from compress.extras import install_line, line_apart
 from compress.hardware import has_gpu
 from compress.interpreter import Interpreter
 from compress.methods import Settings, Task
@@ -57,8 +57,7 @@ class About:
         """The line that installs the packages; nothing where there are none."""
         if not self.apart:
             return install_line(self.extra) if self.extra else ""
-        wanted = self.apart["cuda" if has_gpu() else "cpu"]
-        return f"python -m venv engine-env && engine-env/bin/pip install {wanted}; and give `python: engine-env/bin/python` beside its name"
+        return line_apart(self.apart["cuda" if has_gpu() else "cpu"])
 
     def missing(self) -> list[str]:
         """The packages that aren't installed here. Nothing is imported."""
