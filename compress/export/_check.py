@@ -69,7 +69,7 @@ def _pieces(engine: Engine, context: Context) -> list[Piece]:
     prompts = Prompts(engine.tokenizer, context.chat)
     limit = min(TOKENS, context.max_tokens, traits.context or TOKENS)
     rows = [prompts.read(example, limit)[0] for example in few]
-    answers = [engine.tokenizer(text_target=(example.references or [example.prompt])[0])["input_ids"][:limit] for example in few]
+    answers = [prompts.target((example.references or [example.prompt])[0], special=True)[:limit] for example in few]
     if not few:
         rows = random_prompts(min(traits.vocabulary, len(engine.tokenizer)), None, LOOKED_AT, min(16, limit))
         answers = rows
