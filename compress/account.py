@@ -5,12 +5,12 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Literal
 
-from compress.errors import BrokenPromise
+from compress.errors import BrokenPromise, is_out_of_memory
 from compress.experts import routers
 from compress.methods import ASKED, HEAD, LEFT_OUT, Context, LayerSettings, Settings
-from compress.model import Source, mapped
-from compress.process import is_out_of_memory
-from compress.results import Account
+from compress.model.loading import mapped
+from compress.model.source import Source
+from compress.results.stages import Account
 from compress.structure import is_head, linear_layers, within
 
 if TYPE_CHECKING:

@@ -8,24 +8,27 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from compress import border, data, methods, model
+from compress import border, data, methods
 from compress.errors import DataError, ModelError
+from compress.execution import Execution
+from compress.files import take_lock
 from compress.methods import Example, TrainSettings, TuneSettings
-from compress.model import Source
+from compress.model.folder import check_folder
+from compress.model.source import Source, fingerprint, locate, pinned
 from compress.nursery import copied
 from compress.phases import phase
-from compress.process import Child, Progress, Team, take_lock
+from compress.process import Child, Progress
 from compress.recipe import Recipe, Stage, digest
 from compress.report import card, write
 from compress.requests import Make, Shown
-from compress.results import StageRecord
+from compress.results.stages import StageRecord
+from compress.team import Team
 
 MEASURED_ROWS, MEASURED_TOKENS = 8, 64  # on which methods that need no data measure what layers lose
 
 
 def make(
-    recipe: Recipe, source: Source, folder: Path, device: str, log: Path, progress: Progress, processes: int = 1,
-    shown: Sequence[Shown] | None = None,
+    recipe: Recipe, source: Source, folder: Path, execution: Execution, processes: int = 1, shown: Sequence[Shown] | None = None
 ) -> list[StageRecord]:  # fmt: skip
     """Make the artifact of every stage, or find it made. Each is `shown` its examples, which are read now where there are none.
 
@@ -36,7 +39,7 @@ def make(
     original = source
     records: list[StageRecord] = []
     name = Path(source.id).name if source.is_folder else source.id.rsplit("/", 1)[-1]
-    history: list[Any] = [model.fingerprint(source), device]
+    history: list[Any] = [fingerprint(source), execution.device]
     shown = shown_to_stages(recipe, data.Dataset(recipe.data, recipe.folder)) if shown is None else shown
     for stage, seen in zip(recipe.stages, shown, strict=True):
         method = methods.find(stage.family, stage.method)
@@ -45,10 +48,10 @@ def make(
         if seen.validation:
             history.append(data.examples_digest(seen.validation))
         others = {
-            role: model.pinned(Source(model.locate(other.id, recipe.folder), source.task, other.dtype, other.revision, other.bits))
+            role: pinned(Source(locate(other.id, recipe.folder), source.task, other.dtype, other.revision, other.bits))
             for role, other in stage.settings.models().items()
         }
-        history.extend([role, model.fingerprint(other)] for role, other in others.items())
+        history.extend([role, fingerprint(other)] for role, other in others.items())
         history.append([stage.as_written(), methods.made_with(method)])
         together = processes if method.ABOUT.trains else 1
         if together > 1:  # a step takes so many times the examples
@@ -56,11 +59,11 @@ def make(
         target = folder / f"{name}-{stage.method}-{digest(history)}"
         start, reused = time.monotonic(), is_whole(target)
         if reused:
-            progress(f"{stage}; made before", 1, 1)
+            execution.progress(f"{stage}; made before", 1, 1)
         else:
             models = {"original": original, **others}
             with phase("stages"):
-                _make_one(stage, source, models, seen, target, device, log, progress, together)
+                _make_one(stage, source, models, seen, target, execution, together)
         seconds = time.monotonic() - start
         noted = write.read_notes(target)
         record = StageRecord(stage=stage.as_written(), artifact=str(target), seconds=seconds, reused=reused, **noted)
@@ -114,7 +117,7 @@ def is_whole(artifact: Path) -> bool:
     if not artifact.exists():
         return False
     try:
-        model.check_folder(artifact)
+        check_folder(artifact)
     except ModelError:
         shutil.rmtree(artifact) if artifact.is_dir() else artifact.unlink()
         return False
@@ -122,11 +125,10 @@ def is_whole(artifact: Path) -> bool:
 
 
 def _make_one(
-    stage: Stage, source: Source, models: dict[str, Source], shown: Shown, target: Path, device: str, log: Path,
-    progress: Progress, processes: int = 1,
+    stage: Stage, source: Source, models: dict[str, Source], shown: Shown, target: Path, execution: Execution, processes: int = 1
 ) -> None:  # fmt: skip
     scratch = target.with_name(f".{target.name}.scratch")  # a stage that was killed finds its checkpoints there
-    alone = processes == 1
+    device, log, progress, alone = execution.device, execution.log, execution.progress, processes == 1
     with _one_at_a_time(target, progress):
         if is_whole(target):  # another run made it meanwhile
             return

@@ -21,7 +21,7 @@ class Request(Generic[Answer]):
 
 
 class Asked(Protocol):
-    """A working process: `compress.process.Child` or `Team`."""
+    """A working process: `compress.process.Child` or `compress.team.Team`."""
 
     def ask(self, request: str, **arguments: Any) -> Any: ...
 

@@ -18,7 +18,7 @@ from compress.errors import DataError
 from compress.methods import Example
 from compress.mistakes import suggest
 from compress.recipe import Data, digest, fields
-from compress.results import Split
+from compress.results.report import Split
 from compress.rows import Place, Row, Table
 
 HEAD = 200  # rows of a split that `look` is given

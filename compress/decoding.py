@@ -11,14 +11,14 @@ from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Literal
 
-from compress import model
 from compress.errors import ModelError
+from compress.model.source import settings
 from compress.recipe import Generation
 
 if TYPE_CHECKING:
     from transformers import GenerationConfig, PreTrainedModel
 
-    from compress.model import Source
+    from compress.model.source import Source
 
 # `leaving`: rows that have ended leave, and the others go on in a generation that begins anew where they are
 # `whole`: every row stays to the end; `equal`: and a batch has prompts of one length, so that none is padded
@@ -146,10 +146,10 @@ def check(source: "Source", sampled: bool) -> None:
 
     Raises ModelError as `refuse` does, and where the file can't be read.
     """
-    settings, config = model.settings(source, FILE), model.settings(source, "config.json")
+    generation, config = settings(source, FILE), settings(source, "config.json")
     text = next((part for key in ("text_config", "decoder") if isinstance(part := config.get(key), dict)), config)
     size = text.get("vocab_size", config.get("vocab_size"))
-    refuse(settings, size if isinstance(size, int) else None, f"{source.id}: {FILE}", sampled)
+    refuse(generation, size if isinstance(size, int) else None, f"{source.id}: {FILE}", sampled)
 
 
 def followed(engine: str, own: Mapping[str, Any], recipe: Generation, known: Collection[str], beams: bool = False) -> dict[str, Any]:

@@ -19,6 +19,7 @@ A message names the thing, its value and what is allowed, and where there is one
 working process to the parent by class name, so every class is made from its message alone.
 """
 
+import errno
 import re
 
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufffe\uffff]")
@@ -33,6 +34,11 @@ def printable(text: str) -> str:
 def in_a_line(error: BaseException) -> str:
     """What another library's error says, short; its name where it says nothing."""
     return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what another library's error says; its name where it says nothing."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)[:300]
 
 
 class CompressError(Exception):
@@ -93,3 +99,20 @@ class ChildDied(RunError):
 
 class Killed(ChildDied):
     """A working process was killed by signal 9, most often by the kernel for want of memory."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether the error says that memory ran out, on the host (torch raises a plain RuntimeError) or on a GPU."""
+    said = str(error).lower()
+    return (
+        isinstance(error, MemoryError)
+        or type(error).__name__ == "OutOfMemoryError"
+        or any(words in said for words in ("can't allocate memory", "out of memory", "cublas_status_alloc_failed"))
+    )
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether the error says that there is no space; safetensors wraps the system's error in its own, SQLite has words of its own."""
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
+        words in str(error) for words in ("No space left on device", "database or disk is full")
+    )

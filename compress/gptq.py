@@ -8,7 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from compress.model import SINGLE, Source, settings, weight_files
+from compress.model.folder import SINGLE, weight_files
+from compress.model.source import Source, settings
 from compress.packages import lacking
 
 if TYPE_CHECKING:

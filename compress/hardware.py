@@ -4,6 +4,8 @@ import platform
 from functools import cache
 from pathlib import Path
 
+from compress.errors import DeviceError
+
 INFO = Path("/proc/cpuinfo")
 GPUS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")  # of NVIDIA, of AMD, of either under Windows' Linux
 
@@ -21,6 +23,19 @@ def cpu_name() -> str:
 def has_gpu() -> bool:
     """Whether a GPU's driver is here; no library is asked."""
     return any(Path(device).exists() for device in GPUS)
+
+
+def pick_device(wanted: str) -> str:
+    """`cpu` or `cuda`. Raises DeviceError when a GPU is wanted and none is there."""
+    if wanted == "cpu":  # for which an engine's own environment needs no torch
+        return "cpu"
+    import torch
+
+    there = torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        why = "this torch has no CUDA" if torch.version.cuda is None else "torch sees no GPU"
+        raise DeviceError(f"--device cuda: {why} on this machine; use --device cpu or auto")
+    return "cuda" if there else "cpu"
 
 
 def _lines() -> list[str]:

@@ -12,13 +12,16 @@ from compress.benchmark.statistics import corpus_value
 from compress.forecast.beside import foretold
 from compress.methods import Example
 from compress.metrics import COMPARED
-from compress.model import Source
+from compress.model.source import Source
 from compress.phases import Phase
 from compress.recipe import Gate, Recipe
 from compress.report import original as beside
 from compress.report import quality, verdict, why
 from compress.report.turns import disturbances
-from compress.results import Agreement, Cut, Measurement, Prediction, Report, Role, Side, Split, StageRecord
+from compress.results.record import Role
+from compress.results.report import Agreement, Prediction, Report, Split
+from compress.results.sides import Measurement, Side
+from compress.results.stages import Cut, StageRecord
 from compress.scripts import shares
 
 HEADLINE = ("rougeL", "divergence", "perplexity", "accuracy", "chrf", "cer", "exact_match")  # single examples are ranked by

@@ -29,7 +29,8 @@ from compress.extras import install_line
 from compress.packages import lacking, versions
 
 if TYPE_CHECKING:
-    from compress.model import Bundle, Source
+    from compress.model.loading import Bundle
+    from compress.model.source import Source
 
 Task = Literal["seq2seq", "causal-lm", "sequence-classification"]
 TASKS: tuple[Task, ...] = get_args(Task)
@@ -328,10 +329,10 @@ def made_with(method: Method) -> dict[str, str]:
     shared = sorted(
         [
             *file.parent.glob("_*.py"),
-            *(path for part in ("architectures", "calibration", "training") for path in (package / part).glob("*.py")),
+            *(path for part in ("architectures", "calibration", "model", "training") for path in (package / part).glob("*.py")),
         ]
     )
-    names = ("ao", "bnb", "decoding", "experts", "model", "products", "prompts", "scores", "stage", "structure", "writing")
+    names = ("ao", "bnb", "decoding", "experts", "products", "prompts", "scores", "stage", "structure", "writing")
     code = [file, *shared, *(package / f"{name}.py" for name in names)]
     digest = hashlib.sha256(b"".join(path.read_bytes() for path in code)).hexdigest()
     return {"code": digest, **versions(("torch", "transformers", *method.ABOUT.packages))}

@@ -5,24 +5,28 @@ import secrets
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 
-from compress import artifacts, border, data, decoding, exports, judgement, methods, model, preflight
+from compress import artifacts, border, data, decoding, exports, judgement, methods, preflight
 from compress.benchmark import isolate, machine
 from compress.errors import DeviceError, InputError, ModelError, RunError
+from compress.execution import Execution
 from compress.inspection.findings import Inspection
 from compress.judgement import Prepared
 from compress.methods import Example, quiet
 from compress.metrics import GENERATED
-from compress.model import Source
+from compress.model.loading import AUTO
+from compress.model.source import Source, locate, pinned
 from compress.nursery import copied, nursery
 from compress.phases import Phase, merged, phase, watching
 from compress.process import Child, Progress
 from compress.recipe import PLAIN, ChosenEngine, Recipe, load, load_gates
 from compress.report import card, verdict, write
 from compress.requests import Inspect, SeeTemplate
-from compress.results import Report, Side
+from compress.results.report import Report
+from compress.results.sides import Side
 
 OUTPUTS = Path("artifacts") / "outputs"  # below a run's `out`: what models made of examples
 
@@ -41,23 +45,24 @@ def run(
     measured to the end doesn't raise; the report has the reason and the verdict `cannot_tell`.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
-    prepared = [prepare(recipe.in_engine(engine), out, device, progress, processes) for engine in recipe.engines]
+    execution = Execution(device, progress=progress, strict=strict)
+    prepared = [prepare(recipe.in_engine(engine), out, execution, processes) for engine in recipe.engines]
     if len(prepared) == 1:
-        return measure(prepared, out, device, progress, strict)[0]
-    return _in_engines(recipe, prepared, Path(out), device, progress, strict)
+        return measure(prepared, out, execution)[0]
+    return _in_engines(recipe, prepared, Path(out), execution)
 
 
-def prepare(recipe: Recipe, out: str | Path, device: str = "auto", progress: Progress = quiet, processes: int = 1) -> Prepared:
+def prepare(recipe: Recipe, out: str | Path, execution: Execution, processes: int = 1) -> Prepared:
     """The first half of a run: make the smaller model, or find it made, and bring both into the format of the recipe's first engine.
 
     Raises CompressError.
     """
     with watching() as watch:
-        refuse(recipe, device, processes)
+        refuse(recipe, execution.device, processes)
         wanted, commit = recipe.model, machine.commit(recipe.folder)
-        baseline = model.pinned(Source(model.locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
+        baseline = pinned(Source(locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
         _refuse_generation(recipe, baseline)
-        _refuse_chat(recipe, baseline, progress)
+        _refuse_chat(recipe, baseline, execution.progress)
         with phase("data"):
             dataset = data.Dataset(recipe.data, recipe.folder)
             examples = dataset.examples("evaluation", recipe.data.samples, recipe.data.seed)
@@ -67,7 +72,7 @@ def prepare(recipe: Recipe, out: str | Path, device: str = "auto", progress: Pro
             splits = dataset.splits()
             del dataset  # with all of its rows
         with _place(recipe, Path(out)) as (_, log):
-            how = (Path(out) / "artifacts", device, log, progress, processes)
+            how = (Path(out) / "artifacts", replace(execution, log=log), processes)
             stages, plain = (artifacts.make(line, baseline, *how, seen) for line, seen in zip(lines, shown, strict=True))
     candidate = Source(str(Path(stages[-1].artifact).resolve()), wanted.task) if stages else baseline
     original = None if recipe.engine.is_plain else baseline
@@ -77,16 +82,14 @@ def prepare(recipe: Recipe, out: str | Path, device: str = "auto", progress: Pro
     return Prepared(_decided(recipe, examples), baseline, candidate, name, examples, stages, commit, splits, watch.phases(), original)
 
 
-def measure(
-    prepared: Sequence[Prepared], out: str | Path, device: str = "auto", progress: Progress = quiet, strict: bool = False
-) -> list[Report]:
+def measure(prepared: Sequence[Prepared], out: str | Path, execution: Execution) -> list[Report]:
     """The second half: measure, and write a report of each. Several take turns with one baseline; they have the same model, data, metrics,
     generation and benchmark; each report tells where the time of all of them went. Raises CompressError.
     """
     with ExitStack() as stack:
         watch = stack.enter_context(watching())
         places, logs = zip(*(stack.enter_context(_place(one.recipe, Path(out))) for one in prepared), strict=True)
-        reports = _measured(prepared, device, logs[0], progress, strict)
+        reports = _measured(prepared, replace(execution, log=logs[0]))
         with phase("report"):
             written = [
                 _written(report, one.commit, place, lambda own=one.phases: merged(own, watch.phases()))  # type: ignore[misc]
@@ -97,14 +100,12 @@ def measure(
         return written
 
 
-def _in_engines(
-    recipe: Recipe, prepared: Sequence[Prepared], out: Path, device: str, progress: Progress, strict: bool
-) -> Report:  # fmt: skip
+def _in_engines(recipe: Recipe, prepared: Sequence[Prepared], out: Path, execution: Execution) -> Report:
     """One report of a recipe's engines, all in turns: that of the first, which has the others'."""
     with ExitStack() as stack:
         watch = stack.enter_context(watching())
         place, log = stack.enter_context(_place(recipe, out))
-        first, *others = _measured(prepared, device, log, progress, strict)
+        first, *others = _measured(prepared, replace(execution, log=log))
         whole = first.model_copy(update={"others": others, "settings": recipe.as_written(), "digest": recipe.digest})
         spent = [one.phases for one in prepared]
         with phase("report"):
@@ -123,8 +124,9 @@ def bench(
     It is loaded as it is stored; the recipe's dtype and revision are for the recipe's own model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
+    execution = Execution(device, progress=progress, strict=strict)
     preflight.look(recipe, stages=False).end()
-    source, commit = model.pinned(Source(model.locate(model_id, Path()), recipe.model.task)), machine.commit(recipe.folder)
+    source, commit = pinned(Source(locate(model_id, Path()), recipe.model.task)), machine.commit(recipe.folder)
     _refuse_generation(recipe, source)
     _refuse_chat(recipe, source, progress)
     dataset = data.Dataset(recipe.data, recipe.folder)
@@ -133,10 +135,10 @@ def bench(
     if line.stages:
         with _place(recipe, Path(out)) as (_, log):
             shown = artifacts.shown_to_stages(line, dataset)
-            made = artifacts.make(line, source, Path(out) / "artifacts", device, log, progress, shown=shown)
+            made = artifacts.make(line, source, Path(out) / "artifacts", replace(execution, log=log), shown=shown)
         source = Source(str(Path(made[-1].artifact).resolve()), source.task)
     alone = Prepared(_decided(recipe, examples), None, source, model_id, examples, [], commit, dataset.splits())
-    return measure([alone], out, device, progress, strict)[0]
+    return measure([alone], out, execution)[0]
 
 
 def check(report: Report, against: Report | None = None, gates: str | Path | None = None) -> Report:
@@ -169,9 +171,9 @@ def inspect(
     for name, value in (("--batch-size", batch_size), ("--tokens", tokens)):
         if value is not None and value < 1:
             raise InputError(f"{name} {value}: a number from 1 on is wanted")
-    if task is not None and task not in model.AUTO:
-        raise InputError(f"--task {task}: there is no such task; allowed are {', '.join(model.AUTO)}")
-    source = model.pinned(Source(model.locate(model_id, Path()), task or ""))
+    if task is not None and task not in AUTO:
+        raise InputError(f"--task {task}: there is no such task; allowed are {', '.join(AUTO)}")
+    source = pinned(Source(locate(model_id, Path()), task or ""))
     with tempfile.TemporaryDirectory() as folder, Child("compress.inspection.measure", Path(folder) / "log", progress) as child:
         found = border.ask(child, Inspect(source, device, batch_size, tokens))
     return Inspection.model_validate({"model": model_id, **found})
@@ -243,14 +245,14 @@ def _place(recipe: Recipe, out: Path) -> Iterator[tuple[Path, Path]]:
             log.unlink(missing_ok=True)
 
 
-def _measured(prepared: Sequence[Prepared], device: str, log: Path, progress: Progress, strict: bool) -> list[Report]:
+def _measured(prepared: Sequence[Prepared], execution: Execution) -> list[Report]:
     first = prepared[0]
 
     def clear(sides: list[list[Side]]) -> bool:
         return all(verdict.is_clear(one.recipe.check, pair) for one, pair in zip(prepared, sides, strict=True))
 
     found, environment = isolate.measure(
-        [_match(one) for one in prepared], first.recipe, first.examples, device, log, log.parent.parent / OUTPUTS, progress, clear, strict
+        [_match(one) for one in prepared], first.recipe, first.examples, execution, execution.log.parent.parent / OUTPUTS, clear
     )
     with phase("judging"):
         return [judgement.reported(one, measured, environment) for one, measured in zip(prepared, found, strict=True)]

@@ -14,13 +14,13 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from compress import data, decoding, methods, model, rows
+from compress import data, decoding, methods, rows
 from compress.errors import CompressError, DataError, InputError, MissingPackage, ModelError
 from compress.extras import install_line
 from compress.forecast.plan import read_config, widths
 from compress.methods import Task, TuneSettings
 from compress.metrics import GENERATED, TASK
-from compress.model import Source
+from compress.model.source import Source, locate
 from compress.packages import lacking
 from compress.recipe import Recipe, Stage
 from compress.scripts import PACKAGES
@@ -78,7 +78,7 @@ def look(recipe: Recipe, stages: bool = True) -> Sight:
 def _look_at_model(sight: Sight, id: str, place: Place) -> None:
     recipe = sight.recipe
     try:
-        folder = Path(model.locate(id, recipe.folder))
+        folder = Path(locate(id, recipe.folder))
         if not folder.is_dir():
             sight.unseen.append(id)
             return

@@ -1,21 +1,17 @@
 """Working processes: all that needs torch runs in one, and the parent stays light and whole.
 
 The parent starts `python -m MODULE REQUEST_FD REPLY_FD`, or a copy of a process that has imported (compress/nursery.py), and asks it one
-thing at a time, a JSON line each way over two
-pipes of their own, so that nothing a library prints can be mistaken for an answer. While it works, the child sends progress.
-A child whose parent dies is killed by the kernel; a child that dies leaves the parent a `ChildDied` with the reason. A `Team` is
-several that work on one request together, as torch.distributed has it.
+thing at a time, a JSON line each way over two pipes of their own, so that nothing a library prints can be mistaken for an answer. While
+it works, the child sends progress. A child whose parent dies is killed by the kernel; a child that dies leaves the parent a `ChildDied`
+with the reason.
 """
 
 import contextlib
 import ctypes
-import errno
-import fcntl
 import json
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -23,10 +19,10 @@ import traceback
 from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Protocol
+from typing import Any, Protocol
 
 from compress import errors, phases
-from compress.errors import ChildDied, CompressError, InputError, Killed, RunError
+from compress.errors import ChildDied, CompressError, Killed, RunError, is_disk_full, is_out_of_memory
 from compress.quiet import QUIET
 
 Progress = Callable[[str, int, int], None]  # what, and behind a semicolon how it goes; done, total
@@ -40,7 +36,6 @@ LAUNCHER = (  # what torchrun and accelerate launch tell their copies; our proce
     "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
 LAUNCHER_PREFIXES = ("TORCHELASTIC_", "ACCELERATE_", "FSDP_")
-SETTLE_S = 0.5  # by then a process that ended is seen to have ended
 
 
 class Process(Protocol):
@@ -66,7 +61,7 @@ def fresh(module: str, pipes: tuple[int, int], log: Path, environment: Mapping[s
 def environment_of(threads: int | None) -> dict[str, str]:
     """The variables of a working process."""
     limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    return {**_inherited(), **ENVIRONMENT, **limit}
+    return {**inherited(), **ENVIRONMENT, **limit}
 
 
 class Child:
@@ -110,7 +105,7 @@ class Child:
         began = time.monotonic()
         self.tell(request, arguments)
         deadline = None if limit_s is None else began + limit_s
-        bars = _Bars(self._progress)
+        bars = Bars(self._progress)
         while "progress" in (message := self.hear(request, deadline)):
             bars(*message["progress"])
         phases.told(message["spent"], time.monotonic() - began)
@@ -211,7 +206,7 @@ class Child:
         return f"; its last line: {lines[-1].strip()[:300]}" if lines else ""
 
 
-class _Bars:
+class Bars:
     """Passes progress on, and ends every step when a request was answered: training may end early, a loop may tell its begins only."""
 
     def __init__(self, progress: Progress):
@@ -231,116 +226,12 @@ class _Bars:
             self._progress(what, total, total)
 
 
-class Team:
-    """Working processes that are asked the same thing at once and work on it together; a context, and asked, like a `Child`.
-
-    Each finds in its environment what torch.distributed wants to know. The first one's progress and answer count.
-
-    log   the first one's; what the others printed is put behind it when they end
-    """
-
-    def __init__(self, module: str, log: Path, progress: Progress, processes: int):
-        self._progress = progress
-        self._logs = [log, *(log.with_name(f"{log.name}.{rank}") for rank in range(1, processes))]
-        self._children: list[Child] = []
-        shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
-        shared |= {"WORLD_SIZE": str(processes), "LOCAL_WORLD_SIZE": str(processes)}
-        threads = None if "OMP_NUM_THREADS" in _inherited() else max(1, len(os.sched_getaffinity(0)) // processes)
-        try:
-            for rank, file in enumerate(self._logs):
-                own = {**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}
-                self._children.append(Child(module, file, progress, threads, own))
-        except BaseException:
-            self.close()
-            raise
-
-    def ask(self, request: str, **arguments: Any) -> Any:
-        """The first process's answer to a request, when all have answered.
-
-        Raises what went wrong first in any of them; the others may wait for it forever, so nothing more can be asked.
-        """
-        began = time.monotonic()
-        for child in self._children:
-            child.tell(request, arguments)
-        first, working, answer, bars = self._children[0], list(self._children), None, _Bars(self._progress)
-        while working:
-            for child in [child for child in working if child.has_spoken] or select.select(working, [], [])[0]:
-                message = child.hear(request)
-                if "error" in message:
-                    raise self._cause(_error(message))
-                if "answer" in message:
-                    working.remove(child)
-                    if child is first:
-                        answer = message["answer"]
-                        phases.told(message["spent"], time.monotonic() - began)
-                elif child is first:
-                    bars(*message["progress"])
-        bars.end()
-        return answer
-
-    def close(self) -> None:
-        """End all of them and all that they started."""
-        for child in self._children:
-            child.close()
-        with self._logs[0].open("ab") as whole:
-            for log in self._logs[1:]:
-                if log.exists():
-                    whole.write(log.read_bytes())
-                    log.unlink()
-
-    def __enter__(self) -> "Team":
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-    def _cause(self, error: CompressError) -> CompressError:
-        """An error that was heard of, or why a process ended: one that ends makes the others fail, which may be heard of before."""
-        time.sleep(SETTLE_S)
-        return next((child.died() for child in self._children if child.has_ended), error)
-
-
-def launched() -> tuple[int, int] | None:
-    """Which of the copies that torchrun or accelerate launch started this process is, from 0 on, and how many they are; None without.
-
-    Raises InputError, the first copy for all, where they are on several machines, and where accelerate launch was asked for what it or this
-    package doesn't do.
-    """
-    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
-        if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
-            raise InputError(
-                "accelerate launch was asked for several processes and started one, as it does on a CPU and where it finds a single GPU;"
-                " run it without accelerate and give --processes, or under torchrun"
-            )
-        return None
-    rank, processes, here = (_number_in(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if rank == 0 and here != processes:
-        raise InputError(f"{processes} processes were launched, {here} of them on this machine; all have to be on one")
-    for wanted in ("FSDP", "DEEPSPEED"):
-        if rank == 0 and os.environ.get(f"ACCELERATE_USE_{wanted}", "").lower() == "true":
-            raise InputError(f"accelerate launch is configured for {wanted}, which isn't used here; launch without it")
-    return rank, processes
-
-
-def _number_in(name: str) -> int:
-    value = os.environ.get(name, "1")  # a launcher sets all; where others set some, it is one process on each machine
-    if not value.isdecimal():
-        raise InputError(f"{name}={value} in the environment: a number is wanted, as torchrun sets it; unset it to run without a launcher")
-    return int(value)
-
-
-def _inherited() -> dict[str, str]:
+def inherited() -> dict[str, str]:
     """This process's environment without what a launcher says in it."""
     found = {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith(LAUNCHER_PREFIXES)}
     if "RANK" in os.environ and found.get("OMP_NUM_THREADS") == "1":
         del found["OMP_NUM_THREADS"]  # launchers set it for their copies, of which one alone works here
     return found
-
-
-def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
 
 
 def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
@@ -378,7 +269,7 @@ def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
 
 def _answer(message: dict[str, Any]) -> Any:
     if "error" in message:
-        raise _error(message)
+        raise raised(message)
     return message["answer"]
 
 
@@ -392,34 +283,7 @@ def _as_message(error: Exception) -> dict[str, Any]:
     return {"error": "RunError", "message": f"{type(error).__name__}: {error}"}
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether the error says that memory ran out, on the host (torch raises a plain RuntimeError) or on a GPU."""
-    said = str(error).lower()
-    return (
-        isinstance(error, MemoryError)
-        or type(error).__name__ == "OutOfMemoryError"
-        or any(words in said for words in ("can't allocate memory", "out of memory", "cublas_status_alloc_failed"))
-    )
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """Whether the error says that there is no space; safetensors wraps the system's error in its own, SQLite has words of its own."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or any(
-        words in str(error) for words in ("No space left on device", "database or disk is full")
-    )
-
-
-def take_lock(file: IO[Any], another: str, progress: Progress) -> None:
-    """Lock an open file for this process alone, saying that `another` is waited for where it is locked; the kernel frees a killed one's."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        progress(f"waiting for another {another}", 0, 1)
-        with phases.phase("waiting for others"):
-            fcntl.flock(file, fcntl.LOCK_EX)
-        progress(f"waiting for another {another}", 1, 1)
-
-
-def _error(message: dict[str, Any]) -> CompressError:
+def raised(message: dict[str, Any]) -> CompressError:
+    """What the child raised, by a message that says so."""
     kind = getattr(errors, message["error"], RunError)
     return kind(message["message"]) if issubclass(kind, CompressError) else RunError(message["message"])

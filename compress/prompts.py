@@ -1,8 +1,8 @@
-"""A prompt as token ids, no longer than it may be: evaluation, calibration and training all have theirs from here.
+"""A prompt and its target as token ids, no longer than they may be: evaluation, calibration and training all have theirs from here.
 
-What is too long is cut within its content, so that what stands around it stays whole: the chat template with the assistant's opening, the
-words that the recipe puts before and behind a field. The text is cut where one of its tokens ends, and is put into its template and
-tokenised again, so that the ids are those of the shorter prompt.
+A prompt that is too long is cut within its content, so that what stands around it stays whole: the chat template with the assistant's
+opening, the words that the recipe puts before and behind a field. The text is cut where one of its tokens ends, and is put into its
+template and tokenised again, so that the ids are those of the shorter prompt.
 
     python -m compress.prompts REQUEST_FD REPLY_FD     looks at a model's chat template before the work, as a working process
 """
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from compress.border import answering
 from compress.errors import DataError
 from compress.methods import Example
-from compress.model import load_tokenizer, require_template
+from compress.model.loading import load_tokenizer, require_template
 from compress.process import Progress, serve
 from compress.requests import SeeTemplate
 
@@ -25,56 +25,69 @@ WORD, ANSWER = "compress", "workbench"  # stand for what is said where a templat
 
 
 class Prompts:
-    """How a tokenizer makes prompts.
+    """How a tokenizer makes prompts and targets.
 
     chat      they are a user's turns, put into the tokenizer's chat template
-    unended   the end token that some tokenizers add is left off, for decoders, which go on from there
     keep_end  what is too long loses the start of its content, where examples of the task stand, and not its end
 
     Raises DataError where chat is wanted and the template can't serve.
     """
 
-    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat: bool = False, unended: bool = False, keep_end: bool = False):
-        self._tokenizer, self._chat, self._unended, self._keep_end = tokenizer, chat, unended, keep_end
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat: bool = False, keep_end: bool = False):
+        self._tokenizer, self._chat, self._keep_end = tokenizer, chat, keep_end
         if chat:
             check_template(tokenizer)
 
-    def read(self, prompt: Prompt, limit: int | None) -> tuple[list[int], bool]:
+    def read(self, prompt: Prompt, limit: int | None, unended: bool = False) -> tuple[list[int], bool]:
         """The ids, at most `limit`, and whether they are those of a prompt that was cut.
+
+        unended   the end token that some tokenizers add is left off, for decoders, which go on from there
 
         Raises DataError where the chat template alone takes more.
         """
         text = text_of(prompt)
-        whole = self._ids(text)
+        whole = self._ids(text, unended)
         if limit is None or len(whole) <= limit:
             return whole, False
         head, content, tail = _parts(prompt)
-        ids = self._longest(head, content, tail, limit) if self._chat or head or tail else None
+        ids = self._longest(head, content, tail, limit, unended) if self._chat or head or tail else None
         if ids is None and self._chat and (head or tail):  # the words around it are too long themselves
-            ids = self._longest("", text, "", limit)
+            ids = self._longest("", text, "", limit, unended)
         if ids is None and self._chat:
             raise DataError(f"{limit:,} tokens hold no prompt: the chat template alone takes {self.least:,}; raise max_tokens")
-        return (self._truncated(text, limit) if ids is None else ids), True
+        return (self._truncated(text, limit, unended) if ids is None else ids), True
+
+    def target(self, text: str, special: bool, limit: int | None = None) -> list[int]:
+        """The ids of what is to be said to a prompt, at most `limit`.
+
+        special   with the tokenizer's special tokens around it, which stay where it is cut: a decoder's target stands behind its prompt
+        """
+        if limit is not None:
+            self._tokenizer.truncation_side = "right"
+        ids: list[int] = self._tokenizer(
+            text_target=text, add_special_tokens=special, truncation=limit is not None, max_length=limit, verbose=False
+        )["input_ids"]
+        return ids
 
     @property
     def least(self) -> int:
         """Tokens of the shortest prompt."""
-        return len(self._ids("")) if self._chat else 1
+        return len(self._ids("", False)) if self._chat else 1
 
-    def _ids(self, text: str) -> list[int]:
+    def _ids(self, text: str, unended: bool) -> list[int]:
         if self._chat:
             ids: list[int] = self._tokenizer(rendered(self._tokenizer, text), add_special_tokens=False, verbose=False)["input_ids"]
             return ids
         ids = self._tokenizer(text, verbose=False)["input_ids"]
-        return ids[:-1] if self._unended and len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
+        return ids[:-1] if unended and len(ids) > 1 and ids[-1] == self._tokenizer.eos_token_id else ids
 
-    def _longest(self, head: str, content: str, tail: str, limit: int) -> list[int] | None:
+    def _longest(self, head: str, content: str, tail: str, limit: int, unended: bool) -> list[int] | None:
         """The ids with as much of the content as fits; None where nothing does."""
         ends = _ends(self._tokenizer, content, self._keep_end)[: limit + 1]
 
         def ids(number: int) -> list[int]:
             kept = content[len(content) - ends[number] :] if self._keep_end else content[: ends[number]]
-            return self._ids(f"{head}{kept}{tail}")
+            return self._ids(f"{head}{kept}{tail}", unended)
 
         low, high = 0, len(ends) - 1
         if len(best := ids(0)) > limit:
@@ -87,11 +100,11 @@ class Prompts:
                 high = middle - 1
         return best
 
-    def _truncated(self, text: str, limit: int) -> list[int]:
+    def _truncated(self, text: str, limit: int, unended: bool) -> list[int]:
         """A plain text as the tokenizer itself truncates it, its special tokens kept."""
         if limit < 1:
             return []
-        ended = self._unended and self._tokenizer(text, verbose=False)["input_ids"][-1] == self._tokenizer.eos_token_id
+        ended = unended and self._tokenizer(text, verbose=False)["input_ids"][-1] == self._tokenizer.eos_token_id
         self._tokenizer.truncation_side = "left" if self._keep_end else "right"
         ids: list[int] = self._tokenizer(text, truncation=True, max_length=limit + ended, verbose=False)["input_ids"]
         return ids[:-1] if ended else ids

@@ -4,11 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress import model
 from compress.errors import CompressError, InputError, ReportError, RunError, in_a_line
-from compress.model import CARD
+from compress.model.folder import CARD, check_folder
 from compress.report.card import RUN
-from compress.results import Report, read_report
+from compress.results.report import Report, read_report
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ def pack(place: str | Path, failed_too: bool = False) -> Parcel:
     place = Path(place)
     asked = read_report(place) if place.name == "report.json" or (place / "report.json").is_file() else None
     artifact = _artifact_of(asked) if asked else place
-    model.check_folder(artifact)
+    check_folder(artifact)
     report = _measured_by(artifact)
     if asked and asked.run != report.run:
         raise InputError(

@@ -5,7 +5,7 @@ from typing import Any
 
 from compress.border import Request
 from compress.methods import Example
-from compress.model import Source
+from compress.model.source import Source
 
 
 @dataclass(frozen=True)

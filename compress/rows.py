@@ -17,7 +17,7 @@ from typing import Any
 
 from compress.errors import CompressError, DataError, MissingPackage, in_a_line
 from compress.extras import install_line
-from compress.model import user_path
+from compress.model.source import user_path
 from compress.recipe import Data
 
 BUILTIN = Path(__file__).parent / "builtin" / "dialogues"

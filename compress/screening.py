@@ -9,25 +9,27 @@ import math
 import random
 import tempfile
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from compress.benchmark import figures
 from compress.benchmark.statistics import FEWEST
 from compress.benchmark.subject import Subject
+from compress.execution import Execution
 from compress.judgement import Prepared
 from compress.methods import Example
 from compress.metrics import GROUPS, METRICS, TASK
 from compress.nursery import nursery
 from compress.pipeline import OUTPUTS
-from compress.process import Progress
 from compress.report import verdict
-from compress.results import Role, Side
+from compress.results.record import Role
+from compress.results.sides import Side
 from compress.scores import Samples
 
 SHARES = (1 / 9, 1 / 3)  # of the examples, after which a recipe may be given up; three times as many each, as in Hyperband (Li et al. 2018)
 
 
-def hopeless(prepared: Prepared, out: Path, device: str, progress: Progress) -> str | None:
+def hopeless(prepared: Prepared, out: Path, execution: Execution) -> str | None:
     """After how many examples it was beyond doubt that a gate on quality is broken, and which; None where it isn't.
 
     What the baseline makes of them is kept for the recipes that follow. Raises RunError.
@@ -43,7 +45,7 @@ def hopeless(prepared: Prepared, out: Path, device: str, progress: Progress) -> 
     asked = recipe.model_copy(update={"metrics": groups})
     assert prepared.baseline is not None
     with tempfile.TemporaryDirectory() as folder, nursery():
-        how = (asked, device, Path(folder) / "log", out / OUTPUTS, progress)
+        how = (asked, replace(execution, log=Path(folder) / "log"), out / OUTPUTS)
         theirs = list(_looks(Subject("baseline", prepared.baseline, *how, prepared.baseline), looks))
         for number, ours in enumerate(_looks(Subject("candidate", prepared.candidate, *how, prepared.baseline), looks)):
             baseline, candidate = _side("baseline", theirs[number]), _side("candidate", ours)

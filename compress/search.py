@@ -13,7 +13,7 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -22,17 +22,19 @@ import yaml
 
 from compress import pipeline, sweep
 from compress.cluster import Here, Workers
-from compress.errors import CompressError, InputError, MissingPackage, NoSpace, RecipeError
+from compress.errors import CompressError, InputError, MissingPackage, NoSpace, RecipeError, is_disk_full
+from compress.execution import Execution
 from compress.extras import install_line
+from compress.files import take_lock, write_whole
 from compress.methods import quiet
 from compress.metrics import GROUPS, METRICS
 from compress.mistakes import suggest
-from compress.model import user_path
+from compress.model.source import user_path
 from compress.nursery import nursery
-from compress.process import Progress, is_disk_full, take_lock
+from compress.process import Progress
 from compress.recipe import Recipe, digest
 from compress.report.numbers import duration
-from compress.results import Report, read_report, write_whole
+from compress.results.report import Report, read_report
 from compress.screening import hopeless
 
 NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
@@ -167,7 +169,7 @@ class Search:
         sweep.refuse(self.recipes, device)
         out, workers, place = out.absolute(), workers or Here(), self.place(out)
         with _study(place, progress) as study, nursery() if isinstance(workers, Here) else nullcontext():
-            self._go_on(study, trials, (out, device, strict), progress, workers)
+            self._go_on(study, trials, out, Execution(device, progress=progress, strict=strict), workers)
             tried = _tried(study)
         best = min((one for one in tried if one.verdict == "pass" and one.value is not None), key=lambda one: one.value or 0, default=None)
         file = place / "best.yaml"
@@ -175,7 +177,7 @@ class Search:
             write_whole(file, _as_yaml(self.variant(best.choice)))
         return Found(tried, best, file)
 
-    def _go_on(self, study: Any, trials: int, how: tuple[Path, str, bool], progress: Progress, workers: Workers) -> None:
+    def _go_on(self, study: Any, trials: int, out: Path, execution: Execution, workers: Workers) -> None:
         """Ask, try and tell until so many are tried."""
         everyone, start = self._everyone(trials), time.monotonic()
         former = _tried(study)
@@ -193,14 +195,14 @@ class Search:
                 each = (time.monotonic() - start) / (done - before) if done > before else 0
                 left = f", about {duration(each * (wanted - done))} left" if each else ""
                 what = f"recipe {done + len(running) + 1} of {wanted}: {', '.join(f'{key}={value}' for key, value in choice.items())}{left}"
-                progress(what, 0, 1)
-                arguments = (*how, progress) if isinstance(workers, Here) else how
-                running[workers.start(_attempt, self, choice, *arguments)] = trial, choice, what
+                execution.progress(what, 0, 1)
+                theirs = execution if isinstance(workers, Here) else replace(execution, progress=quiet)
+                running[workers.start(_attempt, self, choice, out, theirs)] = trial, choice, what
             task, one = workers.first(list(running))
             trial, choice, what = running.pop(task)
             _tell(study, trial, Tried(choice, reason=str(one)) if isinstance(one, CompressError) else one)
             done += 1
-            progress(what, 1, 1)
+            execution.progress(what, 1, 1)
 
     def _asked(self, study: Any, left: list[dict[str, Any]]) -> Any:
         """The next trial: one that a killed search was about, the next of those `left`, or what Optuna proposes."""
@@ -245,14 +247,14 @@ def _tried(study: Any) -> list[Tried]:
 
 
 @nursery()
-def _attempt(search: Search, choice: dict[str, Any], out: Path, device: str, strict: bool, progress: Progress = quiet) -> Tried:
+def _attempt(search: Search, choice: dict[str, Any], out: Path, execution: Execution) -> Tried:
     """Make and judge one recipe."""
-    prepared = pipeline.prepare(search.variant(choice), out, device, progress)
+    prepared = pipeline.prepare(search.variant(choice), out, execution)
     report = sweep.former(prepared, out)
     if report is None:
-        if (why := hopeless(prepared, out, device, progress)) is not None:
+        if (why := hopeless(prepared, out, execution)) is not None:
             return Tried(choice, verdict="fail", reason=f"given up {why}")
-        report = pipeline.measure([prepared], out, device, progress, strict)[0]
+        report = pipeline.measure([prepared], out, execution)[0]
     return Tried(choice, str(report.folder), report.verdict, _value(report, search.minimise), sweep.failure(report))
 
 

@@ -10,14 +10,19 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
-from compress import account, experts, gptq, methods, model
+from compress import account, experts, gptq, methods
 from compress.border import answering
-from compress.errors import BrokenPromise, CompressError, DeviceError
+from compress.errors import BrokenPromise, CompressError, DeviceError, is_out_of_memory
 from compress.export._check import check as check_export
-from compress.process import Progress, is_out_of_memory, serve
+from compress.files import whole_folder
+from compress.hardware import pick_device
+from compress.model.folder import file_bytes
+from compress.model.loading import Bundle, load_model, load_tokenizer, parameter_bytes, skeleton
+from compress.model.source import Source
+from compress.process import Progress, serve
 from compress.products import in_float32
 from compress.requests import Make
-from compress.results import NOTES, whole_folder
+from compress.results.stages import NOTES
 from compress.structure import trial_inputs
 
 if TYPE_CHECKING:
@@ -38,7 +43,7 @@ def run(progress: Progress, request: Make) -> None:
     target, processes = request.target, request.processes
     settings = methods.find(family, name).Settings.model_validate(request.settings)
     method = methods.require(family, name, settings)
-    device = model.pick_device(request.device)
+    device = pick_device(request.device)
     if device not in method.ABOUT.devices:
         raise DeviceError(f"{family}: {name} runs on {', '.join(method.ABOUT.devices)}, not on {device}")
     rank = 0 if processes == 1 else _join(device, processes)
@@ -48,12 +53,12 @@ def run(progress: Progress, request: Make) -> None:
         processes=processes, rank=rank,
     )  # fmt: skip
     progress(f"{family}: {name}", 0, 1)
-    bare = model.skeleton(before)
+    bare = skeleton(before)
     if method.ABOUT.experts:
         experts.part(bare)
     account.foresee(bare, settings, f"{family}: {name}")
     with in_float32(device):
-        bundle = method.apply(model.Bundle(before, "cpu" if settings.sharded() else device), settings, context)
+        bundle = method.apply(Bundle(before, "cpu" if settings.sharded() else device), settings, context)
     if rank > 0:
         return
     counted = account.take(bare, settings, context, f"{family}: {name}")
@@ -62,15 +67,15 @@ def run(progress: Progress, request: Make) -> None:
         del bundle
         gc.collect()
         if method.ABOUT.smaller:
-            _check_smaller(model.parameter_bytes(bare), model.file_bytes(folder), f"{family}: {name}")
-        made = model.Source(str(folder), before.task)
+            _check_smaller(parameter_bytes(bare), file_bytes(folder), f"{family}: {name}")
+        made = Source(str(folder), before.task)
         with in_float32(device):
             if family == "export":
                 check_export(before, made, name, device, context)
             else:
                 _check_logits(before, made, device, context, f"{family}: {name}", family == "quantize" and not method.ABOUT.trains)
         if counted is None and before.bits is None and family != "export":
-            counted = account.compare(before, model.Source(str(folder), before.task))
+            counted = account.compare(before, Source(str(folder), before.task))
         noted = {"layers": context.layers, "said": context.said, "curve": context.curve, "cut": context.cut}
         noted["account"] = counted and counted.model_dump()
         (folder / NOTES).write_text(json.dumps(noted, indent=1), encoding="utf-8")
@@ -101,7 +106,7 @@ def _check_smaller(before: int, after: int, who: str) -> None:
 
 
 def _check_logits(
-    before: model.Source, artifact: model.Source, device: str, context: methods.Context, who: str, rounds: bool
+    before: Source, artifact: Source, device: str, context: methods.Context, who: str, rounds: bool
 ) -> None:  # fmt: skip
     """See that the artifact, as plain transformers loads it, answers, and that rounding changed no more than it can.
 
@@ -142,7 +147,7 @@ def _changed(given: "list[Tensor]", made: "list[Tensor]") -> float:
     return float(torch.cat(shares).median())
 
 
-def _logits(source: model.Source, device: str, context: methods.Context, who: str, rounded: bool = False) -> "list[Tensor]":
+def _logits(source: Source, device: str, context: methods.Context, who: str, rounded: bool = False) -> "list[Tensor]":
     """What a model, as plain transformers loads it, has for a few of the stage's examples, or for some tokens where there are none: in
     float32, (tokens, vocabulary), each token's about their mean, which no softmax sees.
 
@@ -160,7 +165,7 @@ def _logits(source: model.Source, device: str, context: methods.Context, who: st
         _round(loaded, context)
     rows = []
     with torch.no_grad():
-        for inputs in _inputs(loaded, model.load_tokenizer(source), few):
+        for inputs in _inputs(loaded, load_tokenizer(source), few):
             try:
                 logits = loaded(**inputs).logits.float()
             except (NotImplementedError, AttributeError, TypeError, ValueError) as error:  # a layer whose weight its owner uses itself
@@ -170,13 +175,13 @@ def _logits(source: model.Source, device: str, context: methods.Context, who: st
     return rows
 
 
-def _loaded(source: model.Source, device: str, context: methods.Context) -> "PreTrainedModel":
+def _loaded(source: Source, device: str, context: methods.Context) -> "PreTrainedModel":
     """The model as transformers loads it, or where what it takes isn't installed, with the numbers that its files hold."""
     if not gptq.is_unread(source):
-        return model.load_model(source, device)
+        return load_model(source, device)
     context.say(f"its files were looked at unpacked: {', '.join(gptq.READERS)}, by which transformers reads them, aren't installed here")
     with TemporaryDirectory(dir=Path(source.id).parent) as folder:
-        return model.load_model(gptq.unpacked(source, Path(folder) / "unpacked"), device)
+        return load_model(gptq.unpacked(source, Path(folder) / "unpacked"), device)
 
 
 def _round(loaded: "PreTrainedModel", context: methods.Context) -> None:

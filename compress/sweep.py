@@ -12,7 +12,7 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from compress import pipeline
 from compress.cluster import Workers
 from compress.data import examples_digest
 from compress.errors import CompressError, InputError, RecipeError, ReportError
+from compress.execution import Execution
+from compress.files import write_whole
 from compress.forecast import machine, plan
 from compress.judgement import Prepared
 from compress.methods import quiet
@@ -27,7 +29,7 @@ from compress.nursery import nursery
 from compress.process import Progress
 from compress.recipe import Recipe, digest, load
 from compress.report.numbers import duration
-from compress.results import Report, read_report, write_whole
+from compress.results.report import Report, read_report
 from compress.yamlfile import Document, located
 
 MOST = 1000  # recipes of a sweep
@@ -128,9 +130,10 @@ def run(
     """
     pipeline.usable(out)
     refuse(recipes, device)
+    execution = Execution(device, progress=progress, strict=strict)
     if workers is not None:
-        return _spread(recipes, out.absolute(), device, progress, strict, workers)
-    return _here(recipes, out, device, progress, strict)
+        return _spread(recipes, out.absolute(), execution, workers)
+    return _here(recipes, out, execution)
 
 
 def page(outcomes: Sequence[Outcome], out: Path) -> Path | None:
@@ -164,14 +167,14 @@ def failure(report: Report) -> str | None:
 
 
 @nursery()
-def attempt(recipe: Recipe, out: Path, device: str, strict: bool) -> Report:
+def attempt(recipe: Recipe, out: Path, execution: Execution) -> Report:
     """One recipe of a sweep as a task of its own. Raises CompressError."""
-    prepared = pipeline.prepare(recipe, out, device)
-    return former(prepared, out) or pipeline.measure([prepared], out, device, strict=strict)[0]
+    prepared = pipeline.prepare(recipe, out, execution)
+    return former(prepared, out) or pipeline.measure([prepared], out, execution)[0]
 
 
 @nursery()
-def _here(recipes: Sequence[Recipe], out: Path, device: str, progress: Progress, strict: bool) -> list[Outcome]:
+def _here(recipes: Sequence[Recipe], out: Path, execution: Execution) -> list[Outcome]:
     outcomes: dict[int, Outcome] = {}
     forecast = _Forecast(recipes)
     for group in _groups(recipes, forecast):
@@ -179,9 +182,9 @@ def _here(recipes: Sequence[Recipe], out: Path, device: str, progress: Progress,
         for number in group:
             recipe = recipes[number]
             what = f"recipe {number + 1} of {len(recipes)}: {recipe.name}{forecast.left(outcomes)}"
-            progress(what, 0, 1)
+            execution.progress(what, 0, 1)
             try:
-                prepared = pipeline.prepare(recipe, out, device, progress)
+                prepared = pipeline.prepare(recipe, out, execution)
                 report = former(prepared, out)
             except CompressError as error:
                 outcomes[number] = Outcome(recipe, None, str(error))
@@ -191,37 +194,38 @@ def _here(recipes: Sequence[Recipe], out: Path, device: str, progress: Progress,
                     forecast.seconds[number] = 0  # it took no time, and says nothing of the others
                 else:
                     ready.append((number, prepared))
-            progress(what, 1, 1)
+            execution.progress(what, 1, 1)
         if ready:
             what = f"measuring {len(ready)} of {len(recipes)} in turns with their baseline{forecast.left(outcomes)}"
-            progress(what, 0, 1)
-            measured = _measured([prepared for _, prepared in ready], out, device, progress, strict)
+            execution.progress(what, 0, 1)
+            measured = _measured([prepared for _, prepared in ready], out, execution)
             outcomes.update(zip((number for number, _ in ready), measured, strict=True))
-            progress(what, 1, 1)
+            execution.progress(what, 1, 1)
     return [outcomes[number] for number in range(len(recipes))]
 
 
-def _spread(recipes: Sequence[Recipe], out: Path, device: str, progress: Progress, strict: bool, workers: Workers) -> list[Outcome]:
-    begun = {workers.start(attempt, recipe, out, device, strict): number for number, recipe in enumerate(recipes)}
+def _spread(recipes: Sequence[Recipe], out: Path, execution: Execution, workers: Workers) -> list[Outcome]:
+    apart = replace(execution, progress=quiet)
+    begun = {workers.start(attempt, recipe, out, apart): number for number, recipe in enumerate(recipes)}
     outcomes: dict[int, Outcome] = {}
     start = time.monotonic()
     while begun:
         each = (time.monotonic() - start) / max(1, len(outcomes))
         left = f", about {duration(each * len(begun))} left" if outcomes else ""
-        progress(f"{len(outcomes)} of {len(recipes)} recipes done{left}", len(outcomes), len(recipes))
+        execution.progress(f"{len(outcomes)} of {len(recipes)} recipes done{left}", len(outcomes), len(recipes))
         task, found = workers.first(list(begun))
         number = begun.pop(task)
         outcomes[number] = _outcome(recipes[number], found)
     return [outcomes[number] for number in range(len(recipes))]
 
 
-def _measured(prepared: list[Prepared], out: Path, device: str, progress: Progress, strict: bool) -> list[Outcome]:
+def _measured(prepared: list[Prepared], out: Path, execution: Execution) -> list[Outcome]:
     """Measured together, or each alone where one of them is a model that can't be measured so."""
     try:
-        reports = pipeline.measure(prepared, out, device, progress, strict)
+        reports = pipeline.measure(prepared, out, execution)
     except CompressError as error:
         if isinstance(error, InputError) and len(prepared) > 1:
-            return [outcome for one in prepared for outcome in _measured([one], out, device, progress, strict)]
+            return [outcome for one in prepared for outcome in _measured([one], out, execution)]
         return [Outcome(one.recipe, None, str(error)) for one in prepared]
     return [_outcome(one.recipe, report) for one, report in zip(prepared, reports, strict=True)]
 

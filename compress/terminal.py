@@ -25,7 +25,7 @@ from compress.report.layers import line
 from compress.report.markdown import Row, either, shown
 from compress.report.numbers import change, count, duration, figure, percent, scaled, verdict_words
 from compress.report.table import fitted, room
-from compress.results import Report
+from compress.results.report import Report
 
 COLOURS = {"pass": "green", "fail": "red", "cannot_tell": "yellow"}
 WIDE = 110  # columns from which on every column of an inspection fits

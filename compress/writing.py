@@ -8,7 +8,7 @@ from torch import Tensor
 from compress import decoding
 from compress.calibration.stream import Row
 from compress.errors import ModelError
-from compress.model import Bundle
+from compress.model.loading import Bundle
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

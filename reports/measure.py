@@ -14,7 +14,7 @@ from pathlib import Path
 
 import compress
 from compress.report.write import write
-from compress.results import Report, read_report
+from compress.results.report import Report, read_report
 
 HERE = Path(__file__).parent
 INT8 = ["quantize: smoothquant", "quantize: int8_dynamic", "quantize: bnb_int8", "quantize: bnb_nf4"]

@@ -7,7 +7,8 @@ from compress import stage
 from compress.engines.transformers.engine import cache_seen
 from compress.errors import BrokenPromise
 from compress.methods import Context, Example, LayerSettings, quiet
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import Source
 from compress.quantize._calibrated import quantise
 from compress.quantize._pack import Packed
 from compress.requests import Make, Shown

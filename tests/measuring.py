@@ -10,7 +10,7 @@ from compress.engines.transformers import reading
 from compress.engines.transformers.batching import Batches
 from compress.engines.transformers.generation import Writer
 from compress.methods import quiet
-from compress.model import Source
+from compress.model.source import Source
 from compress.recipe import Generation
 from compress.structure import context_length
 

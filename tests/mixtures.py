@@ -4,7 +4,7 @@ import torch
 import transformers
 
 from compress.calibration.stream import encoded, padded
-from compress.model import load_model
+from compress.model.loading import load_model
 
 ENDS = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
 SMALL = {"vocab_size": 64, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, **ENDS}

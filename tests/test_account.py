@@ -10,7 +10,7 @@ from compress.errors import BrokenPromise
 from compress.prune import magnitude
 from compress.quantize import bnb_int8
 from compress.report import markdown
-from compress.results import NOTES, Account, StageRecord
+from compress.results.stages import NOTES, Account, StageRecord
 from tests.blocks import run, saved
 from tests.conftest import make_model
 from tests.report.test_files import made

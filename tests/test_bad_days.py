@@ -13,7 +13,8 @@ import yaml
 
 from compress import methods
 from compress.errors import NoSpace
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import Source
 from tests.blocks import made
 from tests.conftest import recipe_for
 from tests.test_cli import program

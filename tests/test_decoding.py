@@ -14,7 +14,8 @@ from compress.engines.transformers.batching import Batches
 from compress.engines.transformers.generation import Writer
 from compress.errors import ModelError
 from compress.methods import quiet
-from compress.model import BUILTIN, Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import BUILTIN, Source
 from compress.recipe import Generation
 from compress.recipe import load as load_recipe
 from tests.conftest import make_model, make_tokenizer, recipe_for

@@ -23,7 +23,7 @@ from markdown_it import MarkdownIt
 
 from compress import cli, methods
 from compress.recipe import load
-from compress.results import read_report
+from compress.results.report import read_report
 from tests.conftest import WORDS
 
 ROOT = Path(__file__).parent.parent

@@ -9,8 +9,9 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from compress import artifacts, recipe, stage
 from compress.errors import DataError, RecipeError, RunError
+from compress.execution import Execution
 from compress.methods import Context
-from compress.model import Source
+from compress.model.source import Source
 from compress.training.material import Batch
 from tests.blocks import bundle, examples
 from tests.conftest import recipe_for
@@ -118,7 +119,7 @@ def test_the_pipeline_draws_the_validation_split_and_reports_the_curve(toys, row
     stages = [{"finetune": "full", "steps": 4, "batch_size": 4, "early_stopping": stopping}]
     found = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, data=data, stages=stages)))
     source = Source(str(toys["llama"]), "causal-lm", "float32")
-    (record,) = artifacts.make(found, source, tmp_path / "out", "cpu", tmp_path / "log", lambda *_: None)
+    (record,) = artifacts.make(found, source, tmp_path / "out", Execution("cpu", tmp_path / "log"))
     assert len(shown[0].validation) == 3
     assert [point.step for point in record.curve if point.validation is not None] == [2, 4]
     assert [point.step for point in record.curve if point.loss is not None] == [1, 2, 3, 4]

@@ -11,12 +11,13 @@ from torch import nn
 
 from compress import experts
 from compress.errors import BrokenPromise, InputError, ModelError
-from compress.model import Bundle, Source, load_model
+from compress.model.loading import Bundle, load_model
+from compress.model.source import Source
 from compress.prune import magnitude, wanda
 from compress.quantize import autoround, awq, gptq, rtn
 from compress.quantize._calibrated import quantise
 from compress.quantize._pack import Packed
-from compress.results import NOTES, Account
+from compress.results.stages import NOTES, Account
 from tests.blocks import context, examples, run, saved
 from tests.calibration.test_walk import assert_same_moments
 from tests.mixtures import MIXTURES, TOGETHER, mixture, routed

@@ -16,7 +16,8 @@ from compress.benchmark import machine
 from compress.errors import RecipeError, RunError
 from compress.report import ci, write
 from compress.report.frame import find_reports
-from compress.results import GateResult, Measurement, Side, read_report
+from compress.results.report import read_report
+from compress.results.sides import GateResult, Measurement, Side
 from tests.conftest import recipe_for
 from tests.report.test_files import made
 from tests.test_cli import program

@@ -9,8 +9,9 @@ import torch
 import transformers
 
 from compress.errors import CompressError
-from compress.model import AUTO, Source, load_model
-from compress.results import NOTES
+from compress.model.loading import AUTO, load_model
+from compress.model.source import Source
+from compress.results.stages import NOTES
 from tests import blocks
 from tests.architectures import ALL, BOTH_SIDES, CLASSIFIERS, made, task_of
 from tests.blocks import examples

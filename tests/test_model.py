@@ -7,10 +7,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from compress import held, model
+from compress import held
 from compress.architectures.gpt2 import as_linear
 from compress.errors import DeviceError, InputError, ModelError
-from compress.model import Source
+from compress.hardware import pick_device
+from compress.model.folder import check_folder, file_bytes
+from compress.model.loading import load_model, parameter_count
+from compress.model.source import Source, locate
 from compress.structure import context_length, linear_layers
 from tests.conftest import TASKS, make_model
 
@@ -24,12 +27,12 @@ def broken(toys, tmp_path):
 
 def refused(folder, message):
     with pytest.raises(ModelError, match=message):
-        model.check_folder(folder)
+        check_folder(folder)
 
 
 def test_a_whole_folder_is_accepted(toys):
     for folder in toys.values():
-        model.check_folder(folder)
+        check_folder(folder)
 
 
 def test_no_config(broken):
@@ -70,19 +73,19 @@ def test_missing_weights_are_not_made_up(broken):
     del weights["encoder.final_layer_norm.weight"]
     save_file(weights, broken / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ModelError, match=r"1 weights are missing, such as encoder\.final_layer_norm\.weight"):
-        model.load_model(Source(str(broken), "seq2seq"), "cpu")
+        load_model(Source(str(broken), "seq2seq"), "cpu")
 
 
 def test_weights_of_another_shape_are_refused(broken):
     config = json.loads((broken / "config.json").read_text())
     (broken / "config.json").write_text(json.dumps({**config, "d_ff": 256}))
     with pytest.raises(ModelError, match="don't fit its config"):
-        model.load_model(Source(str(broken), "seq2seq"), "cpu")
+        load_model(Source(str(broken), "seq2seq"), "cpu")
 
 
 def test_the_wrong_task(toys):
     with pytest.raises(ModelError, match="can't be loaded for task seq2seq"):
-        model.load_model(Source(str(toys["llama"]), "seq2seq"), "cpu")
+        load_model(Source(str(toys["llama"]), "seq2seq"), "cpu")
 
 
 @pytest.mark.parametrize(
@@ -90,29 +93,29 @@ def test_the_wrong_task(toys):
 )
 def test_ids_that_are_nothing(tmp_path, id, message):
     with pytest.raises(ModelError, match=message):
-        model.locate(id, tmp_path)
+        locate(id, tmp_path)
 
 
 def test_ids_are_folders_beside_the_recipe_or_hub_ids(toys, tmp_path):
-    assert model.locate(toys["t5"].name, toys["t5"].parent) == str(toys["t5"].resolve())
-    assert model.locate("google/flan-t5-small", tmp_path) == "google/flan-t5-small"
+    assert locate(toys["t5"].name, toys["t5"].parent) == str(toys["t5"].resolve())
+    assert locate("google/flan-t5-small", tmp_path) == "google/flan-t5-small"
 
 
 def test_a_gpu_that_is_not_there(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert model.pick_device("auto") == "cpu"
+    assert pick_device("auto") == "cpu"
     with pytest.raises(DeviceError, match="use --device cpu or auto"):
-        model.pick_device("cuda")
+        pick_device("cuda")
 
 
 @pytest.mark.parametrize("kind", list(TASKS))
 def test_sizes_are_those_of_the_weights(toys, kind):
-    loaded = model.load_model(Source(str(toys[kind]), TASKS[kind], "float32"), "cpu")
+    loaded = load_model(Source(str(toys[kind]), TASKS[kind], "float32"), "cpu")
     unique = {p.data_ptr(): p for p in loaded.parameters()}.values()
-    assert model.parameter_count(loaded) == sum(p.numel() for p in unique)
+    assert parameter_count(loaded) == sum(p.numel() for p in unique)
     buffers = {b.data_ptr(): b for b in loaded.buffers()}.values()
-    assert held.weight_bytes(loaded) == 4 * model.parameter_count(loaded) + sum(b.numel() * b.element_size() for b in buffers)
-    assert model.file_bytes(toys[kind]) >= 4 * model.parameter_count(loaded)
+    assert held.weight_bytes(loaded) == 4 * parameter_count(loaded) + sum(b.numel() * b.element_size() for b in buffers)
+    assert file_bytes(toys[kind]) >= 4 * parameter_count(loaded)
 
 
 def test_gpt2_with_linear_layers_is_the_same_model():

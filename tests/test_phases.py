@@ -4,7 +4,7 @@ import pytest
 
 from compress import phases
 from compress.phases import REST, Phase
-from compress.process import _Bars
+from compress.process import Bars
 from compress.report import times
 from tests.report.test_files import made
 
@@ -75,7 +75,7 @@ def test_a_report_tells_it_in_a_sentence_and_a_table():
 
 def test_an_answered_request_ends_its_bars():
     seen = []
-    bars = _Bars(lambda *step: seen.append(step))
+    bars = Bars(lambda *step: seen.append(step))
     for step in (("training; loss 3", 1, 9), ("training; loss 2", 5, 9), ("scoring", 0, 2), ("scoring", 2, 2)):
         bars(*step)
     bars.end()

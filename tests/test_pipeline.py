@@ -7,14 +7,16 @@ from types import SimpleNamespace
 
 import pytest
 
-from compress import artifacts, methods, model, pipeline, preflight, recipe
+from compress import artifacts, methods, pipeline, preflight, recipe
 from compress.benchmark import figures, isolate
-from compress.errors import MissingPackage, OutOfMemory
-from compress.model import Source
+from compress.errors import MissingPackage, ModelError, OutOfMemory
+from compress.execution import Execution
+from compress.model.source import Source, pinned
 from compress.report import verdict, why
 from compress.report.html import sections
 from compress.requests import Shown
-from compress.results import Comparison, GateResult, StageRecord, Step
+from compress.results.sides import Comparison, GateResult, Step
+from compress.results.stages import StageRecord
 from tests.conftest import recipe_for
 
 
@@ -35,7 +37,7 @@ def name_of(monkeypatch, loaded_recipe, source, tmp_path, device="cpu"):
         "_make_one",
         lambda stage, source, models, shown, target, *_: (made.append(target.name), target.mkdir(parents=True)),
     )
-    artifacts.make(loaded_recipe, source, tmp_path / "artifacts", device, tmp_path / "log", methods.quiet)
+    artifacts.make(loaded_recipe, source, tmp_path / "artifacts", Execution(device, tmp_path / "log"))
     shutil.rmtree(tmp_path / "artifacts")
     return made[0]
 
@@ -89,7 +91,7 @@ def test_what_a_killed_stage_left_is_swept(loaded, toys, tmp_path, monkeypatch):
     found = loaded()
     with pytest.raises(KeyboardInterrupt):
         artifacts._make_one(
-            found.stages[0], Source(str(toys["llama"]), "causal-lm"), {}, Shown(), target, "cpu", tmp_path / "log", methods.quiet
+            found.stages[0], Source(str(toys["llama"]), "causal-lm"), {}, Shown(), target, Execution("cpu", tmp_path / "log")
         )
     assert list(target.parent.iterdir()) == []
 
@@ -115,7 +117,7 @@ def test_of_two_runs_that_make_the_same_the_second_waits(loaded, toys, tmp_path,
 
     def make(progress):
         source = Source(str(toys["llama"]), "causal-lm")
-        artifacts._make_one(found.stages[0], source, {}, Shown(), target, "cpu", tmp_path / "log", progress)
+        artifacts._make_one(found.stages[0], source, {}, Shown(), target, Execution("cpu", tmp_path / "log", progress))
 
     monkeypatch.setattr(artifacts, "Child", Slow)
     found = loaded()
@@ -287,7 +289,7 @@ def test_hub_ids_are_pinned_to_a_commit(monkeypatch):
     import huggingface_hub
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", lambda self, id, **_: type("Info", (), {"sha": "abc123"}))
-    assert model.pinned(Source("google/flan-t5-small", "seq2seq")).revision == "abc123"
+    assert pinned(Source("google/flan-t5-small", "seq2seq")).revision == "abc123"
 
 
 def test_a_hub_that_does_not_answer_is_said(monkeypatch):
@@ -297,8 +299,8 @@ def test_a_hub_that_does_not_answer_is_said(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(huggingface_hub.HfApi, "model_info", silent)
-    with pytest.raises(model.ModelError, match="no folder of that name here, and the hub does not answer: no route"):
-        model.pinned(Source("nobody/no-such-model", "seq2seq"))
+    with pytest.raises(ModelError, match="no folder of that name here, and the hub does not answer: no route"):
+        pinned(Source("nobody/no-such-model", "seq2seq"))
 
 
 def test_a_tokenizer_whose_packages_are_missing_is_refused_with_the_way_out(monkeypatch):

@@ -8,6 +8,7 @@ import pytest
 
 from compress import artifacts, methods, pipeline, preflight, recipe
 from compress.errors import DataError, InputError, MissingPackage, ModelError
+from compress.execution import Execution
 from tests.conftest import WORDS, recipe_for
 
 
@@ -151,7 +152,7 @@ def test_a_mistake_in_the_last_row_that_is_used_shows_before_any_stage(loaded, t
     )
     assert preflight.look(wrong).mistakes == []
     with pytest.raises(DataError, match=r"train\.jsonl, row 401: the field 'said' that the prompt names holds dict"):
-        pipeline.prepare(wrong, tmp_path / "out", "cpu")
+        pipeline.prepare(wrong, tmp_path / "out", Execution("cpu"))
 
 
 def test_data_that_changes_under_way_is_said_and_what_was_read_counts(loaded, tmp_path, monkeypatch):
@@ -168,7 +169,7 @@ def test_data_that_changes_under_way_is_said_and_what_was_read_counts(loaded, tm
     monkeypatch.setattr(artifacts, "_make_one", make)
     stages = [{"prune": "wanda", "sparsity": 0.5}, {"quantize": "gptq", "group_size": -1}]
     prepared = pipeline.prepare(
-        loaded(data={"source": str(folder), "prompt": "{said}", "target": "{short}"}, stages=stages), tmp_path / "out", "cpu"
+        loaded(data={"source": str(folder), "prompt": "{said}", "target": "{short}"}, stages=stages), tmp_path / "out", Execution("cpu")
     )
     assert shown == [["c"] * 3] * 2
     assert [example.prompt for example in prepared.examples] == ["a"] * 3

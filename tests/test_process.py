@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from compress import nursery
+from compress import hardware, nursery
 from compress.errors import ChildDied, DataError, Killed, NoSpace, OutOfMemory, RunError
 from compress.process import Child
 
@@ -67,7 +67,7 @@ def server(tmp_path, monkeypatch):
 @pytest.fixture(params=["fresh", "copied"])
 def child(server, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(nursery, "GPUS", () if request.param == "copied" else ("/",))
+    monkeypatch.setattr(hardware, "GPUS", () if request.param == "copied" else ("/",))
     seen = []
     with nursery.nursery(), Child("server", tmp_path / "log", lambda *event: seen.append(event), start=nursery.copied) as process:
         assert isinstance(process._process, nursery.Copy if request.param == "copied" else subprocess.Popen)
@@ -100,7 +100,7 @@ def test_the_limit_is_of_all_slices_and_not_of_the_rests(child):
 
 
 def test_copies_find_imported_what_they_need_and_share_nothing(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(nursery, "GPUS", ())
+    monkeypatch.setattr(hardware, "GPUS", ())
     monkeypatch.setattr(nursery, "IMPORTED", ("json.tool",))
     with nursery.nursery(), nursery.nursery():
         first, second = (Child("server", tmp_path / "log", print, start=nursery.copied) for _ in range(2))
@@ -121,7 +121,7 @@ def test_what_loads_models_is_imported_before_any_copy():
 
 
 def test_copies_end_with_their_nursery(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(nursery, "GPUS", ())
+    monkeypatch.setattr(hardware, "GPUS", ())
     with nursery.nursery():
         with nursery.nursery():
             child = Child("server", tmp_path / "log", print, start=nursery.copied)
@@ -132,7 +132,7 @@ def test_copies_end_with_their_nursery(server, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("imported", [(), ("no_such_module",)])
 def test_without_a_nursery_or_where_it_can_not_import_processes_are_fresh(server, tmp_path, monkeypatch, imported):
-    monkeypatch.setattr(nursery, "GPUS", ())
+    monkeypatch.setattr(hardware, "GPUS", ())
     monkeypatch.setattr(nursery, "IMPORTED", imported)
     with nursery.nursery() if imported else nullcontext(), Child("server", tmp_path / "log", print, start=nursery.copied) as child:
         assert isinstance(child._process, subprocess.Popen)

@@ -13,10 +13,11 @@ from safetensors.torch import load_file
 
 from compress import artifacts, pipeline, recipe
 from compress.errors import ChildDied, DataError, DeviceError, InputError, ModelError, RecipeError, RunError
+from compress.execution import Execution
 from compress.methods import Optimisation, everyone, quiet
-from compress.model import Source
-from compress.process import Team
-from compress.results import read_report
+from compress.model.source import Source
+from compress.results.report import read_report
+from compress.team import Team
 from compress.training import sharded
 from tests import together
 from tests.blocks import bundle, context, saved
@@ -256,14 +257,14 @@ def test_an_artifact_is_named_by_its_processes_where_it_was_trained_in_several(t
     def names(processes):
         made = {}
 
-        def make(stage, source, models, shown, target, device, log, progress, processes):
+        def make(stage, source, models, shown, target, execution, processes):
             target.mkdir(parents=True)
             made[target.name] = processes
 
         monkeypatch.setattr(artifacts, "_make_one", make)
         folder = tmp_path / f"{processes}-{len(list(tmp_path.iterdir()))}"
         source = Source(str(toys["llama"]), "causal-lm", "float32")
-        artifacts.make(loaded, source, folder, "cpu", tmp_path / "log", quiet, processes)
+        artifacts.make(loaded, source, folder, Execution("cpu", tmp_path / "log"), processes)
         return list(made), list(made.values())
 
     (cast, one), counts = names(1)

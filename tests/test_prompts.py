@@ -9,7 +9,7 @@ from compress.errors import DataError
 from compress.methods import Example
 from compress.prompts import Prompts
 from compress.recipe import Data
-from compress.results import Cut
+from compress.results.stages import Cut
 from compress.training.material import read
 from tests.blocks import bundle, context
 from tests.conftest import WORDS, make_tokenizer
@@ -84,7 +84,7 @@ def test_the_recipes_own_words_around_a_field_stay(words, tmp_path, chat):
     (tmp_path / "test.jsonl").write_text(f'{{"said": "{LONG}", "who": "dog"}}')
     (one,) = examples(Data(source=str(tmp_path), prompt="big {who} sat {said} is small"), tmp_path, "evaluation", None, 0)
     assert one.prompt[slice(*one.content)] == LONG
-    ids, _ = Prompts(words, chat, unended=True).read(one, 14)
+    ids, _ = Prompts(words, chat).read(one, 14, unended=True)
     shown = words.decode(ids)
     kept = " ".join(LONG.split()[: 14 - 5 - 4 * chat])
     expected = f"big dog sat {kept} is small"
@@ -96,7 +96,7 @@ def test_the_recipes_own_words_around_a_field_stay(words, tmp_path, chat):
 
 def test_words_that_are_too_long_themselves_are_cut_like_the_rest(words):
     one = Example("0", f"{LONG} cat", [], (len(LONG) + 1, len(LONG) + 4))
-    assert Prompts(words, unended=True).read(one, 7)[0] == words(LONG, add_special_tokens=False)["input_ids"][:7]
+    assert Prompts(words).read(one, 7, unended=True)[0] == words(LONG, add_special_tokens=False)["input_ids"][:7]
     assert Prompts(words, chat=True).read(one, 9)[0] == by_hand(words, f"{LONG} cat", 9)
 
 

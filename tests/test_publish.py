@@ -15,10 +15,11 @@ import pytest
 
 from compress import recipe
 from compress.errors import CompressError, InputError, ReportError
-from compress.model import CARD, Source
+from compress.model.folder import CARD
+from compress.model.source import Source
 from compress.publish import pack
 from compress.report import card, write
-from compress.results import StageRecord
+from compress.results.stages import StageRecord
 from tests.conftest import recipe_for
 from tests.report.test_files import made
 

@@ -6,7 +6,8 @@ import torch
 
 from compress import use_cpu_int8, use_sparse_24
 from compress.errors import DeviceError
-from compress.model import Source, load_model
+from compress.model.loading import load_model
+from compress.model.source import Source
 from compress.runtime import Int8Linear
 from tests.conftest import TASKS
 from tests.quantize.test_methods import logits, make

@@ -11,10 +11,12 @@ import pytest
 from compress import recipe, screening, search
 from compress.benchmark.messages import Outputs
 from compress.errors import InputError, RecipeError, RunError
+from compress.execution import Execution
 from compress.judgement import Prepared
-from compress.methods import Example, quiet
-from compress.model import Source
-from compress.results import GateResult, Report, Side
+from compress.methods import Example
+from compress.model.source import Source
+from compress.results.report import Report
+from compress.results.sides import GateResult, Side
 from compress.search import Range, Search, Tried, gate, space
 from tests.conftest import recipe_for
 
@@ -35,7 +37,7 @@ def pretend(monkeypatch, tmp_path):
     def pretend(value, keeps, stop_at=None):
         asked = []
 
-        def attempt(wanted, choice, out, device, strict, progress=quiet):
+        def attempt(wanted, choice, out, execution):
             asked.append(choice)
             if len(asked) == stop_at:
                 raise KeyboardInterrupt
@@ -186,7 +188,7 @@ def test_what_breaks_a_gate_on_few_examples_is_given_up(toy, tmp_path, monkeypat
     given = recipe.load(toy, [gate("rougeL:-1"), "check.weight_bytes.max_ratio=0.1"])
     examples = [Example(str(number), "p", ["r"]) for number in range(180)]
     one = Prepared(given, Source("0", "causal-lm"), Source(str(drop), "causal-lm"), "c", examples, [])
-    found = screening.hopeless(one, tmp_path, "cpu", quiet)
+    found = screening.hopeless(one, tmp_path, Execution("cpu"))
     assert Answering.asked["candidate"] == looks
     assert Answering.asked["baseline"] == [20, 40]
     if drop > 1:

@@ -7,7 +7,8 @@ import torch
 import transformers
 
 from compress.errors import BrokenPromise
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import Source
 from compress.quantize import int8_dynamic, rtn
 from tests.architectures import T5, made
 from tests.blocks import context, run, saved

@@ -12,10 +12,13 @@ from compress import pipeline, process, sweep
 from compress.benchmark.isolate import Session
 from compress.cluster import cluster
 from compress.errors import CompressError, InputError, ModelError, RecipeError, RunError
+from compress.execution import Execution
 from compress.judgement import Prepared
-from compress.methods import Example, quiet
-from compress.model import Source
-from compress.results import Measurement, Report, Side, StageRecord
+from compress.methods import Example
+from compress.model.source import Source
+from compress.results.report import Report
+from compress.results.sides import Measurement, Side
+from compress.results.stages import StageRecord
 from tests.benchmark.test_isolate import Subject, benchmark, noisy
 from tests.conftest import recipe_for
 
@@ -46,14 +49,14 @@ class Pretended:
         monkeypatch.setattr(pipeline, "prepare", self.prepare)
         monkeypatch.setattr(pipeline, "measure", self.measure)
 
-    def prepare(self, recipe, out, device="auto", progress=quiet):
+    def prepare(self, recipe, out, execution):
         self.made.append(recipe.name)
         if recipe.name in self._how[0]:
             raise RunError("it broke")
         stage = StageRecord(stage={"quantize": "rtn"}, artifact=f"a/{recipe.digest}", seconds=0, reused=False)
         return Prepared(recipe, Source("m", "causal-lm"), Source("a", "causal-lm"), "a", [Example("1", "p", ["r"])], [stage])
 
-    def measure(self, prepared, out, device="auto", progress=quiet, strict=False):
+    def measure(self, prepared, out, execution):
         names = [one.recipe.name for one in prepared]
         self.measured.append(names)
         if self._how[2] in names:
@@ -196,7 +199,7 @@ def test_a_candidate_that_fails_or_lacks_a_point_takes_nothing_from_the_others()
         Subject("baseline", 1.0, noisy(0)), Losing("candidate", 0.5, noisy(0)), Losing("candidate", 0.5, noisy(0), dies=True),
         Subject("candidate", 0.25, noisy(0)),
     ]  # fmt: skip
-    made = Session(subjects, type("Recipe", (), {"benchmark": benchmark(rounds=3)}), quiet, strict=False)
+    made = Session(subjects, type("Recipe", (), {"benchmark": benchmark(rounds=3)}), Execution())
     made.sides = list
     made.run([], lambda _: False)
     assert [len(subject.rounds[Losing.point]) for subject in subjects] == [3, 0, 1, 3]

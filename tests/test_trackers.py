@@ -10,7 +10,9 @@ import compress
 from compress import cli, pipeline, trackers
 from compress.errors import InputError, MissingPackage, RunError
 from compress.report import write
-from compress.results import GateResult, Point, StageRecord, read_report
+from compress.results.report import read_report
+from compress.results.sides import GateResult
+from compress.results.stages import Point, StageRecord
 from compress.verbs import bench
 from tests.report.test_files import made
 

@@ -9,8 +9,9 @@ from safetensors.torch import load_file
 from compress import artifacts, methods, recipe, stage
 from compress.border import answering
 from compress.errors import RunError
+from compress.execution import Execution
 from compress.methods import Context
-from compress.model import Source
+from compress.model.source import Source
 from compress.requests import Make
 from compress.training import learner
 from compress.training.weights import zeros_kept
@@ -179,7 +180,7 @@ def test_a_run_killed_in_recovery_goes_on_from_its_last_checkpoint(toys, rows, w
     source = Source(str(toys["llama"]), "causal-lm", "float32")
 
     def made(folder, progress=methods.quiet):
-        return artifacts.make(found, source, folder, "cpu", tmp_path / "log", progress)
+        return artifacts.make(found, source, folder, Execution("cpu", tmp_path / "log", progress))
 
     whole = made(tmp_path / "whole")
     folder, seen = tmp_path / "killed", []

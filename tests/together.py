@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from compress import stage
 from compress.distill import sequence
 from compress.methods import Context, find
-from compress.model import Source
+from compress.model.source import Source
 from compress.process import serve
 from compress.training import learner, loop
 from tests.blocks import bundle, examples

@@ -4,7 +4,8 @@ import json
 
 import torch
 
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import Source
 from tests import blocks
 from tests.conftest import TASKS, make_model, make_tokenizer
 from tests.plain import plain

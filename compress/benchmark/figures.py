@@ -10,7 +10,7 @@ from compress.benchmark.messages import Point
 from compress.benchmark.statistics import corpus_value, geometric_mean
 from compress.benchmark.subject import Round, Subject
 from compress.metrics import METRICS, Missing
-from compress.results import Measurement, Side, Step
+from compress.results.sides import Measurement, Side, Step
 from compress.scores import Row
 
 Speed = tuple[str, Callable[[list[float]], float], float]  # a figure, its value from the marks of one timing, the quantile over timings

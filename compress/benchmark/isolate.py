@@ -25,13 +25,14 @@ from compress.benchmark.messages import Outputs, Point
 from compress.benchmark.statistics import geometric_mean, paired_ratio
 from compress.benchmark.subject import Subject
 from compress.errors import DeviceError, OutOfMemory, RunError
+from compress.execution import Execution
 from compress.methods import Example
-from compress.model import Source
+from compress.model.source import Source
 from compress.nursery import nursery
 from compress.phases import phase
-from compress.process import Progress
 from compress.recipe import ChosenEngine, Recipe
-from compress.results import Conditions, Role, Side, Turn
+from compress.results.record import Role
+from compress.results.sides import Conditions, Side, Turn
 
 T = TypeVar("T")
 # of each candidate, with its baseline before it: whether nothing that could still be measured would change what the gates on speed say
@@ -69,28 +70,24 @@ class Measured(NamedTuple):
 
 
 def measure(
-    matches: Sequence[Match], recipe: Recipe, examples: list[Example], device: str, log: Path, kept_outputs: Path,
-    progress: Progress, clear: Clear = lambda _: False, strict: bool = False,
+    matches: Sequence[Match], recipe: Recipe, examples: list[Example], execution: Execution, kept_outputs: Path,
+    clear: Clear = lambda _: False,
 ) -> tuple[list[Measured], dict[str, Any]]:  # fmt: skip
     """Measure models alike, those that are the same in several matches once. Returns what was found of each match, and the environment.
 
     kept_outputs   a folder where outputs are kept for later runs
     clear          may end the rounds early
-    strict         refuse a GPU that another process uses
 
     A side whose process dies or runs out of memory has the reason under `failures`; what it had measured until then stays. Raises
-    DeviceError where `strict` refuses.
+    DeviceError where a strict execution refuses a GPU.
     """
-    with alone(progress), nursery():
+    with alone(execution.progress), nursery():
         parties = list(dict.fromkeys(party for match in matches for party in (match.baseline, match.candidate, match.original) if party))
         original = matches[0].baseline.source if matches[0].baseline else None
-        subjects = {
-            party: Subject(party.role, party.source, recipe, device, log, kept_outputs, progress, original, party.engine)
-            for party in parties
-        }
+        subjects = {party: Subject(party.role, party.source, recipe, execution, kept_outputs, original, party.engine) for party in parties}
         pairs = [[subjects[party] for party in (match.baseline, match.candidate) if party] for match in matches]
         beside = [[subjects[match.original], subjects[match.candidate]] for match in matches if match.original]
-        session = Session(list(subjects.values()), recipe, progress, strict, pairs, beside)
+        session = Session(list(subjects.values()), recipe, execution, pairs, beside)
         try:
             session.run(examples, clear)
         finally:
@@ -118,12 +115,12 @@ class Session:
     """
 
     def __init__(
-        self, subjects: list[Subject], recipe: Recipe, progress: Progress, strict: bool, pairs: list[list[Subject]] | None = None,
+        self, subjects: list[Subject], recipe: Recipe, execution: Execution, pairs: list[list[Subject]] | None = None,
         beside: Sequence[list[Subject]] = (),
     ):  # fmt: skip
         self._pairs = pairs or [[subjects[0], other] for other in subjects[1:]] or [subjects]
         self._beside = list(beside)
-        self._subjects, self._benchmark, self._progress, self._strict = subjects, recipe.benchmark, progress, strict
+        self._subjects, self._benchmark, self._execution = subjects, recipe.benchmark, execution
         self._random = random.Random(0)
         self._alone = False  # whether memory holds one side at a time only
         self._starting = self._timing = 0.0  # seconds of this round
@@ -140,7 +137,7 @@ class Session:
             with phase("judging"):
                 enough = self._is_enough(number, self._minutes, clear)
             if enough:
-                self._progress("timing in turns", done, done)
+                self._execution.progress("timing in turns", done, done)
                 return
             self._starting = self._timing = 0.0
             for turn in itertools.count():
@@ -151,7 +148,7 @@ class Session:
                     self._take(number, turn, examples, last=True)
                 done += 1
                 known = "" if self._known is None else f"; latencies are known to {self._known:.1%}"
-                self._progress(f"timing in turns{known}", done, max(fewest, done))
+                self._execution.progress(f"timing in turns{known}", done, max(fewest, done))
             began = time.monotonic()
             self._explain()
             self._aside += time.monotonic() - began
@@ -298,7 +295,7 @@ class Session:
         environment = subject.loads[-1].environment
         ours = [s.pid for s in self._subjects if s.running]
         machine = Machine(environment["threads"], environment["gpu_uuid"])
-        if self._strict and (foreign := machine.strangers(ours)):
+        if self._execution.strict and (foreign := machine.strangers(ours)):
             raise DeviceError(
                 f"the GPU is shared with process {', '.join(map(str, foreign))}, and --strict was given;"
                 " end it, or choose another GPU by CUDA_VISIBLE_DEVICES"

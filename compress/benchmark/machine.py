@@ -18,8 +18,9 @@ from typing import Any
 import psutil
 
 from compress.benchmark import nvml
-from compress.process import Progress, take_lock
-from compress.results import Conditions
+from compress.files import take_lock
+from compress.process import Progress
+from compress.results.sides import Conditions
 
 WAITING = 0.05  # shares of a turn's time from which on it is disturbed
 STEAL = 0.05

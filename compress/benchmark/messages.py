@@ -6,7 +6,7 @@ from typing import Any
 from compress.border import Request
 from compress.engines import Explained, Traits, Weights
 from compress.methods import Example
-from compress.model import Source
+from compress.model.source import Source
 from compress.scores import Samples
 
 Point = tuple[int, int]  # batch size, prompt tokens

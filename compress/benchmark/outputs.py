@@ -12,11 +12,11 @@ from compress import decoding, engines, rouge, scores, scripts
 from compress.benchmark.messages import Loaded, Outputs
 from compress.border import plain
 from compress.data import examples_digest
+from compress.files import whole_folder
 from compress.methods import Example
-from compress.model import Source, fingerprint
+from compress.model.source import Source, fingerprint
 from compress.packages import versions
 from compress.recipe import ChosenEngine, Recipe, digest
-from compress.results import whole_folder
 
 HERE = Path(__file__).parent
 CODE = (  # an engine's own stands beside it

@@ -32,8 +32,7 @@ class Reader:
         keep_end: bool = False,
     ):  # fmt: skip
         self.tokenizer, self.context, self.encodes, self.cut = tokenizer, context, encodes, set[str]()
-        self._max_tokens = max_tokens
-        self._prompts = {unended: Prompts(tokenizer, chat, unended, keep_end) for unended in (False, True)}
+        self.prompts, self._max_tokens = Prompts(tokenizer, chat, keep_end), max_tokens
 
     def limit(self, room: int = 0) -> int | None:
         """The longest input, leaving `room` in the context; None where nothing bounds it. Raises DataError when nothing is left."""
@@ -53,7 +52,7 @@ class Reader:
         limit = None if whole else self.limit(room)
         found = []
         for number, prompt in enumerate(prompts):
-            ids, cut = self._prompts[unended].read(prompt, limit)
+            ids, cut = self.prompts.read(prompt, limit, unended)
             text = text_of(prompt)
             if not ids:
                 raise DataError(f"example {number + 1} of those drawn is empty and the tokenizer adds nothing to it: {text!r}")
@@ -88,7 +87,7 @@ def likelihoods(
             cut = windows(row, reader.limit(), stride)
             pieces += [Piece(example, ids, [-100] * given + ids[given:], number == 0) for number, (ids, given) in enumerate(cut)]
     else:
-        answers = reader.tokenizer(text_target=targets, add_special_tokens=both, verbose=False)["input_ids"]
+        answers = [reader.prompts.target(target, special=both) for target in targets]
         most = reader.context if both or reader.context is None else reader.context // 2
         reader.cut |= {text_of(prompt) for prompt, answer in zip(prompts, answers, strict=True) if most is not None and len(answer) > most}
         answers = [answer[:most] for answer in answers]

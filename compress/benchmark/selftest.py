@@ -29,14 +29,15 @@ from compress.benchmark.planted import Plant
 from compress.benchmark.subject import Subject, T
 from compress.border import Request
 from compress.errors import RunError
+from compress.execution import Execution
 from compress.methods import Example
-from compress.model import BUILTIN, Source
+from compress.model.source import BUILTIN, Source
 from compress.nursery import nursery
 from compress.process import Progress
 from compress.recipe import Gate, Recipe
 from compress.report import verdict
 from compress.report.table import table
-from compress.results import Side
+from compress.results.sides import Side
 
 RECIPE = "quickstart-int8"
 BENCHMARK = {
@@ -61,8 +62,8 @@ class Faulty(Subject):
 
     module = "compress.benchmark.planted"
 
-    def __init__(self, fault: dict[str, float], source: Source, loaded: Recipe, log: Path, progress: Progress):
-        super().__init__("candidate", source, loaded, "cpu", log, log.parent, progress)
+    def __init__(self, fault: dict[str, float], source: Source, loaded: Recipe, execution: Execution):
+        super().__init__("candidate", source, loaded, execution, execution.log.parent)
         self._fault = Plant(fault.get("slowdown", 0.0), int(fault.get("resident_bytes", 0)))
 
     def ask(self, request: Request[T]) -> T:
@@ -100,21 +101,21 @@ def comparisons(loaded: Recipe, file: Path, wanted: int, progress: Progress) -> 
     with tempfile.TemporaryDirectory() as folder, nursery():
         for number in range(len(done), wanted):
             progress("comparisons", number, wanted)
-            done.append({"number": number, **comparison(loaded, number % 2 == 1, Path(folder) / "log", progress)})
+            done.append({"number": number, **comparison(loaded, number % 2 == 1, Execution("cpu", Path(folder) / "log", progress))})
             with file.open("a") as stream:
                 stream.write(json.dumps(done[-1]) + "\n")
     return done
 
 
-def comparison(loaded: Recipe, busy: bool, log: Path, progress: Progress) -> dict[str, Any]:
+def comparison(loaded: Recipe, busy: bool, execution: Execution) -> dict[str, Any]:
     """One baseline and its faulty likes in turns: of each the verdict of every gate with its interval."""
     source, start = Source(str(BUILTIN), loaded.model.task, "float32"), time.monotonic()
     with another_process(busy):
-        subjects = [Subject("baseline", source, loaded, "cpu", log, log.parent, progress)]
-        subjects += [Faulty(fault, source, loaded, log, progress) for fault in SUBJECTS.values()]
+        subjects = [Subject("baseline", source, loaded, execution, execution.log.parent)]
+        subjects += [Faulty(fault, source, loaded, execution) for fault in SUBJECTS.values()]
         for subject in subjects:
             subject.outputs, subject.explained = Outputs({}), True  # speed and memory only
-        session = isolate.Session(subjects, loaded, progress, strict=False)
+        session = isolate.Session(subjects, loaded, execution)
         try:
             session.run([], lambda _: False)
         finally:
@@ -195,7 +196,7 @@ def damages(loaded: Recipe, times: int, progress: Progress) -> dict[str, int]:
 def _predictions(loaded: Recipe, examples: list[Example], progress: Progress) -> list[str]:
     source = Source(str(BUILTIN), loaded.model.task, "float32")
     with tempfile.TemporaryDirectory() as folder:
-        subject = Subject("baseline", source, loaded, "cpu", Path(folder) / "log", Path(folder), progress)
+        subject = Subject("baseline", source, loaded, Execution("cpu", Path(folder) / "log", progress), Path(folder))
         subject.reasons = dict.fromkeys(subject.rounds, "not timed")
         try:
             subject.start()

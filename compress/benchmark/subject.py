@@ -15,14 +15,16 @@ from compress.benchmark.sampler import Sampler
 from compress.border import Request
 from compress.engines import Explained
 from compress.errors import ChildDied, Killed, RunError
+from compress.execution import Execution
 from compress.methods import Example
 from compress.metrics import COMPARED
-from compress.model import Source
+from compress.model.source import Source
 from compress.nursery import copied
 from compress.phases import phase
-from compress.process import Child, Progress
+from compress.process import Child
 from compress.recipe import ChosenEngine, Recipe
-from compress.results import Conditions, Role
+from compress.results.record import Role
+from compress.results.sides import Conditions
 from compress.scores import Samples
 
 T = TypeVar("T")
@@ -37,12 +39,12 @@ class Subject:
     module = "compress.benchmark.worker"
 
     def __init__(
-        self, role: Role, source: Source, recipe: Recipe, device: str, log: Path, outputs: Path, progress: Progress,
-        original: Source | None = None, engine: ChosenEngine | None = None,
+        self, role: Role, source: Source, recipe: Recipe, execution: Execution, outputs: Path, original: Source | None = None,
+        engine: ChosenEngine | None = None,
     ):  # fmt: skip
         self.engine = engine or recipe.engine
-        self.role, self.source, self._recipe, self._device, self._original = role, source, recipe, device, original
-        self._log, self._kept, self._progress = log, outputs, progress
+        self.role, self.source, self._recipe, self._execution, self._original = role, source, recipe, execution, original
+        self._kept = outputs
         self._child: Child | None = None
         self.loads: list[Loaded] = []
         self.peaks: list[dict[Point, dict[str, int]]] = []
@@ -129,12 +131,14 @@ class Subject:
         """Load the model in a new process."""
         benchmark = self._recipe.benchmark
         interpreter = self._recipe.interpreter(self.engine)
-        self._child = Child(self.module, self._log, self._tell, benchmark.threads, start=interpreter.start if interpreter else copied)
+        self._child = Child(
+            self.module, self._execution.log, self._tell, benchmark.threads, start=interpreter.start if interpreter else copied
+        )
         with phase("loading", self.role), Sampler(self._child.pid) as sampler:
             loaded = self.ask(
                 Load(
                     self.source,
-                    self._device,
+                    self._execution.device,
                     benchmark.threads,
                     self.engine.name,
                     self.engine.settings.model_dump(),
@@ -254,7 +258,7 @@ class Subject:
     def _scored(self, texts: list[str], references: list[list[str]]) -> Samples:
         """Statistics of the metrics that compare texts, worked out in a process of their own."""
         score = Score(texts, references, list(self._recipe.groups), asdict(self._recipe.tokenizers))
-        with phase("scoring", self.role), Child("compress.benchmark.scorer", self._log, self._tell, start=copied) as child:
+        with phase("scoring", self.role), Child("compress.benchmark.scorer", self._execution.log, self._tell, start=copied) as child:
             return border.ask(child, score, self._limit_s)
 
     def explain(self, usable: list[Point]) -> None:
@@ -288,7 +292,7 @@ class Subject:
             self._child = None
 
     def _tell(self, what: str, done: int, total: int) -> None:
-        self._progress(f"{self.role}: {what}", done, total)
+        self._execution.progress(f"{self.role}: {what}", done, total)
 
 
 def _remarks(loaded: Loaded) -> list[str]:

@@ -9,19 +9,21 @@ from typing import Any
 import psutil
 
 from compress import engines, scores
-from compress import model as models
 from compress.benchmark import latency, memory, nvml, quality
 from compress.benchmark.messages import Answer, Explain, Load, Loaded, Outputs, Point, Time, Timings, WarmedUp, WarmUp
 from compress.benchmark.quality import Reader
 from compress.border import Handler, answering
 from compress.engines import Engine, Explained, Opening
-from compress.errors import OutOfMemory
-from compress.hardware import cpu_flags, cpu_name
+from compress.errors import OutOfMemory, is_out_of_memory
+from compress.hardware import cpu_flags, cpu_name, pick_device
 from compress.methods import Example
 from compress.metrics import CLASSIFIED, GENERATED, READ, TASK
+from compress.model.folder import file_bytes
+from compress.model.loading import local_folder
+from compress.model.source import Source
 from compress.packages import versions
 from compress.phases import phase
-from compress.process import Progress, is_out_of_memory, serve
+from compress.process import Progress, serve
 from compress.recipe import Data, Generation, Runtime
 from compress.structure import label_number
 
@@ -35,7 +37,7 @@ class Worker:
     def load(self, progress: Progress, request: Load) -> Loaded:
         """Load the model and run its first step, at which some packed weights are unpacked or laid out anew, and code comes in."""
         progress("loading", 0, 1)
-        self.device = models.pick_device(request.device)
+        self.device = pick_device(request.device)
         module, threads = engines.require(request.engine), request.threads or len(os.sched_getaffinity(0))
         self.runtime = Runtime.model_validate(request.runtime)
         settings = module.Settings.model_validate(request.settings)
@@ -47,7 +49,7 @@ class Worker:
         peaks, weights = memory.peak(self.device, self.interpreter), self.engine.weights()
         progress("loading", 1, 1)
         return Loaded(
-            traits=self.engine.traits, weights=weights, file_bytes=models.file_bytes(models.local_folder(request.source)), peaks=peaks,
+            traits=self.engine.traits, weights=weights, file_bytes=file_bytes(local_folder(request.source)), peaks=peaks,
             interpreter=self.interpreter, rest=memory.at_rest(self.device, self.interpreter) - weights.weight_bytes - weights.reserved,
             sampled_only=self.device == "cpu" and not memory.can_reset(),
             environment=_environment(self.device, threads, module.ABOUT.packages),
@@ -168,7 +170,7 @@ class Worker:
         return samples, windows, [f"divergence was not measured: {reason}"] if reason else []
 
     def _likelihoods(
-        self, reader: Reader, request: Answer, data: Data, progress: Progress, original: models.Source | None
+        self, reader: Reader, request: Answer, data: Data, progress: Progress, original: Source | None
     ) -> tuple[list[scores.Likelihood], list[str] | None]:  # fmt: skip
         read = partial(self.engine.read, progress=progress, original=original)
         prompts: list[Example] = request.examples

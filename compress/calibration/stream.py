@@ -75,22 +75,22 @@ def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cont
     if not model.can_generate() and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # by it decoders that classify find the last real token
     found, cut = [], 0
-    prompts = {behind: Prompts(tokenizer, context.chat, unended=behind) for behind in (False, True)}
+    prompts = Prompts(tokenizer, context.chat)
     for example in context.examples:
         target, answer, behind = example.references[0] if example.references else "", list[int](), False
         if model.can_generate() and (both or target):
             behind = not both  # the target stands behind the prompt
             ends = [tokenizer.eos_token_id] if behind and tokenizer.eos_token_id is not None else []
-            answer = [*tokenizer(text_target=target, add_special_tokens=both, verbose=False)["input_ids"], *ends]
+            answer = [*prompts.target(target, special=both), *ends]
         if not behind:
-            ids, longer = prompts[False].read(example, limit)
+            ids, longer = prompts.read(example, limit)
             if len(answer) > limit - 1:  # `padded` may need one more
-                answer, longer = _ids(tokenizer, limit - 1, text_target=target), True
+                answer, longer = prompts.target(target, both, limit - 1), True
         else:
-            ids, longer = prompts[True].read(example, None)
+            ids, longer = prompts.read(example, None, unended=True)
             if longer := len(ids) + len(answer) > limit:  # of the target at least half, of the prompt at least its template
-                answer = answer[: max(1, min(max(limit // 2, limit - len(ids)), limit - prompts[True].least))]
-                ids, _ = prompts[True].read(example, limit - len(answer))
+                answer = answer[: max(1, min(max(limit // 2, limit - len(ids)), limit - prompts.least))]
+                ids, _ = prompts.read(example, limit - len(answer), unended=True)
             ids = [*([] if ids == ends else ids), *answer]  # an end token alone is no prompt
         cut += longer
         if len(ids) > 1:
@@ -106,13 +106,6 @@ def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cont
     if short := len(context.examples) - len(found):
         context.say(f"{short:,} of the {len(context.examples):,} examples had fewer than two tokens and were left out")
     return found
-
-
-def _ids(tokenizer: "PreTrainedTokenizerBase", limit: int, **text: str) -> list[int]:
-    """The tokens of a `text_target`, at most so many, its special tokens kept."""
-    tokenizer.truncation_side = "right"
-    ids: list[int] = tokenizer(**text, truncation=True, max_length=limit, verbose=False)["input_ids"]
-    return ids
 
 
 def batches(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: Context) -> list[Inputs]:

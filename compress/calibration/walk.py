@@ -26,7 +26,7 @@ from compress.calibration.stream import Inputs, Stream, batches, encode, is_enco
 from compress.calibration.weights import empty
 from compress.errors import BrokenPromise, InputError, ModelError
 from compress.methods import Context, LayerSettings
-from compress.model import Bundle
+from compress.model.loading import Bundle
 from compress.runtime import working_dtype
 from compress.structure import block_stacks, linear_layers
 

@@ -7,7 +7,9 @@ from safetensors import safe_open
 
 from compress import experts
 from compress.architectures.gpt2 import as_linear
-from compress.model import Source, load_model, local_folder, mapped, skeleton, tensor_headers, weight_files
+from compress.model.folder import tensor_headers, weight_files
+from compress.model.loading import load_model, local_folder, mapped, skeleton
+from compress.model.source import Source
 from compress.structure import has_transposed_layers
 
 if TYPE_CHECKING:

@@ -8,12 +8,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import GenerationConfig
 
-from compress import model
 from compress.calibration.stream import padded
 from compress.distill._settings import DistillSettings
 from compress.errors import InputError, ModelError
 from compress.methods import Context
-from compress.model import Bundle
+from compress.model.loading import Bundle, skeleton, task_of
 from compress.structure import block_stacks, context_length, size_cache_by_decoder
 from compress.training.material import Material, read
 from compress.training.sharded import split
@@ -98,14 +97,14 @@ def _place(settings: DistillSettings, context: Context) -> str:
 def _other(role: str, settings: DistillSettings, context: Context) -> Bundle:
     """A model that the settings name. Raises ModelError where it serves another task."""
     source = context.models[role]
-    if (task := model.task_of(source)) != source.task:
+    if (task := task_of(source)) != source.task:
         raise ModelError(f"{role}: {source.id} serves {task}, and the recipe's task is {source.task}; teacher and student need the same")
     return Bundle(source, _place(settings, context))
 
 
 def _fresh(bundle: Bundle, changes: dict[str, Any], seed: int) -> Bundle:
     """The bundle with a model of the same kind in it that has a changed config and fresh weights."""
-    bare: PreTrainedModel = model.skeleton(bundle.source)
+    bare: PreTrainedModel = skeleton(bundle.source)
     other_names = getattr(bare.config, "attribute_map", {})
     changes, old = {other_names.get(key, key): value for key, value in changes.items()}, bare.config.to_dict()
     for key in changes:

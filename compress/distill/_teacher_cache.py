@@ -22,9 +22,9 @@ from torch import Tensor
 
 from compress.calibration.stream import Row, without_cache
 from compress.distill import _pair
-from compress.errors import ModelError, NoSpace
-from compress.model import fingerprint, tensor_headers
-from compress.process import is_disk_full
+from compress.errors import ModelError, NoSpace, is_disk_full
+from compress.model.folder import tensor_headers
+from compress.model.source import fingerprint
 from compress.recipe import digest
 from compress.training.material import IGNORED, Material, batch_of
 
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from compress.methods import Context
-    from compress.model import Bundle
+    from compress.model.loading import Bundle
 
 T = TypeVar("T")
 TEMPERATURES = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 8.0, 10.0)  # one that a recipe asks for besides makes a folder of its own

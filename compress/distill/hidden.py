@@ -16,7 +16,7 @@ from compress import methods
 from compress.distill._settings import DISTILLED, LogitsSettings
 from compress.errors import InputError, ModelError
 from compress.methods import Context
-from compress.model import Bundle
+from compress.model.loading import Bundle
 
 if TYPE_CHECKING:
     from torch import Tensor

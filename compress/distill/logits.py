@@ -12,7 +12,7 @@ from pydantic import Field, model_validator
 
 from compress.distill._settings import DISTILLED, LogitsSettings
 from compress.methods import Context
-from compress.model import Bundle
+from compress.model.loading import Bundle
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from compress.distill._settings import WRITING, DistillSettings, Temperature
 from compress.errors import DataError
 from compress.methods import Context, Example
-from compress.model import Bundle
+from compress.model.loading import Bundle
 
 if TYPE_CHECKING:
     from compress.calibration.stream import Row

@@ -16,7 +16,7 @@ from pydantic import Field
 from compress.distill._settings import WRITING, DistillSettings, Temperature
 from compress.errors import DataError, ModelError
 from compress.methods import Context
-from compress.model import Bundle
+from compress.model.loading import Bundle
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -19,7 +19,7 @@ from compress.extras import install_line, line_apart
 from compress.hardware import has_gpu
 from compress.interpreter import Interpreter
 from compress.methods import Settings, Task
-from compress.model import Source
+from compress.model.source import Source
 from compress.packages import lacking
 from compress.process import Progress
 from compress.recipe import Generation, Runtime
@@ -166,7 +166,7 @@ class Written:
 
 @dataclass(frozen=True)
 class Step:
-    """One decode step, looked at apart from the timed turns, as `compress.results.Step` has it."""
+    """One decode step, looked at apart from the timed turns, as `compress.results.sides.Step` has it."""
 
     weight_bytes: int
     cache_bytes: int

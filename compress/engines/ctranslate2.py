@@ -10,7 +10,8 @@ from compress import decoding, exports
 from compress.engines import About, Engine, Opening, Piece, Traits, Weights, Written, batched
 from compress.errors import ModelError
 from compress.methods import Settings as _Settings
-from compress.model import load_tokenizer, read_config, settings
+from compress.model.loading import load_tokenizer, read_config
+from compress.model.source import settings
 from compress.phases import phase
 from compress.process import Progress
 from compress.recipe import Generation
@@ -18,7 +19,7 @@ from compress.scores import Likelihood
 from compress.structure import context_length
 
 if TYPE_CHECKING:
-    from compress.model import Source
+    from compress.model.source import Source
 
 ABOUT = About(
     reads="what `export: ctranslate2` writes",

@@ -11,13 +11,14 @@ from pydantic import Field
 from compress.engines import About, Engine, Opening, Piece, Traits, Weights, Written
 from compress.errors import ModelError
 from compress.methods import Settings as _Settings
-from compress.model import file_bytes, load_tokenizer, local_folder
+from compress.model.folder import file_bytes
+from compress.model.loading import load_tokenizer, local_folder
 from compress.process import Progress
 from compress.recipe import Generation
 from compress.scores import Likelihood
 
 if TYPE_CHECKING:
-    from compress.model import Source
+    from compress.model.source import Source
 
 ABOUT = About(reads="any model's folder, of which it takes the tokenizer alone")
 

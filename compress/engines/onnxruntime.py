@@ -11,7 +11,9 @@ from compress import decoding, exports
 from compress.engines import About, Engine, Opening, Piece, Traits, Weights, Written, batched, nats
 from compress.errors import ModelError, in_a_line
 from compress.methods import Settings  # noqa: F401  # it has none of its own
-from compress.model import Source, file_bytes, load_tokenizer, read_config, settings
+from compress.model.folder import file_bytes
+from compress.model.loading import load_tokenizer, read_config
+from compress.model.source import Source, settings
 from compress.phases import phase
 from compress.process import Progress
 from compress.recipe import Generation

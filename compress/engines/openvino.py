@@ -11,7 +11,8 @@ from compress import decoding, exports
 from compress.engines import About, Engine, Opening, Piece, Traits, Weights, Written, batched, nats
 from compress.errors import ModelError
 from compress.methods import Settings as _Settings
-from compress.model import load_tokenizer, read_config, settings
+from compress.model.loading import load_tokenizer, read_config
+from compress.model.source import settings
 from compress.phases import phase
 from compress.process import Progress
 from compress.quiet import silence
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from compress.model import Source
+    from compress.model.source import Source
 
 silence("openvino_telemetry")  # nothing is sent anywhere
 

@@ -16,7 +16,9 @@ from compress.engines import About, Engine, Opening, Piece, Traits, Weights, Wri
 from compress.errors import ModelError, in_a_line
 from compress.methods import Settings as _Settings
 from compress.methods import Task
-from compress.model import load_tokenizer, local_folder, settings, stored_parameters
+from compress.model.folder import stored_parameters
+from compress.model.loading import load_tokenizer, local_folder
+from compress.model.source import settings
 from compress.phases import phase
 from compress.process import Progress
 from compress.recipe import Generation
@@ -25,7 +27,7 @@ from compress.scores import Likelihood
 if TYPE_CHECKING:
     from torch import nn
 
-    from compress.model import Source
+    from compress.model.source import Source
 
 ABOUT = About(
     reads="any decoder's folder that it knows, with weights of compressed-tensors, GPTQ or torchao, too",

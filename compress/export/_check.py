@@ -8,7 +8,7 @@ from compress import engines, gptq
 from compress.engines import Engine, Opening, Piece, random_prompts
 from compress.errors import BrokenPromise
 from compress.methods import Context
-from compress.model import Source
+from compress.model.source import Source
 from compress.prompts import Prompts
 from compress.recipe import PLAIN, Runtime
 
@@ -73,7 +73,7 @@ def _pieces(engine: Engine, context: Context) -> list[Piece]:
     prompts = Prompts(engine.tokenizer, context.chat)
     limit = min(TOKENS, context.max_tokens, traits.context or TOKENS)
     rows = [prompts.read(example, limit)[0] for example in few]
-    answers = [engine.tokenizer(text_target=(example.references or [example.prompt])[0])["input_ids"][:limit] for example in few]
+    answers = [prompts.target((example.references or [example.prompt])[0], special=True)[:limit] for example in few]
     if not few:
         rows = random_prompts(min(traits.vocabulary, len(engine.tokenizer)), None, LOOKED_AT, min(16, limit))
         answers = rows

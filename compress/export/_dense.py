@@ -5,7 +5,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from compress import ao
-from compress.model import Source, load_model
+from compress.model.loading import load_model
+from compress.model.source import Source
 from compress.structure import bare, trial_inputs
 
 if TYPE_CHECKING:

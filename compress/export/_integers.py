@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from compress import gptq
 from compress.errors import MissingPackage, ModelError
 from compress.extras import install_line
-from compress.model import tensor_headers, weight_files
+from compress.model.folder import tensor_headers, weight_files
 
 if TYPE_CHECKING:
     import numpy as np

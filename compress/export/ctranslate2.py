@@ -17,10 +17,11 @@ from pydantic import Field
 
 from compress import methods
 from compress.errors import ModelError
+from compress.export._beside import save_beside
 from compress.export._dense import dense
 from compress.exports import Export
 from compress.methods import About, Context, Task
-from compress.model import Bundle, parameter_count
+from compress.model.loading import Bundle, parameter_count
 
 if TYPE_CHECKING:
     import numpy as np
@@ -63,10 +64,7 @@ class Exported(Bundle):
     say: Callable[[str], None] = print
 
     def save(self, folder: Path) -> None:
-        self.config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        if (own := getattr(self.model, "generation_config", None)) is not None:
-            own.save_pretrained(folder)
+        save_beside(self.model, self.tokenizer, folder)
         parameters = parameter_count(self.model)  # the converter takes the model apart
         stored = _convert(self, folder / FOLDER, self.weights)
         integers = stored["kept"] + stored["rounded"]

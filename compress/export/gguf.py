@@ -23,7 +23,9 @@ from compress.export._integers import unpacked, widths
 from compress.export._positions import check_positions
 from compress.exports import Export
 from compress.methods import About, Context, Task
-from compress.model import Bundle, local_folder, settings, tensor_headers, weight_files
+from compress.model.folder import tensor_headers, weight_files
+from compress.model.loading import Bundle, local_folder
+from compress.model.source import settings
 
 if TYPE_CHECKING:
     import numpy as np

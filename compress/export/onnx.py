@@ -18,12 +18,14 @@ from pydantic import Field
 
 from compress import gptq, methods
 from compress.errors import ModelError, in_a_line
+from compress.export._beside import save_beside
 from compress.export._dense import dense
 from compress.export._integers import Integers, Packed, gptq_layers, packed_layers
 from compress.export._positions import check_positions
 from compress.exports import Export
 from compress.methods import About, Context, Task
-from compress.model import Bundle, Source, local_folder, parameter_count, read_config
+from compress.model.loading import Bundle, local_folder, parameter_count, read_config
+from compress.model.source import Source
 
 if TYPE_CHECKING:
     import numpy as np
@@ -72,10 +74,7 @@ class Exported(Bundle):
 
         with TemporaryDirectory(dir=folder.parent) as scratch:
             model = dense(_readable(self.source, Path(scratch)))
-            model.config.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-            if (own := getattr(model, "generation_config", None)) is not None:
-                own.save_pretrained(folder)
+            save_beside(model, self.tokenizer, folder)
             model.save_pretrained(Path(scratch) / "floats")
             self.tokenizer.save_pretrained(Path(scratch) / "floats")
             parameters, kind = parameter_count(model), model.config.model_type

@@ -16,11 +16,12 @@ from pydantic import Field
 
 from compress import methods
 from compress.errors import ModelError
+from compress.export._beside import save_beside
 from compress.export._dense import dense
 from compress.export._integers import Integers, Packed, packed_layers
 from compress.exports import Export
 from compress.methods import About, Context, Task
-from compress.model import Bundle, local_folder, parameter_count, read_config
+from compress.model.loading import Bundle, local_folder, parameter_count, read_config
 from compress.quiet import silence
 
 if TYPE_CHECKING:
@@ -81,10 +82,7 @@ class Exported(Bundle):
 
         from compress.export._openvino_graph import traced
 
-        self.config.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        if (own := getattr(self.model, "generation_config", None)) is not None:
-            own.save_pretrained(folder)
+        save_beside(self.model, self.tokenizer, folder)
         table = self.model.get_input_embeddings().weight
         tables = {name for name, parameter in self.model.named_parameters(remove_duplicate=False) if parameter is table}
         parameters, files, stored, kept = parameter_count(self.model), [], Counter[str](), set[str]()

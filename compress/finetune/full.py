@@ -7,7 +7,7 @@ stay zero.
 
 from compress.finetune._settings import TUNED
 from compress.methods import Context, ShardSettings
-from compress.model import Bundle
+from compress.model.loading import Bundle
 
 ABOUT = TUNED
 

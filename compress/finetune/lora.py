@@ -14,7 +14,7 @@ from pydantic import Field
 
 from compress.finetune._settings import TUNED
 from compress.methods import Context, TuneSettings
-from compress.model import Bundle
+from compress.model.loading import Bundle
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -6,9 +6,9 @@ from compress.architectures import read
 from compress.errors import ModelError
 from compress.forecast.footprint import footprint, weight_bytes
 from compress.forecast.plan import read_config, stored_dtype
-from compress.model import Source
+from compress.model.source import Source
 from compress.recipe import Recipe
-from compress.results import Measurement, Side
+from compress.results.sides import Measurement, Side
 
 
 def foretold(side: Side, source: Source, recipe: Recipe, device: str) -> list[Measurement]:

@@ -9,12 +9,14 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from compress import architectures, methods, model
+from compress import architectures, methods
 from compress.architectures import read
 from compress.errors import ModelError
 from compress.forecast.footprint import DTYPES, Footprint, footprint, weight_bytes
 from compress.forecast.machine import Machine
 from compress.methods import TUNE_BATCH, TuneSettings
+from compress.model.folder import stored_dtypes, tensor_headers, weight_files
+from compress.model.source import BUILTIN, Source, locate, pinned, user_path
 from compress.recipe import Recipe, Stage
 from compress.shape import Shape
 
@@ -147,7 +149,7 @@ def remarks(recipe: Recipe) -> list[str]:
 
 def widths(recipe: Recipe) -> Mapping[int, int]:
     """How many weights are in layers of so many columns; nothing where the config isn't on this disk or of a known kind."""
-    place = model.BUILTIN if recipe.model.id == "builtin" else recipe.folder / model.user_path(recipe.model.id)
+    place = BUILTIN if recipe.model.id == "builtin" else recipe.folder / user_path(recipe.model.id)
     try:
         return read(read_config(place), recipe.model.task).columns
     except ModelError:
@@ -168,16 +170,16 @@ def read_config(folder: Path) -> dict[str, Any]:
 def stored_dtype(folder: Path, config: dict[str, Any], wanted: str) -> str:
     """The dtype that a model is loaded in, by the name it has in a plan: its files' where its config names none."""
     dtype = wanted if wanted != "auto" else config.get("dtype") or config.get("torch_dtype")
-    return STORED.get(str(dtype or next(iter(model.stored_dtypes(folder)), "float32")), "FP32")
+    return STORED.get(str(dtype or next(iter(stored_dtypes(folder)), "float32")), "FP32")
 
 
 def _folder(recipe: Recipe) -> Path:
     """Where the config of the recipe's model lies; a folder needs nothing else. A hub's config alone is fetched, once."""
-    place = recipe.folder / model.user_path(recipe.model.id)
+    place = recipe.folder / user_path(recipe.model.id)
     if (place / "config.json").is_file():
         return place
     wanted = recipe.model
-    source = model.pinned(model.Source(model.locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
+    source = pinned(Source(locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
     if source.is_folder:
         return Path(source.id)
     import huggingface_hub
@@ -195,7 +197,7 @@ def _from_headers(folder: Path, config: dict[str, Any]) -> Shape:
     Raises ModelError where there are none here.
     """
     kind = str(config.get("model_type"))
-    files = model.weight_files(folder)
+    files = weight_files(folder)
     if not files:
         raise ModelError(
             f"model_type {kind!r}: its sizes can't be told from its config; known are {', '.join(architectures.shaped())}."
@@ -203,7 +205,7 @@ def _from_headers(folder: Path, config: dict[str, Any]) -> Shape:
         )
     linear = other = 0
     for file in files:
-        for name, header in model.tensor_headers(file):
+        for name, header in tensor_headers(file):
             size = 1
             for length in header["shape"]:
                 size *= length

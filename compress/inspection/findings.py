@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 
 from compress.report.layers import alike, together
 from compress.report.numbers import scaled
-from compress.results import Record
+from compress.results.record import Record
 
 if TYPE_CHECKING:
     import pandas

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from compress import bnb, experts, held
-from compress import model as models
 from compress.border import answering
 from compress.engines.transformers.timing import prompts
 from compress.errors import InputError, ModelError
+from compress.hardware import pick_device
+from compress.model.loading import Bundle, parameter_count, task_of, weights_in
 from compress.process import Progress, serve
 from compress.requests import Inspect
 from compress.structure import context_length, is_head
@@ -32,9 +33,9 @@ Row = dict[str, Any]
 def inspect(progress: Progress, request: Inspect) -> dict[str, Any]:
     """Look at a model. Returns an `Inspection` as plain data, but for the model's name as people wrote it."""
     source, batch_size = request.source, request.batch_size
-    found = replace(source, task=source.task or models.task_of(source))
+    found = replace(source, task=source.task or task_of(source))
     progress("loading", 0, 1)
-    bundle = models.Bundle(found, models.pick_device(request.device))
+    bundle = Bundle(found, pick_device(request.device))
     model = bundle.model
     tokens = _length(bundle, request.tokens)
     rows = _holdings(model)
@@ -53,12 +54,12 @@ def inspect(progress: Progress, request: Inspect) -> dict[str, Any]:
     progress("looking at weights", len(rows), len(rows))
     return {
         "task": found.task, "device": bundle.device, "dtype": _short(model.dtype), "batch_size": batch_size, "tokens": tokens,
-        "seconds": whole, "parameters": models.parameter_count(model), "bytes": total,
+        "seconds": whole, "parameters": parameter_count(model), "bytes": total,
         "parts": [{"name": name, **row} for name, row in rows.items()],
     }  # fmt: skip
 
 
-def _length(bundle: models.Bundle, wanted: int | None) -> int:
+def _length(bundle: Bundle, wanted: int | None) -> int:
     """How many tokens an input has: those wanted, or 128, or all that fit."""
     room = context_length(bundle.model.config, bundle.tokenizer)
     if wanted is None:
@@ -68,7 +69,7 @@ def _length(bundle: models.Bundle, wanted: int | None) -> int:
     return wanted
 
 
-def _inputs(bundle: models.Bundle, batch_size: int, tokens: int) -> dict[str, Tensor]:
+def _inputs(bundle: Bundle, batch_size: int, tokens: int) -> dict[str, Tensor]:
     """Random tokens; an encoder-decoder that generates gets as many on either side."""
     model = bundle.model
     model.config.pad_token_id = bundle.tokenizer.pad_token_id  # decoder-only classifiers look for the last real token by it
@@ -97,7 +98,7 @@ def _holdings(model: "PreTrainedModel") -> dict[str, Row]:
         weight = own.get("weight", next(iter(own.values())))
         rows[name] = {
             "kind": _kind(model, name, module), "dtype": _short(weight.dtype),
-            "parameters": sum(models.weights_in(module, leaf, parameter) for leaf, parameter in new.items()),
+            "parameters": sum(weights_in(module, leaf, parameter) for leaf, parameter in new.items()),
             "bytes": sum(size for place, size in storages.items() if place not in places),
         }  # fmt: skip
         if id(weight) in owners:

@@ -17,7 +17,7 @@ from pydantic import Field, model_validator
 from compress import methods
 from compress.errors import BrokenPromise, InputError, ModelError
 from compress.methods import About, Context
-from compress.model import Bundle
+from compress.model.loading import Bundle
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

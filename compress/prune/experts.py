@@ -14,7 +14,7 @@ from pydantic import Field
 from compress import methods
 from compress.errors import InputError, ModelError
 from compress.methods import About, Context
-from compress.model import Bundle
+from compress.model.loading import Bundle
 
 if TYPE_CHECKING:
     from torch import Tensor, nn

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, cast
 from pydantic import Field
 
 from compress.methods import Context, Optimisation, TrainSettings
-from compress.model import Bundle
+from compress.model.loading import Bundle
 from compress.prune._smallest import ScopeSettings, layers_to_prune, note, smallest, to_zero
 from compress.prune._sparse import DENSE, SparsitySettings
 

@@ -7,7 +7,7 @@ the smallest weights of all layers go, which can empty one layer of an encoder-d
 from pydantic import model_validator
 
 from compress.methods import Context
-from compress.model import Bundle
+from compress.model.loading import Bundle
 from compress.prune._smallest import ScopeSettings, layers_to_prune, note, smallest, to_zero
 from compress.prune._sparse import DENSE, SparseSettings
 

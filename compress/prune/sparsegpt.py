@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal
 from pydantic import Field
 
 from compress.methods import Context
-from compress.model import Bundle
+from compress.model.loading import Bundle
 from compress.prune._sparse import DENSE, SparseSettings, check_pattern, lowest
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from compress import methods
 from compress.architectures import CHANNELS, DIMENSIONS, HEADS, WIDTH
 from compress.errors import BrokenPromise, InputError
 from compress.methods import About, Context
-from compress.model import Bundle
+from compress.model.loading import Bundle
 from compress.prune._coupled import BOUND, Coupling, Group
 from compress.structure import trial_inputs
 

@@ -7,7 +7,7 @@ pruned ones before it make; on every linear layer of any model's blocks. What is
 from dataclasses import replace
 
 from compress.methods import Context
-from compress.model import Bundle
+from compress.model.loading import Bundle
 from compress.prune._sparse import DENSE, SparseSettings, lowest
 
 ABOUT = replace(DENSE, calibrated=True)

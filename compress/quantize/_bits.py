@@ -19,7 +19,7 @@ from compress import experts
 from compress.architectures.gpt2 import as_linear
 from compress.errors import BrokenPromise, ModelError
 from compress.methods import Context, LayerSettings
-from compress.model import Bundle, load_model, skeleton
+from compress.model.loading import Bundle, load_model, skeleton
 from compress.quantize._grid import PER_ROW, WIDTHS, GridSettings, Kind, fit, group_columns
 from compress.structure import block_stacks, has_transposed_layers, linear_layers, match, packs_alike
 

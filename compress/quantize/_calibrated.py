@@ -11,7 +11,7 @@ from compress.calibration.walk import Storage, walk
 from compress.calibration.weights import put_together
 from compress.errors import ModelError
 from compress.methods import Context, LayerSettings
-from compress.model import Bundle
+from compress.model.loading import Bundle
 from compress.quantize._bits import plan
 from compress.quantize._grid import GridSettings, Kind
 

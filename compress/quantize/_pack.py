@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from compress import experts
 from compress.errors import MissingPackage
-from compress.model import reader_needed, reads_packed
+from compress.model.loading import reader_needed, reads_packed
 from compress.quantize._grid import Kind
 from compress.quantize._solution import Quantised
 from compress.structure import packs_alike

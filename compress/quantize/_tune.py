@@ -18,7 +18,7 @@ from compress.calibration.block import Block
 from compress.calibration.stream import without_cache
 from compress.calibration.walk import Storage
 from compress.methods import TUNE_BATCH, Context, Optimisation
-from compress.model import Bundle
+from compress.model.loading import Bundle
 from compress.quantize._calibrated import files_of, quantise
 from compress.quantize._grid import Grid, Kind, TunedSettings
 from compress.quantize._solution import Quantised

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from compress.methods import Context
-from compress.model import Bundle
+from compress.model.loading import Bundle
 from compress.quantize._grid import PACKED, TunedSettings, fit
 
 if TYPE_CHECKING:

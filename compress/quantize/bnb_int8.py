@@ -6,7 +6,7 @@ linear layer, GPT-2's Conv1D included; what transformers keeps in float32 for an
 
 from compress import methods
 from compress.methods import About, Context
-from compress.model import Bundle, load_model, skeleton
+from compress.model.loading import Bundle, load_model, skeleton
 from compress.quantize._touched import note_layers, require_touched
 from compress.structure import linear_layers
 

@@ -10,7 +10,7 @@ from typing import Literal
 from compress import bnb, methods
 from compress.errors import BrokenPromise
 from compress.methods import About, Context
-from compress.model import Bundle, load_model, skeleton
+from compress.model.loading import Bundle, load_model, skeleton
 from compress.quantize._touched import note_layers, require_touched
 from compress.structure import linear_layers
 

@@ -10,7 +10,7 @@ from typing import Literal
 from compress import methods
 from compress.errors import BrokenPromise
 from compress.methods import About, Context
-from compress.model import Bundle, skeleton
+from compress.model.loading import Bundle, skeleton
 
 ABOUT = About(
     at_run_time="arithmetic is in 16 bits, which CPUs without instructions for it (AVX-512 BF16, AMX) do more slowly than in 32",

@@ -7,7 +7,7 @@ Ada, Hopper, Blackwell), which is where it is made too; elsewhere it is refused.
 from compress.architectures.gpt2 import as_linear
 from compress.errors import DeviceError
 from compress.methods import About, Context, LayerSettings
-from compress.model import Bundle
+from compress.model.loading import Bundle
 
 CAPABILITY = (8, 9)
 ABOUT = About(

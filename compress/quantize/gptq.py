@@ -9,7 +9,7 @@ paper, the scales are refitted to the integers that were found.
 from pydantic import Field
 
 from compress.methods import Context
-from compress.model import Bundle
+from compress.model.loading import Bundle
 from compress.quantize._grid import PACKED, TunedSettings
 
 ABOUT = PACKED

@@ -9,7 +9,7 @@ held, together, and run one by one.
 from compress import methods
 from compress.architectures.gpt2 import as_linear
 from compress.methods import About, Context
-from compress.model import Bundle
+from compress.model.loading import Bundle
 from compress.quantize._grid import IN_INT8
 
 ABOUT = About(

@@ -11,7 +11,7 @@ from pydantic import Field
 
 from compress.errors import ModelError
 from compress.methods import About, Context, LayerSettings
-from compress.model import Bundle
+from compress.model.loading import Bundle
 from compress.quantize._grid import Grid, GridSettings, Kind, fit, grid_of
 from compress.quantize._observer import Observer
 

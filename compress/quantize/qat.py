@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import Field
 
 from compress.methods import Context, Optimisation
-from compress.model import Bundle
+from compress.model.loading import Bundle
 from compress.quantize._grid import PACKED, Grid, GridSettings, fit
 
 if TYPE_CHECKING:

@@ -7,7 +7,7 @@ what each layer lost.
 from dataclasses import replace
 
 from compress.methods import Context
-from compress.model import Bundle
+from compress.model.loading import Bundle
 from compress.quantize._grid import PACKED, TunedSettings, fit
 
 ABOUT = replace(PACKED, calibrated=False, measured=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field
 
 from compress.methods import About, Context, LayerSettings
-from compress.model import Bundle
+from compress.model.loading import Bundle
 from compress.quantize._grid import IN_INT8, GridSettings, PerToken, fit
 
 if TYPE_CHECKING:

@@ -1,7 +1,7 @@
 """The card of an artifact: README.md with Hugging Face's metadata, for who finds the model without this package.
 
 What was done, by which recipe, what was measured and where, how it is loaded, whose model it was. Several runs may share an artifact; its
-card is of the newest that measured it. A card is no part of what tells one model from another (`model.fingerprint`), and is replaced at
+card is of the newest that measured it. A card is no part of what tells one model from another (`fingerprint`), and is replaced at
 once, so runs that read the artifact meanwhile don't notice.
 """
 
@@ -14,16 +14,18 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress import __version__, model
+from compress import __version__
 from compress.metrics import GROUPS
-from compress.model import CARD, Source
+from compress.model.folder import CARD
+from compress.model.source import Source, fingerprint, locate, user_path
 from compress.recipe import Recipe, digest
 from compress.report import markdown as tables
 from compress.report import usage
 from compress.report.numbers import verdict_words
 from compress.report.table import cell, table
 from compress.report.why import at_run_time
-from compress.results import Report, StageRecord
+from compress.results.report import Report
+from compress.results.stages import StageRecord
 
 if TYPE_CHECKING:
     from huggingface_hub import EvalResult
@@ -132,7 +134,7 @@ def _origins(recipe: Recipe, source: Source, stages: int) -> list[Origin]:
     found = [Origin("the recipe's model", _name(recipe.model.id), source)]
     for stage in recipe.stages[:stages]:
         for role, other in stage.settings.models().items():
-            place = Source(model.locate(other.id, recipe.folder), source.task, revision=other.revision)
+            place = Source(locate(other.id, recipe.folder), source.task, revision=other.revision)
             found.append(Origin(f"{role} of {stage}", _name(other.id), place))
     return found
 
@@ -176,7 +178,7 @@ def _results(recipe: Recipe, report: Report, measured: dict[str, float | None], 
     from huggingface_hub import EvalResult
 
     data = recipe.data
-    if data.source == "builtin" or (recipe.folder / model.user_path(data.source)).exists():
+    if data.source == "builtin" or (recipe.folder / user_path(data.source)).exists():
         return []
     return [
         EvalResult(
@@ -226,7 +228,7 @@ def _provenance(origins: list[Origin]) -> str:
     for origin in origins:
         where = f"huggingface.co, revision {origin.source.revision or 'main'}"
         if origin.source.is_folder:
-            where = f"a folder whose files have the fingerprint {digest(model.fingerprint(origin.source)['files'])}"
+            where = f"a folder whose files have the fingerprint {digest(fingerprint(origin.source)['files'])}"
             if base := origin.stated("base_model"):
                 where += f"; by its card made from {base}"
         licence = [str(value) for key in ("license", "license_name", "license_link") if (value := origin.stated(key))]

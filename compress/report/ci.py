@@ -6,7 +6,8 @@ from xml.etree import ElementTree as xml
 
 from compress.errors import printable
 from compress.report.numbers import verdict_words
-from compress.results import Report, Verdict
+from compress.results.report import Report
+from compress.results.sides import Verdict
 
 Finding = tuple[str, Verdict, str]  # name, verdict, sentence
 

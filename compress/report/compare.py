@@ -16,7 +16,9 @@ from compress.report.numbers import change, figure, verdict_words
 from compress.report.table import cell, fitted, html_table, latex, latex_table, table
 from compress.report.tradeoff import pareto
 from compress.report.verdict import baseline_key, differing, measured_how
-from compress.results import Comparison, GateResult, Measurement, Report, Role, Side, Verdict
+from compress.results.record import Role
+from compress.results.report import Report
+from compress.results.sides import Comparison, GateResult, Measurement, Side, Verdict
 
 HEAD = (
     "rougeL",

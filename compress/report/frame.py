@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from compress.errors import ReportError
-from compress.results import GateResult, Report, read_report
+from compress.results.report import Report, read_report
+from compress.results.sides import GateResult
 
 if TYPE_CHECKING:
     import pandas

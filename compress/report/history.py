@@ -16,7 +16,8 @@ from compress.errors import InputError, ReportError
 from compress.metrics import METRICS, Better, Metric, named
 from compress.mistakes import suggest
 from compress.report.verdict import differing, measured_how
-from compress.results import Measurement, Report, Verdict
+from compress.results.report import Report
+from compress.results.sides import Measurement, Verdict
 
 FEWEST = 6  # runs, below which no change is looked for
 PENALTY = 4.0  # of each change, in mean differences between neighbours

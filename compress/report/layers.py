@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from compress.report.numbers import share
-from compress.results import Layer
+from compress.results.stages import Layer
 
 
 def counted(number: int) -> str:

@@ -11,7 +11,9 @@ from compress.report.layers import lost_most, remarkable, summary
 from compress.report.numbers import change, figure, percent, share, verdict_words
 from compress.report.table import cell, table
 from compress.report.why import at_run_time
-from compress.results import Comparison, Measurement, Prediction, Report, StageRecord
+from compress.results.report import Prediction, Report
+from compress.results.sides import Comparison, Measurement
+from compress.results.stages import StageRecord
 
 Row = tuple[Measurement | None, Measurement | None, Comparison | None]  # a figure: baseline's, candidate's, how they compare
 FIGURES = "Of speed and memory a figure is the geometric mean of the rounds, and its change the ratio of two of them."

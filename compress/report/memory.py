@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 
 from compress.report.numbers import scaled, share
-from compress.results import Side
+from compress.results.sides import Side
 
 Values = dict[str, float]
 

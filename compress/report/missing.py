@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from compress.metrics import GROUPS, METRICS, Missing
-from compress.results import Measurement, Side
+from compress.results.sides import Measurement, Side
 
 Rows = list[list[float]]
 MOST = 0.05  # of the examples may be left out of a pass: fewer bias little, so the rule of thumb of trials (Schulz and Grimes, Lancet 2002)

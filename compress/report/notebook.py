@@ -6,7 +6,7 @@ from compress.errors import printable
 from compress.report.markdown import sides
 from compress.report.numbers import verdict_words
 from compress.report.table import html_table
-from compress.results import Report
+from compress.results.report import Report
 
 
 def as_html(report: Report) -> str:

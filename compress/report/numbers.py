@@ -1,7 +1,8 @@
 """Numbers as people read them; the only place where units are scaled."""
 
 from compress.metrics import METRICS
-from compress.results import Comparison, Measurement, Report, Verdict
+from compress.results.report import Report
+from compress.results.sides import Comparison, Measurement, Verdict
 
 WORDS: dict[Verdict, str] = {"pass": "pass", "fail": "FAIL", "cannot_tell": "cannot tell yet"}
 

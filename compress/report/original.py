@@ -3,7 +3,8 @@ the engine says the same of the same weights."""
 
 from compress.metrics import METRICS
 from compress.report.numbers import change, figure, percent
-from compress.results import Comparison, Report
+from compress.results.report import Report
+from compress.results.sides import Comparison
 
 FIGURES = ("latency_p50", "tokens_per_second", "weight_bytes", "peak_run_bytes")  # besides quality
 

@@ -6,7 +6,8 @@ from typing import Any
 from compress.benchmark.statistics import mcnemar
 from compress.report import missing
 from compress.report.verdict import USUAL, Pair
-from compress.results import Side, Split
+from compress.results.report import Split
+from compress.results.sides import Side
 from compress.scripts import FEW
 
 ROUGE = {"words": "words of any script (characters where it has no spaces)", "characters": "characters"}

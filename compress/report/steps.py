@@ -5,7 +5,8 @@ from typing import Any
 from compress.metrics import KERNELS
 from compress.report.numbers import scaled
 from compress.report.table import table
-from compress.results import Comparison, Report, Side, Step
+from compress.results.report import Report
+from compress.results.sides import Comparison, Side, Step
 
 TAKES_MORE = 0.1  # of the candidate's step: less is no explanation
 MOSTLY = 0.5  # of a step

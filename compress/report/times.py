@@ -3,7 +3,7 @@
 from compress.phases import REST
 from compress.report.numbers import duration
 from compress.report.table import table
-from compress.results import Report
+from compress.results.report import Report
 
 HEAD = ["phase", "baseline", "candidate", "neither", "in all"]
 SMALL = 0.005  # of the whole, below which a phase isn't named in the sentence

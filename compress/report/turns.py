@@ -4,7 +4,8 @@ from collections import Counter
 from collections.abc import Sequence
 
 from compress.report.table import table
-from compress.results import Report, Turn
+from compress.results.report import Report
+from compress.results.sides import Turn
 
 HEAD = ["round", "turns that count", "time", "waiting for a core", "stolen", "cores others used", "load"]
 

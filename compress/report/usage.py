@@ -14,10 +14,10 @@ from compress import exports, methods
 from compress.errors import printable
 from compress.extras import requirements
 from compress.metrics import GENERATED
-from compress.model import AUTO
+from compress.model.loading import AUTO
 from compress.recipe import Recipe
 from compress.report.table import cell
-from compress.results import Prediction, Report
+from compress.results.report import Prediction, Report
 
 READERS = {"gptq": "gptqmodel optimum", "bitsandbytes": "bitsandbytes accelerate"}  # what reads packed weights, not called as their format
 LONGEST = 4000  # characters of an example that the code holds

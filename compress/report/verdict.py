@@ -20,7 +20,8 @@ from compress.errors import ReportError
 from compress.metrics import METRICS
 from compress.recipe import Gate
 from compress.report.missing import MOST, lost, together
-from compress.results import Comparison, GateResult, Measurement, Report, Side, Verdict
+from compress.results.report import Report
+from compress.results.sides import Comparison, GateResult, Measurement, Side, Verdict
 
 BEYOND_DOUBT = 0.999
 RATIOS = ("max_ratio", "min_ratio")

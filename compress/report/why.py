@@ -7,7 +7,8 @@ from compress import methods
 from compress.report import steps
 from compress.report.layers import counted
 from compress.report.numbers import change, scaled
-from compress.results import Comparison, GateResult, Side, StageRecord
+from compress.results.sides import Comparison, GateResult, Side
+from compress.results.stages import StageRecord
 
 # reasons that are the recipe's, or the same for all models
 EXPECTED = (methods.HEAD, *methods.ASKED, "stands outside the blocks")

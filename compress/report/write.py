@@ -6,10 +6,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from compress.files import whole_folder
 from compress.phases import Phase
 from compress.report import markdown
 from compress.report.frame import curves, frame, layers, predictions
-from compress.results import NOTES, Account, Cut, Layer, Point, Report, whole_folder
+from compress.results.report import Report
+from compress.results.stages import NOTES, Account, Cut, Layer, Point
 
 
 def write(report: Report, folder: Path, phases: Callable[[], list[Phase]] = list) -> Report:

@@ -15,7 +15,7 @@ from compress.errors import InputError, MissingPackage, RunError, in_a_line
 from compress.extras import install_line
 
 if TYPE_CHECKING:
-    from compress.results import Report
+    from compress.results.report import Report
 
 
 def names() -> tuple[str, ...]:

@@ -5,7 +5,8 @@ from collections.abc import Iterator
 from typing import Any
 
 from compress.report.numbers import verdict_words
-from compress.results import GateResult, Measurement, Report, Side
+from compress.results.report import Report
+from compress.results.sides import GateResult, Measurement, Side
 
 
 def title(report: Report) -> str:

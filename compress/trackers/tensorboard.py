@@ -2,7 +2,7 @@
 
 import time
 
-from compress.results import Report
+from compress.results.report import Report
 from compress.trackers import _facts
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from compress.errors import CompressError, InputError, printable
 
 if TYPE_CHECKING:
-    from compress.results import Report
+    from compress.results.report import Report
 
 EXIT = {"pass": 0, "fail": 1, "cannot_tell": 4}
 WORST_FIRST = (1, 3, 4, 0)  # exit statuses
@@ -28,8 +28,8 @@ def refuse(given: Namespace) -> None:
 
 def tell(reports: Sequence["Report"], given: Namespace) -> None:
     """Tell a pipeline: the files of `_arguments.telling`, and on GitHub's runners annotations, which they read on stderr too."""
+    from compress.files import write_whole
     from compress.report import ci, markdown
-    from compress.results import write_whole
 
     if given.junit:
         write_whole(given.junit, ci.junit(reports))

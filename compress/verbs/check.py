@@ -20,7 +20,7 @@ from compress.verbs._answer import complain, finish, refuse, tell
 from compress.verbs._arguments import of_reports, telling
 
 if TYPE_CHECKING:
-    from compress.results import Report
+    from compress.results.report import Report
 
 
 def arguments(parser: ArgumentParser) -> None:
@@ -37,7 +37,7 @@ def call(given: Namespace) -> int:
     from compress import pipeline
     from compress.report import history
     from compress.report.frame import find_reports, read_reports
-    from compress.results import read_report
+    from compress.results.report import read_report
 
     refuse(given)
     for flag, value in (("--against", given.against), ("--best", given.best), ("--gates", given.gates)):
@@ -63,7 +63,7 @@ def call(given: Namespace) -> int:
 
 def _read(files: list[Path]) -> "list[Report]":
     """Reports with all that they hold; those that can't be read are named. Raises ReportError where none can."""
-    from compress.results import read_report
+    from compress.results.report import read_report
 
     reports, damaged = [], []
     for file in files:

@@ -31,8 +31,8 @@ def call(given: Namespace) -> int:
     gc.enable()  # which `main` turned off, for verbs that answer at once
     from compress import pipeline, terminal, trackers
     from compress.forecast.plan import remarks
-    from compress.process import launched
     from compress.recipe import load
+    from compress.team import launched
 
     copy, processes = launched() or (0, 1 if given.processes is None else given.processes)
     if copy > 0:

@@ -46,7 +46,7 @@ def call(given: Namespace) -> int:
     from compress import terminal
     from compress.cluster import cluster
     from compress.metrics import METRICS
-    from compress.results import read_report
+    from compress.results.report import read_report
     from compress.search import Search
 
     search = Search(given.recipe, given.keep, given.minimise, given.over, given.set)
@@ -76,7 +76,7 @@ def call(given: Namespace) -> int:
 
 def _judged(tried: "Tried") -> dict[str, Any]:
     """What decided of a recipe that was measured, and each of its gates."""
-    from compress.results import read_report
+    from compress.results.report import read_report
 
     if tried.report is None:
         return {}

@@ -20,7 +20,8 @@ from torch.nn.modules import module as hooks
 
 from compress import data, methods, pipeline, recipe
 from compress.distill import _pair
-from compress.model import Bundle, Source, locate
+from compress.model.loading import Bundle
+from compress.model.source import Source, locate
 
 spent: dict[str, float] = defaultdict(float)
 began: list[float] = []

@@ -17,10 +17,10 @@ import tempfile
 from pathlib import Path
 
 from compress.benchmark.isolate import Subject
+from compress.execution import Execution
 from compress.forecast.footprint import footprint, weight_bytes
 from compress.forecast.plan import read_config
-from compress.methods import quiet
-from compress.model import Source
+from compress.model.source import Source
 from compress.nursery import nursery
 from compress.recipe import Benchmark, Data, Model, Recipe
 from compress.shape import read
@@ -86,7 +86,7 @@ def measure(name: str, folder: Path) -> dict[int, dict[str, int]]:
         version=1, model=Model(id=str(folder), task=task), data=Data(source="builtin", prompt="{dialogue}"), benchmark=benchmark
     )
     with nursery():
-        subject = Subject("candidate", Source(str(folder), task, "float32"), recipe, "cpu", folder / "log", folder, quiet)
+        subject = Subject("candidate", Source(str(folder), task, "float32"), recipe, Execution("cpu", folder / "log"), folder)
         try:
             subject.start()
         finally:

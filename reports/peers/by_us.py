@@ -9,7 +9,8 @@ from peer import Job, work
 from torch import Tensor, nn
 
 from compress import methods
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import Source
 
 
 def quantise(job: Job) -> Bundle:

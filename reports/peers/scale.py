@@ -45,7 +45,8 @@ def solve(folder: Path, samples: int, tokens: int) -> None:
     """Run gptq and print what it took as JSON."""
     from compress.held import weight_bytes
     from compress.methods import Context, Example, find
-    from compress.model import Bundle, Source
+    from compress.model.loading import Bundle
+    from compress.model.source import Source
     from compress.quantize import _calibrated, _gptq, _pack  # noqa: F401 - their imports are no part of the measurement
 
     gptq = find("quantize", "gptq")

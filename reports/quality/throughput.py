@@ -16,11 +16,14 @@ from pathlib import Path
 
 import torch
 
-from compress import data, model, recipe, terminal
+from compress import data, recipe, terminal
 from compress.benchmark.quality import Reader
 from compress.engines.transformers.batching import Batches
 from compress.engines.transformers.generation import Writer
+from compress.hardware import pick_device
 from compress.methods import quiet
+from compress.model.loading import Bundle
+from compress.model.source import Source, locate
 
 
 def main() -> None:
@@ -32,8 +35,8 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(given.threads)
     wanted = recipe.load(given.recipe, given.set)
-    source = model.Source(model.locate(wanted.model.id, wanted.folder), wanted.model.task, wanted.model.dtype)
-    bundle = model.Bundle(source, model.pick_device("auto"))
+    source = Source(locate(wanted.model.id, wanted.folder), wanted.model.task, wanted.model.dtype)
+    bundle = Bundle(source, pick_device("auto"))
     examples = data.examples(wanted.data, wanted.folder, "evaluation", wanted.data.samples, wanted.data.seed)
     prompts = [example.prompt for example in examples]
     reader, settings = Reader(bundle.model, bundle.tokenizer, max_tokens=wanted.data.max_tokens), wanted.generation.model_dump()

@@ -11,9 +11,9 @@ from compress.benchmark import isolate, subject
 from compress.benchmark.isolate import Session
 from compress.benchmark.messages import WarmedUp
 from compress.errors import DeviceError, RunError
-from compress.methods import quiet
+from compress.execution import Execution
 from compress.recipe import Benchmark
-from compress.results import Conditions
+from compress.results.sides import Conditions
 
 POINT = (1, 8)
 TRANSFORMERS = SimpleNamespace(is_plain=True)
@@ -58,7 +58,7 @@ def benchmark(**changes):
 
 
 def session(subjects, wanted, monkeypatch, clear=lambda _: False):
-    made = Session(subjects, type("Recipe", (), {"benchmark": wanted}), quiet, strict=False)
+    made = Session(subjects, type("Recipe", (), {"benchmark": wanted}), Execution())
     monkeypatch.setattr(made, "sides", list)
     made.run([], clear)
     return made
@@ -114,7 +114,7 @@ def test_a_point_that_can_not_be_done_in_time_is_left_out_with_the_reason(tmp_pa
     def started(**changes):
         asked.clear()
         recipe = SimpleNamespace(benchmark=Benchmark(**points, **changes), engine=TRANSFORMERS)
-        side = Slow("candidate", None, recipe, "cpu", tmp_path / "log", tmp_path, quiet)
+        side = Slow("candidate", None, recipe, Execution("cpu", tmp_path / "log"), tmp_path)
         side.start()
         return side
 
@@ -145,7 +145,7 @@ def test_a_long_run_is_warmed_up_by_itself_once_the_heap_has_been_seen(tmp_path,
             return WarmedUp(memory={"peak": 1}, marks=[seconds])
 
     settings = Benchmark(**{"batch_sizes": [1], "prompt_tokens": [8], "warmup": 0, "precision": None, **changes})
-    side = Slow("candidate", None, SimpleNamespace(benchmark=settings, engine=TRANSFORMERS), "cpu", tmp_path / "log", tmp_path, quiet)
+    side = Slow("candidate", None, SimpleNamespace(benchmark=settings, engine=TRANSFORMERS), Execution("cpu", tmp_path / "log"), tmp_path)
     side.start()
     side.start()
     assert asked == runs
@@ -262,7 +262,7 @@ def test_where_memory_holds_one_side_each_takes_its_whole_turn_alone(monkeypatch
 
 def test_a_shared_gpu_is_refused_where_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(subject.Machine, "strangers", lambda *_: (4711,))
-    made = Session([Subject("candidate", 1.0, noisy(0))], type("Recipe", (), {"benchmark": benchmark()}), quiet, strict=True)
+    made = Session([Subject("candidate", 1.0, noisy(0))], type("Recipe", (), {"benchmark": benchmark()}), Execution(strict=True))
     with pytest.raises(DeviceError, match="shared with process 4711, and --strict was given; end it, or choose another GPU"):
         made.run([], lambda _: False)
 

@@ -13,8 +13,9 @@ from compress.benchmark import memory
 from compress.benchmark.sampler import Sampler
 from compress.benchmark.selftest import Faulty
 from compress.benchmark.subject import Subject
+from compress.execution import Execution
 from compress.methods import quiet
-from compress.model import Source
+from compress.model.source import Source
 from compress.nursery import nursery
 from compress.recipe import load
 from tests.blocks import cache_left
@@ -25,7 +26,7 @@ MB = 1_000_000
 
 def subject(kind, toys, rows, write_recipe, log, progress=quiet):
     source = Source(str(toys[kind]), TASKS[kind], "float32")
-    return Subject("candidate", source, load(write_recipe(recipe_for(kind, toys[kind], rows))), "cpu", log, log.parent, progress)
+    return Subject("candidate", source, load(write_recipe(recipe_for(kind, toys[kind], rows))), Execution("cpu", log, progress), log.parent)
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -83,7 +84,7 @@ def test_the_peak_is_the_same_in_every_process_and_eight_more_megabytes_show(toy
     source, loaded = Source(str(toys["t5"]), "seq2seq", "float32"), load(write_recipe(recipe_for("t5", toys["t5"], rows)))
     sides = [
         subject("t5", toys, rows, write_recipe, tmp_path / "log"),
-        Faulty({"resident_bytes": 8 * MB}, source, loaded, tmp_path / "log", quiet),
+        Faulty({"resident_bytes": 8 * MB}, source, loaded, Execution("cpu", tmp_path / "log")),
     ]
     with nursery():
         for measured in sides:

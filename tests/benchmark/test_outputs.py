@@ -14,8 +14,8 @@ from compress.benchmark.messages import Loaded, Outputs
 from compress.engines import Traits, Weights
 from compress.methods import Example
 from compress.metrics import Missing
-from compress.model import Source
-from compress.results import read_report
+from compress.model.source import Source
+from compress.results.report import read_report
 from tests.conftest import recipe_for
 
 MACHINE = dict.fromkeys(outputs.MACHINE, "x")

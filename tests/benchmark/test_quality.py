@@ -10,7 +10,8 @@ from compress.engines.transformers import reading
 from compress.engines.transformers.batching import Batches
 from compress.errors import DataError
 from compress.methods import quiet
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import Source
 from compress.structure import label_number, labels_of
 from tests import measuring
 from tests.conftest import WORDS

@@ -4,38 +4,38 @@ import json
 
 import pytest
 
-from compress import data, model, scores
+from compress import data, rows, scores
 from compress.benchmark.statistics import corpus_value
 from compress.builtin import corpus
 from compress.engines.transformers.batching import Batches
 from compress.methods import quiet
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import BUILTIN, Source
 from compress.recipe import load
-from compress.rows import BUILTIN
 from tests.measuring import writer
 
 
 def test_the_shipped_dialogues_are_written_again_by_their_generator(tmp_path):
     corpus.write(tmp_path)
     for split in corpus.SPLITS:
-        assert (tmp_path / f"{split}.jsonl").read_bytes() == (BUILTIN / f"{split}.jsonl").read_bytes()
+        assert (tmp_path / f"{split}.jsonl").read_bytes() == (rows.BUILTIN / f"{split}.jsonl").read_bytes()
 
 
 def test_no_dialogue_stands_in_two_splits_and_every_slot_is_filled():
-    rows = [json.loads(line) for split in corpus.SPLITS for line in (BUILTIN / f"{split}.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for split in corpus.SPLITS for line in (rows.BUILTIN / f"{split}.jsonl").read_text().splitlines()]
     assert len(rows) == sum(corpus.SPLITS.values()) == len({row["dialogue"] for row in rows})
     assert not any("{" in row["dialogue"] + row["summary"] for row in rows)
 
 
 def test_the_package_stays_small():
-    assert sum(f.stat().st_size for f in model.BUILTIN.iterdir()) < 8_000_000
+    assert sum(f.stat().st_size for f in BUILTIN.iterdir()) < 8_000_000
 
 
 @pytest.mark.slow
 def test_the_model_summarises_held_out_dialogues():
     recipe = load("quickstart")
     examples = data.examples(recipe.data, recipe.folder, "evaluation", 100, 0)
-    bundle = Bundle(Source(str(model.BUILTIN), "seq2seq", "float32"), "cpu")
+    bundle = Bundle(Source(str(BUILTIN), "seq2seq", "float32"), "cpu")
     wrote = writer(bundle.model, bundle.tokenizer, [e.prompt for e in examples], recipe.generation.model_dump())
     tokens = wrote.write(Batches(bundle.model, None, quiet))
     texts = bundle.tokenizer.batch_decode(tokens, skip_special_tokens=True)

@@ -6,7 +6,8 @@ import torch
 from compress.calibration.stream import batches
 from compress.errors import ModelError
 from compress.methods import LayerSettings
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import Source
 from compress.quantize import rtn
 from compress.quantize._calibrated import quantise
 from compress.quantize._pack import Packed

@@ -12,7 +12,8 @@ from compress.calibration.inputs import in_order, reach, second_moments
 from compress.calibration.stream import encoded, padded
 from compress.errors import BrokenPromise, DataError, DeviceError, ModelError
 from compress.methods import Example, LayerSettings
-from compress.model import Source, load_model
+from compress.model.loading import load_model
+from compress.model.source import Source
 from compress.quantize import rtn
 from compress.quantize._calibrated import quantise
 from compress.quantize._grid import GridSettings, fit

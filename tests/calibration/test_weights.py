@@ -10,10 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM, MixtralConfig, MixtralForCausalLM, modeling_utils, utils
 
-from compress import experts, model
+from compress import experts
 from compress.calibration.weights import empty
 from compress.errors import ModelError
-from compress.model import INDEX, SINGLE, Source, check_folder, fingerprint, parameter_bytes, skeleton, stored_dtypes, weight_files
+from compress.model.folder import INDEX, SINGLE, check_folder, file_bytes, stored_dtypes, weight_files
+from compress.model.loading import parameter_bytes, skeleton
+from compress.model.source import Source, fingerprint
 from compress.quantize import rtn
 from tests.blocks import bundle, context, saved
 from tests.conftest import make_model
@@ -222,13 +224,13 @@ def test_the_files_are_those_that_transformers_resolves(made, way):
     folder = made(way)
     assert (SINGLE, INDEX) == (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME)
     resolve = getattr(modeling_utils, "_get_resolved_checkpoint_files", None)
-    assert resolve, "transformers resolves checkpoint files elsewhere now; look whether model.weight_files still does as it does"
+    assert resolve, "transformers resolves checkpoint files elsewhere now; look whether weight_files still does as it does"
     wanted = dict.fromkeys(inspect.signature(resolve).parameters)
     named = json.loads((folder / "config.json").read_text()).get("transformers_weights")
     wanted |= {"pretrained_model_name_or_path": str(folder), "use_safetensors": True, "transformers_explicit_filename": named}
     resolved, _ = resolve(**wanted)
     assert sorted(resolved) == [str(file) for file in weight_files(folder)]
-    assert model.file_bytes(folder) == sum(file.stat().st_size for file in weight_files(folder))
+    assert file_bytes(folder) == sum(file.stat().st_size for file in weight_files(folder))
 
 
 def test_weights_beside_are_no_part_of_what_a_model_is(made):

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from compress.methods import Context, find
-from compress.model import Source
+from compress.model.source import Source
 from tests.blocks import bundle, context, examples, saved
 from tests.conftest import TASKS
 from tests.finetune.loops import calm

@@ -12,7 +12,8 @@ from compress import methods, pipeline, recipe
 from compress.distill import _pair
 from compress.errors import MissingPackage, ModelError, RecipeError
 from compress.held import weight_bytes
-from compress.model import Source, fingerprint, load_model
+from compress.model.loading import load_model
+from compress.model.source import Source, fingerprint
 from tests.blocks import bundle, run
 from tests.conftest import TASKS, recipe_for
 from tests.distill.pairs import distil, source, two

@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from compress.distill import hidden
 from compress.errors import InputError, ModelError
 from compress.methods import find
-from compress.model import load_model
+from compress.model.loading import load_model
 from tests.blocks import bundle, examples
 from tests.conftest import TASKS, make_tokenizer
 from tests.distill import pairs

@@ -12,7 +12,7 @@ from compress.distill import _pair
 from compress.distill._divergence import divergence
 from compress.errors import DataError, InputError, ModelError, RunError
 from compress.methods import Context, Example, find
-from compress.model import load_model
+from compress.model.loading import load_model
 from tests.blocks import bundle, context, examples, saved
 from tests.conftest import TASKS, make_model, make_tokenizer
 from tests.distill import pairs

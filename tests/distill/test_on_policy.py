@@ -6,7 +6,7 @@ import torch
 from compress import writing
 from compress.errors import DataError, ModelError
 from compress.methods import Example
-from compress.model import load_model
+from compress.model.loading import load_model
 from tests.blocks import bundle, context, examples, saved
 from tests.conftest import make_model
 from tests.distill import pairs

@@ -5,10 +5,12 @@ import shutil
 
 import pytest
 
-from compress import artifacts, methods, pipeline, recipe
+from compress import artifacts, pipeline, recipe
 from compress.distill import _pair
 from compress.errors import ModelError, RecipeError
-from compress.model import Source, load_model, load_tokenizer
+from compress.execution import Execution
+from compress.model.loading import load_model, load_tokenizer
+from compress.model.source import Source
 from tests.conftest import recipe_for
 from tests.test_pipeline import name_of
 from tests.test_training import Here
@@ -26,7 +28,7 @@ def made(toys, rows, write_recipe, tmp_path, monkeypatch):
 
     def make(*stages):
         found = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, stages=list(stages))))
-        return artifacts.make(found, source, tmp_path / "artifacts", "cpu", tmp_path / "log", methods.quiet), pairs
+        return artifacts.make(found, source, tmp_path / "artifacts", Execution("cpu", tmp_path / "log")), pairs
 
     return make
 

@@ -14,7 +14,7 @@ from compress.distill import _pair, _teacher_cache
 from compress.distill._divergence import divergence_over
 from compress.errors import ModelError, NoSpace
 from compress.methods import Context, Example, find
-from compress.model import load_model
+from compress.model.loading import load_model
 from compress.training.material import read
 from tests.blocks import bundle, examples
 from tests.distill.pairs import counted, distil, divergence, inputs_of, softened, source, two

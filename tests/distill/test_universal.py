@@ -14,7 +14,7 @@ from compress.distill import _pair
 from compress.distill.universal import distance, matched
 from compress.errors import DataError, ModelError
 from compress.methods import Example, find
-from compress.model import load_model
+from compress.model.loading import load_model
 from tests.blocks import bundle, context, examples
 from tests.conftest import TASKS, WORDS, make_tokenizer
 from tests.distill.pairs import counted, distil, inputs_of, outlives_a_kill, softened, source, two

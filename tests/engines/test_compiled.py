@@ -12,7 +12,8 @@ from compress.benchmark.messages import Explain, Time, WarmUp
 from compress.engines.transformers import timing, work
 from compress.errors import MissingPackage, ModelError
 from compress.methods import quiet
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import Source
 from compress.recipe import Runtime, load
 from tests import measuring
 from tests.conftest import TASKS, recipe_for

@@ -10,7 +10,7 @@ from compress.benchmark import latency
 from compress.engines import Opening
 from compress.errors import ModelError, RecipeError
 from compress.methods import Settings, quiet
-from compress.model import Source
+from compress.model.source import Source
 from compress.recipe import Generation, Runtime, load
 from tests.conftest import TASKS, recipe_for
 

@@ -14,7 +14,8 @@ from compress.engines.transformers.generation import GumbelNoise
 from compress.engines.transformers.work import cache_bytes
 from compress.errors import RunError
 from compress.methods import Context, quiet
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import Source
 from compress.quantize import int8_dynamic
 from compress.recipe import Generation
 from compress.runtime import use_cpu_int8

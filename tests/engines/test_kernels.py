@@ -7,7 +7,8 @@ from bitsandbytes.functional import has_avx512bf16
 
 from compress.engines.transformers import kernels, timing
 from compress.metrics import KERNELS
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import Source
 from tests.conftest import TASKS
 from tests.quantize.test_methods import make
 

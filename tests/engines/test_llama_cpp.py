@@ -12,7 +12,8 @@ from compress.engines import Opening, Piece, llama_cpp
 from compress.errors import ModelError
 from compress.export import gguf
 from compress.methods import quiet
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import Source
 from compress.quantize import rtn
 from compress.recipe import Generation, Runtime
 from tests.blocks import context

@@ -13,7 +13,9 @@ from compress.engines import Opening, Piece, onnxruntime
 from compress.errors import ModelError
 from compress.export import onnx
 from compress.methods import quiet
-from compress.model import Bundle, Source, file_bytes
+from compress.model.folder import file_bytes
+from compress.model.loading import Bundle
+from compress.model.source import Source
 from compress.recipe import Generation, Runtime
 from tests.blocks import context
 from tests.decoders import decoder, tokenizer
@@ -133,7 +135,7 @@ def test_what_it_doesnt_do_is_refused(folder, engine, tmp_path):
 def test_nothing_is_told_of_what_is_run(folder, tmp_path):
     """What it would tell its makers it keeps in a database under the home folder till it is sent."""
     code = (
-        "import sys; from compress.engines import Opening, onnxruntime; from compress.model import Source; from compress.recipe import Runtime;"
+        "import sys; from compress.engines import Opening, onnxruntime; from compress.model.source import Source; from compress.recipe import Runtime;"
         "engine = onnxruntime.make(Opening(Source(sys.argv[1], 'causal-lm'), 'cpu', 1, Runtime(), onnxruntime.Settings())); engine.open()"
     )
     variables = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "XDG_CACHE_HOME")}

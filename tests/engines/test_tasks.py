@@ -8,7 +8,8 @@ import torch
 from compress.engines.transformers.tasks import evaluate
 from compress.errors import DataError
 from compress.metrics import METRICS
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import Source
 
 CHOICES = ["dog ran", "red hat", "mat"]
 

@@ -12,7 +12,7 @@ from compress.benchmark.messages import Answer, Load, WarmUp
 from compress.errors import InputError
 from compress.interpreter import Interpreter
 from compress.methods import Example, find, quiet
-from compress.model import Source
+from compress.model.source import Source
 from compress.process import Child
 from compress.recipe import Data, Generation
 from tests.blocks import bundle, context

@@ -3,7 +3,8 @@
 import pytest
 
 from compress.engines.transformers import timing, work
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import Source
 from compress.runtime import use_cpu_int8
 from tests.conftest import TASKS
 from tests.quantize.test_methods import make

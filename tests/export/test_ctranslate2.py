@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from compress import engines, exports, model
+from compress import engines, exports
 from compress.engines import Opening, Piece
 from compress.errors import BrokenPromise, ModelError, RecipeError
 from compress.export import ctranslate2 as export
 from compress.methods import quiet
-from compress.model import BUILTIN, Source
+from compress.model.folder import check_folder, file_bytes
+from compress.model.source import BUILTIN, Source
 from compress.recipe import Generation, Runtime, load
 from tests import blocks
 from tests.conftest import TASKS, recipe_for
@@ -55,7 +56,7 @@ def test_floats_say_the_same_as_in_transformers(toys, tmp_path, kind):
     engine.run(engine.prepare([[5, 9, 3], [4, 4, 12]]), 6, lambda: told.append(1))
     assert len(told) == 6, "each step is told once for the whole batch, ends passed over"
     assert engine.weights().parameters == plain.weights().parameters
-    assert model.file_bytes(folder) == (folder / "ctranslate2" / "model.bin").stat().st_size
+    assert file_bytes(folder) == (folder / "ctranslate2" / "model.bin").stat().st_size
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
@@ -108,13 +109,13 @@ def test_what_the_engine_cannot_do_is_refused(toys, tmp_path, rows, write_recipe
     folder = made(toys["llama"], "llama", tmp_path / "made", weights="float32")
     own = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**own, "bad_words_ids": [[3]]}))
-    with pytest.raises(ModelError, match=r"generation_config.json: bad_words_ids isn't known to it"):
+    with pytest.raises(ModelError, match="bad_words_ids isn't done here"):
         opened("ctranslate2", folder, "llama").write([[3, 4]], Generation(max_new_tokens=2), quiet)
     with pytest.raises(ModelError, match="float16 comput"):
         opened("ctranslate2", folder, "llama", compute="float16")
     (folder / "ctranslate2" / "model.bin").unlink()
     with pytest.raises(ModelError, match="not all are there"):
-        model.check_folder(folder)
+        check_folder(folder)
     grouped = [{"quantize": "rtn", "bits": 4, "group_size": 32}, {"export": "ctranslate2"}]
     with pytest.raises(RecipeError, match=r"it holds 8 bits or fewer a row, symmetric; in `quantize: rtn` give group_size: -1"):
         load(write_recipe({**recipe_for("llama", toys["llama"], rows, stages=grouped), "engine": "ctranslate2"}))

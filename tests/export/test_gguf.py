@@ -12,7 +12,8 @@ from compress import exports
 from compress.errors import ModelError
 from compress.export import gguf as export
 from compress.export._gguf_blocks import Integers, blocks, kind_for
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import Source
 from compress.quantize import gptq, rtn
 from tests.blocks import context
 from tests.decoders import SIZE, decoder

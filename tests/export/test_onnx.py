@@ -15,7 +15,8 @@ from compress.engines import Opening, Piece
 from compress.errors import ModelError, RecipeError
 from compress.export import onnx as export
 from compress.methods import quiet
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import Source
 from compress.quantize import rtn
 from compress.recipe import Generation, Runtime, load
 from tests import blocks

@@ -8,12 +8,13 @@ import numpy as np
 import pytest
 import torch
 
-from compress import engines, exports, model
+from compress import engines, exports
 from compress.engines import Opening, Piece
 from compress.errors import ModelError, RecipeError
 from compress.export import openvino as export
 from compress.methods import quiet
-from compress.model import Source
+from compress.model.folder import file_bytes
+from compress.model.source import Source
 from compress.recipe import Generation, Runtime, load
 from tests import blocks
 from tests.conftest import TASKS, make_model, make_tokenizer, recipe_for
@@ -78,7 +79,7 @@ def test_floats_say_the_same_as_in_transformers(tmp_path, kind):
     assert len(told) == 6, "each step is told once for the whole batch, ends passed over"
     assert nats(engine) == pytest.approx(nats(plain), rel=1e-4), "nothing of what was written is left"
     assert engine.weights().parameters == plain.weights().parameters
-    assert engine.weights().weight_bytes == model.file_bytes(folder)
+    assert engine.weights().weight_bytes == file_bytes(folder)
 
 
 @pytest.mark.parametrize(

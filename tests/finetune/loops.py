@@ -6,7 +6,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from compress.methods import find
-from compress.model import load_model
+from compress.model.loading import load_model
 from tests.blocks import bundle, context, examples, lively, saved
 
 

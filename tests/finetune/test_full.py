@@ -8,7 +8,8 @@ from pydantic import ValidationError
 
 from compress.errors import DataError, RunError
 from compress.methods import Example, Optimisation, find
-from compress.model import Source, load_model
+from compress.model.loading import load_model
+from compress.model.source import Source
 from compress.training.weights import pruned
 from tests.blocks import bundle, context, examples
 from tests.conftest import TASKS

@@ -10,7 +10,7 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.errors import DataError, InputError
 from compress.methods import Context, Optimisation
-from compress.model import AUTO
+from compress.model.loading import AUTO
 from compress.training.weights import pruned
 from tests.blocks import bundle, context, examples
 from tests.conftest import TASKS

@@ -5,9 +5,10 @@ import torch
 
 from compress import held
 from compress.architectures import read
+from compress.execution import Execution
 from compress.forecast.footprint import OBJECTS, cache_bytes, footprint, weight_bytes
-from compress.methods import quiet
-from compress.model import Source, load_model
+from compress.model.loading import load_model
+from compress.model.source import Source
 from compress.runtime import use_cpu_int8
 from tests.blocks import cache_left, run
 from tests.conftest import TASKS, make_model, make_tokenizer
@@ -73,7 +74,7 @@ def test_the_peak_is_within_15_percent_of_the_measured_one(batch_size, tmp_path)
         version=1, model=Model(id=str(tmp_path), task="causal-lm"), data=Data(source="builtin", text="{dialogue}"),
         benchmark=Benchmark(batch_sizes=[batch_size], prompt_tokens=[128], new_tokens=4, rounds=1, warmup=0, threads=1),
     )  # fmt: skip
-    subject = Subject("candidate", Source(str(tmp_path), "causal-lm", "float32"), recipe, "cpu", tmp_path / "log", tmp_path, quiet)
+    subject = Subject("candidate", Source(str(tmp_path), "causal-lm", "float32"), recipe, Execution("cpu", tmp_path / "log"), tmp_path)
     try:
         subject.start()
     finally:

@@ -9,7 +9,7 @@ import transformers
 
 from compress.architectures import read
 from compress.errors import ModelError
-from compress.model import AUTO
+from compress.model.loading import AUTO
 
 # fmt: off
 CONFIGS = [

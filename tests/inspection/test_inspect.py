@@ -11,13 +11,14 @@ import torch
 from safetensors.numpy import load_file, save_file
 
 import compress
-from compress import held, model, terminal
+from compress import held, terminal
 from compress.cli import parser
 from compress.errors import InputError, MissingPackage, ModelError
 from compress.inspection import findings, measure, picture
 from compress.inspection.findings import Inspection, Part, grouped
 from compress.methods import quiet
-from compress.model import Source
+from compress.model.loading import load_model, parameter_count, task_of
+from compress.model.source import Source
 from compress.report.numbers import count
 from compress.requests import Inspect
 from tests.conftest import TASKS, make_model, make_tokenizer
@@ -54,7 +55,7 @@ def test_counts_are_those_of_the_file(toys, looked, kind):
     stored.pop("final_logits_bias", None)  # a buffer of BART's
     assert found.task == TASKS[kind], "told from the config"
     assert found.parameters == sum(part.parameters for part in found.parts) == sum(tensor.size for tensor in stored.values())
-    loaded = model.load_model(Source(str(toys[kind]), TASKS[kind]), "cpu")
+    loaded = load_model(Source(str(toys[kind]), TASKS[kind]), "cpu")
     assert found.bytes == sum(part.bytes for part in found.parts) == held.weight_bytes(loaded)
     linear = {part.name: part for part in found.parts if part.kind == "linear"}
     blocks = {"t5": 2 * 7 + 2 * 11, "bart": 2 * 6 + 2 * 10, "llama": 2 * 7, "gpt2": 2 * 4, "bert": 2 * 6 + 1}
@@ -146,9 +147,9 @@ def test_hooks_are_gone_afterwards():
 @pytest.mark.parametrize(("kind", "method"), [("gpt2", "bnb_nf4"), ("llama", "bnb_int8"), ("gpt2", "int8_dynamic")])
 def test_packed_layers_are_measured_packed_and_looked_at_unpacked(toys, looked, tmp_path, kind, method):
     made = make(toys[kind], kind, method, tmp_path / "made")
-    loaded, found = model.load_model(Source(str(made), TASKS[kind]), "cpu"), look(made)
+    loaded, found = load_model(Source(str(made), TASKS[kind]), "cpu"), look(made)
     assert found.bytes == held.weight_bytes(loaded) == sum(part.bytes for part in found.parts)
-    assert found.parameters == model.parameter_count(loaded) == sum(part.parameters for part in found.parts)
+    assert found.parameters == parameter_count(loaded) == sum(part.parameters for part in found.parts)
     assert "quantised already" in found.said[0]
     for part in found.parts:
         if part.kind == "linear":
@@ -315,10 +316,10 @@ def test_a_task_that_cannot_be_told(toys, tmp_path):
         with pytest.raises(
             ModelError, match=r"no task can be told from its config's architectures, .*; give --task, one of seq2seq, causal-lm"
         ):
-            model.task_of(Source(str(tmp_path), ""))
+            task_of(Source(str(tmp_path), ""))
     (tmp_path / "config.json").write_text('{"model_type": "none-such"}')
     with pytest.raises(ModelError, match="its config can't be read"):
-        model.task_of(Source(str(tmp_path), ""))
+        task_of(Source(str(tmp_path), ""))
 
 
 @pytest.mark.parametrize(

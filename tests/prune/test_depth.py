@@ -11,9 +11,10 @@ from transformers.pytorch_utils import Conv1D
 from compress.calibration.stream import batches
 from compress.errors import DataError, InputError, ModelError
 from compress.methods import Context, Example, quiet
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import Source
 from compress.prune import depth
-from compress.results import NOTES
+from compress.results.stages import NOTES
 from compress.structure import block_stacks
 from tests import architectures
 from tests.blocks import context, examples

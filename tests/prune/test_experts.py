@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from compress.errors import InputError, ModelError
-from compress.model import Bundle, Source, load_model
+from compress.model.loading import Bundle, load_model
+from compress.model.source import Source
 from compress.prune import experts as method
 from tests.blocks import context, examples, run, saved
 from tests.mixtures import MIXTURES, mixture, routed

@@ -7,7 +7,8 @@ from transformers.pytorch_utils import Conv1D
 
 from compress.errors import DataError, InputError
 from compress.methods import Context, Example, Optimisation, find
-from compress.model import Source, load_model
+from compress.model.loading import load_model
+from compress.model.source import Source
 from compress.prune import gradual
 from compress.training import learner
 from tests.blocks import bundle, context, examples, run

@@ -11,7 +11,8 @@ from pydantic import ValidationError
 
 from compress.errors import InputError
 from compress.methods import find
-from compress.model import AUTO, Source, load_model
+from compress.model.loading import AUTO, load_model
+from compress.model.source import Source
 from compress.prune import sparsegpt
 from compress.prune._sparse import lowest
 from tests.blocks import bundle, context, examples, run

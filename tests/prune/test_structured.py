@@ -12,10 +12,11 @@ from transformers.pytorch_utils import Conv1D
 from compress.architectures import WIDTH
 from compress.errors import BrokenPromise, DataError, InputError, ModelError
 from compress.methods import Context, Example, quiet
-from compress.model import AUTO, Bundle, Source, parameter_count
+from compress.model.loading import AUTO, Bundle, parameter_count
+from compress.model.source import Source
 from compress.prune import structured
 from compress.prune._coupled import Coupling
-from compress.results import NOTES
+from compress.results.stages import NOTES
 from compress.structure import trial_inputs
 from tests import architectures
 from tests.conftest import TASKS

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from compress import bnb
-from compress.model import Source, load_model
+from compress.model.loading import load_model
+from compress.model.source import Source
 from tests.blocks import run
 from tests.conftest import TASKS
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from compress.model import load_model
+from compress.model.loading import load_model
 from compress.quantize import autoround, gptq
 from compress.quantize._grid import GridSettings, fit
 from compress.quantize._rounding import LearnedRounding

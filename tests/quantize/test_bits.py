@@ -17,7 +17,8 @@ from compress.calibration.block import Block
 from compress.calibration.stream import batches
 from compress.errors import BrokenPromise, InputError
 from compress.methods import Context, quiet
-from compress.model import BUILTIN, Bundle, Source, load_model
+from compress.model.loading import Bundle, load_model
+from compress.model.source import BUILTIN, Source
 from compress.quantize import rtn
 from compress.quantize._bits import allocate, plan, sensitivity
 from compress.quantize._grid import WIDTHS, GridSettings, Kind, fit

@@ -11,7 +11,8 @@ from bitsandbytes.nn import Linear4bit, modules
 from compress import bnb, stage
 from compress.errors import BrokenPromise, ModelError
 from compress.held import weight_bytes
-from compress.model import Source, load_model, parameter_count
+from compress.model.loading import load_model, parameter_count
+from compress.model.source import Source
 from tests.blocks import bundle, context, saved
 from tests.conftest import TASKS, make_model, make_tokenizer
 

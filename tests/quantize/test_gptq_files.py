@@ -12,9 +12,10 @@ import torch
 from compress import gptq
 from compress.errors import ModelError
 from compress.methods import find
-from compress.model import Source, load_model
+from compress.model.loading import load_model
+from compress.model.source import Source
 from compress.quantize._gptq_files import GptqFiles
-from compress.results import NOTES
+from compress.results.stages import NOTES
 from tests.blocks import bundle, context, lively, saved
 from tests.quantize.test_methods import make
 

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from compress import held, methods, model
+from compress import held, methods
 from compress.errors import BrokenPromise, MissingPackage
-from compress.model import Source
+from compress.model.folder import file_bytes
+from compress.model.loading import AUTO, load_model, parameter_count
+from compress.model.source import Source
 from tests.blocks import ODD, made, run
 from tests.conftest import TASKS, make_model, make_tokenizer
 from tests.plain import plain
@@ -42,7 +44,7 @@ def make(folder, kind, method, target, device="cpu", **settings):
 
 
 def logits(folder, kind, dtype="auto"):
-    loaded = model.load_model(Source(str(folder), TASKS[kind], dtype), "cpu")
+    loaded = load_model(Source(str(folder), TASKS[kind], dtype), "cpu")
     ids = torch.arange(3, 23)[None]
     extra = {"decoder_input_ids": ids[:, :8]} if loaded.config.is_encoder_decoder else {}
     with torch.no_grad():
@@ -81,12 +83,12 @@ def test_the_artifact_is_near_the_original_and_smaller(toys, tmp_path, kind, met
     after, found = logits(target, kind)
     assert ((found - expected).norm() / expected.norm()).item() < tolerance
     assert (found - expected).norm() > 0, "nothing was changed"
-    assert model.parameter_count(after) == model.parameter_count(before)
+    assert parameter_count(after) == parameter_count(before)
     if before.can_generate():
         assert told(after) == told(before), "the artifact generates as its model does"
     if "compressed-tensors" not in methods.find("quantize", method).ABOUT.packages:  # transformers unpacks these at loading
         assert held.weight_bytes(after) < held.weight_bytes(before)
-    assert model.file_bytes(target) < model.file_bytes(toys[kind])
+    assert file_bytes(target) < file_bytes(toys[kind])
 
 
 @pytest.mark.gpu
@@ -96,7 +98,7 @@ def test_the_same_on_a_gpu(toys, tmp_path, kind, method):
         pytest.skip("its backend is not installed")
     settings, tolerance = CASES[method]
     target = make(toys[kind], kind, method, tmp_path / "made", device="cuda", **settings)
-    loaded = model.load_model(Source(str(target), TASKS[kind]), "cuda")
+    loaded = load_model(Source(str(target), TASKS[kind]), "cuda")
     ids = torch.arange(3, 23, device="cuda")[None]
     extra = {"decoder_input_ids": ids[:, :8]} if loaded.config.is_encoder_decoder else {}
     with torch.no_grad():
@@ -123,7 +125,7 @@ def test_the_same_on_a_gpu(toys, tmp_path, kind, method):
 )
 def test_it_loads_without_this_package_and_says_the_same(toys, tmp_path, kind, method):
     target = make(toys[kind], kind, method, tmp_path / "made", **CASES[method][0])
-    loaded = model.load_model(Source(str(target), TASKS[kind]), "cpu")
+    loaded = load_model(Source(str(target), TASKS[kind]), "cpu")
     ids = torch.arange(3, 13)[None]
     here = loaded.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)[
         0
@@ -137,14 +139,14 @@ def test_it_loads_without_this_package_and_says_the_same(toys, tmp_path, kind, m
         out = loaded.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)
         print(json.dumps(out[0].tolist()))
     """
-    assert json.loads(plain(program, target, model.AUTO[TASKS[kind]]).strip().splitlines()[-1]) == here
+    assert json.loads(plain(program, target, AUTO[TASKS[kind]]).strip().splitlines()[-1]) == here
 
 
 def test_int8_rows_are_on_their_own_grid(toys, tmp_path):
     """Weights against round-to-nearest by absolute maximum per row, written out in float64."""
     target = make(toys["llama"], "llama", "int8_dynamic", tmp_path / "made")
-    before = model.load_model(Source(str(toys["llama"]), "causal-lm", "float32"), "cpu").model.layers[0].mlp.down_proj.weight.double()
-    after = model.load_model(Source(str(target), "causal-lm"), "cpu").model.layers[0].mlp.down_proj.weight.dequantize().double()
+    before = load_model(Source(str(toys["llama"]), "causal-lm", "float32"), "cpu").model.layers[0].mlp.down_proj.weight.double()
+    after = load_model(Source(str(target), "causal-lm"), "cpu").model.layers[0].mlp.down_proj.weight.dequantize().double()
     step = before.abs().amax(dim=1, keepdim=True) / 127.5
     assert ((after - before).abs() <= step * 0.5001 + 1e-6).all()
 
@@ -162,9 +164,9 @@ def test_int8_rows_are_on_their_own_grid(toys, tmp_path):
     ],
 )
 def test_packed_weights_are_counted_to_the_byte(toys, tmp_path, method, per_layer):
-    whole = model.load_model(Source(str(toys["llama"]), "causal-lm", "float32"), "cpu")
+    whole = load_model(Source(str(toys["llama"]), "causal-lm", "float32"), "cpu")
     target = make(toys["llama"], "llama", method, tmp_path / "made")
-    packed = model.load_model(Source(str(target), "causal-lm"), "cpu")
+    packed = load_model(Source(str(target), "causal-lm"), "cpu")
     left = ("lm_head", *ODD) if method == "bnb_nf4" else ("lm_head",)
     linear = {n: m for n, m in whole.named_modules() if isinstance(m, torch.nn.Linear) and not n.endswith(left)}
     rest = held.weight_bytes(whole) - sum(4 * m.weight.numel() for m in linear.values())
@@ -174,14 +176,14 @@ def test_packed_weights_are_counted_to_the_byte(toys, tmp_path, method, per_laye
 
 def test_ignored_layers_stay_as_they_are(toys, tmp_path):
     target = make(toys["llama"], "llama", "bnb_nf4", tmp_path / "made", ignore=["lm_head", "q_proj"])
-    after = model.load_model(Source(str(target), "causal-lm"), "cpu").model.layers[0].self_attn
+    after = load_model(Source(str(target), "causal-lm"), "cpu").model.layers[0].self_attn
     assert type(after.q_proj) is torch.nn.Linear
     assert type(after.k_proj).__name__ == "Linear4bit"
 
 
 def test_t5_keeps_wo_in_float32_when_cast_to_float16(toys, tmp_path):
     target = make(toys["t5"], "t5", "cast", tmp_path / "made", dtype="float16")
-    loaded = model.load_model(Source(str(target), "seq2seq"), "cpu")
+    loaded = load_model(Source(str(target), "seq2seq"), "cpu")
     block = loaded.encoder.block[0].layer[1].DenseReluDense
     assert (block.wo.weight.dtype, block.wi_0.weight.dtype) == (torch.float32, torch.float16)
 

@@ -7,7 +7,8 @@ import torch
 from compress import methods
 from compress.calibration.stream import encoded, padded
 from compress.methods import Context, Example, quiet
-from compress.model import Source, load_model
+from compress.model.loading import load_model
+from compress.model.source import Source
 from compress.quantize import _grid, qat
 from compress.training.material import labels
 from tests.blocks import bundle, context, examples, lively, saved

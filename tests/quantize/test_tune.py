@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from compress.model import load_model
+from compress.model.loading import load_model
 from compress.quantize import _tune, gptq, rtn
 from compress.quantize._grid import fit
 from compress.quantize._solution import Quantised

@@ -9,9 +9,10 @@ import pytest
 from huggingface_hub import ModelCard
 
 from compress import recipe
-from compress.model import CARD, Source, check_folder, fingerprint
+from compress.model.folder import CARD, check_folder
+from compress.model.source import Source, fingerprint
 from compress.report import card
-from compress.results import StageRecord
+from compress.results.stages import StageRecord
 from tests.conftest import TASKS, recipe_for
 from tests.report.test_files import made
 

@@ -15,7 +15,8 @@ from compress.errors import InputError, ReportError
 from compress.report import compare, write
 from compress.report.verdict import compare as compared
 from compress.report.verdict import pairs
-from compress.results import Comparison, GateResult, Measurement, Side, read_report
+from compress.results.report import read_report
+from compress.results.sides import Comparison, GateResult, Measurement, Side
 from tests.report.test_files import made
 
 COMMITTED = sorted((Path(__file__).parents[2] / "reports").glob("*/**/report.json"))

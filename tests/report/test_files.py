@@ -8,8 +8,11 @@ import pytest
 
 import compress
 from compress.errors import NoSpace, ReportError
+from compress.files import whole_folder, write_whole
 from compress.report import markdown, write
-from compress.results import Measurement, Point, Prediction, Report, Side, StageRecord, read_report, whole_folder, write_whole
+from compress.results.report import Prediction, Report, read_report
+from compress.results.sides import Measurement, Side
+from compress.results.stages import Point, StageRecord
 
 
 def made(name="toy", run="r1", verdict="pass", **changes):

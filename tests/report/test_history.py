@@ -6,7 +6,7 @@ import pytest
 
 from compress.errors import InputError, ReportError
 from compress.report import history
-from compress.results import Measurement, Side
+from compress.results.sides import Measurement, Side
 from tests.report.test_files import made
 from tests.test_cli import program
 

@@ -11,7 +11,9 @@ import vl_convert
 
 from compress.report import html, plots
 from compress.report.html import examples, sections
-from compress.results import Comparison, GateResult, Layer, Measurement, Point, Prediction, Side, StageRecord
+from compress.results.report import Prediction
+from compress.results.sides import Comparison, GateResult, Measurement, Side
+from compress.results.stages import Layer, Point, StageRecord
 from tests.report.test_files import made
 
 WORDS = [f"{first}{last}" for first in ("ba", "ko", "li", "mu", "re", "sta", "ti", "vo") for last in ("n", "ra", "s", "to", "lle")]

@@ -8,7 +8,7 @@ from axe_playwright_python.sync_playwright import Axe
 from playwright.sync_api import sync_playwright
 
 from compress.report import html
-from compress.results import Prediction
+from compress.results.report import Prediction
 from tests.report.test_files import made
 from tests.report.test_html import EVIL, large
 

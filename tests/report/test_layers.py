@@ -9,7 +9,8 @@ import pytest
 from compress import methods, terminal
 from compress.report import layers, markdown, why, write
 from compress.report.numbers import share
-from compress.results import NOTES, Layer, StageRecord, read_report
+from compress.results.report import read_report
+from compress.results.stages import NOTES, Layer, StageRecord
 from tests.report.test_files import made
 
 REFERENCE = Path(__file__).parents[2] / "reports" / "reference"

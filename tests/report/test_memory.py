@@ -1,7 +1,7 @@
 """What holds a side's memory, as a report tells it."""
 
 from compress.report import memory
-from compress.results import Measurement, Side
+from compress.results.sides import Measurement, Side
 
 ON_A_CPU = {
     "peak_run_bytes": 95e6, "sampled_run_bytes": 99e6, "weight_bytes": 60e6, "buffer_bytes": 1e6, "kv_cache_bytes": 10e6,

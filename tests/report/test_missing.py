@@ -9,7 +9,8 @@ from compress.metrics import Missing
 from compress.recipe import Gate
 from compress.report import html, missing, verdict, write
 from compress.report.frame import frame
-from compress.results import Prediction, Side, read_report
+from compress.results.report import Prediction, read_report
+from compress.results.sides import Side
 from tests.report.test_files import made
 from tests.report.test_verdict import BASE, NOISE
 

@@ -4,7 +4,8 @@ import pytest
 
 from compress.metrics import KERNELS
 from compress.report import markdown, why
-from compress.results import Comparison, GateResult, Measurement, Side, StageRecord, Step
+from compress.results.sides import Comparison, GateResult, Measurement, Side, Step
+from compress.results.stages import StageRecord
 from tests.report.test_files import made
 
 STAGES = [StageRecord(stage={"quantize": "bnb_nf4"}, artifact="a", seconds=1, reused=False)]

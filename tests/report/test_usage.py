@@ -13,10 +13,12 @@ from compress import data, recipe, scores
 from compress.benchmark.messages import Answer
 from compress.benchmark.statistics import corpus_value
 from compress.methods import Context, quiet
-from compress.model import Bundle, Source
+from compress.model.loading import Bundle
+from compress.model.source import Source
 from compress.quantize import int8_dynamic
 from compress.report import card, usage
-from compress.results import Prediction, StageRecord
+from compress.results.report import Prediction
+from compress.results.stages import StageRecord
 from tests.conftest import TASKS, make_tokenizer, recipe_for
 from tests.measuring import loaded
 from tests.report.test_files import made

@@ -5,7 +5,7 @@ import pytest
 from compress.errors import ReportError
 from compress.recipe import Gate
 from compress.report import verdict
-from compress.results import Measurement, Side
+from compress.results.sides import Measurement, Side
 from tests.report.test_files import made
 
 

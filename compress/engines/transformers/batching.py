@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 import psutil
 import torch
 
-from compress.process import Progress, is_out_of_memory
+from compress.errors import is_out_of_memory
+from compress.process import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -14,16 +14,16 @@ import transformers
 from transformers import PreTrainedModel
 
 from compress import decoding, held
-from compress import model as models
 from compress.engines import Engine, Explained, Opening, Piece, Step, Traits, Weights, Written
 from compress.engines.transformers import ceilings as ceiling
 from compress.engines.transformers import kernels, reading, tasks, timing, work
 from compress.engines.transformers.batching import Batches
 from compress.engines.transformers.generation import Writer
-from compress.errors import ModelError, OutOfMemory
-from compress.model import Source
+from compress.errors import ModelError, OutOfMemory, is_out_of_memory
+from compress.model.loading import Bundle, load_tokenizer, parameter_count
+from compress.model.source import Source
 from compress.phases import phase
-from compress.process import Progress, is_out_of_memory
+from compress.process import Progress
 from compress.products import in_float32
 from compress.recipe import Generation, Runtime
 from compress.runtime import use_cpu_int8, use_sparse_24
@@ -37,7 +37,7 @@ class Transformers(Engine):
     def __init__(self, opening: Opening, batch_tokens: int | None = None):
         self.source, self.device, self.runtime, self._batch_tokens = opening.source, opening.device, opening.runtime, batch_tokens
         torch.set_num_threads(opening.threads)
-        self._bundle = models.Bundle(self.source, self.device)
+        self._bundle = Bundle(self.source, self.device)
         _import_all(self._bundle)
         if self.device == "cuda":
             torch.zeros(1, device="cuda")  # the context is no part of the model
@@ -52,7 +52,7 @@ class Transformers(Engine):
                 f"{self.source.id}: its tokenizer has {len(self.tokenizer)} tokens, its embedding only {rows}; they don't belong together"
             )
         _bring_in(model)
-        self._parameters = models.parameter_count(model)
+        self._parameters = parameter_count(model)
         self._called = self._compiled() if self.runtime.compile else model
         changed = {
             "cpu_int8": use_cpu_int8(model) if self.runtime.cpu_int8 and self.device == "cpu" else 0,
@@ -110,7 +110,7 @@ class Transformers(Engine):
             return reading.classify(self.model, self.tokenizer, prompts, batches)
 
     def why_no_divergence(self, original: Source) -> str | None:
-        if original != self.source and models.load_tokenizer(original).get_vocab() != self.tokenizer.get_vocab():
+        if original != self.source and load_tokenizer(original).get_vocab() != self.tokenizer.get_vocab():
             return f"the tokens of {original.id} are others than this model's"
         return None
 
@@ -151,7 +151,7 @@ class Transformers(Engine):
 
     def _beside(self, original: Source) -> PreTrainedModel:
         try:
-            return models.Bundle(original, self.device).model
+            return Bundle(original, self.device).model
         except Exception as error:
             if not is_out_of_memory(error):
                 raise
@@ -234,7 +234,7 @@ def _bring_in(model: PreTrainedModel) -> None:
             torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage(), start, (tensor.nbytes,), (1,))[::4096].sum()
 
 
-def _import_all(bundle: models.Bundle) -> None:
+def _import_all(bundle: Bundle) -> None:
     """Bring in the code that the model will need, so that it counts as the interpreter's memory and not as the model's.
 
     Much of it comes with a first run: a small model has one here.

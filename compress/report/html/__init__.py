@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.errors import NoSpace, printable
+from compress.files import write_whole
 from compress.report.html import charts, examples, sections
-from compress.results import Report, write_whole
+from compress.results.report import Report
 
 ROOM = 1_800_000  # bytes for the data; the drawing library takes 0.9 MB, and a page is to stay under 3 MB
 # examples, and whether with samples: the first that fits

@@ -8,7 +8,7 @@ from compress.errors import printable
 from compress.report import memory, plots
 from compress.report.html.sections import Column
 from compress.report.layers import summary
-from compress.results import Layer, StageRecord
+from compress.results.stages import Layer, StageRecord
 
 TIMED = ("latency_p50", "ttft", "tpot")
 TICKS = 100  # of a side's timings at one point; the page holds every one of them besides

@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.errors import printable
 from compress.metrics import METRICS
-from compress.results import Prediction, Report
+from compress.results.report import Prediction, Report
 
 # words, between what both texts begin and end with: so many are compared exactly, so many with frequent ones passed over at first, which
 # is fast whatever the text; beyond, time grows with their square

@@ -15,7 +15,9 @@ from compress.report.markdown import FIGURES, shown
 from compress.report.numbers import change, duration, figure, percent, scaled, share, verdict_words
 from compress.report.verdict import baseline_key
 from compress.report.why import at_run_time, open_points
-from compress.results import Comparison, GateResult, Measurement, Report, Side, StageRecord
+from compress.results.report import Report
+from compress.results.sides import Comparison, GateResult, Measurement, Side
+from compress.results.stages import StageRecord
 
 GIST = ("weight_bytes", "peak_run_bytes", "latency_p50")  # beside the headline metric
 WORST = 10

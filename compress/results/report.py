@@ -1,0 +1,291 @@
+"""The report of a run, and how one is read."""
+
+import json
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import Field, ValidationError, ValidationInfo, model_validator
+
+from compress.errors import ReportError
+from compress.metrics import KERNELS, METRICS
+from compress.phases import Phase
+from compress.recipe import PLAIN, Benchmark, Gate
+from compress.results.record import Record, Role
+from compress.results.sides import Comparison, GateResult, Measurement, Side, Turn, Verdict
+from compress.results.stages import Cut, StageRecord
+
+if TYPE_CHECKING:
+    import msgspec
+
+FORMAT = 1
+MUCH_CUT = 0.01  # of the prompts
+LEAST_EQUAL, MOST_APART = 0.9, 1.02  # of examples that an engine answers as transformers does; of perplexities with the same weights
+MUCH_WORKED = 0.9  # of the weights that a stage could have worked on; less is said before all else
+FIGURES_ONLY = {"samples": "not read"}  # the context in which a report is validated without them
+
+
+class Agreement(Record):
+    """Whether an engine says of the original's weights what transformers says.
+
+    equal        of so many `examples` the same was written or chosen
+    likelihood   the engine's perplexity over transformers'; None where it isn't measured
+    dtype        what transformers computes in, where the engine computes in another; then texts part by rounding
+    half         whether both compute in 16 bits, in which they part by rounding, too
+    """
+
+    engine: str
+    dtype: str | None = None
+    half: bool = False
+    examples: int
+    equal: int | None = None
+    likelihood: float | None = None
+
+    @property
+    def is_doubtful(self) -> bool:
+        """Whether rounding alone doesn't explain what differs."""
+        exact = self.dtype is None and not self.half
+        few = self.equal is not None and exact and self.equal < LEAST_EQUAL * self.examples
+        return few or (self.likelihood is not None and not 1 / MOST_APART <= self.likelihood <= MOST_APART)
+
+    @property
+    def sentence(self) -> str:
+        said = []
+        if self.equal is not None:
+            where = "transformers" if self.dtype is None else f"transformers in {self.dtype}"
+            how = ", both in 16 bits, where roundings part texts," if self.half else ""
+            said.append(f"writes the same as {where} in {self.equal:,} of {self.examples:,} examples{how}")
+        if self.likelihood is not None:
+            said.append(f"has a perplexity of x{self.likelihood:.4f} of transformers'")
+        return f"With the original's weights {self.engine} {' and '.join(said).removesuffix(',')}"
+
+
+class Split(Record):
+    """A split of the data as it was read before the first stage.
+
+    name       its file's, or the hub id with the split
+    path       of the file, which is no part of the report
+    filtered   rows that data.where leaves out
+    empty      rows in which nothing stands; `why_empty` is of the first of them
+    sha256     of the file, hexadecimal
+    changed    whether the file was another one once all had been measured
+    """
+
+    name: str
+    path: Path | None = Field(None, exclude=True)
+    rows: int
+    filtered: int = 0
+    empty: int = 0
+    why_empty: str | None = None
+    sha256: str | None = None
+    changed: bool = False
+
+
+class Prediction(Record):
+    """One evaluation example with both outputs. Scores are the headline metric's (rougeL, perplexity ...), None if it has none."""
+
+    id: str
+    prompt: str
+    references: list[str]
+    baseline: str | None = None
+    candidate: str | None = None
+    baseline_score: float | None = None
+    candidate_score: float | None = None
+
+
+class Report(Record):
+    """All of a run, as report.json holds it; the examples stand in predictions.parquet too.
+
+    engine            in which both sides were measured
+    original          the model as it came, in plain transformers, where the engine is another
+    against_original  how the candidate compares with it
+    agreement         whether the engine says the same of the original's weights
+    others            the same in the recipe's other engines, each with a verdict of its own
+    """
+
+    format: int = FORMAT
+    recipe: str
+    run: str
+    created: str
+    digest: str
+    examples_digest: str
+    settings: dict[str, Any]
+    environment: dict[str, Any]
+    stages: list[StageRecord] = Field([])
+    engine: str = PLAIN
+    sides: list[Side]
+    original: Side | None = None
+    against_original: list[Comparison] = Field([])
+    agreement: Agreement | None = None
+    others: list["Report"] = Field([], repr=False)
+    splits: list[Split] = Field([])
+    turns: list[Turn] = Field([], repr=False)
+    phases: list[Phase] = Field([])
+    comparisons: list[Comparison] = Field([])
+    gates: list[GateResult] = Field([])
+    verdict: Verdict
+    decided_by: str
+    notes: list[str] = Field([])
+    cut: Cut | None = None
+    score: str | None = None
+    predictions: list[Prediction] = Field([], repr=False)
+    folder: Path = Field(Path(), exclude=True)
+
+    @property
+    def line(self) -> str:
+        """The stages in short: quantize: int8_dynamic."""
+        return ", ".join(record.name for record in self.stages)
+
+    @model_validator(mode="after")
+    def _complete(self, info: ValidationInfo) -> "Report":
+        roles = [side.role for side in self.sides]
+        if roles not in (["candidate"], ["baseline", "candidate"]):
+            raise ValueError(f"a candidate is wanted, with or without a baseline before it; it has {', '.join(roles) or 'nothing'}")
+        for side in self.sides:
+            for one in side.measurements:
+                if one.metric not in METRICS:
+                    raise ValueError(f"there is no metric {one.metric!r}")
+                if info.context is FIGURES_ONLY:
+                    continue
+                widths = {len(row) for row in one.present}
+                if one.missing != len(one.samples) - len(one.present):
+                    raise ValueError(
+                        f"{one.metric} misses {one.missing} samples, {len(one.samples) - len(one.present)} of them are missing"
+                    )
+                if METRICS[one.metric].kind != "size" and one.value is not None and (0 in widths or not widths):
+                    raise ValueError(f"{one.metric} has no samples")
+                if METRICS[one.metric].kind == "quality" and len(widths) > 1:
+                    raise ValueError(f"{one.metric} has samples of unequal width")
+        for key in ("check", "data", "generation", "benchmark"):
+            if not isinstance(self.settings.get(key), dict):
+                raise ValueError(f"settings.{key} is missing")
+        if not isinstance(level := self.settings["benchmark"].get("confidence", 0.95), float) or not 0 < level < 1:
+            raise ValueError(f"settings.benchmark.confidence is {level!r}, no share between 0 and 1")
+        for gate in self.settings["check"].values():
+            Gate.model_validate(gate)
+        named = [self.score, *(gate.metric for gate in self.gates), *(one.metric for one in self.comparisons)]
+        if unknown := [name for name in named if name is not None and name not in METRICS]:
+            raise ValueError(f"there is no metric {unknown[0]!r}")
+        if any(set(step.shares) - set(KERNELS) for side in self.sides for step in side.steps):
+            raise ValueError(f"a step has shares of other kinds than {', '.join(KERNELS)}")
+        if not all(record.stage for record in self.stages):
+            raise ValueError("a stage without a name")
+        return self
+
+    @property
+    def cautions(self) -> list[str]:
+        """What is to be known before the verdict is: much of the model was left as it was, or prompts were cut to another task."""
+        little = [
+            f"{record.name} worked on {record.account.share:.1%} of the weights that are no embeddings, heads, norms or biases"
+            for record in self.stages
+            if record.account is not None and record.account.share < MUCH_WORKED
+        ]
+        if self.agreement is not None and self.agreement.is_doubtful:
+            little.append(f"{self.agreement.sentence}, which rounding doesn't explain: its figures are of another model")
+        cuts = [self.cut, *(record.cut for record in self.stages)]
+        return [*little, *(cut.sentence for cut in cuts if cut is not None and cut.share > MUCH_CUT)]
+
+    @property
+    def machine(self) -> str | None:
+        """What measured: the GPU, or else the CPU by name."""
+        return next((str(name) for key in ("gpu", "cpu", "device") if (name := self.environment.get(key))), None)
+
+    @property
+    def candidate(self) -> Side:
+        return self.sides[-1]
+
+    @property
+    def inside(self) -> str:
+        """What stands behind a model's name: " in ctranslate2"; nothing where it is transformers."""
+        return "" if self.engine == PLAIN else f" in {self.engine}"
+
+    @property
+    def parts(self) -> list["Report"]:
+        """A report for each engine."""
+        return [self.model_copy(update={"others": []}), *(one.model_copy(update={"folder": self.folder}) for one in self.others)]
+
+    @property
+    def confidence(self) -> float:
+        """Of intervals and gates."""
+        return float(self.settings["benchmark"].get("confidence", Benchmark.model_fields["confidence"].default))
+
+    def side(self, role: Role) -> Side | None:
+        return next((side for side in self.sides if side.role == role), None)
+
+    def as_json(self) -> dict[str, Any]:
+        """What `--json` prints."""
+        sides = {role: side.values() if (side := self.side(role)) else {} for role in ("baseline", "candidate")}
+        gates = [gate.model_dump(mode="json") for gate in self.gates]
+        return {
+            "report": str(self.folder), "verdict": self.verdict, "decided_by": self.decided_by, "gates": gates, **sides,
+            "artifact": self.stages[-1].artifact if self.stages else None,
+            "failures": [failure for side in self.sides for failure in side.failures], "notes": self.notes,
+            "engine": self.engine,
+            **({"original": self.original.values()} if self.original else {}),
+            **({"others": [part.as_json() for part in self.others]} if self.others else {}),
+            "missing": {side.role: found for side in self.sides if (found := {m.label: m.missing for m in side.measurements if m.missing})},
+        }  # fmt: skip
+
+
+def read_report(path: str | Path, figures_only: bool = False) -> Report:
+    """The report in a folder, or in a report.json.
+
+    figures_only   leave out samples, timings, steps, turns, examples, layers and curves: a tenth of the time, for tables of many
+
+    Raises ReportError when it is missing, damaged or of another format.
+    """
+    file = Path(path)
+    try:
+        file = file / "report.json" if file.is_dir() else file
+        content = file.read_bytes()
+        data = _figures(content) if figures_only else json.loads(content)
+        if not isinstance(data, dict) or "format" not in data:
+            raise ReportError(f"{file}: not a report of this program")
+        if data["format"] is not FORMAT:
+            raise ReportError(f"{file}: report format {data['format']!r}; this version reads format {FORMAT}")
+        return Report.model_validate({**data, "folder": file.parent}, context=FIGURES_ONLY if figures_only else None)
+    except FileNotFoundError:
+        raise ReportError(f"{file}: there is no report here") from None
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ReportError(f"{file}: damaged: {'.'.join(map(str, first['loc']))}: {first['msg']}"[:500]) from None
+    except (ValueError, RecursionError) as error:
+        raise ReportError(f"{file}: damaged, not JSON: {error}") from None
+    except OSError as error:
+        raise ReportError(f"{file}: can't be read: {error.strerror}") from None
+
+
+def _figures(content: bytes) -> dict[str, Any]:
+    """The parts of a report.json that a table of figures needs. The rest is passed over, though its syntax is still checked.
+
+    Raises ValueError.
+    """
+    import msgspec
+
+    def rows(samples: Any) -> int:  # a list of lists of numbers
+        return bytes(samples).count(b"[") - 1
+
+    try:
+        found: dict[str, Any] = msgspec.to_builtins(_few().decode(content), enc_hook=rows)
+    except msgspec.MsgspecError:  # damaged, or of another shape; what reads it all will say how
+        whole: dict[str, Any] = json.loads(content)
+        return whole
+    for side in found.get("sides", []):
+        for measurement in side.get("measurements", []):
+            measurement.update(rows=measurement.get("samples", 0), samples=[], raw=[])
+    return found
+
+
+@cache
+def _few() -> "msgspec.json.Decoder[Any]":
+    import msgspec
+
+    def without(model: type[Record], *left_out: str, **nested: Any) -> Any:
+        kept = [(name, nested.get(name, Any), msgspec.UNSET) for name in model.model_fields if name not in left_out]
+        return msgspec.defstruct(model.__name__, kept)
+
+    measurement = without(Measurement, "raw", "rows", samples=msgspec.Raw)
+    side = without(Side, "steps", measurements=list[measurement])  # type: ignore[valid-type]
+    stage = without(StageRecord, "layers", "curve")
+    nested = {"sides": list[side], "stages": list[stage]}  # type: ignore[valid-type]
+    return msgspec.json.Decoder(without(Report, "turns", "predictions", "folder", **nested))
