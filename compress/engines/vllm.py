@@ -7,6 +7,7 @@ server, and keeps nothing from one call to the next. On a CPU it rounds the inpu
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -111,7 +112,8 @@ class VLLM(Engine):
         self.run([[min(10, self._vocabulary - 1)] * 4], 2, lambda: None)
 
     def weights(self) -> Weights:
-        (held,) = self._model.apply_model(_bytes)
+        packing = settings(self._opening.source, "config.json").get("quantization_config") or {}
+        (held,) = self._model.apply_model(partial(_bytes, packed=_packed_bits(packing)))
         room = self._model.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes or 0  # on a GPU it need not say
         return Weights(held, 0, stored_parameters(local_folder(self._opening.source)), room)
 
@@ -170,13 +172,22 @@ class VLLM(Engine):
             yield ended
 
 
-def _bytes(model: "nn.Module") -> int:
+def _bytes(model: "nn.Module", packed: int | None) -> int:
     """What its weights take. On a CPU some are laid out anew where only a kernel knows of them, in as many bytes, and what is left of the
-    parameter is empty; its layer knows the shape. A head that is the embedding, too, is there once more, of which nothing tells."""
+    parameter is empty or none; its layer knows the shape. A head that is the embedding, too, is there once more, of which nothing tells.
+
+    packed   bits of a weight that is stored as an integer
+    """
     total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
     for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if name == "weight" and not parameter.numel():
-                shape: Any = module
-                total += shape.output_size_per_partition * shape.input_size_per_partition * parameter.element_size()
+        layer: Any = module
+        if hasattr(layer, "weight") and hasattr(layer, "output_size_per_partition") and (layer.weight is None or not layer.weight.numel()):
+            bits = (packed or 0) if layer.weight is None else 8 * layer.weight.element_size()
+            total += layer.output_size_per_partition * layer.input_size_per_partition * bits // 8
     return total
+
+
+def _packed_bits(config: dict[str, Any]) -> int | None:
+    """The most bits of a weight, as a model's quantization_config has them; None where there is none."""
+    groups = config.get("config_groups", {}).values()
+    return max((int(group["weights"]["num_bits"]) for group in groups), default=config.get("bits"))

@@ -17,7 +17,7 @@ from compress.process import Child
 from compress.recipe import Data, Generation
 from tests.blocks import bundle, context
 from tests.conftest import WORDS
-from tests.decoders import decoder
+from tests.decoders import SIZE, decoder
 from tests.measuring import loaded
 
 pytestmark = pytest.mark.skipif("COMPRESS_VLLM" not in os.environ, reason="COMPRESS_VLLM names no interpreter that has vllm")
@@ -76,6 +76,15 @@ def test_packed_weights_stay_packed_and_mean_what_they_mean_elsewhere(folder, pr
     ours, expected = border.ask(process, ASKED).samples["perplexity"], worker.answer(quiet, ASKED).samples["perplexity"]
     for (nats, _), (nats_expected, _) in zip(ours, expected, strict=True):
         assert nats == pytest.approx(nats_expected, rel=0.02)
+
+
+def test_weights_that_only_a_kernel_knows_of_are_counted(folder, process, tmp_path):
+    static = find("quantize", "int8_static")
+    told = replace(context(), examples=EXAMPLES)
+    static.apply(bundle(folder, "llama"), static.Settings(), told).save(tmp_path / "made")
+    answer = opened(process, tmp_path / "made", dtype="bfloat16")
+    halved = 2 * SIZE * 128  # the embedding, which the file has in float32
+    assert answer.weights.weight_bytes == pytest.approx(answer.file_bytes - halved, rel=0.05)
 
 
 def test_what_it_does_not_open_is_told(folder, process, tmp_path):
