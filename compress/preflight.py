@@ -65,7 +65,8 @@ def look(recipe: Recipe, stages: bool = True) -> Sight:
         _look_at_model(sight, recipe.model.id, ("model",))
         for index, stage in enumerate(recipe.stages):
             _look_at_stage(sight, stage, ("stages", index))
-            if any(engine.is_plain for engine in recipe.engines) or stage != recipe.stages[-1]:
+            follower = recipe.stages[index + 1].family if index + 1 < len(recipe.stages) else None
+            if any(engine.is_plain for engine in recipe.engines) if follower is None else follower != "export":
                 _look_at_readers(sight, stage, ("stages", index))
         _look_at_widths(sight)
     _look_at_measuring(sight)

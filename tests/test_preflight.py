@@ -196,3 +196,5 @@ def test_what_reads_an_artifact_is_wanted_where_transformers_has_to(loaded, monk
         r"transformers reads what it makes by gptqmodel, optimum, not installed here; .*install with: pip install 'gptqmodel", mistake
     )
     assert preflight.look(loaded(engine="fake", stages=[{"quantize": "rtn", "format": "gptq"}])).mistakes == []
+    carried = [{"quantize": "rtn", "format": "gptq", "group_size": 32, "ignore": ["re:.*down_proj", "lm_head"]}, {"export": "onnx"}]
+    assert not [line for line in preflight.look(loaded(engine="onnxruntime", stages=carried)).mistakes if "transformers reads" in line]

