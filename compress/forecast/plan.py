@@ -141,7 +141,7 @@ def remarks(recipe: Recipe) -> list[str]:
     """What its stages' settings will do to layers of the model's shapes, where its config lies on this disk and is of a known kind."""
     columns, found = widths(recipe), list[str]()
     for stage in recipe.stages:
-        if stage.method == "structured":  # the shapes are others then
+        if stage.method == "structured" or not columns:  # the shapes are others then, or not known
             break
         found += [f"{stage}: {sentence}" for sentence in stage.settings.about_shapes(columns)]
     return found

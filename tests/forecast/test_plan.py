@@ -42,6 +42,7 @@ def test_layers_that_a_group_size_does_not_divide_are_said_before_anything_is_lo
     assert found[:1] == remarks(load(seven, overrides)), "first"
     assert re.fullmatch(r"quantize: rtn: group_size 128 does not divide .*, in layers of 576 columns, have a scale a row.*", found[0])
     assert "group_size is 64" in remarks(load(seven, ["stages=[{quantize: rtn}]"]))[0]
+    assert remarks(load(seven, ["stages=[{quantize: rtn}]", "model.id=someone/model"])) == [], "of shapes that aren't known"
     assert remarks(load(seven, ["stages=[{quantize: rtn, group_size: 32}]"])) == remarks(load(seven)) == []
 
 
