@@ -42,3 +42,11 @@ def read(folder: Path) -> Export | None:
     if not whole or not export.files:
         raise ModelError(f"{file}: names {', '.join(export.files) or 'no files'}, of which not all are there")
     return export
+
+
+def require(folder: Path, form: str, engine: str) -> Export:
+    """The record of a folder that an engine opens. Raises ModelError where it is in another format, or damaged."""
+    export = read(folder)
+    if export is None or export.format != form:
+        raise ModelError(f"engine: {engine}: {folder} holds nothing in the format that it opens, which `export: {form}` writes")
+    return export

@@ -83,8 +83,7 @@ class CTranslate2(Engine):
 
     def weights(self) -> Weights:
         """As its file has them, in which they lie in memory."""
-        export = exports.read(self._folder)
-        assert export is not None
+        export = exports.require(self._folder, "ctranslate2", "ctranslate2")
         return Weights((self._folder / WEIGHTS).stat().st_size, 0, export.parameters)
 
     def prepare(self, prompts: list[list[int]]) -> list[list[str]]:

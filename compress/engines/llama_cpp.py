@@ -150,9 +150,7 @@ class LlamaCpp(Engine):
         self._context, self._shape = None, (0, 0)
 
     def open(self) -> None:
-        export = exports.read(self._folder)
-        if export is None or export.format != ABOUT.opens:
-            raise ModelError(f"engine: llama_cpp: {self._folder} holds no {FILE}; it opens {ABOUT.reads}")
+        export = exports.require(self._folder, "gguf", "llama_cpp")
         wanted = self._library.llama_model_default_params()
         wanted.n_gpu_layers = 0
         self._model = self._library.llama_model_load_from_file(str(self._folder / FILE).encode(), wanted)

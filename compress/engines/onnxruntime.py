@@ -52,9 +52,7 @@ class OnnxRuntime(Engine):
     def open(self) -> None:
         import onnxruntime_genai
 
-        export = exports.read(self._folder)
-        if export is None or export.format != ABOUT.opens:
-            raise ModelError(f"engine: onnxruntime: {self._folder} holds no model.onnx; it opens {ABOUT.reads}")
+        export = exports.require(self._folder, "onnx", "onnxruntime")
         session = {"intra_op_num_threads": self._opening.threads, "inter_op_num_threads": 1}
         try:
             config = onnxruntime_genai.Config(str(self._folder))

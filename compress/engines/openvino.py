@@ -66,9 +66,7 @@ class OpenVINO(Engine):
         self._most = batch_tokens or TOKENS
 
     def open(self) -> None:
-        export = exports.read(self._folder)
-        if export is None or export.format != ABOUT.opens:
-            raise ModelError(f"engine: openvino: {self._folder} holds no {FOLDER}/decoder.xml; it opens {ABOUT.reads}")
+        export = exports.require(self._folder, "openvino", "openvino")
         config, own = self._config, self._opening.settings
         assert isinstance(own, Settings)
         encodes = bool(config.is_encoder_decoder)
