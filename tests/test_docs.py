@@ -32,6 +32,7 @@ PROGRAMS = ("accelerate", "compress", "lint-imports", "mypy", "pip", "pytest", "
 RUN = {"run": {0, 1, 4}, "check": {0, 1, 4}, "search": {0, 1, 4}}  # a random model may fail; all other verbs end with 0
 NOT_RUN = {  # what begins so isn't run, and why
     "pip install": "is .ci/run's, with what stands behind it",
+    "python -m venv": "fetches gigabytes; tests/test_interpreter.py makes an environment",
     "ruff check": "is .ci/run's",
     "accelerate launch": "wants two GPUs; tests/test_processes.py launches torchrun's way",
     "torchrun": "tests/test_processes.py launches",
