@@ -3,10 +3,10 @@
     python reports/memory/after_ten_steps.py FOLDER... [--report REPORT.json ...]
 
 For each folder of a causal model, in a process of its own: `from_pretrained`, ten tokens written after a prompt of 128, freed memory given
-back. Then what is resident more than before the model was loaded, of that what is mapped from files and what of it is code of libraries, and
-the bytes of all tensors that Python's garbage collector knows of, each stretch of memory once. Ten tokens again give the high-water mark, where
-it can be set back. With `--report`, in the same order, a report's candidate stands beside each: its weights, its peak while running, and how
-far off they are, code left out, which is no part of what a model takes.
+back. Then what is resident more than before the model was loaded, of that what is mapped from files and what of it is code of libraries,
+and the bytes of all tensors that Python's garbage collector knows of, each stretch of memory once. Ten tokens again give the high-water
+mark, where it can be set back. With `--report`, in the same order, a report's candidate stands beside each: its weights, its peak while
+running, and how far off they are, code left out, which is no part of what a model takes.
 """
 
 import argparse
@@ -28,7 +28,7 @@ def main() -> None:
     if arguments.one:
         print(json.dumps(held(arguments.one)))
         return
-    print("| model | resident | mapped from files | code | tensors | peak | report: weights | report: peak |\n|---|---|---|---|---|---|---|---|")
+    print("| model | resident | mapped from files | code | tensors | peak | report: weights | report: peak |\n" + 8 * "|---" + "|")
     for folder, report in zip(arguments.folders, [*arguments.report, *[None] * len(arguments.folders)], strict=False):
         # tensors have memory of their own, for the holes in a heap are chance
         apart = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0"}
