@@ -6,7 +6,7 @@ editable install and a wheel alike, and fetches nothing of somebody else's.
 
 import shlex
 import tomllib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from importlib import metadata
 from pathlib import Path
 
@@ -25,10 +25,16 @@ def line_into(python: str, packages: Iterable[str]) -> str:
     return f"{python} -m pip install {' '.join(map(shlex.quote, packages))}"
 
 
-def line_apart(packages: str) -> str:
-    """What makes an environment beside this one, and what to do with it."""
-    install = line_into("engine-env/bin/python", packages.split())
-    return f"python -m venv engine-env && {install}; and give `python: engine-env/bin/python` beside its name"
+def line_out_of(python: str, packages: Iterable[str]) -> str:
+    """../env/bin/python -m pip uninstall -y torchvision"""
+    return f"{python} -m pip uninstall -y {' '.join(map(shlex.quote, packages))}"
+
+
+def line_apart(packages: str, unwanted: Sequence[str] = ()) -> str:
+    """What makes an environment beside this one, takes out of it what was not wanted, and what to do with it."""
+    python = "engine-env/bin/python"
+    out = f" && {line_out_of(python, unwanted)}" if unwanted else ""
+    return f"python -m venv engine-env && {line_into(python, packages.split())}{out}; and give `python: {python}` beside its name"
 
 
 def requirements(extra: str) -> list[str]:

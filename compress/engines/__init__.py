@@ -43,6 +43,7 @@ class About:
     tasks, devices   what it does, and where
     packages, extra  distributions that must be installed, and the extra of this package that installs them
     apart            what pip installs into an environment of its own, by device, where the engine doesn't go together with this package
+    unwanted         what comes with that on a CPU, and doesn't go together with it there
     likelihoods      whether it tells how likely a given text is
     """
 
@@ -54,6 +55,7 @@ class About:
     packages: tuple[str, ...] = ()
     extra: str | None = None
     apart: Mapping[str, str] = field(default_factory=dict)
+    unwanted: tuple[str, ...] = ()
     likelihoods: bool = True
 
     @property
@@ -61,7 +63,7 @@ class About:
         """The line that installs the packages; nothing where there are none."""
         if not self.apart:
             return install_line(self.extra) if self.extra else ""
-        return line_apart(self.apart["cuda" if has_gpu() else "cpu"])
+        return line_apart(self.apart["cuda"]) if has_gpu() else line_apart(self.apart["cpu"], self.unwanted)
 
     def missing(self) -> list[str]:
         """The packages that aren't installed here. Nothing is imported."""

