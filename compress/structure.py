@@ -144,10 +144,14 @@ def bare(model: "PreTrainedModel", config: Any) -> "PreTrainedModel":
 def context_length(config: Any, tokenizer: Any = None) -> int | None:
     """The longest input in tokens that the positions of a model allow; None where they set no bound (T5).
 
-    The tokenizer's own bound counts where it is lower: RoBERTa's positions include two places that no token gets.
+    The tokenizer's own bound counts where it is lower.
     """
-    if architectures.of(config.model_type).endless:
+    architecture = architectures.of(config.model_type)
+    if architecture.endless:
         return None
+    if architecture.behind:
+        usable: int = config.max_position_embeddings - config.pad_token_id - 1
+        return min(usable, getattr(tokenizer, "model_max_length", usable))
     lengths = [getattr(config, key, None) for key in ("max_position_embeddings", "n_positions")]
     lengths += [getattr(tokenizer, "model_max_length", None)]  # a very large number where the tokenizer doesn't say
     return min((int(length) for length in lengths if length), default=None)

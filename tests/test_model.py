@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForSequenceClassification
 
 from compress import held
 from compress.architectures.gpt2 import as_linear
@@ -151,6 +152,28 @@ def test_patterns_of_ignore():
         linear_layers(llama, ["down_prj"])
     with pytest.raises(InputError, match="not a regular expression"):
         linear_layers(llama, ["re:("])
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["camembert", "data2vec-text", "longformer", "mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"],
+)
+def test_positions_that_begin_behind_the_padding_are_counted(kind):
+    config = AutoConfig.for_model(
+        kind, vocab_size=99, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32, max_position_embeddings=34,
+        pad_token_id=1,
+    )  # fmt: skip
+    if kind == "longformer":
+        config.attention_window = [4]
+    if kind == "xmod":
+        config.default_language = "en_XX"
+    model, most = AutoModelForSequenceClassification.from_config(config).eval(), context_length(config)
+    assert most == 32
+    with torch.no_grad():
+        model(input_ids=torch.full((1, most), 7))
+        if kind != "longformer":  # which pads to its window
+            with pytest.raises((IndexError, RuntimeError)):
+                model(input_ids=torch.full((1, most + 1), 7))
 
 
 def test_contexts():

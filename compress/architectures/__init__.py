@@ -31,6 +31,7 @@ class Architecture:
 
     shape    adds up what transformers makes of a config.json that serves one of the `tasks`; None where it can't be foretold
     endless  its positions set no bound on the tokens of an input, whatever its config says
+    behind   its positions begin behind the number of the padding token, so that so many of them, and one, no token gets
     wide     its hidden size can be cut alone: nothing in it depends on that but its weights and norms
     layers   what the outputs and inputs of each kind of layer count, by the end of its name (a regular expression; the first that fits),
              where the config binds the number of heads to the hidden size, so that neither can be told by changing one
@@ -40,6 +41,7 @@ class Architecture:
     tasks: tuple[str, ...] = ()
     shape: Callable[[Config, str], Shape] | None = None
     endless: bool = False
+    behind: bool = False
     wide: bool = False
     layers: Mapping[str, Axes] | None = None
     alike: bool = False

@@ -1,7 +1,7 @@
-"""RoBERTa: BERT with two places for positions that no token gets, and a classifier of two layers."""
+"""RoBERTa: BERT with places for positions that no token gets, and a classifier of two layers."""
 
 from dataclasses import replace
 
 from compress.architectures.bert import ARCHITECTURE as BERT
 
-ARCHITECTURE = replace(BERT, shape=None, tasks=())
+ARCHITECTURE = replace(BERT, shape=None, tasks=(), behind=True)

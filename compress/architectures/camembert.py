@@ -1,0 +1,5 @@
+"""CamemBERT: RoBERTa in French."""
+
+from compress.architectures import roberta
+
+ARCHITECTURE = roberta.ARCHITECTURE

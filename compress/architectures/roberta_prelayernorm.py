@@ -1,0 +1,5 @@
+"""RoBERTa with norms before its layers."""
+
+from compress.architectures import Architecture
+
+ARCHITECTURE = Architecture(behind=True)

@@ -1,0 +1,5 @@
+"""XLM-RoBERTa-XL: larger, its norms before its layers."""
+
+from compress.architectures import Architecture
+
+ARCHITECTURE = Architecture(behind=True)

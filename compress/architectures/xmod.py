@@ -1,0 +1,5 @@
+"""X-MOD: RoBERTa with adapters by language."""
+
+from compress.architectures import Architecture
+
+ARCHITECTURE = Architecture(behind=True)
