@@ -46,6 +46,7 @@ class Transformers(Engine):
     def open(self) -> None:
         self.model = model = self._bundle.model
         config = model.config
+        context = context_length(config, self.tokenizer)  # of which some count from the padding token that the model was made with
         config.pad_token_id = self.tokenizer.pad_token_id  # decoder-only classifiers look for the last real token by it
         if len(self.tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
             raise ModelError(
@@ -62,7 +63,7 @@ class Transformers(Engine):
         _bring_in(model)
         generates = model.can_generate()
         self.traits = Traits(
-            dtype=_name(model.dtype), context=context_length(config, self.tokenizer), vocabulary=config.get_text_config().vocab_size,
+            dtype=_name(model.dtype), context=context, vocabulary=config.get_text_config().vocab_size,
             encodes=bool(config.is_encoder_decoder), generates=generates,
             start=getattr(config, "decoder_start_token_id", None),
             end=timing.end_of_input(model),
