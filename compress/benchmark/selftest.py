@@ -196,7 +196,8 @@ def damages(loaded: Recipe, times: int, progress: Progress) -> dict[str, int]:
 def _predictions(loaded: Recipe, examples: list[Example], progress: Progress) -> list[str]:
     source = Source(str(BUILTIN), loaded.model.task, "float32")
     with tempfile.TemporaryDirectory() as folder:
-        subject = Subject("baseline", source, loaded, Execution("cpu", Path(folder) / "log", progress), Path(folder))
+        decided = loaded.decided_by([example.references for example in examples])
+        subject = Subject("baseline", source, decided, Execution("cpu", Path(folder) / "log", progress), Path(folder))
         subject.reasons = dict.fromkeys(subject.rounds, "not timed")
         try:
             subject.start()
