@@ -4,8 +4,10 @@ they are unpacked here, by the format's definition, for a look at what was made.
 import json
 import shutil
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from compress.model.folder import SINGLE, weight_files
@@ -39,6 +41,16 @@ def is_unread(source: Source) -> bool:
     """Whether a folder is in this format, and what transformers needs to read it isn't installed here."""
     packing = settings(source, "config.json").get("quantization_config") or {}
     return packing.get("quant_method") == "gptq" and bool(lacking(READERS))
+
+
+@contextmanager
+def readable(source: Source, beside: Path) -> Iterator[Source]:
+    """The model as transformers can load it: itself or, where it is unread, unpacked into a folder that is there while the block runs."""
+    if not is_unread(source):
+        yield source
+        return
+    with TemporaryDirectory(dir=beside) as folder:
+        yield unpacked(source, Path(folder) / "unpacked")
 
 
 def unpacked(source: Source, folder: Path) -> Source:

@@ -3,7 +3,7 @@ package's code, and all else that it imports is its own."""
 
 import json
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -39,6 +39,15 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 
 
+def spawned(command: Sequence[str], pipes: tuple[int, int], log: Path, environment: Mapping[str, str]) -> "Process":
+    """A new process, told these ends of pipes behind its command, that prints into a log."""
+    with log.open("ab") as output:
+        return subprocess.Popen(
+            [*command, *map(str, pipes)], pass_fds=pipes, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
+            start_new_session=True,
+        )  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Interpreter:
     """A Python of another environment."""
@@ -47,11 +56,7 @@ class Interpreter:
 
     def start(self, module: str, pipes: tuple[int, int], log: Path, environment: Mapping[str, str]) -> "Process":
         """A process that runs a module of this package with these ends of pipes, as `compress.process.fresh` does."""
-        with log.open("ab") as output:
-            return subprocess.Popen(
-                [self.python, "-EP", "-c", RUN, str(Path(__file__).parent), module, *map(str, pipes)], pass_fds=pipes,
-                stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment, start_new_session=True,
-            )  # fmt: skip
+        return spawned([str(self.python), "-EP", "-c", RUN, str(Path(__file__).parent), module], pipes, log, environment)
 
     def versions(self, packages: Iterable[str]) -> dict[str, str]:
         """The versions of those distributions that are installed there.

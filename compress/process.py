@@ -12,7 +12,6 @@ import json
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 import traceback
@@ -23,6 +22,7 @@ from typing import Any, Protocol
 
 from compress import errors, phases
 from compress.errors import ChildDied, CompressError, Killed, RunError, is_disk_full, is_out_of_memory
+from compress.interpreter import spawned
 from compress.quiet import QUIET
 
 Progress = Callable[[str, int, int], None]  # what, and behind a semicolon how it goes; done, total
@@ -51,11 +51,7 @@ Start = Callable[[str, tuple[int, int], Path, Mapping[str, str]], Process]  # a 
 
 def fresh(module: str, pipes: tuple[int, int], log: Path, environment: Mapping[str, str]) -> Process:
     """A new process that runs a module with these ends of pipes."""
-    with log.open("ab") as output:
-        return subprocess.Popen(
-            [sys.executable, "-m", module, *map(str, pipes)], pass_fds=pipes, stdin=subprocess.DEVNULL, stdout=output, stderr=output,
-            env=environment, start_new_session=True,
-        )  # fmt: skip
+    return spawned([sys.executable, "-m", module], pipes, log, environment)
 
 
 def environment_of(threads: int | None) -> dict[str, str]:

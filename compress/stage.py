@@ -7,7 +7,6 @@ from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from compress import account, experts, gptq, methods
@@ -177,11 +176,12 @@ def _logits(source: Source, device: str, context: methods.Context, who: str, rou
 
 def _loaded(source: Source, device: str, context: methods.Context) -> "PreTrainedModel":
     """The model as transformers loads it, or where what it takes isn't installed, with the numbers that its files hold."""
-    if not gptq.is_unread(source):
-        return load_model(source, device)
-    context.say(f"its files were looked at unpacked: {', '.join(gptq.READERS)}, by which transformers reads them, aren't installed here")
-    with TemporaryDirectory(dir=Path(source.id).parent) as folder:
-        return load_model(gptq.unpacked(source, Path(folder) / "unpacked"), device)
+    if gptq.is_unread(source):
+        context.say(
+            f"its files were looked at unpacked: {', '.join(gptq.READERS)}, by which transformers reads them, aren't installed here"
+        )
+    with gptq.readable(source, Path(source.id).parent) as read:
+        return load_model(read, device)
 
 
 def _round(loaded: "PreTrainedModel", context: methods.Context) -> None:

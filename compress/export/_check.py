@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from compress import engines, gptq
 from compress.engines import Engine, Opening, Piece, random_prompts
@@ -34,8 +33,7 @@ def check(before: Source, made: Source, form: str, device: str, context: Context
         context.say(f"{name} opened it; what it says was not compared, for it gives no likelihoods")
         _opened(name, made, device)
         return
-    with TemporaryDirectory(dir=Path(made.id).parent) as folder:  # where transformers can't read what is before, what it stands for is
-        read = gptq.unpacked(before, Path(folder) / "unpacked") if gptq.is_unread(before) else before
+    with gptq.readable(before, Path(made.id).parent) as read:
         plain = _opened(PLAIN, read, device)
     pieces = _pieces(plain, context)
     theirs, tokens = _nats(plain, pieces)
