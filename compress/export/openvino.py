@@ -1,7 +1,8 @@
 """OpenVINO's format: decoders and encoder-decoders that transformers can trace, for its engine on CPUs; in floats, 8 or 4 bits.
 
-Packed weights of 4 or 8 bits, a scale a row or a group, with zero points of their own or without, keep their very integers. With
-`weights: int8` all matrices are rounded to nearest, symmetric, a scale a row; with `int4` NNCF rounds them (Intel, Apache 2.0).
+Packed weights of 4 or 8 bits, a scale a row or a group, with zero points of their own or without, keep their very integers; beside them
+`embeddings: int8` rounds the embeddings and the head, which are a third of a small model. With `weights: int8` all matrices are rounded to
+nearest, symmetric, a scale a row; with `int4` NNCF rounds them (Intel, Apache 2.0).
 """
 
 import json
@@ -10,9 +11,9 @@ from collections import Counter
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from compress import methods
 from compress.errors import ModelError
@@ -27,6 +28,7 @@ from compress.quiet import silence
 if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
+    from transformers import PreTrainedModel
 
 silence("openvino_telemetry")  # nothing is sent anywhere
 
@@ -51,6 +53,15 @@ class Settings(methods.Settings):
     weights: Literal["auto", "float32", "int8", "int4"] = Field(
         "auto", description="auto: packed layers keep their integers, all else is in float32; int8 and int4: all matrices, int4 by NNCF"
     )
+    embeddings: Literal["float32", "int8"] | None = Field(
+        None, description="the type of embeddings, and of a head that is on no grid; null is float32, and int8 with weights: int8 or int4"
+    )
+
+    @model_validator(mode="after")
+    def _nncf_rounds_all(self) -> Self:
+        if self.weights == "int4" and self.embeddings == "float32":
+            raise ValueError("weights: int4 has NNCF round embeddings to int8 too; leave embeddings out, or quantise in a stage before")
+        return self
 
     def needs(self) -> dict[str, str]:
         return {"nncf": "nncf"} if self.weights == "int4" else {}
@@ -73,7 +84,7 @@ PLAIN = Settings(weights="float32")  # what a baseline is measured in
 class Exported(Bundle):
     """A model that is saved in the engine's format."""
 
-    weights: str
+    settings: Settings
     packed: Packed
     say: Callable[[str], None]
 
@@ -83,11 +94,10 @@ class Exported(Bundle):
         from compress.export._openvino_graph import traced
 
         save_beside(self.model, self.tokenizer, folder)
-        table = self.model.get_input_embeddings().weight
-        tables = {name for name, parameter in self.model.named_parameters(remove_duplicate=False) if parameter is table}
-        parameters, files, stored, kept = parameter_count(self.model), [], Counter[str](), set[str]()
+        tables = _tables(self.model)
+        count, files, stored, kept = parameter_count(self.model), [], Counter[str](), set[str]()
         for name, graph in traced(self.model).items():
-            if self.weights == "int4":
+            if self.settings.weights == "int4":
                 import nncf
 
                 # layers whose columns 32 does not divide are left to NNCF, and no reason to refuse the model
@@ -95,7 +105,7 @@ class Exported(Bundle):
                 mode = nncf.CompressWeightsMode.INT4_ASYM
                 nncf.compress_weights(graph, mode=mode, group_size=GROUP, advanced_parameters=whole)  # in place
             else:
-                kept |= _store(graph, self.packed, tables if self.weights == "int8" else None)
+                kept |= _store(graph, self.packed, tables, self.settings)
             stored += _sizes(graph)
             openvino.save_model(graph, folder / FOLDER / f"{name}.xml", compress_to_fp16=False)
             files += [f"{FOLDER}/{name}.bin", f"{FOLDER}/{name}.xml"]
@@ -105,8 +115,8 @@ class Exported(Bundle):
                 " so that their integers can't be kept; give weights: float32 or int8"
             )
         whole = stored.total()
-        self.say(f"of {whole:,} weights {', '.join(f'{count / whole:.1%} are {form}' for form, count in stored.most_common())}")
-        Export("openvino", files, stored.most_common(1)[0][0], parameters).write(folder)
+        self.say(f"of {whole:,} weights {', '.join(f'{size / whole:.1%} are {form}' for form, size in stored.most_common())}")
+        Export("openvino", files, stored.most_common(1)[0][0], count).write(folder)
 
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
@@ -118,7 +128,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     keeps = settings.weights == "auto" and packing.get("quant_method") == "compressed-tensors"
     packed = packed_layers(local_folder(bundle.source), packing, "openvino") if keeps else {}
     _check_widths(packed)
-    exported = Exported(bundle.source, bundle.device, settings.weights, packed, context.say)
+    exported = Exported(bundle.source, bundle.device, settings, packed, context.say)
     exported.__dict__.update(model=dense(bundle.source), tokenizer=bundle.tokenizer)
     return exported
 
@@ -172,13 +182,22 @@ def _check_widths(packed: Packed) -> None:
             )
 
 
-def _store(graph: Any, packed: Packed, tables: set[str] | None) -> set[str]:
+def _tables(model: "PreTrainedModel") -> set[str]:
+    """Names of the weights of embeddings and head, all that they go by where they are one."""
+    layers = [layer for layer in (model.get_input_embeddings(), model.get_output_embeddings()) if layer is not None]
+    parameters = model.named_parameters(remove_duplicate=False)
+    return {name for name, parameter in parameters if any(parameter is layer.weight for layer in layers)}
+
+
+def _store(graph: Any, packed: Packed, tables: Collection[str], settings: Settings) -> set[str]:
     """Put integers in the place of a graph's float matrices (rows, columns); gives the names of the packed layers that were met.
 
-    tables   names of the embedding: it and all that inputs are multiplied with are rounded to 8 bits; None rounds nothing
+    tables   names of the weights of embeddings and head
     """
     from compress.export._openvino_graph import MODEL
 
+    rounds_all = settings.weights == "int8"
+    rounds_tables = settings.embeddings == "int8" or (rounds_all and settings.embeddings is None)
     met = set[str]()
     for node in graph.get_ordered_ops():
         if node.get_type_name() != "Constant" or node.get_element_type().get_type_name() != "f32" or len(node.shape) != 2:
@@ -186,11 +205,10 @@ def _store(graph: Any, packed: Packed, tables: set[str] | None) -> set[str]:
         name = node.get_friendly_name().removeprefix(MODEL)
         layer = name.removesuffix(".weight")
         users = list(node.output(0).get_target_inputs())
-        multiplied = any(user.get_node().get_type_name() == "MatMul" for user in users)
         if layer in packed:
             numbers = _numbers(*packed[layer])
             met.add(layer)
-        elif tables is not None and (multiplied or name in tables):
+        elif rounds_tables if name in tables else rounds_all and any(user.get_node().get_type_name() == "MatMul" for user in users):
             numbers = _numbers(_nearest(node.data), 8)
         else:
             continue

@@ -1,6 +1,7 @@
 """What is carried over to OpenVINO against plain transformers: the same tokens, the same likelihoods, the very integers."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -113,6 +114,20 @@ def test_rows_are_rounded_to_eight_bits(toys, tmp_path):
     found = export._nearest(matrix)
     assert np.abs(found.integers).max(axis=1).tolist() == [127] * 3 + [0] + [127] * 4
     assert (np.abs(found.values() - matrix) <= np.abs(matrix).max(axis=1, keepdims=True) / 254 * 1.001).all()
+
+
+@pytest.mark.parametrize("kind", ["t5", "llama"])  # a head that is the embedding, and one of its own
+def test_embeddings_are_rounded_beside_integers_that_are_kept(toys, tmp_path, kind):
+    packed = made(toys[kind], kind, tmp_path / "packed", "rtn", "quantize", bits=4, group_size=32, symmetric=True)
+    folder = made(packed, kind, tmp_path / "made", embeddings="int8")
+    assert {"int4", "int8"} <= set(re.findall(r"% are (\w+)", said(folder)))
+    reference = opened("transformers", packed, kind)
+    model = reference.model
+    for table in {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
+        with torch.no_grad():
+            step = (table.abs().amax(dim=1, keepdim=True) / 127).clamp(min=1e-30)  # the padding token has a row of zeros
+            table.copy_(torch.round(table / step) * step)
+    assert nats(opened("openvino", folder, kind)) == pytest.approx(nats(reference), rel=1e-4)
 
 
 def test_four_bits_by_nncf(toys, tmp_path):
