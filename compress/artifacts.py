@@ -98,14 +98,14 @@ def shown_to_stages(recipe: Recipe, dataset: data.Dataset) -> list[Shown]:
     shown = []
     for stage in recipe.stages:
         settings, about = stage.settings, methods.find(stage.family, stage.method).ABOUT
-        wanted = settings if isinstance(settings, TrainSettings) else recipe.calibration
-        max_tokens, seen, watched = wanted.max_tokens, list[Example](), list[Example]()
+        sampling = settings if isinstance(settings, TrainSettings) else recipe.calibration
+        max_tokens, seen, watched = sampling.max_tokens, list[Example](), list[Example]()
         if stage.needs_examples:
-            seen = dataset.examples("train", wanted.samples, wanted.seed)
+            seen = dataset.examples("train", sampling.samples, sampling.seed)
         elif about.measured:
             max_tokens = min(max_tokens, MEASURED_TOKENS)
             with suppress(DataError):  # there is no such split, and it isn't needed
-                seen = dataset.examples("train", min(wanted.samples or MEASURED_ROWS, MEASURED_ROWS), wanted.seed)
+                seen = dataset.examples("train", min(sampling.samples or MEASURED_ROWS, MEASURED_ROWS), sampling.seed)
         if isinstance(settings, TuneSettings) and settings.early_stopping is not None:
             watched = dataset.examples("validation", settings.early_stopping.samples, settings.seed)
         shown.append(Shown(seen, watched, max_tokens, recipe.data.chat))
@@ -128,11 +128,11 @@ def _make_one(
     stage: Stage, source: Source, models: dict[str, Source], shown: Shown, target: Path, execution: Execution, processes: int = 1
 ) -> None:  # fmt: skip
     scratch = target.with_name(f".{target.name}.scratch")  # a stage that was killed finds its checkpoints there
-    device, log, progress, alone = execution.device, execution.log, execution.progress, processes == 1
+    device, log, progress, single = execution.device, execution.log, execution.progress, processes == 1
     with _one_at_a_time(target, progress):
         if is_whole(target):  # another run made it meanwhile
             return
-        with Child("compress.stage", log, progress, start=copied) if alone else Team("compress.stage", log, progress, processes) as worker:
+        with Child("compress.stage", log, progress, start=copied) if single else Team("compress.stage", log, progress, processes) as worker:
             border.ask(
                 worker,
                 Make(

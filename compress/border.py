@@ -60,8 +60,8 @@ def plain(record: Any) -> Any:
 
 
 def _typed(request: Request[Answer], answer: Any) -> Answer:
-    found: Answer = _decoded(answer, type(request).answer)
-    return found
+    decoded: Answer = _decoded(answer, type(request).answer)
+    return decoded
 
 
 def _decoded(value: Any, kind: Any) -> Any:

@@ -29,9 +29,9 @@ def examples(data: Data, folder: Path, purpose: str, samples: int | None, seed: 
     return Dataset(data, folder).examples(purpose, samples, seed)
 
 
-def examples_digest(found: Sequence[Example]) -> str:
+def examples_digest(examples: Sequence[Example]) -> str:
     """Names the examples, so that two reports can tell whether they were measured on the same ones."""
-    return digest([{"id": example.id, "prompt": example.prompt, "references": example.references} for example in found])
+    return digest([{"id": example.id, "prompt": example.prompt, "references": example.references} for example in examples])
 
 
 @dataclass(frozen=True)
@@ -83,19 +83,19 @@ class Dataset:
         numbers = selection.numbers
         if samples is not None and samples < len(numbers):
             numbers = [numbers[place] for place in sorted(random.Random(seed).sample(range(len(numbers)), samples))]
-        found = [_example(self._data, selection, number) for number in numbers]
-        return self._after_shots(found) if self._data.shots and purpose == "evaluation" else found
+        examples = [_example(self._data, selection, number) for number in numbers]
+        return self._after_shots(examples) if self._data.shots and purpose == "evaluation" else examples
 
     def splits(self) -> list[Split]:
         """What was read so far."""
-        return [self._split(place, found) for place, found in self._selections.items()]
+        return [self._split(place, selection) for place, selection in self._selections.items()]
 
-    def _split(self, place: Place, found: Selection) -> Split:
-        empty = len(found.empty) if place in self._drawn_from else 0  # in a stream they are part of the text
+    def _split(self, place: Place, selection: Selection) -> Split:
+        empty = len(selection.empty) if place in self._drawn_from else 0  # in a stream they are part of the text
         return Split(
             name=place.name if isinstance(place, Path) else str(place), path=place if isinstance(place, Path) else None,
-            rows=len(found.table.rows), filtered=found.filtered, empty=empty, why_empty=found.why if empty else None,
-            sha256=found.table.sha256,
+            rows=len(selection.table.rows), filtered=selection.filtered, empty=empty, why_empty=selection.why if empty else None,
+            sha256=selection.table.sha256,
         )  # fmt: skip
 
     def _selection(self, place: Place) -> Selection:
@@ -103,13 +103,13 @@ class Dataset:
             self._selections[place] = select(self._data, rows.read(place))
         return self._selections[place]
 
-    def _after_shots(self, found: list[Example]) -> list[Example]:
+    def _after_shots(self, examples: list[Example]) -> list[Example]:
         """The examples, each behind the same few of the train split with their targets; one that is the example itself gives way."""
         data = self._data
         drawn = self.examples("train", None, data.seed)
         random.Random(data.seed).shuffle(drawn)
         after = []
-        for example in found:
+        for example in examples:
             others = list(islice((shot for shot in drawn if shot.prompt != example.prompt), data.shots))
             if len(others) < data.shots:
                 raise DataError(f"data.shots: {data.shots} are wanted and the train split has {len(others)} other examples")
@@ -201,9 +201,9 @@ def _is_blank(cell: Any) -> bool:
     return all(map(_is_blank, cell)) if isinstance(cell, list) else isinstance(cell, str) and not cell.strip()
 
 
-def _is_among(cell: Any, wanted: Any) -> bool:
+def _is_among(cell: Any, allowed: Any) -> bool:
     """Whether a cell is one of the values, compared as they are written: the 1 of a csv file is text."""
-    return not _is_null(cell) and _written(cell) in map(_written, wanted if isinstance(wanted, list) else [wanted])
+    return not _is_null(cell) and _written(cell) in map(_written, allowed if isinstance(allowed, list) else [allowed])
 
 
 def _written(value: Any) -> str:
@@ -217,7 +217,7 @@ def _written(value: Any) -> str:
 def _there(data: Data, table: Table) -> str:
     """What the fields of `data.where` hold instead."""
     counts = {name: Counter(str(row.get(name))[:40] for row in table.rows).most_common(5) for name in data.where}
-    return "; ".join(f"{name} is {', '.join(f'{value!r} ({count:,})' for value, count in found)}" for name, found in counts.items())
+    return "; ".join(f"{name} is {', '.join(f'{value!r} ({count:,})' for value, count in most)}" for name, most in counts.items())
 
 
 def _joined(prompt: str, target: str) -> str:

@@ -152,7 +152,7 @@ def check(source: "Source", sampled: bool) -> None:
     refuse(generation, size if isinstance(size, int) else None, f"{source.id}: {FILE}", sampled)
 
 
-def followed(engine: str, own: Mapping[str, Any], recipe: Generation, known: Collection[str], beams: bool = False) -> dict[str, Any]:
+def followed(engine: str, own: Mapping[str, Any], recipe: Generation, supported: Collection[str], beams: bool = False) -> dict[str, Any]:
     """What the recipe, and where it says nothing the model's own generation config as plain data, say to an engine that searches greedily.
 
     known   the settings that it follows besides
@@ -165,7 +165,7 @@ def followed(engine: str, own: Mapping[str, Any], recipe: Generation, known: Col
     if recipe.num_beams > 1 and not beams:
         raise ModelError(f"engine: {engine}: generation.num_beams: {recipe.num_beams}; it has no beams, leave it out")
     values = {**own, **{name: value for name, value in recipe.model_dump(exclude={"seed"}).items() if value is not None}}
-    if unknown := acting(values) - SPECIAL - SEARCH - set(known):
+    if unknown := acting(values) - SPECIAL - SEARCH - set(supported):
         raise ModelError(f"engine: {engine}: {', '.join(sorted(unknown))} isn't done here; remove it from the recipe and {FILE}")
     return values
 

@@ -103,11 +103,11 @@ class Killed(ChildDied):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that memory ran out, on the host (torch raises a plain RuntimeError) or on a GPU."""
-    said = str(error).lower()
+    message = str(error).lower()
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or any(words in said for words in ("can't allocate memory", "out of memory", "cublas_status_alloc_failed"))
+        or any(words in message for words in ("can't allocate memory", "out of memory", "cublas_status_alloc_failed"))
     )
 
 

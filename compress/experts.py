@@ -175,8 +175,8 @@ def readable(model: "PreTrainedModel") -> bool:
 def holds(module: nn.Module) -> bool:
     """Whether a module itself holds all experts of a layer, in the layout that transformers' own kernels know."""
     down = module._parameters.get("down_proj")
-    known = getattr(module, "has_gate", None) is not None and not getattr(module, "has_post_expert_norm", False)
-    return known and down is not None and down.ndim == 3
+    standard = getattr(module, "has_gate", None) is not None and not getattr(module, "has_post_expert_norm", False)
+    return standard and down is not None and down.ndim == 3
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -192,7 +192,7 @@ def held_together(model: nn.Module) -> bool:
 def routers(model: nn.Module) -> set[str]:
     """What says which expert gets a token, or how much of one: modules beside experts whose matrix has a row for each of them, or one, and
     linear layers in what transformers calls a router."""
-    found = {
+    leading = {
         f"{path}.{name}" if name else path
         for path, module in model.named_modules()
         if "Router" in type(module).__name__
@@ -205,10 +205,10 @@ def routers(model: nn.Module) -> set[str]:
         for name, module in model.get_submodule(beside).named_children():
             weight = module._parameters.get("weight")
             if weight is not None and weight.ndim == 2 and len(weight) in (1, number):
-                found.add(f"{beside}.{name}")
+                leading.add(f"{beside}.{name}")
             if name in ("gate", "router"):
-                found |= {f"{beside}.{name}.{inner}" for inner, part in module.named_modules() if inner and isinstance(part, nn.Linear)}
-    return found
+                leading |= {f"{beside}.{name}.{inner}" for inner, part in module.named_modules() if inner and isinstance(part, nn.Linear)}
+    return leading
 
 
 def _parted(path: str, fused: Any, upward: tuple[str, ...], down: tuple[str, ...]) -> Experts:
@@ -234,9 +234,9 @@ def _parted(path: str, fused: Any, upward: tuple[str, ...], down: tuple[str, ...
         experts.append(Expert(layers, (down[0], last), fused))
     for leaf, held in list(fused.named_parameters(recurse=False)):  # the parts have the memory now
         fused.register_parameter(leaf, nn.Parameter(torch.empty_like(held, device="meta"), requires_grad=held.requires_grad))
-    made = Experts(experts, fused, origin)
-    made.train(fused.training)
-    return made
+    mixture = Experts(experts, fused, origin)
+    mixture.train(fused.training)
+    return mixture
 
 
 def _linear(weight: Tensor) -> nn.Linear:
@@ -247,14 +247,14 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 def renamings(model: "PreTrainedModel") -> list[Callable[[str], str]] | None:
     """How transformers changes the names that a checkpoint's tensors have; None where it makes others of some of them, experts aside."""
-    found: list[Callable[[str], str]] = []
+    renames: list[Callable[[str], str]] = []
     for conversion in _conversions(model):
         if hasattr(conversion, "operations"):
             if _leaf(conversion) is None:
                 return None
         else:
-            found.append(partial(_renamed, conversion))
-    return found
+            renames.append(partial(_renamed, conversion))
+    return renames
 
 
 def _renamed(conversion: Any, name: str) -> str:
@@ -263,12 +263,12 @@ def _renamed(conversion: Any, name: str) -> str:
 
 def _checkpoint_names(model: "PreTrainedModel") -> tuple[tuple[str, ...], tuple[str, ...]] | None:
     """As transformers' own table of conversions has them; None where checkpoints hold the experts together, too."""
-    found: dict[str, tuple[str, ...]] = {}
+    layer_names: dict[str, tuple[str, ...]] = {}
     for conversion in _conversions(model):
         if (leaf := _leaf(conversion)) is not None:
             sources = [str(source).partition("experts.*.")[2].removesuffix("$") for source in conversion.source_patterns]
-            found[leaf] = tuple(name.removesuffix(".weight") for name in sources)
-    upward, down = found.get("gate_up_proj") or found.get("up_proj"), found.get("down_proj")
+            layer_names[leaf] = tuple(name.removesuffix(".weight") for name in sources)
+    upward, down = layer_names.get("gate_up_proj") or layer_names.get("up_proj"), layer_names.get("down_proj")
     return (upward, down) if upward and down else None
 
 

@@ -16,8 +16,8 @@ PROJECT = Path(__file__).parent.parent / "pyproject.toml"  # of a clone; not the
 
 def install_line(*extras: str) -> str:
     """pip install 'compressed-tensors>=0.15'"""
-    wanted = dict.fromkeys(requirement for extra in extras for requirement in requirements(extra))
-    return f"pip install {' '.join(shlex.quote(requirement) for requirement in wanted)}"
+    packages = dict.fromkeys(requirement for extra in extras for requirement in requirements(extra))
+    return f"pip install {' '.join(shlex.quote(requirement) for requirement in packages)}"
 
 
 def line_into(python: str, packages: Iterable[str]) -> str:
@@ -47,7 +47,7 @@ def requirements(extra: str) -> list[str]:
     declared = [Requirement(line) for line in _declared(extra)]
     if not declared:
         raise KeyError(extra)
-    return [f"{found.name}{found.specifier}" for found in declared]
+    return [f"{requirement.name}{requirement.specifier}" for requirement in declared]
 
 
 def _declared(extra: str) -> list[str]:

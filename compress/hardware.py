@@ -25,14 +25,14 @@ def has_gpu() -> bool:
     return any(Path(device).exists() for device in GPUS)
 
 
-def pick_device(wanted: str) -> str:
+def pick_device(device: str) -> str:
     """`cpu` or `cuda`. Raises DeviceError when a GPU is wanted and none is there."""
-    if wanted == "cpu":  # for which an engine's own environment needs no torch
+    if device == "cpu":  # for which an engine's own environment needs no torch
         return "cpu"
     import torch
 
     there = torch.cuda.is_available()
-    if wanted == "cuda" and not there:
+    if device == "cuda" and not there:
         why = "this torch has no CUDA" if torch.version.cuda is None else "torch sees no GPU"
         raise DeviceError(f"--device cuda: {why} on this machine; use --device cpu or auto")
     return "cuda" if there else "cpu"

@@ -24,13 +24,13 @@ def weight_bytes(model: "nn.Module") -> int:
     """Bytes of all that a model holds: weights and buffers as they lie, packed ones packed, with all that was made of them; no cache."""
     from torch import nn
 
-    found, opaque = [], 0
+    tensors, opaque = [], 0
     for thing in _reached(model):
         if isinstance(thing, nn.Module):
             opaque += int(getattr(thing, "held_bytes", 0))
         else:
-            found.append(thing)
-    return opaque + extent(found)
+            tensors.append(thing)
+    return opaque + extent(tensors)
 
 
 def extent(tensors: "Iterable[torch.Tensor]") -> int:

@@ -64,21 +64,21 @@ class Interpreter:
         Raises MissingPackage for an interpreter that isn't there, doesn't run or is too old.
         """
         try:
-            found = subprocess.run(
+            completed = subprocess.run(
                 [self.python, "-E", "-c", LOOK, *alternatives(packages)], check=False, stdin=subprocess.DEVNULL, capture_output=True,
                 text=True, timeout=LIMIT_S,
             )  # fmt: skip
-            answer = json.loads(found.stdout) if found.returncode == 0 else None
+            answer = json.loads(completed.stdout) if completed.returncode == 0 else None
         except FileNotFoundError:
             raise MissingPackage(f"there is no interpreter {self.python}") from None
         except (OSError, subprocess.TimeoutExpired, ValueError) as error:
             raise MissingPackage(f"{self.python} doesn't run as a Python: {in_a_line(error)}") from None
         if answer is None:
-            last = next((line for line in reversed(found.stderr.splitlines()) if line.strip()), f"exit code {found.returncode}")
+            last = next((line for line in reversed(completed.stderr.splitlines()) if line.strip()), f"exit code {completed.returncode}")
             raise MissingPackage(f"{self.python} doesn't run; its last line: {last.strip()[:300]}")
         if tuple(answer["python"]) < OLDEST:
-            here, wanted = (".".join(map(str, version)) for version in (answer["python"], OLDEST))
-            raise MissingPackage(f"{self.python} is Python {here}, and {wanted} or newer is wanted")
+            installed, oldest = (".".join(map(str, version)) for version in (answer["python"], OLDEST))
+            raise MissingPackage(f"{self.python} is Python {installed}, and {oldest} or newer is wanted")
         return {name: version for name, version in answer["versions"].items() if version is not None}
 
     def require(self, packages: Iterable[str]) -> None:
@@ -86,8 +86,8 @@ class Interpreter:
 
         Raises MissingPackage with the line that installs them.
         """
-        wanted = (*NEEDED, *packages)
-        here = self.versions(wanted)
-        if missing := [package for package in wanted if not any(name in here for name in alternatives([package]))]:
+        required = (*NEEDED, *packages)
+        here = self.versions(required)
+        if missing := [package for package in required if not any(name in here for name in alternatives([package]))]:
             line = line_into(str(self.python), [alternatives([package])[-1] for package in missing])
             raise MissingPackage(f"{self.python} has no {', '.join(missing)}. Install with: {line}")

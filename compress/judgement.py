@@ -50,11 +50,11 @@ class Prepared:
     original: Source | None = None
 
 
-def reported(one: Prepared, measured: isolate.Measured, environment: dict[str, Any]) -> Report:
+def reported(prepared: Prepared, measured: isolate.Measured, environment: dict[str, Any]) -> Report:
     """The report of one candidate, with its verdict."""
-    recipe = one.recipe
-    names = {"baseline": recipe.model.id, "candidate": one.name}
-    sources = {"baseline": one.baseline or one.candidate, "candidate": one.candidate}
+    recipe = prepared.recipe
+    names = {"baseline": recipe.model.id, "candidate": prepared.name}
+    sources = {"baseline": prepared.baseline or prepared.candidate, "candidate": prepared.candidate}
     sides = {
         side.role: side.model_copy(
             update={
@@ -65,7 +65,7 @@ def reported(one: Prepared, measured: isolate.Measured, environment: dict[str, A
         for side in measured.sides
     }
     if COMPARED & set(recipe.groups):
-        tokenizers, scripts = recipe.tokenizers, shares([example.references for example in one.examples])
+        tokenizers, scripts = recipe.tokenizers, shares([example.references for example in prepared.examples])
         environment = {
             **environment, "rouge_tokenizer": tokenizers.rouge, "bleu_tokenizer": tokenizers.bleu, "reference_scripts": scripts,
         }  # fmt: skip
@@ -74,11 +74,11 @@ def reported(one: Prepared, measured: isolate.Measured, environment: dict[str, A
     report = Report(
         recipe=recipe.name, run="", created=datetime.now(UTC).isoformat(timespec="seconds"),
         digest=recipe.digest,
-        examples_digest=data.examples_digest(one.examples), settings=recipe.as_written(), environment=environment, stages=one.stages,
-        engine=recipe.engine.name, sides=list(sides.values()), original=original,
-        agreement=_agreement(recipe.engine.name, measured), splits=data.compared(one.splits), turns=measured.turns,
-        verdict="cannot_tell", decided_by="", cut=_cut(measured, recipe, len(one.examples)), score=score,
-        predictions=_predictions(one.examples, measured.outputs, score),
+        examples_digest=data.examples_digest(prepared.examples), settings=recipe.as_written(), environment=environment,
+        stages=prepared.stages, engine=recipe.engine.name, sides=list(sides.values()), original=original,
+        agreement=_agreement(recipe.engine.name, measured), splits=data.compared(prepared.splits), turns=measured.turns,
+        verdict="cannot_tell", decided_by="", cut=_cut(measured, recipe, len(prepared.examples)), score=score,
+        predictions=_predictions(prepared.examples, measured.outputs, score),
     )  # fmt: skip
     return judged(report, sides.get("baseline"), sides["candidate"], same_run=True)
 
@@ -93,13 +93,13 @@ def judged(report: Report, baseline: Side | None, candidate: Side, same_run: boo
     decision, reason = verdict.decide(gates, [failure for side in sides for failure in side.failures])
     comparisons = [verdict.compare(pair, level) for pair in compared]
     theirs = verdict.pairs(report.original, candidate, same_run) if report.original and same_run else []
-    found = report.model_copy(update={"sides": sides, "against_original": [verdict.compare(pair, level) for pair in theirs]})
-    return found.model_copy(
+    report = report.model_copy(update={"sides": sides, "against_original": [verdict.compare(pair, level) for pair in theirs]})
+    return report.model_copy(
         update={
             "comparisons": comparisons,
             "gates": gates, "verdict": decision, "decided_by": reason,
             "notes": [
-                *beside.sentences(found),
+                *beside.sentences(report),
                 *why.notes(report.stages, comparisons, report.environment, sides, gates),
                 *quality.notes(sides, compared, [example.id for example in report.predictions], report.environment),
                 *quality.left_out(report.splits),
@@ -140,15 +140,15 @@ def _predictions(examples: Sequence[Example], outputs: dict[Role, Outputs], scor
     windows = next((output.windows for output in outputs.values() if output.windows is not None), None)
     if windows is not None:  # what counts as an example where texts are joined
         examples = [Example(f"window {number}", text, []) for number, text in enumerate(windows, 1)]
-    found = []
+    predictions = []
     for index, example in enumerate(examples):
         row: dict[str, Any] = {"id": example.id, "prompt": example.prompt, "references": example.references}
         for role, output in outputs.items():
             row[role] = output.texts[index] if output.texts is not None else None
             if score is not None and isinstance(sample := output.samples[score][index], list):
                 row[f"{role}_score"] = corpus_value(score, [sample])
-        found.append(Prediction(**row))
-    return found
+        predictions.append(Prediction(**row))
+    return predictions
 
 
 def _cut(measured: isolate.Measured, recipe: Recipe, examples: int) -> Cut | None:

@@ -43,8 +43,8 @@ def nursery() -> Iterator[None]:
     if _current.get() or has_gpu():
         yield
         return
-    with Nursery() as made:
-        token = _current.set(made)
+    with Nursery() as current:
+        token = _current.set(current)
         try:
             yield
         finally:
@@ -56,8 +56,8 @@ def copied(module: str, pipes: tuple[int, int], log: Path, environment: Mapping[
 
     environment   of a fresh one; a copy has its nursery's, which differs in no more than in the threads that torch begins with
     """
-    made = _current.get()
-    return (made and made.copy(module, pipes, log)) or fresh(module, pipes, log, environment)
+    current = _current.get()
+    return (current and current.copy(module, pipes, log)) or fresh(module, pipes, log, environment)
 
 
 class Copy:
@@ -102,8 +102,8 @@ class Nursery:
 
     def _answer(self) -> int | None:
         with contextlib.suppress(OSError):
-            if said := self._channel.recv(64):
-                return int(said)
+            if answer := self._channel.recv(64):
+                return int(answer)
         return None
 
     def __enter__(self) -> "Nursery":

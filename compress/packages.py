@@ -13,13 +13,13 @@ def alternatives(packages: Iterable[str]) -> list[str]:
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
     """The versions of those that are installed."""
-    found = {}
+    installed = {}
     for name in alternatives(packages):
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def lacking(packages: Iterable[str]) -> list[str]:

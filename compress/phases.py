@@ -61,7 +61,7 @@ class Watch:
 
     def spent(self) -> dict[str, float]:
         """What a working process tells: seconds by name."""
-        return {found.name: round(found.seconds, 3) for found in self.phases() if found.name != REST}
+        return {phase.name: round(phase.seconds, 3) for phase in self.phases() if phase.name != REST}
 
 
 @contextmanager
@@ -109,7 +109,7 @@ def since_start() -> float:
 def merged(*parts: list[Phase]) -> list[Phase]:
     """The phases of several watches, one after another, as those of one."""
     whole = Watch()
-    for found in (found for part in parts for found in part):
-        whole.add(found.name, found.side, found.seconds)
+    for phase in (phase for part in parts for phase in part):
+        whole.add(phase.name, phase.side, phase.seconds)
     rest = whole._spent.pop((REST, None), 0.0)
     return [*(Phase(name, seconds, side) for (name, side), seconds in whole._spent.items()), Phase(REST, rest)]

@@ -59,8 +59,8 @@ def prepare(recipe: Recipe, out: str | Path, execution: Execution, processes: in
     """
     with watching() as watch:
         refuse(recipe, execution.device, processes)
-        wanted, commit = recipe.model, machine.commit(recipe.folder)
-        baseline = pinned(Source(locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
+        model, commit = recipe.model, machine.commit(recipe.folder)
+        baseline = pinned(Source(locate(model.id, recipe.folder), model.task, model.dtype, model.revision))
         _refuse_generation(recipe, baseline)
         _refuse_chat(recipe, baseline, execution.progress)
         with phase("data"):
@@ -74,11 +74,11 @@ def prepare(recipe: Recipe, out: str | Path, execution: Execution, processes: in
         with _place(recipe, Path(out)) as (_, log):
             how = (Path(out) / "artifacts", replace(execution, log=log), processes)
             stages, plain = (artifacts.make(line, baseline, *how, seen) for line, seen in zip(lines, shown, strict=True))
-    candidate = Source(str(Path(stages[-1].artifact).resolve()), wanted.task) if stages else baseline
+    candidate = Source(str(Path(stages[-1].artifact).resolve()), model.task) if stages else baseline
     original = None if recipe.engine.is_plain else baseline
     if plain:
-        baseline = Source(str(Path(plain[-1].artifact).resolve()), wanted.task)
-    name = stages[-1].artifact if stages else wanted.id
+        baseline = Source(str(Path(plain[-1].artifact).resolve()), model.task)
+    name = stages[-1].artifact if stages else model.id
     return Prepared(_decided(recipe, examples), baseline, candidate, name, examples, stages, commit, splits, watch.phases(), original)
 
 
@@ -88,15 +88,15 @@ def measure(prepared: Sequence[Prepared], out: str | Path, execution: Execution)
     """
     with ExitStack() as stack:
         watch = stack.enter_context(watching())
-        places, logs = zip(*(stack.enter_context(_place(one.recipe, Path(out))) for one in prepared), strict=True)
+        places, logs = zip(*(stack.enter_context(_place(job.recipe, Path(out))) for job in prepared), strict=True)
         reports = _measured(prepared, replace(execution, log=logs[0]))
         with phase("report"):
             written = [
-                _written(report, one.commit, place, lambda own=one.phases: merged(own, watch.phases()))  # type: ignore[misc]
-                for one, report, place in zip(prepared, reports, places, strict=True)
+                _written(report, job.commit, place, lambda own=job.phases: merged(own, watch.phases()))  # type: ignore[misc]
+                for job, report, place in zip(prepared, reports, places, strict=True)
             ]
-        for one, report in zip(prepared, written, strict=True):
-            card.write(one.recipe, one.baseline or one.candidate, one.stages, report)
+        for job, report in zip(prepared, written, strict=True):
+            card.write(job.recipe, job.baseline or job.candidate, job.stages, report)
         return written
 
 
@@ -107,11 +107,11 @@ def _in_engines(recipe: Recipe, prepared: Sequence[Prepared], out: Path, executi
         place, log = stack.enter_context(_place(recipe, out))
         first, *others = _measured(prepared, replace(execution, log=log))
         whole = first.model_copy(update={"others": others, "settings": recipe.as_written(), "digest": recipe.digest})
-        spent = [one.phases for one in prepared]
+        spent = [job.phases for job in prepared]
         with phase("report"):
             report = _written(whole, prepared[0].commit, place, lambda: merged(*spent, watch.phases()))
-        for one, part in zip(prepared, report.parts, strict=True):
-            card.write(one.recipe, one.baseline or one.candidate, one.stages, part)
+        for job, part in zip(prepared, report.parts, strict=True):
+            card.write(job.recipe, job.baseline or job.candidate, job.stages, part)
         return report
 
 
@@ -135,10 +135,10 @@ def bench(
     if line.stages:
         with _place(recipe, Path(out)) as (_, log):
             shown = artifacts.shown_to_stages(line, dataset)
-            made = artifacts.make(line, source, Path(out) / "artifacts", replace(execution, log=log), shown=shown)
-        source = Source(str(Path(made[-1].artifact).resolve()), source.task)
-    alone = Prepared(_decided(recipe, examples), None, source, model_id, examples, [], commit, dataset.splits())
-    return measure([alone], out, execution)[0]
+            records = artifacts.make(line, source, Path(out) / "artifacts", replace(execution, log=log), shown=shown)
+        source = Source(str(Path(records[-1].artifact).resolve()), source.task)
+    prepared = Prepared(_decided(recipe, examples), None, source, model_id, examples, [], commit, dataset.splits())
+    return measure([prepared], out, execution)[0]
 
 
 def check(report: Report, against: Report | None = None, gates: str | Path | None = None) -> Report:
@@ -154,8 +154,8 @@ def check(report: Report, against: Report | None = None, gates: str | Path | Non
     if against is None:
         return judgement.judged(report, report.side("baseline"), report.candidate, same_run=True)
     verdict.require_comparable(report, against)
-    found = judgement.judged(report, against.candidate.model_copy(update={"role": "baseline"}), report.candidate, same_run=False)
-    return found.model_copy(update={"notes": [f"The baseline is the candidate of {against.folder}.", *found.notes]})
+    judged = judgement.judged(report, against.candidate.model_copy(update={"role": "baseline"}), report.candidate, same_run=False)
+    return judged.model_copy(update={"notes": [f"The baseline is the candidate of {against.folder}.", *judged.notes]})
 
 
 def inspect(
@@ -175,8 +175,8 @@ def inspect(
         raise InputError(f"--task {task}: there is no such task; allowed are {', '.join(AUTO)}")
     source = pinned(Source(locate(model_id, Path()), task or ""))
     with tempfile.TemporaryDirectory() as folder, Child("compress.inspection.measure", Path(folder) / "log", progress) as child:
-        found = border.ask(child, Inspect(source, device, batch_size, tokens))
-    return Inspection.model_validate({"model": model_id, **found})
+        findings = border.ask(child, Inspect(source, device, batch_size, tokens))
+    return Inspection.model_validate({"model": model_id, **findings})
 
 
 def refuse(recipe: Recipe, device: str, processes: int) -> None:
@@ -249,13 +249,13 @@ def _measured(prepared: Sequence[Prepared], execution: Execution) -> list[Report
     first = prepared[0]
 
     def clear(sides: list[list[Side]]) -> bool:
-        return all(verdict.is_clear(one.recipe.check, pair) for one, pair in zip(prepared, sides, strict=True))
+        return all(verdict.is_clear(job.recipe.check, pair) for job, pair in zip(prepared, sides, strict=True))
 
-    found, environment = isolate.measure(
-        [_match(one) for one in prepared], first.recipe, first.examples, execution, execution.log.parent.parent / OUTPUTS, clear
+    measurements, environment = isolate.measure(
+        [_match(job) for job in prepared], first.recipe, first.examples, execution, execution.log.parent.parent / OUTPUTS, clear
     )
     with phase("judging"):
-        return [judgement.reported(one, measured, environment) for one, measured in zip(prepared, found, strict=True)]
+        return [judgement.reported(job, measured, environment) for job, measured in zip(prepared, measurements, strict=True)]
 
 
 def _is_exported(source: Source, engine: ChosenEngine) -> bool:

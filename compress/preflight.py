@@ -96,7 +96,7 @@ def _look_at_model(sight: Sight, id: str, place: Place) -> None:
         except ModelError as error:
             sight.add(("model", "id"), error)
     if place == ("model",) and recipe.data.chat and not _has_template(folder):
-        sight.add(("data", "chat"), DataError("the model's tokenizer has no chat template; write the prompt out and leave chat away"))
+        sight.add(("data", "chat"), DataError("the model's tokenizer has no chat template; write the prompt out and leave chat out"))
 
 
 def task_problem(config: dict[str, Any], task: Task) -> str | None:
@@ -191,23 +191,23 @@ def _look_at_measuring(sight: Sight) -> None:
 def _purposes(recipe: Recipe, stages: bool) -> Iterator[str]:
     """What examples are needed for."""
     yield "evaluation"
-    wanted = recipe.stages if stages else ()
-    if recipe.data.shots or any(stage.needs_examples for stage in wanted):
+    checked = recipe.stages if stages else ()
+    if recipe.data.shots or any(stage.needs_examples for stage in checked):
         yield "train"
-    if any(isinstance(stage.settings, TuneSettings) and stage.settings.early_stopping for stage in wanted):
+    if any(isinstance(stage.settings, TuneSettings) and stage.settings.early_stopping for stage in checked):
         yield "validation"
 
 
 def _look_at_split(sight: Sight, purpose: str) -> None:
     """The first rows of a split as examples."""
-    recipe, wanted = sight.recipe, sight.recipe.data
-    split = wanted.splits.get(purpose)  # type: ignore[call-overload]
+    recipe, settings = sight.recipe, sight.recipe.data
+    split = settings.splits.get(purpose)  # type: ignore[call-overload]
     if split is None:
         what = "the benchmark" if purpose == "evaluation" else "a stage"
-        sight.add(("data", "splits"), DataError(f"names no split for {purpose}, which {what} needs; it has {', '.join(wanted.splits)}"))
+        sight.add(("data", "splits"), DataError(f"names no split for {purpose}, which {what} needs; it has {', '.join(settings.splits)}"))
         return
     try:
-        place = rows.locate(wanted, recipe.folder, split)
+        place = rows.locate(settings, recipe.folder, split)
         if isinstance(place, rows.HubSplit):
             rows.require_datasets(place)
             sight.unseen.append(place.id)
@@ -216,12 +216,12 @@ def _look_at_split(sight: Sight, purpose: str) -> None:
     except (DataError, MissingPackage) as error:
         sight.add(("data", "source"), error)
         return
-    if table.rows and (missing := list(data.missing(wanted, table))):
+    if table.rows and (missing := list(data.missing(settings, table))):
         for key, problem in missing:
             sight.add(("data", key), DataError(problem))
         return
     try:
-        data.look(wanted, table, purpose)
+        data.look(settings, table, purpose)
     except DataError as error:
         sight.add(("data",), error)
     else:

@@ -224,10 +224,10 @@ class Bars:
 
 def inherited() -> dict[str, str]:
     """This process's environment without what a launcher says in it."""
-    found = {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith(LAUNCHER_PREFIXES)}
-    if "RANK" in os.environ and found.get("OMP_NUM_THREADS") == "1":
-        del found["OMP_NUM_THREADS"]  # launchers set it for their copies, of which one alone works here
-    return found
+    variables = {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith(LAUNCHER_PREFIXES)}
+    if "RANK" in os.environ and variables.get("OMP_NUM_THREADS") == "1":
+        del variables["OMP_NUM_THREADS"]  # launchers set it for their copies, of which one alone works here
+    return variables
 
 
 def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:

@@ -94,8 +94,8 @@ class Prompts:
             return None
         while low < high:
             middle = (low + high + 1) // 2
-            if len(found := ids(middle)) <= limit:
-                low, best = middle, found
+            if len(attempt := ids(middle)) <= limit:
+                low, best = middle, attempt
             else:
                 high = middle - 1
         return best
@@ -118,7 +118,7 @@ def rendered(tokenizer: "PreTrainedTokenizerBase", text: str, opened: bool = Tru
 def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raises DataError for a tokenizer without a chat template, or with one that doesn't show a user's turn and open the assistant's."""
     require_template(tokenizer)
-    way_out = "write the prompt out and leave data.chat away, or give the model another template"
+    way_out = "write the prompt out and leave data.chat out, or give the model another template"
     shown, bare = rendered(tokenizer, WORD), rendered(tokenizer, WORD, opened=False)
     if WORD not in shown:
         raise DataError(f"data.chat: the model's chat template leaves out what the user says: {shown[:200]!r} for {WORD!r}; {way_out}")
@@ -141,9 +141,9 @@ def _rendered(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict[str, st
     try:
         return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opened))
     except Exception as error:  # a template may raise anything
-        said = str(error).strip() or type(error).__name__
+        message = str(error).strip() or type(error).__name__
         raise DataError(
-            f"data.chat: the model's chat template refuses a user's turn alone: {said[:300]}; write the prompt out and leave data.chat away"
+            f"data.chat: the model's chat template refuses a user's turn alone: {message[:300]}; write the prompt out and leave data.chat out"
         ) from None
 
 

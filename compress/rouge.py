@@ -57,20 +57,20 @@ def _rows(a: Tokens, b: Tokens) -> list[int]:
 
 def _common(a: Tokens, b: Tokens) -> list[int]:
     """Places in `a` of a longest common subsequence; of several that which rouge-score finds."""
-    rows, i, j, found = _rows(a, b), len(a), len(b), list[int]()
+    rows, i, j, places = _rows(a, b), len(a), len(b), list[int]()
 
     def length(i: int, j: int) -> int:
         return j - (rows[i] & ((1 << j) - 1)).bit_count()
 
     while i > 0 and j > 0:
         if a[i - 1] == b[j - 1]:
-            found.append(i - 1)
+            places.append(i - 1)
             i, j = i - 1, j - 1
         elif length(i, j - 1) > length(i - 1, j):
             j -= 1
         else:
             i -= 1
-    return found
+    return places
 
 
 def _score(hits: int, ours: int, theirs: int) -> Score:

@@ -145,8 +145,8 @@ def _damage(file: Path) -> Iterator[None]:
 
 
 def _stamp(file: Path) -> tuple[int, int, int]:
-    found = file.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _rows(file: Path) -> Iterable[Row]:
@@ -247,7 +247,7 @@ def _from_hub(place: HubSplit) -> tuple[list[Row], list[str]]:
 
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(place.id, place.subset, split=place.split)
-        return [dict(row) for row in found], list(found.column_names)
+        dataset = datasets.load_dataset(place.id, place.subset, split=place.split)
+        return [dict(row) for row in dataset], list(dataset.column_names)
     except Exception as error:  # no network, no such id, no such split, gated ...
         raise DataError(f"data.source {place.id!r}: neither a file or folder here nor loadable from the hub: {in_a_line(error)}") from None

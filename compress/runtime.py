@@ -79,13 +79,13 @@ def use_cpu_int8(model: "PreTrainedModel") -> int:
         raise DeviceError(f"cpu_int8: the model is on {model.device}, and these kernels run on a CPU; leave it out there")
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         raise DeviceError("cpu_int8: these kernels are for x86 CPUs, and this torch has none for the CPU here; leave it out there")
-    found = [(name, layer) for name, layer in model.named_modules() if _is_int8(layer)]
-    for name, layer in found:
+    layers = [(name, layer) for name, layer in model.named_modules() if _is_int8(layer)]
+    for name, layer in layers:
         weight: Any = layer.weight
         factor = None if weight.act_pre_scale is None else weight.act_pre_scale.float()
         bias = None if layer.bias is None else layer.bias.data.float()
         model.set_submodule(name, Int8Linear(weight.qdata, weight.scale.flatten(), bias, factor))
-    return len(found)
+    return len(layers)
 
 
 def use_sparse_24(model: "PreTrainedModel") -> int:
@@ -101,12 +101,12 @@ def use_sparse_24(model: "PreTrainedModel") -> int:
         raise DeviceError(
             f"sparse_24: the model is on {model.device}, and these kernels need a GPU of compute capability 8.0 or more; leave it out there"
         )
-    found = [(name, layer) for name, layer in model.named_modules() if _is_sparse_24(layer)]
+    layers = [(name, layer) for name, layer in model.named_modules() if _is_sparse_24(layer)]
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    found = [(name, layer) for name, layer in found if f"{name}.weight" not in tied]
-    for _, layer in found:
+    layers = [(name, layer) for name, layer in layers if f"{name}.weight" not in tied]
+    for _, layer in layers:
         layer.weight = nn.Parameter(to_sparse_semi_structured(layer.weight.data.contiguous()), requires_grad=False)
-    return len(found)
+    return len(layers)
 
 
 def _is_sparse_24(layer: nn.Module) -> bool:

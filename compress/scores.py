@@ -75,8 +75,8 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]], token
             "rougeL": [longest(whole, tokens) for tokens, _ in seen],
             "rougeLsum": [by_sentence(parts, sentences(text)) for _, text in seen],
         }
-        for name, found in scored.items():
-            best = max(found, key=lambda score: score.f1)
+        for name, scores in scored.items():
+            best = max(scores, key=lambda score: score.f1)
             samples[name].append([100 * best.f1])
             samples[f"{name}_precision"].append([100 * best.precision])
             samples[f"{name}_recall"].append([100 * best.recall])

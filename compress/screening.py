@@ -35,7 +35,7 @@ def hopeless(prepared: Prepared, out: Path, execution: Execution) -> str | None:
     What the baseline makes of them is kept for the recipes that follow. Raises RunError.
     """
     recipe = prepared.recipe
-    limits = {name: one for name, one in recipe.check.items() if METRICS[name].kind == "quality" and not name.startswith(TASK)}
+    limits = {name: limit for name, limit in recipe.check.items() if METRICS[name].kind == "quality" and not name.startswith(TASK)}
     groups = [group for group in recipe.groups if limits.keys() & set(GROUPS.get(group, ()))]
     order = random.Random(0).sample(prepared.examples, len(prepared.examples))
     ends = sorted({max(FEWEST, math.ceil(share * len(order))) for share in SHARES})

@@ -51,7 +51,7 @@ class Tokenizers:
     bleu: str = "auto"
 
 
-def choose(wanted: Tokenizers, references: Sequence[Sequence[str]]) -> Tokenizers:
+def choose(tokenizers: Tokenizers, references: Sequence[Sequence[str]]) -> Tokenizers:
     """The tokenizers that are wanted, those for the references' scripts in the place of `auto`. References without letters don't count.
 
     ROUGE: `latin` where it sees nearly all of nearly all references, else `words`. BLEU: 13a, but where more than a few references are
@@ -63,17 +63,17 @@ def choose(wanted: Tokenizers, references: Sequence[Sequence[str]]) -> Tokenizer
     if sum(map(_is_unspaced, texts)) > FEW * len(texts):
         unspaced, han = (sum(_count(pattern, text) for text in texts) for pattern in (_UNSPACED, _HAN))
         bleu = "zh" if han >= (1 - FEW) * unspaced else "char"
-    return Tokenizers(rouge if wanted.rouge == "auto" else wanted.rouge, bleu if wanted.bleu == "auto" else wanted.bleu)
+    return Tokenizers(rouge if tokenizers.rouge == "auto" else tokenizers.rouge, bleu if tokenizers.bleu == "auto" else tokenizers.bleu)
 
 
 def shares(references: Sequence[Sequence[str]]) -> dict[str, float]:
     """The share of the references' letters that each script has (from 0, to a thousandth), the largest first."""
     letters = Counter("".join(text for texts in references for text in texts))
-    found = Counter[str]()
+    counts = Counter[str]()
     for letter, times in letters.items():
         if letter.isalpha():
-            found[_script(letter)] += times
-    return {script: share for script, times in found.most_common() if (share := round(times / found.total(), 3))}
+            counts[_script(letter)] += times
+    return {script: share for script, times in counts.most_common() if (share := round(times / counts.total(), 3))}
 
 
 def words(text: str) -> list[str]:

@@ -105,17 +105,17 @@ def space(over: Sequence[str]) -> Space:
     Raises RecipeError.
     """
     sweep.apart([assignment.partition("=")[0].strip() for assignment in over], "--over")
-    found: Space = {}
+    domains: Space = {}
     for assignment in over:
         key, _, text = assignment.partition("=")
         if ends := RANGE.fullmatch(text.strip()):
             low, high = (int(end) if end.lstrip("+-").isdecimal() else float(end) for end in ends.group(1, 2))
             if low >= high or (ends[3] and low <= 0):
                 raise RecipeError(f"--over {assignment}: no range; such are 0.1..0.7, 2..8 and 1e-5..1e-3:log, from low to high")
-            found[key.strip()] = Range(low, high, bool(ends[3]))
+            domains[key.strip()] = Range(low, high, bool(ends[3]))
         else:
-            found |= [sweep.values(assignment, "--over")]
-    return found
+            domains |= [sweep.values(assignment, "--over")]
+    return domains
 
 
 class Search:
@@ -137,7 +137,7 @@ class Search:
             raise RecipeError(f"--minimise {minimise}: there is no such metric{suggest(minimise, tuple(METRICS))}")
         if METRICS[minimise].better == "higher":
             raise RecipeError(f"--minimise {minimise}: it is better higher; name one that is better lower, or give it to --keep")
-        ends = {key: [one.low, one.high] if isinstance(one, Range) else one for key, one in self.space.items()}
+        ends = {key: [domain.low, domain.high] if isinstance(domain, Range) else domain for key, domain in self.space.items()}
         first = {key: each[0] for key, each in ends.items()}
         self.recipes = [self.variant({**first, key: value}) for key, each in ends.items() for value in each]
         measured = {name for group in self.recipes[0].groups for name in GROUPS.get(group, ())}
@@ -152,7 +152,7 @@ class Search:
     def place(self, out: Path) -> Path:
         """The search's folder."""
         base = sweep.variant(self.file, self.overrides, {})
-        spaces = {key: str(one) for key, one in self.space.items()}
+        spaces = {key: str(domain) for key, domain in self.space.items()}
         return out / "searches" / f"{base.name}-{digest([base.digest, str(base.folder), spaces, self.minimise])}"
 
     def run(
@@ -171,7 +171,8 @@ class Search:
         with _study(place, progress) as study, nursery() if isinstance(workers, Here) else nullcontext():
             self._go_on(study, trials, out, Execution(device, progress=progress, strict=strict), workers)
             tried = _tried(study)
-        best = min((one for one in tried if one.verdict == "pass" and one.value is not None), key=lambda one: one.value or 0, default=None)
+        passed = [outcome for outcome in tried if outcome.verdict == "pass" and outcome.value is not None]
+        best = min(passed, key=lambda outcome: outcome.value or 0, default=None)
         file = place / "best.yaml"
         if best is not None:
             write_whole(file, _as_yaml(self.variant(best.choice)))
@@ -181,26 +182,27 @@ class Search:
         """Ask, try and tell until so many are tried."""
         everyone, start = self._everyone(trials), time.monotonic()
         former = _tried(study)
-        again, known = [one.choice for one in former if one.failed], [one.choice for one in former if not one.failed]
-        before = len(known)
-        wanted = before + sum(choice not in known for choice in everyone) if everyone else trials
+        again = [outcome.choice for outcome in former if outcome.failed]
+        settled = [outcome.choice for outcome in former if not outcome.failed]
+        before = len(settled)
+        total = before + sum(choice not in settled for choice in everyone) if everyone else trials
         running: dict[Any, tuple[Any, dict[str, Any], str]] = {}
         done = before
-        while done < wanted:
-            while len(running) < workers.room and done + len(running) < wanted:
-                taken = [*(one.choice for one in _tried(study)), *(choice for _, choice, _ in running.values())]
+        while done < total:
+            while len(running) < workers.room and done + len(running) < total:
+                taken = [*(outcome.choice for outcome in _tried(study)), *(choice for _, choice, _ in running.values())]
                 trial = self._asked(study, again + [choice for choice in everyone if choice not in taken])
-                choice = {key: _suggested(trial, key, one) for key, one in self.space.items()}
-                again = [one for one in again if one != choice]
+                choice = {key: _suggested(trial, key, domain) for key, domain in self.space.items()}
+                again = [other for other in again if other != choice]
                 each = (time.monotonic() - start) / (done - before) if done > before else 0
-                left = f", about {duration(each * (wanted - done))} left" if each else ""
-                what = f"recipe {done + len(running) + 1} of {wanted}: {', '.join(f'{key}={value}' for key, value in choice.items())}{left}"
+                left = f", about {duration(each * (total - done))} left" if each else ""
+                what = f"recipe {done + len(running) + 1} of {total}: {', '.join(f'{key}={value}' for key, value in choice.items())}{left}"
                 execution.progress(what, 0, 1)
                 theirs = execution if isinstance(workers, Here) else replace(execution, progress=quiet)
                 running[workers.start(_attempt, self, choice, out, theirs)] = trial, choice, what
-            task, one = workers.first(list(running))
+            task, answer = workers.first(list(running))
             trial, choice, what = running.pop(task)
-            _tell(study, trial, Tried(choice, reason=str(one)) if isinstance(one, CompressError) else one)
+            _tell(study, trial, Tried(choice, reason=str(answer)) if isinstance(answer, CompressError) else answer)
             done += 1
             execution.progress(what, 1, 1)
 
@@ -209,41 +211,41 @@ class Search:
         from optuna.trial import TrialState
 
         if left and not study.get_trials(states=(TrialState.WAITING,)):
-            categories = {key for key, one in self.space.items() if isinstance(one, list)}
+            categories = {key for key, domain in self.space.items() if isinstance(domain, list)}
             study.enqueue_trial({key: json.dumps(value) if key in categories else value for key, value in left[0].items()})
         return study.ask()
 
     def _everyone(self, most: int) -> list[dict[str, Any]]:
         """Every choice that there is; none where they are more than `most`."""
-        each = [one for one in self.space.values() if isinstance(one, list)]
+        each = [domain for domain in self.space.values() if isinstance(domain, list)]
         if len(each) < len(self.space) or math.prod(map(len, each)) > most:
             return []
         return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*each)]
 
 
-def _suggested(trial: Any, key: str, one: list[Any] | Range) -> Any:
-    if isinstance(one, list):
-        return json.loads(trial.suggest_categorical(key, [json.dumps(value) for value in one]))
-    if isinstance(one.low, int) and isinstance(one.high, int):
-        return trial.suggest_int(key, one.low, one.high, log=one.log)
-    return float(f"{trial.suggest_float(key, one.low, one.high, log=one.log):.4g}")
+def _suggested(trial: Any, key: str, domain: list[Any] | Range) -> Any:
+    if isinstance(domain, list):
+        return json.loads(trial.suggest_categorical(key, [json.dumps(value) for value in domain]))
+    if isinstance(domain.low, int) and isinstance(domain.high, int):
+        return trial.suggest_int(key, domain.low, domain.high, log=domain.log)
+    return float(f"{trial.suggest_float(key, domain.low, domain.high, log=domain.log):.4g}")
 
 
-def _tell(study: Any, trial: Any, one: Tried) -> None:
+def _tell(study: Any, trial: Any, outcome: Tried) -> None:
     from optuna.trial import TrialState
 
-    trial.set_user_attr("tried", json.dumps(asdict(one)))
-    if one.value is None or one.report is None:
+    trial.set_user_attr("tried", json.dumps(asdict(outcome)))
+    if outcome.value is None or outcome.report is None:
         study.tell(trial, state=TrialState.PRUNED)
     else:
-        trial.set_constraint("gates", sum(WEIGHT[gate.verdict] for gate in read_report(one.report, figures_only=True).gates))
-        study.tell(trial, one.value)
+        trial.set_constraint("gates", sum(WEIGHT[gate.verdict] for gate in read_report(outcome.report, figures_only=True).gates))
+        study.tell(trial, outcome.value)
 
 
 def _tried(study: Any) -> list[Tried]:
     """What was tried, each choice as it went the last time."""
-    found = [Tried(**json.loads(trial.user_attrs["tried"])) for trial in study.get_trials() if "tried" in trial.user_attrs]
-    return list({json.dumps(one.choice): one for one in found}.values())
+    outcomes = [Tried(**json.loads(trial.user_attrs["tried"])) for trial in study.get_trials() if "tried" in trial.user_attrs]
+    return list({json.dumps(outcome.choice): outcome for outcome in outcomes}.values())
 
 
 @nursery()
@@ -260,12 +262,12 @@ def _attempt(search: Search, choice: dict[str, Any], out: Path, execution: Execu
 
 def _value(report: Report, metric: str) -> float | None:
     """What is minimised: the mean over grid points of the ratio to the baseline, geometric; of quality the difference."""
-    found = [one for one in report.comparisons if one.metric == metric and one.estimate is not None]
-    if not found:
+    comparisons = [comparison for comparison in report.comparisons if comparison.metric == metric and comparison.estimate is not None]
+    if not comparisons:
         return None
-    if found[0].kind == "difference":
-        return found[0].estimate
-    return math.exp(fmean(math.log(one.estimate) for one in found if one.estimate))
+    if comparisons[0].kind == "difference":
+        return comparisons[0].estimate
+    return math.exp(fmean(math.log(comparison.estimate) for comparison in comparisons if comparison.estimate))
 
 
 @contextmanager
@@ -304,7 +306,7 @@ def _as_yaml(recipe: Recipe) -> str:
         written["model"],
         *(block for stage in written["stages"] for block in stage.values() if isinstance(block, dict) and "id" in block),
     ]
-    for block, key in [(written["data"], "source"), *((one, "id") for one in models)]:
+    for block, key in [(written["data"], "source"), *((model, "id") for model in models)]:
         place = recipe.folder / user_path(str(block[key]))
         if place.exists():
             block[key] = str(place.resolve())

@@ -52,12 +52,12 @@ class Stack:
     def columns(self) -> Counter[int]:
         """The same weights by the columns of the layers that they are in."""
         inner, sides = self.heads * self.head_width, 2 if self.crossed else 1
-        found = Counter[int]()
-        found[self.width] += self.layers * self.width * self.head_width * (self.heads + 2 * self.key_heads) * sides
-        found[inner] += self.layers * self.width * inner * sides
-        found[self.width] += self.layers * self.width * self.feed_forward * (2 if self.gated else 1)
-        found[self.feed_forward] += self.layers * self.width * self.feed_forward
-        return found
+        weights = Counter[int]()
+        weights[self.width] += self.layers * self.width * self.head_width * (self.heads + 2 * self.key_heads) * sides
+        weights[inner] += self.layers * self.width * inner * sides
+        weights[self.width] += self.layers * self.width * self.feed_forward * (2 if self.gated else 1)
+        weights[self.feed_forward] += self.layers * self.width * self.feed_forward
+        return weights
 
 
 @dataclass(frozen=True)

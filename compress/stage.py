@@ -67,12 +67,12 @@ def run(progress: Progress, request: Make) -> None:
         gc.collect()
         if method.ABOUT.smaller:
             _check_smaller(parameter_bytes(bare), file_bytes(folder), f"{family}: {name}")
-        made = Source(str(folder), before.task)
+        artifact = Source(str(folder), before.task)
         with in_float32(device):
             if family == "export":
-                check_export(before, made, name, device, context)
+                check_export(before, artifact, name, device, context)
             else:
-                _check_logits(before, made, device, context, f"{family}: {name}", family == "quantize" and not method.ABOUT.trains)
+                _check_logits(before, artifact, device, context, f"{family}: {name}", family == "quantize" and not method.ABOUT.trains)
         if counted is None and before.bits is None and family != "export":
             counted = account.compare(before, Source(str(folder), before.task))
         noted = {"layers": context.layers, "said": context.said, "curve": context.curve, "cut": context.cut}
@@ -111,8 +111,8 @@ def _check_logits(
 
     Raises BrokenPromise where it doesn't, by how much being said.
     """
-    made = _logits(artifact, device, context, who)
-    if not all(part.isfinite().all() for part in made):
+    logits = _logits(artifact, device, context, who)
+    if not all(part.isfinite().all() for part in logits):
         raise BrokenPromise(f"{who}: the result gives NaN or infinite logits; nothing was kept. A wider dtype (bfloat16) may help")
     bits = min((int(layer["bits"]) for layer in context.layers if layer["bits"] is not None), default=0)
     bound = MOST_CHANGED.get(bits) if rounds else None
@@ -120,9 +120,9 @@ def _check_logits(
         return
     bound *= UNSURE if before.task == "sequence-classification" else 1
     try:
-        given = _logits(before, device, context, who)
-        if (changed := _changed(given, made)) > bound:
-            bound = max(bound, ROUNDED * _changed(given, _logits(before, device, context, who, rounded=True)))
+        reference = _logits(before, device, context, who)
+        if (changed := _changed(reference, logits)) > bound:
+            bound = max(bound, ROUNDED * _changed(reference, _logits(before, device, context, who, rounded=True)))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
@@ -131,17 +131,18 @@ def _check_logits(
     if changed > bound:
         raise BrokenPromise(
             f"{who}: loaded by plain transformers, the result's logits differ from the model's by {changed:.2f} of their mean square at"
-            f" the median token of {len(made)} examples, where {bits} bits change {bound:.2g} at most. Either something of it isn't read as"
-            " meant, or the model bears no such rounding, and more bits or another method may; nothing was kept"
+            f" the median token of {len(logits)} examples; {bits} bits change {bound:.2g} at most. Either its files aren't read as they were"
+            " meant, or the model can't bear this rounding: try more bits or another method. Nothing was kept"
         )
 
 
-def _changed(given: "list[Tensor]", made: "list[Tensor]") -> float:
+def _changed(reference: "list[Tensor]", logits: "list[Tensor]") -> float:
     """How much logits changed at the median token, as a share of their mean square; sinks and the like may change much more."""
     import torch
 
     shares = [
-        (part - other).square().sum(dim=-1) / part.square().sum(dim=-1).clamp(min=1e-30) for part, other in zip(given, made, strict=True)
+        (part - other).square().sum(dim=-1) / part.square().sum(dim=-1).clamp(min=1e-30)
+        for part, other in zip(reference, logits, strict=True)
     ]
     return float(torch.cat(shares).median())
 

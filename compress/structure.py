@@ -50,8 +50,8 @@ def match(entry: str, layers: Iterable[str], key: str) -> list[str]:
     Raises InputError with the nearest names where it means none.
     """
     names = list(layers)
-    if found := [name for name in names if means(entry, name)]:
-        return found
+    if matches := [name for name in names if means(entry, name)]:
+        return matches
     ends = sorted({name.rsplit(".", 1)[-1] for name in names})
     near = difflib.get_close_matches(entry, [*names, *ends], n=3, cutoff=0.4) or ends[:8]
     raise InputError(f"{key}: {entry!r} matches no linear layer of this model; near it are {', '.join(near)}")
@@ -92,13 +92,13 @@ def block_stacks(model: "PreTrainedModel") -> "dict[str, nn.ModuleList]":
     from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.pytorch_utils import Conv1D
 
-    found: dict[str, nn.ModuleList] = {}
+    stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in stacks):
             same = len({type(block) for block in module}) == 1 or all(isinstance(block, GradientCheckpointingLayer) for block in module)
             if same and any(isinstance(part, nn.Linear | Conv1D) for part in module.modules()):
-                found[name] = module
-    return found
+                stacks[name] = module
+    return stacks
 
 
 def packs_alike(model: "PreTrainedModel") -> bool:

@@ -59,16 +59,16 @@ def expand(files: Sequence[str | Path], grid: Sequence[str], overrides: Sequence
     keys = dict(pairs)
     if (count := len(files) * math.prod(map(len, keys.values()))) > MOST:
         raise RecipeError(f"--grid: that makes {count:,} recipes, and {MOST:,} are the most; compress search tries some of many")
-    chosen = [dict(zip(keys, one, strict=True)) for one in itertools.product(*keys.values())]
-    found, mistakes = [], list[str]()
+    chosen = [dict(zip(keys, combination, strict=True)) for combination in itertools.product(*keys.values())]
+    variants, mistakes = [], list[str]()
     for file, choice in itertools.product(files, chosen):
         try:
-            found.append(variant(file, overrides, choice))
+            variants.append(variant(file, overrides, choice))
         except RecipeError as error:
             mistakes += str(error).split("\n")
     if mistakes:
         raise RecipeError("\n".join(dict.fromkeys(mistakes)))
-    return found
+    return variants
 
 
 def apart(keys: Sequence[str], option: str) -> None:
@@ -86,14 +86,14 @@ def values(assignment: str, option: str) -> tuple[str, list[Any]]:
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip() or not text.strip():
         raise RecipeError(f"{option} {assignment}: a key and values are wanted, as in {option} stages.0.bits=3,4,8")
-    found = Document(f"{option} {assignment[:200]}", f"values: [{text}]").data["values"]
+    entries = Document(f"{option} {assignment[:200]}", f"values: [{text}]").data["values"]
     try:
-        json.dumps(found)
+        json.dumps(entries)
     except TypeError:  # dates and such
-        found = []
-    if not found:
+        entries = []
+    if not entries:
         raise RecipeError(f"{option} {assignment}: values are wanted, as in {option} stages.0.bits=3,4,8")
-    return key.strip(), [one for number, one in enumerate(found) if one not in found[:number]]
+    return key.strip(), [entry for number, entry in enumerate(entries) if entry not in entries[:number]]
 
 
 def variant(file: str | Path, overrides: Sequence[str], choice: Mapping[str, Any]) -> Recipe:
@@ -140,10 +140,10 @@ def page(outcomes: Sequence[Outcome], out: Path) -> Path | None:
     """Write one page of all reports; the same recipes' later one takes its place. None where there is no report."""
     from compress.report import html
 
-    reports = [one.report for one in outcomes if one.report]
+    reports = [outcome.report for outcome in outcomes if outcome.report]
     if not reports:
         return None
-    file = out / "sweeps" / f"{outcomes[0].recipe.name.partition('+')[0]}-{digest([one.recipe.digest for one in outcomes])}.html"
+    file = out / "sweeps" / f"{outcomes[0].recipe.name.partition('+')[0]}-{digest([outcome.recipe.digest for outcome in outcomes])}.html"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, html.render(reports))
     return file
@@ -151,12 +151,12 @@ def page(outcomes: Sequence[Outcome], out: Path) -> Path | None:
 
 def former(prepared: Prepared, out: Path) -> Report | None:
     """The report of the same recipe, on the same examples and of the same artifacts, where it was measured to the end before."""
-    made = [Path(record.artifact).name for record in prepared.stages]
+    artifacts = [Path(record.artifact).name for record in prepared.stages]
     for file in sorted((out / prepared.recipe.name).glob("*/report.json"), reverse=True):
         with suppress(ReportError):
             report = read_report(file, figures_only=True)
             same = report.digest == prepared.recipe.digest and report.examples_digest == examples_digest(prepared.examples)
-            if same and [Path(record.artifact).name for record in report.stages] == made and failure(report) is None:
+            if same and [Path(record.artifact).name for record in report.stages] == artifacts and failure(report) is None:
                 return read_report(file)
     return None
 
@@ -213,9 +213,9 @@ def _spread(recipes: Sequence[Recipe], out: Path, execution: Execution, workers:
         each = (time.monotonic() - start) / max(1, len(outcomes))
         left = f", about {duration(each * len(begun))} left" if outcomes else ""
         execution.progress(f"{len(outcomes)} of {len(recipes)} recipes done{left}", len(outcomes), len(recipes))
-        task, found = workers.first(list(begun))
+        task, answer = workers.first(list(begun))
         number = begun.pop(task)
-        outcomes[number] = _outcome(recipes[number], found)
+        outcomes[number] = _outcome(recipes[number], answer)
     return [outcomes[number] for number in range(len(recipes))]
 
 
@@ -225,15 +225,15 @@ def _measured(prepared: list[Prepared], out: Path, execution: Execution) -> list
         reports = pipeline.measure(prepared, out, execution)
     except CompressError as error:
         if isinstance(error, InputError) and len(prepared) > 1:
-            return [outcome for one in prepared for outcome in _measured([one], out, execution)]
-        return [Outcome(one.recipe, None, str(error)) for one in prepared]
-    return [_outcome(one.recipe, report) for one, report in zip(prepared, reports, strict=True)]
+            return [outcome for job in prepared for outcome in _measured([job], out, execution)]
+        return [Outcome(job.recipe, None, str(error)) for job in prepared]
+    return [_outcome(job.recipe, report) for job, report in zip(prepared, reports, strict=True)]
 
 
-def _outcome(recipe: Recipe, found: Report | CompressError) -> Outcome:
-    if isinstance(found, CompressError):
-        return Outcome(recipe, None, str(found))
-    return Outcome(recipe, found, failure(found))
+def _outcome(recipe: Recipe, answer: Report | CompressError) -> Outcome:
+    if isinstance(answer, CompressError):
+        return Outcome(recipe, None, str(answer))
+    return Outcome(recipe, answer, failure(answer))
 
 
 class _Forecast:
@@ -244,10 +244,10 @@ class _Forecast:
         self.seconds = [0.0] * len(recipes)
         for number, recipe in enumerate(recipes):
             with suppress(CompressError):  # its run says why
-                found = plan.plan(recipe, machine.here(recipe.benchmark.threads))
-                peak = max(row.peak or row.weights for row in found.rows if row.dtype == found.dtype)
-                self.together[number] = max(1, min(TOGETHER, found.machine.memory_bytes // peak - 1))
-                self.seconds[number] = sum(found.seconds.values())
+                forecast = plan.plan(recipe, machine.here(recipe.benchmark.threads))
+                peak = max(row.peak or row.weights for row in forecast.rows if row.dtype == forecast.dtype)
+                self.together[number] = max(1, min(TOGETHER, forecast.machine.memory_bytes // peak - 1))
+                self.seconds[number] = sum(forecast.seconds.values())
 
     def left(self, outcomes: Mapping[int, Outcome]) -> str:
         done = sum(self.seconds[number] for number in outcomes)

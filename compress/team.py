@@ -100,9 +100,9 @@ def launched() -> tuple[int, int] | None:
     rank, processes, here = (_number_in(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if rank == 0 and here != processes:
         raise InputError(f"{processes} processes were launched, {here} of them on this machine; all have to be on one")
-    for wanted in ("FSDP", "DEEPSPEED"):
-        if rank == 0 and os.environ.get(f"ACCELERATE_USE_{wanted}", "").lower() == "true":
-            raise InputError(f"accelerate launch is configured for {wanted}, which isn't used here; launch without it")
+    for strategy in ("FSDP", "DEEPSPEED"):
+        if rank == 0 and os.environ.get(f"ACCELERATE_USE_{strategy}", "").lower() == "true":
+            raise InputError(f"accelerate launch is configured for {strategy}, which isn't used here; launch without it")
     return rank, processes
 
 
@@ -114,6 +114,6 @@ def _number_in(name: str) -> int:
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as endpoint:
+        endpoint.bind(("127.0.0.1", 0))
+        return int(endpoint.getsockname()[1])
