@@ -1,4 +1,4 @@
-"""What the machine here says of itself."""
+"""What this machine says about itself."""
 
 import platform
 from functools import cache
@@ -21,12 +21,12 @@ def cpu_name() -> str:
 
 
 def has_gpu() -> bool:
-    """Whether a GPU's driver is here; no library is asked."""
+    """Whether the driver of a GPU is installed; no library is asked."""
     return any(Path(device).exists() for device in GPUS)
 
 
 def pick_device(device: str) -> str:
-    """`cpu` or `cuda`. Raises DeviceError when a GPU is wanted and none is there."""
+    """`cpu` or `cuda`; `auto` takes a GPU where there is one. Raises DeviceError for `cuda` where there is none."""
     if device == "cpu":  # for which an engine's own environment needs no torch
         return "cpu"
     import torch

@@ -1,4 +1,4 @@
-"""What was measured becomes a report: compared, held against the gates, explained."""
+"""Measurements become a report: compared, judged by the gates, explained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,13 +29,13 @@ HEADLINE = ("rougeL", "divergence", "perplexity", "accuracy", "chrf", "cer", "ex
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is to be measured: a recipe's smaller model with its baseline, or a model alone, and the examples.
+    """What is to be measured: a recipe's smaller model with its baseline, or a single model, and the examples.
 
     name     what the report calls the candidate
     commit   git's, of the recipe
-    splits   what was read of the data
+    splits   what was read of the data set
     phases   where the time for it went
-    original the model as it came, where the two are in formats of an engine's own
+    original the recipe's model, where baseline and candidate are in an engine's own format
     """
 
     recipe: Recipe
@@ -110,7 +110,7 @@ def judged(report: Report, baseline: Side | None, candidate: Side, same_run: boo
 
 
 def _agreement(engine: str, measured: isolate.Measured) -> Agreement | None:
-    """Whether the engine says of the original's weights what transformers does; None where that can't be seen."""
+    """How well the engine agrees with transformers on the original's weights; None where that can't be seen."""
     theirs, ours = measured.original_outputs, measured.outputs.get("baseline")
     if theirs is None or ours is None:
         return None
@@ -132,7 +132,7 @@ def _agreement(engine: str, measured: isolate.Measured) -> Agreement | None:
 
 
 def _foretold(side: Side, source: Source, recipe: Recipe, environment: dict[str, Any]) -> list[Measurement]:
-    """What was foretold of memory, which is of transformers."""
+    """The forecast of memory, which is for transformers only."""
     return foretold(side, source, recipe, environment.get("device", "cpu")) if recipe.engine.is_plain else []
 
 
@@ -152,7 +152,7 @@ def _predictions(examples: Sequence[Example], outputs: dict[Role, Outputs], scor
 
 
 def _cut(measured: isolate.Measured, recipe: Recipe, examples: int) -> Cut | None:
-    """How many prompts of the evaluation were cut, on the side where they were most; None where nothing limits them."""
+    """How many prompts of the evaluation were cut, on the side that cut the most; None where nothing limits them."""
     most = max(measured.outputs.values(), key=lambda output: int(output.cut), default=None)
     if most is None or most.limit is None:
         return None

@@ -131,8 +131,8 @@ def _check_logits(
     if changed > bound:
         raise BrokenPromise(
             f"{who}: loaded by plain transformers, the result's logits differ from the model's by {changed:.2f} of their mean square at"
-            f" the median token of {len(logits)} examples; {bits} bits change {bound:.2g} at most. Either its files aren't read as they were"
-            " meant, or the model can't bear this rounding: try more bits or another method. Nothing was kept"
+            f" the median token of {len(logits)} examples; {bits} bits change {bound:.2g} at most. Either its files aren't read as"
+            " intended, or the model can't bear this rounding: try more bits or another method. Nothing was kept"
         )
 
 

@@ -123,7 +123,7 @@ def test_shots_stand_before_each_prompt_and_are_never_the_example_itself(file, t
     assert found(settings(tmp_path, shots=3), tmp_path, samples=2)[0].prompt.split("\n\n")[:2] == list(common[:2])
     assert found(settings(tmp_path, shots=3, seed=1), tmp_path)[0].prompt != shot[0].prompt
     assert data.examples(settings(tmp_path, shots=3), tmp_path, "train", 20, 0) == plain, "calibration and training have none"
-    with pytest.raises(DataError, match=r"data\.shots: 20 are wanted and the train split has 19 other examples"):
+    with pytest.raises(DataError, match=r"data\.shots: 20 examples are needed, and the train split has only 19 others"):
         found(settings(tmp_path, shots=20), tmp_path)
 
 

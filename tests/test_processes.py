@@ -358,7 +358,7 @@ def cli(*arguments, **environment):
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        (["--processes", "0"], {}, "--processes 0: a number from 1 on is wanted"),
+        (["--processes", "0"], {}, "--processes 0: must be 1 or more"),
         (["--processes", "two"], {}, "invalid int value: 'two'"),
         (["--processes", "3"], LAUNCHED, "--processes 3: 2 were launched; leave one of the two out"),
         ([], {**LAUNCHED, "LOCAL_WORLD_SIZE": "1"}, "2 processes were launched, 1 of them on this machine; all have to be on one"),

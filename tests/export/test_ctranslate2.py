@@ -109,7 +109,7 @@ def test_what_the_engine_cannot_do_is_refused(toys, tmp_path, rows, write_recipe
     folder = made(toys["llama"], "llama", tmp_path / "made", weights="float32")
     own = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**own, "bad_words_ids": [[3]]}))
-    with pytest.raises(ModelError, match="bad_words_ids isn't done here"):
+    with pytest.raises(ModelError, match="bad_words_ids isn't supported"):
         opened("ctranslate2", folder, "llama").write([[3, 4]], Generation(max_new_tokens=2), quiet)
     with pytest.raises(ModelError, match="float16 comput"):
         opened("ctranslate2", folder, "llama", compute="float16")
