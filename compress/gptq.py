@@ -45,7 +45,7 @@ def is_unread(source: Source) -> bool:
 
 @contextmanager
 def readable(source: Source, beside: Path) -> Iterator[Source]:
-    """The model as transformers can load it: itself or, where it can't be read here, unpacked in a folder that lasts as long as the block."""
+    """The model as transformers can load it: itself or, where it can't be read here, unpacked in a folder until the block ends."""
     if not is_unread(source):
         yield source
         return

@@ -1,7 +1,7 @@
 """What a loaded model holds in memory: every tensor that can be reached from it, whoever made it and under whatever name.
 
-Libraries keep weights where no list of parameters shows them. Scales are in a state beside a weight, a layer's sums in an attribute; the first
-step may leave an unpacked copy. So the search goes where Python's garbage collector goes. Two views of the same memory count once.
+Libraries keep weights where no list of parameters shows them. Scales are in a state beside a weight, a layer's sums in an attribute; the
+first step may leave an unpacked copy. So the search goes where Python's garbage collector goes. Two views of the same memory count once.
 Weights in a kernel's own layout are no tensor; their module says how large they are in `held_bytes`.
 """
 

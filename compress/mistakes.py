@@ -1,4 +1,4 @@
-"""Mistakes in a recipe, gathered as they are found and said as people say them: where, what, and what was perhaps meant."""
+"""Mistakes in a recipe, collected and put in plain words: where, what, and what was perhaps meant."""
 
 import difflib
 from types import NoneType, UnionType
@@ -14,7 +14,7 @@ T = TypeVar("T", bound=Settings)
 
 
 class Problems:
-    """Mistakes as they are found."""
+    """A list of mistakes that grows as a recipe is read."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -40,13 +40,13 @@ class Problems:
 
 
 def suggest(word: str, allowed: list[str] | tuple[str, ...]) -> str:
-    """`; did you mean 'bits'?` or the list of what is known."""
+    """`; did you mean 'bits'?`, or the list of what is allowed."""
     close = difflib.get_close_matches(str(word), allowed, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(allowed)}"
 
 
 def _explained(kind: type[Settings], errors: list[dict[str, Any]]) -> list[tuple[yamlfile.Place, str]]:
-    """Place and message of each mistake. Where a key takes values of several forms, of the form that was meant, or of all in one."""
+    """Place and message of each mistake. Where a key takes several forms, of the form that was meant, or one message for all."""
     mistakes: list[tuple[yamlfile.Place, str]] = []
     forms: dict[yamlfile.Place, list[dict[str, Any]]] = {}
     for error in errors:
@@ -70,8 +70,10 @@ def _explained(kind: type[Settings], errors: list[dict[str, Any]]) -> list[tuple
 
 
 def _union(kind: type[Settings], loc: tuple[str | int, ...]) -> int | None:
-    """How many parts of an error's place lead to a key, or an entry of a list, that takes several forms; the part behind them is pydantic's
-    name for one."""
+    """How many parts of an error's place lead to a key, or an entry of a list, that takes several forms; None where none does.
+
+    The part after them is pydantic's name for a form.
+    """
     block: Any = kind
     for depth, part in enumerate(loc):
         forms = _forms(block, part)

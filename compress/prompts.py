@@ -143,7 +143,7 @@ def _rendered(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict[str, st
     except Exception as error:  # a template may raise anything
         message = str(error).strip() or type(error).__name__
         raise DataError(
-            f"data.chat: the model's chat template refuses a lone user's turn: {message[:300]}; write the prompt out and leave data.chat out"
+            f"data.chat: the model's chat template refuses a lone user turn: {message[:300]}; write out the prompt and leave out data.chat"
         ) from None
 
 

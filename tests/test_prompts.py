@@ -101,8 +101,8 @@ def test_words_that_are_too_long_themselves_are_cut_like_the_rest(words):
 
 
 REFUSALS = [
-    ("{{ raise_exception('a system turn comes first') }}", "refuses a lone user's turn: a system turn comes first"),
-    ("{{ messages[0]['content'] + none_such.x }}", "refuses a lone user's turn: 'none_such' is undefined"),
+    ("{{ raise_exception('a system turn comes first') }}", "refuses a lone user turn: a system turn comes first"),
+    ("{{ messages[0]['content'] + none_such.x }}", "refuses a lone user turn: 'none_such' is undefined"),
     ("a fixed text", "leaves out what the user says: 'a fixed text'"),
     (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}",
