@@ -10,8 +10,8 @@ encoder-decoder's step calls only the decoder.
 mfu (Chowdhery et al., PaLM, 2022) is a rate of operations, as a share of that of large matrix products in the model's dtype. The operations
 are two for each weight and token that meet; the time is `ttft`.
 
-Neither counts what kernels read or compute besides, so unpacking lowers them. Both can exceed 1: what lies in the processor's caches is read
-faster than memory is copied, and 8-bit products are faster than those of the model's dtype.
+Neither counts what kernels read or compute besides, so unpacking lowers them. Both can exceed 1: what lies in the processor's caches is
+read faster than memory is copied, and 8-bit products are faster than those of the model's dtype.
 """
 
 from dataclasses import dataclass

@@ -38,11 +38,11 @@ def run(
 ) -> Report:  # fmt: skip
     """Compress the recipe's model, measure both and write the report to `out`/<recipe>/<run>.
 
-    processes   how many train together in stages that train; each step takes a batch from each. Everything else is done by one
+    processes   how many train together in stages that train; a step takes a batch from each. Everything else runs in a single process
     strict      refuse to measure on a GPU that another process uses
 
-    Raises CompressError: InputError before anything is loaded where that can be seen, RunError where the work fails. A side that can't be
-    measured to the end doesn't raise; the report has the reason and the verdict `cannot_tell`.
+    Raises CompressError: InputError before anything is loaded where a mistake shows by then, RunError where the work fails. A side that
+    can't be measured to the end doesn't raise; the report has the reason and the verdict `cannot_tell`.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     execution = Execution(device, progress=progress, strict=strict)
@@ -53,7 +53,7 @@ def run(
 
 
 def prepare(recipe: Recipe, out: str | Path, execution: Execution, processes: int = 1) -> Prepared:
-    """The first half of a run: make the smaller model, or find it made, and bring both into the format of the recipe's first engine.
+    """The first half of a run: make the smaller model, or reuse it, and convert both to the format of the recipe's first engine.
 
     Raises CompressError.
     """
@@ -83,8 +83,10 @@ def prepare(recipe: Recipe, out: str | Path, execution: Execution, processes: in
 
 
 def measure(prepared: Sequence[Prepared], out: str | Path, execution: Execution) -> list[Report]:
-    """The second half: measure, and write a report of each. Several take turns with one baseline; they have the same model, data, metrics,
-    generation and benchmark; each report tells where the time of all of them went. Raises CompressError.
+    """The second half: measure, and write a report of each candidate.
+
+    Several candidates take turns with one baseline; they share model, data, metrics, generation and benchmark. Each report says where the
+    time of all of them went. Raises CompressError.
     """
     with ExitStack() as stack:
         watch = stack.enter_context(watching())
@@ -101,7 +103,7 @@ def measure(prepared: Sequence[Prepared], out: str | Path, execution: Execution)
 
 
 def _in_engines(recipe: Recipe, prepared: Sequence[Prepared], out: Path, execution: Execution) -> Report:
-    """One report of a recipe's engines, all in turns: that of the first, which has the others'."""
+    """One report of a recipe's engines, measured in turns: the first engine's, which contains the others'."""
     with ExitStack() as stack:
         watch = stack.enter_context(watching())
         place, log = stack.enter_context(_place(recipe, out))
@@ -119,9 +121,9 @@ def bench(
     model_id: str, recipe: Recipe | str | Path, out: str | Path = "reports", device: str = "auto", progress: Progress = quiet,
     strict: bool = False,
 ) -> Report:  # fmt: skip
-    """Measure one model, a folder or a hub id, as the recipe says. It stands in the report as the candidate, without a baseline.
+    """Measure a single model, a folder or a hub id, as the recipe says. The report has it as the candidate, without a baseline.
 
-    It is loaded as it is stored; the recipe's dtype and revision are for the recipe's own model.
+    It is loaded as stored; the recipe's dtype and revision are for the recipe's own model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     execution = Execution(device, progress=progress, strict=strict)
@@ -142,11 +144,11 @@ def bench(
 
 
 def check(report: Report, against: Report | None = None, gates: str | Path | None = None) -> Report:
-    """The gates of a report's recipe again; with `against`, this report's candidate is held against that one's.
+    """Apply the gates of a report's recipe again; with `against`, its candidate is compared with the candidate of that report.
 
     gates   a YAML file of limits by metric, or the name of a shipped one, instead of the recipe's gates
 
-    Raises ReportError when the two were not measured alike, RecipeError for mistakes in the file.
+    Raises ReportError where the two were not measured alike, RecipeError for mistakes in the file.
     """
     if gates is not None:
         limits = {metric: gate.model_dump() for metric, gate in load_gates(gates).items()}
@@ -170,7 +172,7 @@ def inspect(
     """
     for name, value in (("--batch-size", batch_size), ("--tokens", tokens)):
         if value is not None and value < 1:
-            raise InputError(f"{name} {value}: a number from 1 on is wanted")
+            raise InputError(f"{name} {value}: must be 1 or more")
     if task is not None and task not in AUTO:
         raise InputError(f"--task {task}: there is no such task; allowed are {', '.join(AUTO)}")
     source = pinned(Source(locate(model_id, Path()), task or ""))
@@ -180,9 +182,9 @@ def inspect(
 
 
 def refuse(recipe: Recipe, device: str, processes: int) -> None:
-    """What can be seen to go wrong before anything is loaded."""
+    """Raise the mistakes that show before anything is loaded, as InputError."""
     if processes < 1:
-        raise InputError(f"--processes {processes}: a number from 1 on is wanted")
+        raise InputError(f"--processes {processes}: must be 1 or more")
     preflight.look(recipe).end()
     for stage in recipe.stages:
         method = methods.find(stage.family, stage.method)
@@ -193,18 +195,18 @@ def refuse(recipe: Recipe, device: str, processes: int) -> None:
 
 
 def _decided(recipe: Recipe, examples: Sequence[Example]) -> Recipe:
-    """The recipe with the tokenizers that the references call for, which both sides' texts are then cut with."""
+    """The recipe with the tokenizers that the references call for, which then serve both sides' texts."""
     return recipe.decided_by([example.references for example in examples])
 
 
 def _refuse_generation(recipe: Recipe, source: Source) -> None:
-    """Raises ModelError where texts are to be written and the model's generation config says what can't be done."""
+    """Raises ModelError where the recipe needs generated text and the model's generation config asks for what can't be done."""
     if GENERATED & set(recipe.groups):
         decoding.check(source, sampled=recipe.generation.do_sample and recipe.generation.temperature is None)
 
 
 def _refuse_chat(recipe: Recipe, source: Source, progress: Progress) -> None:
-    """Raises DataError where prompts are a user's turns and the model's chat template can't serve, in a working process."""
+    """Raises DataError where prompts are a user's turns and the model's chat template doesn't work, by a working process."""
     if not recipe.data.chat:
         return
     with tempfile.TemporaryDirectory() as folder, Child("compress.prompts", Path(folder) / "log", progress, start=copied) as child:
@@ -231,7 +233,7 @@ def _place(recipe: Recipe, out: Path) -> Iterator[tuple[Path, Path]]:
     log = place.with_name(f"{place.name}.log")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        log.touch()  # what can't be written to is said now
+        log.touch()  # a place that can't be written to raises now
     except OSError as error:
         raise InputError(f"--out {out}: can't be written to: {error.strerror}") from None
     keep = False

@@ -193,7 +193,7 @@ def test_what_reads_an_artifact_is_wanted_where_transformers_has_to(loaded, monk
     monkeypatch.setattr(preflight, "lacking", list)
     (mistake,) = preflight.look(loaded(stages=[{"quantize": "rtn", "format": "gptq"}])).mistakes
     assert re.search(
-        r"transformers reads what it makes by gptqmodel, optimum, not installed here; .*install with: pip install 'gptqmodel", mistake
+        r"transformers reads its artifact by gptqmodel, optimum, not installed here; .*install with: pip install 'gptqmodel", mistake
     )
     assert preflight.look(loaded(engine="fake", stages=[{"quantize": "rtn", "format": "gptq"}])).mistakes == []
     carried = [{"quantize": "rtn", "format": "gptq", "group_size": 32, "ignore": ["re:.*down_proj", "lm_head"]}, {"export": "onnx"}]
