@@ -52,7 +52,7 @@ class Make(Request[None]):
 
 @dataclass(frozen=True)
 class Inspect(Request[dict[str, Any]]):
-    """Inspect a model with inputs of so many tokens (None: 128, or all that fit). The answer is an `Inspection` without the model's name."""
+    """Inspect a model in inputs of so many tokens (None: 128, or all that fit); the answer is an `Inspection` without the model's name."""
 
     answer = dict[str, Any]
 

@@ -1,8 +1,8 @@
-"""The best recipe under gates: Optuna proposes, examples judge, and what is hopeless ends early.
+"""The best recipe under gates: Optuna proposes, examples judge, and hopeless recipes end early.
 
-A proposed recipe's model is made and asked about a few of the evaluation's examples, then about more of them. It is given up where a gate
-on quality is broken beyond doubt by these already; only what is left is measured in full, as an ordinary run. The study is kept on disk
-after every step, so a search that was killed goes on.
+A proposed recipe's model is made and evaluated on a few examples, then on more of them. It is given up where these already show beyond
+doubt that a gate on quality is broken. The others are measured in full, as ordinary runs. The study is written to disk after every step, so
+a search that was killed can continue.
 """
 
 import itertools
@@ -39,7 +39,7 @@ from compress.screening import hopeless
 
 NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
 RANGE = re.compile(rf"{NUMBER}\.\.{NUMBER}(:log)?")
-WEIGHT = {"pass": 0, "cannot_tell": 1, "fail": 2}  # what a gate adds to how far a recipe is from keeping them
+WEIGHT = {"pass": 0, "cannot_tell": 1, "fail": 2}  # what a gate adds to a recipe's distance from passing
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ Space = dict[str, list[Any] | Range]
 class Tried:
     """One recipe of a search.
 
-    choice   the values that it has
-    report   where its report lies; None where it was not measured in full, `reason` then says why
+    choice   its values, by key
+    report   where its report is; None where it was not measured in full (see `reason`)
     verdict  None where it could not be made or measured
-    value    what is minimised: over the baseline's, or for quality less the baseline's
+    value    what is minimised: the ratio to the baseline's or, for quality, the difference
     """
 
     choice: dict[str, Any]
@@ -78,7 +78,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to. `best` is None where no recipe was shown to keep the gates."""
+    """The outcome of a search. `best` is None where no recipe was shown to pass its gates."""
 
     tried: list[Tried]
     best: Tried | None
@@ -86,21 +86,21 @@ class Found:
 
 
 def gate(kept: str) -> str:
-    """The override that sets a gate: `rougeL:-1.0` may drop by a point at most, `latency_p50:+5%` rise by 5 %. Raises RecipeError."""
+    """The override that sets a gate: `rougeL:-1.0` may drop by 1 point at most, `latency_p50:+5%` may rise by 5 %. Raises RecipeError."""
     metric, colon, text = kept.rpartition(":")  # metrics of lm_eval's tasks have colons too
     try:
         change, relative = float(text.removesuffix("%")), text.endswith("%")
     except ValueError:
         change = math.nan
     if not colon or not math.isfinite(change):
-        raise RecipeError(f"--keep {kept}: a metric and how much it may change are wanted, as in rougeL:-1.0 or latency_p50:+5%")
+        raise RecipeError(f"--keep {kept}: give a metric and how much it may change, as in rougeL:-1.0 or latency_p50:+5%")
     if relative:
         return f"check.{metric}=" + json.dumps({"max_ratio" if change > 0 else "min_ratio": 1 + change / 100})
     return f"check.{metric}=" + json.dumps({"max_rise" if change > 0 else "max_drop": abs(change)})
 
 
 def space(over: Sequence[str]) -> Space:
-    """What may be chosen: `stages.0.bits=2,3,4` of these, `stages.0.sparsity=0.1..0.7` any between, `...=1e-5..1e-3:log` by powers of ten.
+    """The search space: `stages.0.bits=2,3,4` is a list, `stages.0.sparsity=0.1..0.7` a range, `...=1e-5..1e-3:log` one by powers of ten.
 
     Raises RecipeError.
     """
@@ -111,7 +111,7 @@ def space(over: Sequence[str]) -> Space:
         if ends := RANGE.fullmatch(text.strip()):
             low, high = (int(end) if end.lstrip("+-").isdecimal() else float(end) for end in ends.group(1, 2))
             if low >= high or (ends[3] and low <= 0):
-                raise RecipeError(f"--over {assignment}: no range; such are 0.1..0.7, 2..8 and 1e-5..1e-3:log, from low to high")
+                raise RecipeError(f"--over {assignment}: not a range from low to high, as 0.1..0.7, 2..8 and 1e-5..1e-3:log are")
             domains[key.strip()] = Range(low, high, bool(ends[3]))
         else:
             domains |= [sweep.values(assignment, "--over")]
@@ -119,10 +119,10 @@ def space(over: Sequence[str]) -> Space:
 
 
 class Search:
-    """A recipe, what may be changed in it, and what is wanted.
+    """A recipe, its search space, and the aim of the search.
 
     file       of the recipe, or its name
-    keep       gates, `rougeL:-1.0`, beside those of the recipe
+    keep       gates, `rougeL:-1.0`, besides those of the recipe
     minimise   a metric
     over       the space, `stages.0.bits=2,3,4`
     overrides  `stages.0.group_size=64`
@@ -136,7 +136,7 @@ class Search:
         if minimise not in METRICS:
             raise RecipeError(f"--minimise {minimise}: there is no such metric{suggest(minimise, tuple(METRICS))}")
         if METRICS[minimise].better == "higher":
-            raise RecipeError(f"--minimise {minimise}: it is better higher; name one that is better lower, or give it to --keep")
+            raise RecipeError(f"--minimise {minimise}: higher is better; name a metric for which lower is better, or give it to --keep")
         ends = {key: [domain.low, domain.high] if isinstance(domain, Range) else domain for key, domain in self.space.items()}
         first = {key: each[0] for key, each in ends.items()}
         self.recipes = [self.variant({**first, key: value}) for key, each in ends.items() for value in each]
@@ -144,7 +144,7 @@ class Search:
         if METRICS[minimise].kind == "quality" and minimise not in measured:
             raise RecipeError(f"--minimise {minimise}: the recipe doesn't measure it; its metrics are {', '.join(sorted(measured))}")
         if not self.recipes[0].check:
-            raise RecipeError(f"{file}: has no gates; name what is to be kept, as in --keep rougeL:-1.0")
+            raise RecipeError(f"{file}: has no gates; give one, as in --keep rougeL:-1.0")
 
     def variant(self, choice: Mapping[str, Any]) -> Recipe:
         return sweep.variant(self.file, self.overrides, choice)
@@ -159,11 +159,11 @@ class Search:
         self, out: Path = Path("reports"), trials: int = 20, device: str = "auto", progress: Progress = quiet, strict: bool = False,
         workers: Workers | None = None,
     ) -> Found:  # fmt: skip
-        """Try recipes, `trials` with those of former starts, or all there are; the best is written as a recipe.
+        """Try recipes, `trials` with those of earlier starts, or all there are; the best is written as a recipe.
 
-        What could not be made or measured in a former start is tried again.
+        A recipe that could not be made or measured in an earlier start is tried again.
 
-        Raises InputError before anything runs where that can be seen.
+        Raises InputError for mistakes that show before anything runs.
         """
         pipeline.usable(out)
         sweep.refuse(self.recipes, device)
@@ -179,7 +179,7 @@ class Search:
         return Found(tried, best, file)
 
     def _go_on(self, study: Any, trials: int, out: Path, execution: Execution, workers: Workers) -> None:
-        """Ask, try and tell until so many are tried."""
+        """Ask Optuna, try, and tell it, until so many recipes are tried."""
         everyone, start = self._everyone(trials), time.monotonic()
         former = _tried(study)
         again = [outcome.choice for outcome in former if outcome.failed]
@@ -207,7 +207,7 @@ class Search:
             execution.progress(what, 1, 1)
 
     def _asked(self, study: Any, left: list[dict[str, Any]]) -> Any:
-        """The next trial: one that a killed search was about, the next of those `left`, or what Optuna proposes."""
+        """The next trial: one that a killed search was at, the next choice `left`, or what Optuna proposes."""
         from optuna.trial import TrialState
 
         if left and not study.get_trials(states=(TrialState.WAITING,)):
@@ -216,7 +216,7 @@ class Search:
         return study.ask()
 
     def _everyone(self, most: int) -> list[dict[str, Any]]:
-        """Every choice that there is; none where they are more than `most`."""
+        """Every choice that there is; empty where there are more than `most`."""
         each = [domain for domain in self.space.values() if isinstance(domain, list)]
         if len(each) < len(self.space) or math.prod(map(len, each)) > most:
             return []
@@ -243,7 +243,7 @@ def _tell(study: Any, trial: Any, outcome: Tried) -> None:
 
 
 def _tried(study: Any) -> list[Tried]:
-    """What was tried, each choice as it went the last time."""
+    """The recipes tried, each choice with its last outcome."""
     outcomes = [Tried(**json.loads(trial.user_attrs["tried"])) for trial in study.get_trials() if "tried" in trial.user_attrs]
     return list({json.dumps(outcome.choice): outcome for outcome in outcomes}.values())
 
@@ -261,7 +261,7 @@ def _attempt(search: Search, choice: dict[str, Any], out: Path, execution: Execu
 
 
 def _value(report: Report, metric: str) -> float | None:
-    """What is minimised: the mean over grid points of the ratio to the baseline, geometric; of quality the difference."""
+    """What is minimised: the geometric mean over grid points of the ratio to the baseline or, for quality, the difference."""
     comparisons = [comparison for comparison in report.comparisons if comparison.metric == metric and comparison.estimate is not None]
     if not comparisons:
         return None
@@ -272,7 +272,7 @@ def _value(report: Report, metric: str) -> float | None:
 
 @contextmanager
 def _study(place: Path, progress: Progress) -> Iterator[Any]:
-    """The study in a folder, for this process alone. What a killed search was about comes first. Raises InputError."""
+    """The study in a folder, locked for this process. The trials that a killed search was at come first. Raises InputError."""
     try:
         import optuna
         from optuna.trial import TrialState
@@ -300,7 +300,7 @@ def _study(place: Path, progress: Progress) -> Iterator[Any]:
 
 
 def _as_yaml(recipe: Recipe) -> str:
-    """The recipe with defaults filled in, which may lie anywhere: its folders are absolute."""
+    """The recipe with defaults filled in and absolute folders, so that its file may be anywhere."""
     written = recipe.as_written()
     models = [
         written["model"],

@@ -28,7 +28,7 @@ from compress.report.table import fitted, room
 from compress.results.report import Report
 
 COLOURS = {"pass": "green", "fail": "red", "cannot_tell": "yellow"}
-WIDE = 110  # columns from which on every column of an inspection fits
+WIDE = 110  # characters from which on all columns of an inspection fit
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def _lines() -> process.Progress:
 
 
 def show_report(report: Report) -> None:
-    """Figures, gates, what the stages did to the layers, verdict of one report, in each of its engines."""
+    """Figures, gates, what the stages did to the layers, and the verdict of a report, in each of its engines."""
     for part in report.parts:
         _show_part(part)
 
@@ -118,8 +118,10 @@ def _point(row: Row) -> tuple[int | None, int | None]:
 
 
 def show_comparison(reports: Sequence[Report], minimised: str | None = None) -> None:
-    """One table over reports: the figures that their gates limit and what is minimised first; below it every gate, and what decided
-    against which."""
+    """One table of reports, with the figures that their gates limit and the minimised one first.
+
+    Below it is every gate, and why recipes didn't pass.
+    """
     models = rows(reports)
     print(as_text(models, decisive(models, reports, minimised), "table", room()))
     if any(report.gates for report in reports):
@@ -129,7 +131,7 @@ def show_comparison(reports: Sequence[Report], minimised: str | None = None) -> 
 
 
 def show_reasons(what: str, reasons: Sequence[tuple[str, str]]) -> None:
-    """A row for each that has no figures: what it is, and why."""
+    """A row for each recipe without figures: its name, and why."""
     display = _table(what, "why")
     for name, reason in reasons:
         display.add_row(_shown(name), _shown(reason))
@@ -137,7 +139,7 @@ def show_reasons(what: str, reasons: Sequence[tuple[str, str]]) -> None:
 
 
 def show_history(lines: Sequence[Line]) -> None:
-    """A table a line, a row a run; below it where the level changed."""
+    """A table for each line, with a row for each run; below it where the level changed."""
     console = _Console()
     for series in lines:
         apart = f"; measured otherwise than the first line: {', '.join(series.apart)}" if series.apart else ""
@@ -162,7 +164,7 @@ def show_history(lines: Sequence[Line]) -> None:
 
 
 def show_plan(plan: Plan) -> None:
-    """What a recipe will take: a row a dtype and grid point, then time and disk."""
+    """What a recipe will need: a row for each dtype and grid point, then time and disk."""
     console = _Console()
     console.print(f"[bold]{_shown(f'{plan.model}: {plan.architecture}, {count(plan.parameters)} parameters, stored in {plan.dtype}')}[/]")
     display = _table("dtype", "batch", "prompt", "weights", "cache", "activations", "slack", "peak", "fits", right=range(1, 8))
@@ -184,7 +186,7 @@ def show_plan(plan: Plan) -> None:
 
 
 def show_methods(methods: Sequence[dict[str, Any]]) -> None:
-    """The methods there are: what each does, and what its model does in use: what is unpacked, and when."""
+    """All methods: what each does, and what its model does in use: what is unpacked, and when."""
     display = _table("method", "what it does")
     for method in methods:
         name, devices = f"{method['family']}: {method['method']}", ", ".join(method["devices"])
@@ -197,7 +199,7 @@ def show_methods(methods: Sequence[dict[str, Any]]) -> None:
 
 
 def show_engines(engines: Sequence[dict[str, Any]]) -> None:
-    """The engines there are: what each opens, for which tasks, and where."""
+    """All engines: what each opens, for which tasks, and where."""
     display = _table("engine", "what it runs")
     for engine in engines:
         there = "installed" if engine["installed"] else "not installed"
@@ -210,7 +212,7 @@ def show_engines(engines: Sequence[dict[str, Any]]) -> None:
 
 
 def show_inspection(inspection: Inspection, every: bool) -> None:
-    """Where a model's parameters, near-zero weights and time are: a row a layer, or a row for layers that differ in numbers only."""
+    """Where a model's parameters, near-zero weights and time are: a row for each layer, or for layers that differ only in numbers."""
     console = _Console()
     wide = console.width >= WIDE
     header = ["layer", "params", "% of all", "size", "zero %", "<0.01 %", "<0.1 %", "<0.5 %", "time %"]
@@ -270,7 +272,7 @@ def _broken(name: str, width: int) -> str:
 
 
 def _shown(text: str) -> str:
-    """Text as it is, whatever it holds."""
+    """Text as it is, safe from rich's markup and from control characters."""
     return escape(printable(text))
 
 

@@ -361,7 +361,7 @@ def cli(*arguments, **environment):
         (["--processes", "0"], {}, "--processes 0: must be 1 or more"),
         (["--processes", "two"], {}, "invalid int value: 'two'"),
         (["--processes", "3"], LAUNCHED, "--processes 3: 2 were launched; leave one of the two out"),
-        ([], {**LAUNCHED, "LOCAL_WORLD_SIZE": "1"}, "2 processes were launched, 1 of them on this machine; all have to be on one"),
+        ([], {**LAUNCHED, "LOCAL_WORLD_SIZE": "1"}, "2 processes were launched, 1 of them on this machine; all must be on one"),
         ([], {"RANK": "0", "WORLD_SIZE": "2"}, "2 processes were launched, 1 of them on this machine"),
         ([], {**LAUNCHED, "RANK": "x"}, "RANK=x in the environment: a number is wanted"),
         ([], {**LAUNCHED, "ACCELERATE_USE_FSDP": "true"}, "configured for FSDP, which isn't used here"),
@@ -384,7 +384,7 @@ def test_copies_beside_the_first_end_at_once_and_say_nothing(tmp_path):
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(DeviceError, match="--processes 3: each takes a GPU of its own, and here are 2; use fewer, or --device cpu"):
+    with pytest.raises(DeviceError, match="--processes 3: each takes a GPU of its own, and there are 2; use fewer, or --device cpu"):
         together.stage._join("cuda", 3)
 
 

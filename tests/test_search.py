@@ -80,23 +80,23 @@ def test_gates_and_spaces_are_read_as_people_write_them():
 @pytest.mark.parametrize(
     ("keep", "minimise", "over", "message"),
     [
-        ("rougeL", "weight_bytes", BITS, "--keep rougeL: a metric and how much it may change are wanted, as in rougeL:-1.0"),
+        ("rougeL", "weight_bytes", BITS, "--keep rougeL: give a metric and how much it may change, as in rougeL:-1.0"),
         ("rougel:-1", "weight_bytes", BITS, "'rougel' is not a metric; did you mean 'rougeL'?"),
         ("perplexity:+1", "weight_bytes", BITS, "perplexity isn't measured by this recipe; put perplexity under metrics"),
         ("rougeL:+1", "weight_bytes", BITS, "max_rise makes no sense, rougeL is better higher"),
         ("rougeL:-1", "weight", BITS, "--minimise weight: there is no such metric; did you mean"),
-        ("rougeL:-1", "rougeL", BITS, "--minimise rougeL: it is better higher"),
+        ("rougeL:-1", "rougeL", BITS, "--minimise rougeL: higher is better"),
         ("rougeL:-1", "weight_bytes", "stages.1.bits=4,5", "bits: 5 is not one of 2, 3, 4, 8"),
         ("rougeL:-1", "weight_bytes", "stages.0.sparsity=0.5..1.5", "sparsity: 1.5"),
-        ("rougeL:-1", "weight_bytes", "stages.0.sparsity=0.7..0.1", "no range; such are 0.1..0.7"),
-        ("rougeL:-1", "weight_bytes", "stages.0.sparsity", "a key and values are wanted, as in --over"),
+        ("rougeL:-1", "weight_bytes", "stages.0.sparsity=0.7..0.1", "not a range from low to high, as 0.1..0.7"),
+        ("rougeL:-1", "weight_bytes", "stages.0.sparsity", "give a key and values, as in --over"),
     ],
 )
 def test_what_can_not_be_searched_is_refused(toy, keep, minimise, over, message):
     with pytest.raises(RecipeError) as wrong:
         Search(toy, [keep], minimise, [over])
     assert message in str(wrong.value)
-    with pytest.raises(RecipeError, match=r"has no gates; name what is to be kept"):
+    with pytest.raises(RecipeError, match=r"has no gates; give one"):
         Search(toy, [], "weight_bytes", [BITS])
 
 

@@ -98,7 +98,7 @@ def test_all_mistakes_of_a_sweep_are_told_before_anything_runs(toy, monkeypatch)
     for grid, message in (
         (["stages.1.bits=3", "stages.01.bits=4"], "stages.1.bits: it is given twice"),
         (["stages.1.bits=3", "stages.1={quantize: rtn}"], "stages.1.bits: it lies within stages.1"),
-        (["stages.1.bits={2026-01-01: 3}"], "values are wanted"),
+        (["stages.1.bits={2026-01-01: 3}"], "give values, as in"),
         ([f"stages.1.bits={','.join(map(str, range(1500)))}"], "that makes 1,500 recipes, and 1,000 are the most"),
     ):
         with pytest.raises(RecipeError, match=message):
