@@ -58,9 +58,9 @@ def test_the_measuring_process_runs_in_it_with_its_packages_and_our_code(toys, r
          r"has no transformers, one or another\. Install with: .*/python -m pip install transformers another"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_it_is_told_with_the_way_out(tmp_path, text, said):
+def test_what_is_wrong_with_it_is_told_with_the_way_out(tmp_path, text, message):
     own = tmp_path / "python" if text is None else script(tmp_path, text)
-    with pytest.raises(MissingPackage, match=said):
+    with pytest.raises(MissingPackage, match=message):
         Interpreter(own).require(["one or another"])
 
 

@@ -119,7 +119,7 @@ def test_what_it_doesnt_do_is_refused(folder, engine, tmp_path):
     for settings, named in (({"do_sample": True}, "generation.do_sample"), ({"num_beams": 2}, "generation.num_beams: 2")):
         with pytest.raises(ModelError, match=named):
             engine.write(PROMPTS, Generation(**settings), quiet)
-    with pytest.raises(ModelError, match="holds nothing in the format that it opens, which `export: onnx` writes"):
+    with pytest.raises(ModelError, match="is not in the format that it opens, which `export: onnx` writes"):
         opened(folder[0])
     strict = exported(folder[0], tmp_path / "strict")
     own = json.loads((strict / "generation_config.json").read_text())
