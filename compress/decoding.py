@@ -67,7 +67,7 @@ REFUSED = {
     "max_time": "a text that the clock ends comes out otherwise each time",
     "num_beam_groups": REMOTE,
     "penalty_alpha": REMOTE,
-    "token_healing": "it writes the prompt anew, and both models are to be given the same",
+    "token_healing": "it rewrites the prompt, and both models must get the same one",
 }
 IDS = ("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id", "bad_words_ids")  # tokens that have to be there
 
@@ -126,10 +126,10 @@ def refuse(settings: dict[str, Any], vocabulary: int | None, where: str, sampled
     if settings.get("cache_implementation") == "quantized":
         raise ModelError(f"{where}: cache_implementation: quantized: keys and values are held whole here; remove it there")
     if isinstance(start := settings.get("decoder_start_token_id"), list):
-        raise ModelError(f"{where}: decoder_start_token_id: {start}: one token is wanted, for every prompt the same")
+        raise ModelError(f"{where}: decoder_start_token_id: {start}: must be a single token, the same for every prompt")
     if sampled and (temperature := settings.get("temperature")) is not None and not temperature > 0:
         raise ModelError(
-            f"{where}: temperature: {temperature}: more than 0 is wanted where generation.do_sample is true; give generation.temperature"
+            f"{where}: temperature: {temperature}: must be above 0 where generation.do_sample is true; give generation.temperature"
         )
     if vocabulary is None:
         return

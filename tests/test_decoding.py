@@ -172,11 +172,11 @@ REFUSALS = [
     ({"max_time": 1}, False, "max_time: 1: a text that the clock ends"),
     ({"token_healing": True}, False, "token_healing: True"),
     ({"cache_implementation": "quantized"}, False, "cache_implementation: quantized: keys and values are held whole"),
-    ({"decoder_start_token_id": [1, 2]}, False, r"decoder_start_token_id: \[1, 2\]: one token is wanted"),
+    ({"decoder_start_token_id": [1, 2]}, False, r"decoder_start_token_id: \[1, 2\]: must be a single token"),
     ({"forced_bos_token_id": 900}, False, "forced_bos_token_id: 900 is no token of the model, which has 64"),
     ({"bad_words_ids": [[5], [6, 64]]}, False, "bad_words_ids: 64 is no token"),
     ({"eos_token_id": [64, 900]}, False, "eos_token_id: 64 is no token of the model, which has 64, so that it would never end"),
-    ({"temperature": 0.0}, True, "temperature: 0.0: more than 0 is wanted where generation.do_sample is true"),
+    ({"temperature": 0.0}, True, "temperature: 0.0: must be above 0 where generation.do_sample is true"),
 ]
 
 
