@@ -1,4 +1,4 @@
-"""What became of every weight of a model in a stage: none is passed over in silence, whatever a method looked at."""
+"""What became of every weight of a model in a stage. None is passed over in silence, whatever a method looked at."""
 
 import hashlib
 from collections import Counter
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from transformers import PreTrainedModel
 
-LEAST = 0.5  # of the weights that could have been worked on; with less done the model is not what the recipe says
+LEAST = 0.5  # of the weights that could have been worked on; with fewer, the model is not what the recipe says
 Place = Literal["worked", "heads", "asked", "left_out"]
 
 
 def foresee(model: "PreTrainedModel", settings: Settings, stage: str) -> None:
-    """Look, before any work, whether a method of linear layers has enough to work on; the model needs no weights.
+    """See, before any work, whether a method for linear layers has enough to work on; the model needs no weights.
 
     Raises BrokenPromise where it has not, InputError for an entry of `ignore` that matches nothing.
     """
@@ -36,9 +36,9 @@ def foresee(model: "PreTrainedModel", settings: Settings, stage: str) -> None:
 
 
 def take(model: "PreTrainedModel", settings: Settings, context: Context, stage: str) -> Account | None:
-    """Sort the parameters of the model as it came, which needs no weights, by what the method noted of its layers.
+    """Sort the original model's parameters, for which it needs no weights, by what the method noted about its layers.
 
-    A matrix of which it said nothing is noted as left out. None where no layer was noted at all: such methods work on the whole model.
+    A matrix that the method didn't mention is noted as left out. None where no layer was noted: such methods work on the whole model.
 
     Raises BrokenPromise where less than half of what could be worked on was.
     """
@@ -56,9 +56,10 @@ def take(model: "PreTrainedModel", settings: Settings, context: Context, stage: 
 
 
 def compare(before: Source, after: Source) -> Account | None:
-    """The account of a method that notes no layers, since it trains weights or takes whole parts away: what isn't in the result as it was
-    has been worked on, whatever it is; matrices that are were to stay. None where the result is another type of model, or memory doesn't
-    hold either.
+    """The account of a method that notes no layers, since it trains weights or removes whole parts.
+
+    Whatever isn't in the new model unchanged has been worked on. Matrices that are in it unchanged were meant to stay. None where the new
+    model is of another type, or where memory can't hold the models.
     """
     from torch.nn import Embedding
 
@@ -99,7 +100,7 @@ def _digest(parameter: "Tensor") -> tuple[tuple[int, ...], bytes]:
 
 
 def _sorted(model: "PreTrainedModel", settings: Settings, noted: Mapping[str, Place]) -> "tuple[Account, dict[str, nn.Module]]":
-    """The account, given what is known of layers by name, and the matrices of which nothing is, each with its module."""
+    """The account by what was noted of each layer, and the matrices of which nothing was noted, each with its module."""
     from torch.nn import Embedding
 
     sizes, unsaid, leading = Counter[str](), {}, routers(model)
@@ -140,5 +141,5 @@ def _require_enough(account: Account, stage_did: str, others: str) -> None:
     if account.share < LEAST:
         raise BrokenPromise(
             f"{stage_did} on {account.share:.0%} of the {account.worked + account.left_out:,} weights that are no embeddings, heads,"
-            f" norms or biases; the others {others}. Nothing was kept; name under ignore what shall stay as it is"
+            f" norms or biases; the others {others}. Nothing was kept; list under ignore what is to stay as it is"
         )

@@ -1,7 +1,7 @@
-"""What is particular to files of torchao's weights, in one place.
+"""What is peculiar to files of torchao's weights, in one place.
 
-transformers 5.15 to 5.24 has each layer's weights put together by a function that looks through the names of all of them, for every one of
-them again: 6 s for the 210 layers of a model of 135 million weights, and a hundred times as long for ten times as many.
+transformers 5.15 to 5.24 puts each layer's weights together with a function that looks through the names of all layers every time. That
+takes 6 s for the 210 layers of a model with 135 million weights, and a hundred times as long for ten times as many layers.
 """
 
 import json
@@ -17,7 +17,7 @@ NAMES = "tensor_names"  # of torchao's metadata
 
 @contextmanager
 def reading() -> Iterator[None]:
-    """Within it, transformers looks only through the names of the layer that it puts together."""
+    """While the block runs, transformers looks through the names of one layer only: the one that it puts together."""
     from transformers.integrations import torchao
 
     together: Any = getattr(torchao, "unflatten_tensor_state_dict", None)  # not there without torchao
@@ -38,7 +38,7 @@ def reading() -> Iterator[None]:
 
 
 def unpack(model: "nn.Module") -> None:
-    """Put plain float32 weights in the place of torchao's, in place; what inputs are multiplied by before is taken into them."""
+    """Replace torchao's weights by plain float32 ones, in place. The factors that inputs are multiplied by first go into the weights."""
     from torch import nn
 
     for module in model.modules():

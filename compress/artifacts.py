@@ -24,17 +24,17 @@ from compress.requests import Make, Shown
 from compress.results.stages import StageRecord
 from compress.team import Team
 
-MEASURED_ROWS, MEASURED_TOKENS = 8, 64  # on which methods that need no data measure what layers lose
+MEASURED_ROWS, MEASURED_TOKENS = 8, 64  # what methods that need no data measure their layers' errors on
 
 
 def make(
     recipe: Recipe, source: Source, folder: Path, execution: Execution, processes: int = 1, shown: Sequence[Shown] | None = None
 ) -> list[StageRecord]:  # fmt: skip
-    """Make the artifact of every stage, or find it made. Each is `shown` its examples, which are read now where there are none.
+    """Make the artifact of every stage, or reuse it. `shown` has each stage's examples, which are read here where it is None.
 
-    An artifact's name holds the digest of all that went into it: the model's content, every stage so far with its code, the calibration
-    examples, the versions of what it was made with, how many processes trained where they were several. So recipes that share a beginning
-    share its artifacts.
+    An artifact's name holds the digest of all that went into it: the model's content, every stage so far with its code, and the calibration
+    examples. The versions of the libraries count too, and the number of processes where several trained. So recipes whose first stages are
+    the same share the artifacts of these.
     """
     original = source
     records: list[StageRecord] = []
@@ -75,14 +75,14 @@ def make(
 
 
 class Carried(NamedTuple):
-    """The stages of each side, those included that bring a model into the format of an engine."""
+    """The stages of each side, with those that convert its model to an engine's format."""
 
     candidate: tuple[Stage, ...]
     baseline: tuple[Stage, ...]
 
 
 def carried(recipe: Recipe) -> Carried:
-    """The recipe's stages, and behind them what its first engine needs: the candidate as it is, the baseline in plain numbers."""
+    """The recipe's stages and the export that its first engine needs: the candidate as it is, the baseline in plain numbers."""
     form = recipe.engine.about.opens
     if form is None:
         return Carried(recipe.stages, ())
@@ -94,18 +94,18 @@ def carried(recipe: Recipe) -> Carried:
 
 
 def shown_to_stages(recipe: Recipe, dataset: data.Dataset) -> list[Shown]:
-    """The examples of every stage, drawn as its settings or the recipe's calibration block say; few beginnings where they only measure."""
+    """The examples of every stage, drawn by its settings or the recipe's calibration block; a few short ones if it only measures."""
     shown = []
     for stage in recipe.stages:
         settings, about = stage.settings, methods.find(stage.family, stage.method).ABOUT
-        wanted = settings if isinstance(settings, TrainSettings) else recipe.calibration
-        max_tokens, seen, watched = wanted.max_tokens, list[Example](), list[Example]()
+        sampling = settings if isinstance(settings, TrainSettings) else recipe.calibration
+        max_tokens, seen, watched = sampling.max_tokens, list[Example](), list[Example]()
         if stage.needs_examples:
-            seen = dataset.examples("train", wanted.samples, wanted.seed)
+            seen = dataset.examples("train", sampling.samples, sampling.seed)
         elif about.measured:
             max_tokens = min(max_tokens, MEASURED_TOKENS)
             with suppress(DataError):  # there is no such split, and it isn't needed
-                seen = dataset.examples("train", min(wanted.samples or MEASURED_ROWS, MEASURED_ROWS), wanted.seed)
+                seen = dataset.examples("train", min(sampling.samples or MEASURED_ROWS, MEASURED_ROWS), sampling.seed)
         if isinstance(settings, TuneSettings) and settings.early_stopping is not None:
             watched = dataset.examples("validation", settings.early_stopping.samples, settings.seed)
         shown.append(Shown(seen, watched, max_tokens, recipe.data.chat))
@@ -113,7 +113,7 @@ def shown_to_stages(recipe: Recipe, dataset: data.Dataset) -> list[Shown]:
 
 
 def is_whole(artifact: Path) -> bool:
-    """Whether an artifact is there to be used again; a damaged one is put away."""
+    """Whether an artifact can be reused; a damaged one is deleted."""
     if not artifact.exists():
         return False
     try:
@@ -128,11 +128,11 @@ def _make_one(
     stage: Stage, source: Source, models: dict[str, Source], shown: Shown, target: Path, execution: Execution, processes: int = 1
 ) -> None:  # fmt: skip
     scratch = target.with_name(f".{target.name}.scratch")  # a stage that was killed finds its checkpoints there
-    device, log, progress, alone = execution.device, execution.log, execution.progress, processes == 1
+    device, log, progress, single = execution.device, execution.log, execution.progress, processes == 1
     with _one_at_a_time(target, progress):
         if is_whole(target):  # another run made it meanwhile
             return
-        with Child("compress.stage", log, progress, start=copied) if alone else Team("compress.stage", log, progress, processes) as worker:
+        with Child("compress.stage", log, progress, start=copied) if single else Team("compress.stage", log, progress, processes) as worker:
             border.ask(
                 worker,
                 Make(
@@ -145,7 +145,7 @@ def _make_one(
 
 @contextmanager
 def _one_at_a_time(target: Path, progress: Progress) -> Iterator[None]:
-    """Runs that make the same artifact would write each other's checkpoints: the second waits. The kernel lets go where one is killed."""
+    """Runs of the same artifact would overwrite each other's checkpoints, so the second waits. The kernel frees a killed run's lock."""
     target.parent.mkdir(parents=True, exist_ok=True)
     lock = target.with_name(f".{target.name}.lock")
     while True:

@@ -1,8 +1,8 @@
-"""What is particular to the layers of bitsandbytes, in one place.
+"""What is peculiar to the layers of bitsandbytes, in one place.
 
-On a CPU with AVX-512 BF16, a `Linear4bit` lays its weights out anew when it first runs without gradients, for a kernel that multiplies them
-as they are, in bfloat16. That layout has rows by 32 and whole blocks of weights in a row, and a layer of another shape ends in an error.
-Such layers are left whole on every machine, so that what is made on one runs on all.
+On a CPU with AVX-512 BF16, a `Linear4bit` changes its weights' layout when it first runs without gradients, for a kernel that multiplies
+them packed, in bfloat16. That layout needs a multiple of 32 rows and whole blocks of weights in a row; other shapes raise an error.
+Such layers are left whole on every machine, so that a model made on one runs on all.
 """
 
 from collections.abc import Iterator
@@ -18,13 +18,13 @@ ASKED = "the module around it gives it states in the dtype of its weight, which 
 
 
 def is_asked_for_its_dtype(model: "nn.Module", name: str) -> bool:
-    """Whether a layer is the last of T5's feed-forwards, which cast what they give it to its weight's dtype, whatever that is."""
+    """Whether a layer is the last of a T5 feed-forward, which casts the layer's input to its weight's dtype, whatever that is."""
     owner, _, leaf = name.rpartition(".")
     return leaf == "wo" and type(model.get_submodule(owner)).__name__.endswith(("DenseActDense", "DenseGatedActDense"))
 
 
 def takes_4bit(layer: "nn.Module") -> bool:
-    """Whether a linear layer, GPT-2's Conv1D among them, has a shape that every CPU computes with in 4 bits."""
+    """Whether a linear layer, or a Conv1D of GPT-2, has a shape with which every CPU can compute in 4 bits."""
     from torch import nn
 
     weight: Any = layer.weight
@@ -52,7 +52,7 @@ def scales(weight: "Tensor") -> "Iterator[Tensor]":
 
 
 def unpacked(layer: "nn.Module") -> "Tensor":
-    """A packed layer's weight as plain numbers (rows, columns), however it lies; the layer stays as it is."""
+    """A packed layer's weight as plain numbers (rows, columns), whatever its layout; the layer stays as it is."""
     from bitsandbytes import functional
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 

@@ -1,5 +1,8 @@
-"""What crosses the border to a working process: a request is a frozen record that names the type of its answer; both are validated where
-they enter. Either side imports the records; none needs torch."""
+"""What crosses the border to a working process: requests and answers.
+
+A request is a frozen record that names the type of its answer. Both are validated on arrival. Either side imports the records; none of
+them needs torch.
+"""
 
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import is_dataclass
@@ -15,7 +18,7 @@ Handler = Callable[[Progress, Any], Any]  # of a request
 
 
 class Request(Generic[Answer]):
-    """A frozen dataclass that is one; `answer` is the type of what comes back."""
+    """The base of requests, which are frozen dataclasses; `answer` is the type of what comes back."""
 
     answer: ClassVar[Any]
 
@@ -60,8 +63,8 @@ def plain(record: Any) -> Any:
 
 
 def _typed(request: Request[Answer], answer: Any) -> Answer:
-    found: Answer = _decoded(answer, type(request).answer)
-    return found
+    decoded: Answer = _decoded(answer, type(request).answer)
+    return decoded
 
 
 def _decoded(value: Any, kind: Any) -> Any:

@@ -57,8 +57,8 @@ def main() -> NoReturn:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115, PTH123 for as long as the program runs
         getattr(sys, name).reconfigure(errors="replace")  # an encoding without a sign must not cost the rest
     try:
-        given = parser().parse_args()
-        code = given.call(given)
+        arguments = parser().parse_args()
+        code = arguments.call(arguments)
         sys.stdout.flush()
         sys.exit(code)
     except CompressError as error:

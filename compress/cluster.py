@@ -1,7 +1,7 @@
-"""Runs as tasks of a Ray cluster: one GPU a run where there are GPUs, else one run a machine, since two would measure each other.
+"""Runs as tasks of a Ray cluster: one GPU a run where there are GPUs, else one run a machine, since two would disturb each other.
 
-The cluster is the one that RAY_ADDRESS names or that `ray start` began here, or one of this machine alone. Recipes, models and the folder
-of reports are to have the same paths on all of its machines.
+The cluster is the one that RAY_ADDRESS names or that `ray start` began here, else one of this machine only. Recipes, models and the folder
+of reports must have the same paths on all of its machines.
 """
 
 import os
@@ -25,11 +25,11 @@ class Workers(Protocol):
         """A task."""
 
     def first(self, tasks: list[Any]) -> tuple[Any, Any]:
-        """The task that ended first, and what it gave or the CompressError that it raised."""
+        """The task that ended first, and what it returned or the CompressError that it raised."""
 
 
 class Here:
-    """This process, which does a task when it is waited for."""
+    """This process, which does a task when somebody waits for it."""
 
     room = 1
 
@@ -41,7 +41,7 @@ class Here:
 
 
 class Cluster:
-    """Ray's."""
+    """The workers of a Ray cluster."""
 
     def __init__(self, ray: Any):
         self._ray = ray
@@ -60,13 +60,13 @@ class Cluster:
         try:
             return task, self._ray.get(task)
         except self._ray.exceptions.RayError as error:
-            cause = getattr(error, "cause", None) or error  # what was raised in a task, or what Ray says of one that is gone
+            cause = getattr(error, "cause", None) or error  # what a task raised, or what Ray says of one that is lost
             return task, RunError(f"its Ray task ended: {type(cause).__name__}: {next(iter(str(cause).splitlines()), '')}")
 
 
 @contextmanager
 def cluster() -> Iterator[Cluster]:
-    """Raises MissingPackage without Ray, RunError where its cluster can't be had."""
+    """A Ray cluster. Raises MissingPackage without Ray, RunError where its cluster can't be reached."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is sent anywhere
     try:
         import ray
@@ -75,7 +75,7 @@ def cluster() -> Iterator[Cluster]:
     try:
         ray.init(log_to_driver=False, logging_level="error", configure_logging=True)
     except (ConnectionError, OSError, RuntimeError) as error:
-        raise RunError(f"--on ray: the cluster can't be had: {error}") from None
+        raise RunError(f"--on ray: the cluster can't be reached: {error}") from None
     try:
         yield Cluster(ray)
     finally:

@@ -21,17 +21,17 @@ from compress.recipe import Data, digest, fields
 from compress.results.report import Split
 from compress.rows import Place, Row, Table
 
-HEAD = 200  # rows of a split that `look` is given
+HEAD = 200  # rows of a split that `look` reads
 
 
 def examples(data: Data, folder: Path, purpose: str, samples: int | None, seed: int) -> list[Example]:
-    """The examples of one purpose alone, as `Dataset.examples` gives them."""
+    """The examples for one purpose, as `Dataset.examples` returns them."""
     return Dataset(data, folder).examples(purpose, samples, seed)
 
 
-def examples_digest(found: Sequence[Example]) -> str:
-    """Names the examples, so that two reports can tell whether they were measured on the same ones."""
-    return digest([{"id": example.id, "prompt": example.prompt, "references": example.references} for example in found])
+def examples_digest(examples: Sequence[Example]) -> str:
+    """A name for these examples, so that two reports can tell whether they were measured on the same ones."""
+    return digest([{"id": example.id, "prompt": example.prompt, "references": example.references} for example in examples])
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Selection:
 
     numbers   their places among all rows, from 0
     filtered  how many `data.where` leaves out
-    empty     the places of those in which nothing stands, and why the first of them is empty
+    empty     the places of those that are empty; `why` says why the first of them is
     """
 
     table: Table
@@ -64,12 +64,12 @@ class Dataset:
         self._drawn_from: set[Place] = set()
 
     def examples(self, purpose: str, samples: int | None, seed: int) -> list[Example]:
-        """The examples of one purpose (train, validation, evaluation), `samples` of them drawn with `seed`, in the data's order.
+        """The examples for one purpose (train, validation, evaluation), `samples` of them drawn with `seed`, in the data's order.
 
-        Rows that `data.where` leaves out, and empty ones, are never drawn. Examples of the evaluation stand behind `data.shots` of the
-        train split, where there are to be any; with `data.join` they are one, the text of all rows.
+        Rows that `data.where` leaves out, and empty ones, are never drawn. With `data.shots`, examples of the evaluation follow so many of
+        the train split. With `data.join` there is a single example, the text of all rows.
 
-        Raises DataError, and MissingPackage where a hub id wants one.
+        Raises DataError, and MissingPackage where a hub id needs a package.
         """
         split = self._data.splits.get(purpose)  # type: ignore[call-overload]
         if split is None:
@@ -83,19 +83,19 @@ class Dataset:
         numbers = selection.numbers
         if samples is not None and samples < len(numbers):
             numbers = [numbers[place] for place in sorted(random.Random(seed).sample(range(len(numbers)), samples))]
-        found = [_example(self._data, selection, number) for number in numbers]
-        return self._after_shots(found) if self._data.shots and purpose == "evaluation" else found
+        examples = [_example(self._data, selection, number) for number in numbers]
+        return self._after_shots(examples) if self._data.shots and purpose == "evaluation" else examples
 
     def splits(self) -> list[Split]:
         """What was read so far."""
-        return [self._split(place, found) for place, found in self._selections.items()]
+        return [self._split(place, selection) for place, selection in self._selections.items()]
 
-    def _split(self, place: Place, found: Selection) -> Split:
-        empty = len(found.empty) if place in self._drawn_from else 0  # in a stream they are part of the text
+    def _split(self, place: Place, selection: Selection) -> Split:
+        empty = len(selection.empty) if place in self._drawn_from else 0  # in a stream they are part of the text
         return Split(
             name=place.name if isinstance(place, Path) else str(place), path=place if isinstance(place, Path) else None,
-            rows=len(found.table.rows), filtered=found.filtered, empty=empty, why_empty=found.why if empty else None,
-            sha256=found.table.sha256,
+            rows=len(selection.table.rows), filtered=selection.filtered, empty=empty, why_empty=selection.why if empty else None,
+            sha256=selection.table.sha256,
         )  # fmt: skip
 
     def _selection(self, place: Place) -> Selection:
@@ -103,16 +103,16 @@ class Dataset:
             self._selections[place] = select(self._data, rows.read(place))
         return self._selections[place]
 
-    def _after_shots(self, found: list[Example]) -> list[Example]:
-        """The examples, each behind the same few of the train split with their targets; one that is the example itself gives way."""
+    def _after_shots(self, examples: list[Example]) -> list[Example]:
+        """The examples, each after the same few of the train split with their targets. One that is the example itself is replaced."""
         data = self._data
         drawn = self.examples("train", None, data.seed)
         random.Random(data.seed).shuffle(drawn)
         after = []
-        for example in found:
+        for example in examples:
             others = list(islice((shot for shot in drawn if shot.prompt != example.prompt), data.shots))
             if len(others) < data.shots:
-                raise DataError(f"data.shots: {data.shots} are wanted and the train split has {len(others)} other examples")
+                raise DataError(f"data.shots: {data.shots} examples are needed, and the train split has only {len(others)} others")
             shots = "".join(f"{_joined(shot.prompt, shot.references[0])}{data.shot_separator}" for shot in others)
             end = example.content[1] if example.content else len(example.prompt)
             after.append(replace(example, prompt=shots + example.prompt, content=(0, len(shots) + end)))
@@ -120,13 +120,13 @@ class Dataset:
 
 
 def compared(splits: Sequence[Split]) -> list[Split]:
-    """What was read, held against the files as they are now."""
+    """What was read, compared with the files as they are now."""
     changed = [split.path is not None and rows.file_digest(split.path) != split.sha256 for split in splits]
     return [split.model_copy(update={"changed": other}) for split, other in zip(splits, changed, strict=True)]
 
 
 def look(data: Data, table: Table, purpose: str) -> int:
-    """Make examples of the first rows of a split, as `rows.head` gives them; how many there are. Raises DataError."""
+    """Make examples of the first rows of a split, as `rows.head` reads them; returns how many there are. Raises DataError."""
     selection = select(data, table)
     if data.join is None or purpose != "evaluation":
         _refuse_empty(data, selection)
@@ -182,7 +182,7 @@ def _fields(templates: str | list[str] | None) -> list[str]:
 
 
 def _lack(named: dict[str, list[str]], data: Data, row: Row) -> str | None:
-    """Why a row is empty; None where it isn't: a cell that is named is empty, or all that a text, a prompt or a target names is blank."""
+    """Why a row is empty, or None. It is where a named cell is empty, or where all that a text, prompt or target names is blank."""
     for key, names in named.items():
         cells = [row.get(name) for name in names]
         if (place := next((place for place, cell in enumerate(cells) if _is_null(cell)), None)) is not None:
@@ -193,7 +193,7 @@ def _lack(named: dict[str, list[str]], data: Data, row: Row) -> str | None:
 
 
 def _is_null(cell: Any) -> bool:
-    """Whether nothing stands in a cell; NaN is how tables say it."""
+    """Whether a cell is empty; tables say so by NaN."""
     return cell is None or (isinstance(cell, float) and math.isnan(cell))
 
 
@@ -201,13 +201,13 @@ def _is_blank(cell: Any) -> bool:
     return all(map(_is_blank, cell)) if isinstance(cell, list) else isinstance(cell, str) and not cell.strip()
 
 
-def _is_among(cell: Any, wanted: Any) -> bool:
-    """Whether a cell is one of the values, compared as they are written: the 1 of a csv file is text."""
-    return not _is_null(cell) and _written(cell) in map(_written, wanted if isinstance(wanted, list) else [wanted])
+def _is_among(cell: Any, allowed: Any) -> bool:
+    """Whether a cell is one of the allowed values, compared as text: the 1 of a csv file is text."""
+    return not _is_null(cell) and _written(cell) in map(_written, allowed if isinstance(allowed, list) else [allowed])
 
 
 def _written(value: Any) -> str:
-    """A plain value in the one way that stands for all: 1 for 1.0, true for True."""
+    """A plain value as text, in one way for all its forms: 1 for 1.0, true for True."""
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     text = str(value)
@@ -215,9 +215,9 @@ def _written(value: Any) -> str:
 
 
 def _there(data: Data, table: Table) -> str:
-    """What the fields of `data.where` hold instead."""
+    """What the fields of `data.where` hold instead, the commonest values of each."""
     counts = {name: Counter(str(row.get(name))[:40] for row in table.rows).most_common(5) for name in data.where}
-    return "; ".join(f"{name} is {', '.join(f'{value!r} ({count:,})' for value, count in found)}" for name, found in counts.items())
+    return "; ".join(f"{name} is {', '.join(f'{value!r} ({count:,})' for value, count in most)}" for name, most in counts.items())
 
 
 def _joined(prompt: str, target: str) -> str:
@@ -226,7 +226,7 @@ def _joined(prompt: str, target: str) -> str:
 
 
 def _joined_rows(data: Data, separator: str, selection: Selection, split: str) -> Example:
-    """All rows that `data.where` keeps as one text, empty ones as they stand: those who publish figures leave them in."""
+    """All rows that `data.where` keeps as one text. Empty rows stay in, as in published figures."""
     assert data.text is not None
     texts = dict.fromkeys(sorted([*selection.numbers, *selection.empty]), "")
     for number in texts:
@@ -248,7 +248,7 @@ def _example(data: Data, selection: Selection, number: int) -> Example:
 
 
 def _content(template: str, row: Row) -> tuple[int, int]:
-    """From which character to which of a filled template its longest field stands."""
+    """The first character of the longest field in a filled template, and the one after its last."""
     start, spans = 0, []
     for literal, name, _, _ in Formatter().parse(template):
         start += len(literal)
@@ -259,7 +259,7 @@ def _content(template: str, row: Row) -> tuple[int, int]:
 
 
 def _references(template: str, row: Row, where: str) -> list[str]:
-    """The texts of a target; a template that is one field alone may name a list of them."""
+    """The texts of a target; a template that is a single field may name a list of them."""
     names = fields(template)
     if len(names) == 1 and template == f"{{{names[0]}}}" and isinstance(row.get(names[0]), list):
         return [_text(text, f"{where}: a reference in {names[0]!r}") for text in row[names[0]]]

@@ -1,8 +1,8 @@
-"""What a model's generation config may say: which of it a batch changes, what has no place in a measurement, what is refused.
+"""What a model's generation config may set: what a batch changes about it, what has no place in a measurement, what is refused.
 
-Each field of transformers' `GenerationConfig` stands in one of the sets below (tests/test_decoding.py walks them, and tries those that
-batches matter to against generations of single prompts). What stands in none, of a newer transformers or of somebody's own, goes the
-safest way: whole generations of prompts of equal length.
+Each field of transformers' `GenerationConfig` is in one of the sets below. tests/test_decoding.py goes through them, and compares batches
+with generations of single prompts for those where batches matter. A field in none of the sets, of a newer transformers or of somebody's
+own, is treated the safest way: whole generations of prompts of equal length.
 """
 
 import copy
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
     from compress.model.source import Source
 
-# `leaving`: rows that have ended leave, and the others go on in a generation that begins anew where they are
+# `leaving`: rows that have ended leave the batch, and the others continue in a new generation from where they are
 # `whole`: every row stays to the end; `equal`: and a batch has prompts of one length, so that none is padded
 Batching = Literal["leaving", "whole", "equal"]
 FILE = "generation_config.json"
 
 SPECIAL = frozenset({"bos_token_id", "eos_token_id", "pad_token_id", "decoder_start_token_id"})
-# say how tokens are drawn or beams searched, how many are written, how fast: nothing of which token is the best one
+# say how tokens are drawn or beams searched, how many are written and how fast, and not which token is the best
 SEARCH = frozenset({
     "do_sample", "early_stopping", "epsilon_cutoff", "eta_cutoff", "length_penalty", "max_new_tokens", "min_p", "num_beams", "temperature",
     "top_h", "top_k", "top_p", "typical_p", "use_cache",
@@ -47,14 +47,14 @@ NEUTRAL = {
     "encoder_no_repeat_ngram_size": 0, "encoder_repetition_penalty": 1.0, "guidance_scale": 1.0, "min_length": 0, "min_new_tokens": 0,
     "no_repeat_ngram_size": 0, "repetition_penalty": 1.0,
 }  # fmt: skip
-# how fast it is written, how much is given back, how long it may be where nobody says it: the harness decides these
+# how fast it is written, how much is returned, how long it may be by default: the harness decides these
 OVERRULED = frozenset({
     "assistant_early_exit", "cache_config", "cache_implementation", "compile_config", "continuous_batching_config", "disable_compile",
     "is_assistant", "low_memory", "max_cache_len", "max_length", "num_return_sequences", "output_attentions", "output_hidden_states",
     "output_logits", "output_scores", "prefill_chunk_size", "prompt_lookup_num_tokens", "return_dict_in_generate", "speculation_type",
     "use_mtp",
 })  # fmt: skip
-# say how one of the others works, and nothing without it
+# details of the others, without effect on their own
 DETAILS = frozenset({
     "assistant_confidence_threshold", "assistant_ensemble_weight", "assistant_lookbehind", "diversity_penalty", "max_matching_ngram_size",
     "num_assistant_tokens", "num_assistant_tokens_schedule", "target_lookbehind", "transformers_version",
@@ -67,15 +67,15 @@ REFUSED = {
     "max_time": "a text that the clock ends comes out otherwise each time",
     "num_beam_groups": REMOTE,
     "penalty_alpha": REMOTE,
-    "token_healing": "it writes the prompt anew, and both models are to be given the same",
+    "token_healing": "it rewrites the prompt, and both models must get the same one",
 }
 IDS = ("forced_bos_token_id", "forced_eos_token_id", "decoder_start_token_id", "bad_words_ids")  # tokens that have to be there
 
 
 def batching(config: "GenerationConfig", encoder: bool) -> Batching:
-    """How prompts may be batched so that each is answered as if it were alone.
+    """How prompts may be batched so that each is answered as if it were the only one.
 
-    encoder   the prompt is an encoder's
+    encoder   the prompt goes to an encoder
     """
     left = acting(vars(config)) - FREE - (FREE_BEHIND_ENCODER if encoder else frozenset())
     if passes_over_padding():
@@ -91,7 +91,7 @@ def takes_the_best(config: "GenerationConfig") -> bool:
 
 
 def acting(values: Mapping[str, Any]) -> set[str]:
-    """The settings of a generation config, as plain data, that may change what is written and aren't the harness's to decide."""
+    """The settings of a generation config, as plain data, that may change the text and that the harness doesn't decide."""
     return (
         {name for name, value in values.items() if not name.startswith("_") and value is not None and value != NEUTRAL.get(name)}
         - OVERRULED
@@ -113,7 +113,7 @@ def passes_over_padding() -> bool:
 
 
 def refuse(settings: dict[str, Any], vocabulary: int | None, where: str, sampled: bool) -> None:
-    """Raise ModelError for what can't be done as a generation config says it.
+    """Raise ModelError for what a generation config asks and can't be done.
 
     settings     the config as plain data
     vocabulary   how many tokens the model has; None where that is not known
@@ -126,10 +126,10 @@ def refuse(settings: dict[str, Any], vocabulary: int | None, where: str, sampled
     if settings.get("cache_implementation") == "quantized":
         raise ModelError(f"{where}: cache_implementation: quantized: keys and values are held whole here; remove it there")
     if isinstance(start := settings.get("decoder_start_token_id"), list):
-        raise ModelError(f"{where}: decoder_start_token_id: {start}: one token is wanted, for every prompt the same")
+        raise ModelError(f"{where}: decoder_start_token_id: {start}: must be a single token, the same for every prompt")
     if sampled and (temperature := settings.get("temperature")) is not None and not temperature > 0:
         raise ModelError(
-            f"{where}: temperature: {temperature}: more than 0 is wanted where generation.do_sample is true; give generation.temperature"
+            f"{where}: temperature: {temperature}: must be above 0 where generation.do_sample is true; give generation.temperature"
         )
     if vocabulary is None:
         return
@@ -152,21 +152,22 @@ def check(source: "Source", sampled: bool) -> None:
     refuse(generation, size if isinstance(size, int) else None, f"{source.id}: {FILE}", sampled)
 
 
-def followed(engine: str, own: Mapping[str, Any], recipe: Generation, known: Collection[str], beams: bool = False) -> dict[str, Any]:
-    """What the recipe, and where it says nothing the model's own generation config as plain data, say to an engine that searches greedily.
+def followed(engine: str, own: Mapping[str, Any], recipe: Generation, supported: Collection[str], beams: bool = False) -> dict[str, Any]:
+    """The generation settings for an engine that searches greedily: the recipe's, else those of the model's own generation config.
 
-    known   the settings that it follows besides
-    beams   whether it searches with beams, too
+    own         the model's generation config as plain data
+    supported   what the engine follows besides the settings that all engines do
+    beams       whether it has beam search, too
 
     Raises ModelError for what it doesn't do.
     """
     if recipe.do_sample:
         raise ModelError(f"engine: {engine}: generation.do_sample: its draws aren't those of other engines; leave it out")
     if recipe.num_beams > 1 and not beams:
-        raise ModelError(f"engine: {engine}: generation.num_beams: {recipe.num_beams}; it has no beams, leave it out")
+        raise ModelError(f"engine: {engine}: generation.num_beams: {recipe.num_beams}; it has no beam search, leave it out")
     values = {**own, **{name: value for name, value in recipe.model_dump(exclude={"seed"}).items() if value is not None}}
-    if unknown := acting(values) - SPECIAL - SEARCH - set(known):
-        raise ModelError(f"engine: {engine}: {', '.join(sorted(unknown))} isn't done here; remove it from the recipe and {FILE}")
+    if unknown := acting(values) - SPECIAL - SEARCH - set(supported):
+        raise ModelError(f"engine: {engine}: {', '.join(sorted(unknown))} isn't supported; remove it from the recipe and {FILE}")
     return values
 
 
@@ -176,7 +177,7 @@ def ends(settings: Mapping[str, Any], otherwise: Any, padding: int | None) -> fr
 
 
 def overruled(config: "GenerationConfig") -> list[str]:
-    """What of a config the harness decides and the config says otherwise, as `key: value`."""
+    """What a config sets otherwise than the harness decides, as `key: value`."""
     mere = {"max_length", "output_attentions", "output_hidden_states", "output_logits", "output_scores", "return_dict_in_generate"}
     return [f"{name}: {value}" for name in sorted(OVERRULED - mere) if (value := getattr(config, name, None)) not in (None, False, 1)]
 
@@ -190,13 +191,13 @@ def held(config: "GenerationConfig") -> "GenerationConfig":
 
 
 def neutral(config: "GenerationConfig") -> "GenerationConfig":
-    """A config of special tokens alone: the distributions are the model's own, and a step takes what the model takes."""
+    """A config of nothing but special tokens, with which the distributions are the model's own."""
     return type(config)(**{name: getattr(config, name) for name in SPECIAL})
 
 
 @contextmanager
 def generating_by(writer: "PreTrainedModel", config: "GenerationConfig") -> Iterator[None]:
-    """A model's generation config is this one while the context lasts; what `generate` isn't told it takes from there."""
+    """Give a model this generation config while the block runs; `generate` takes from it what it isn't told."""
     own = writer.generation_config
     writer.generation_config = config
     try:

@@ -1,12 +1,12 @@
-"""What can go wrong, as a person is told it.
+"""What can go wrong, in words for a person.
 
     CompressError
-    ├── InputError            what was asked for can't be done as asked: exit 2
+    ├── InputError            the request can't be fulfilled: exit 2
     │   ├── RecipeError       a recipe with mistakes, all of them listed
     │   ├── DataError         a data file or a row of it
     │   ├── ModelError        a model folder, its weights or its kind
     │   ├── DeviceError       a device that isn't there or that a method can't use
-    │   ├── MissingPackage    a method's backend isn't installed; says the line that installs it
+    │   ├── MissingPackage    a method's backend isn't installed; the message has the line that installs it
     │   └── ReportError       a report that can't be read or compared
     └── RunError              the work itself failed: exit 3
         ├── BrokenPromise     a method's result lacks what the method promises
@@ -15,8 +15,8 @@
         └── ChildDied         a working process ended without an answer
             └── Killed        by signal 9, most often the kernel's for want of memory
 
-A message names the thing, its value and what is allowed, and where there is one, the way out. Errors cross from a
-working process to the parent by class name, so every class is made from its message alone.
+A message names the thing, its value, what is allowed, and the way out where there is one. Errors cross from a working process to the parent
+by class name, so every class is made from nothing but its message.
 """
 
 import errno
@@ -26,7 +26,7 @@ CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\u
 
 
 def printable(text: str) -> str:
-    """Text from a file, a model or a command line, without the control characters that a terminal or a browser would act upon, and
+    """Text from a file, a model or a command line, without control characters, which a terminal or a browser would act upon, and without
     what no encoding has."""
     return CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
@@ -48,7 +48,7 @@ class CompressError(Exception):
 
 
 class InputError(CompressError):
-    """What was asked for can't be done as asked."""
+    """The request can't be fulfilled as it stands."""
 
     exit_code = 2
 
@@ -78,7 +78,7 @@ class ReportError(InputError):
 
 
 class RunError(CompressError):
-    """The work was right to ask for and failed."""
+    """The request was right, and the work failed."""
 
 
 class BrokenPromise(RunError):
@@ -103,11 +103,11 @@ class Killed(ChildDied):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether the error says that memory ran out, on the host (torch raises a plain RuntimeError) or on a GPU."""
-    said = str(error).lower()
+    message = str(error).lower()
     return (
         isinstance(error, MemoryError)
         or type(error).__name__ == "OutOfMemoryError"
-        or any(words in said for words in ("can't allocate memory", "out of memory", "cublas_status_alloc_failed"))
+        or any(words in message for words in ("can't allocate memory", "out of memory", "cublas_status_alloc_failed"))
     )
 
 

@@ -1,4 +1,4 @@
-"""How work is done, which no recipe says and no result depends on but for the device."""
+"""How work is done. No recipe says it, and only the device matters to the figures."""
 
 import os
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from compress.process import Progress
 
 @dataclass(frozen=True)
 class Execution:
-    """On what and how openly a run is executed.
+    """On which device a run is executed, and what is told about it.
 
     device     auto, cpu or cuda
     log        a file for what working processes print

@@ -1,8 +1,8 @@
 """Experts of a mixture as linear layers, one by one, so that what works on matrices works on them.
 
-transformers holds all experts of a layer as two parameters of three dimensions (experts, rows, columns), which are no linear layers:
-whoever looks for those passes most of a mixture by. `part` puts linear layers in their place that compute the same, under the names that
-checkpoints and servers have for them; `fuse` puts the parameters back.
+transformers holds all experts of a layer as two parameters of three dimensions (experts, rows, columns). So code that
+looks for linear layers misses most of a mixture. `part` replaces the parameters by linear layers that compute the same, under the names
+that checkpoints and servers use; `fuse` puts the parameters back.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,12 +18,12 @@ from compress.errors import BrokenPromise
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-UPWARD, DOWN = ("gate_proj", "up_proj"), ("down_proj",)  # as checkpoints have them that say nothing else
+UPWARD, DOWN = ("gate_proj", "up_proj"), ("down_proj",)  # as checkpoints name them by default
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Where a layer's tensor lies in what holds all experts: a parameter's full name, the expert, the rows, whether it lies transposed."""
+    """Where a layer's tensor lies in the parameter of all experts: its full name, the expert, the rows, whether it is transposed."""
 
     name: str
     expert: int
@@ -37,7 +37,7 @@ class Slice:
 
 
 class Expert(nn.Module):
-    """One expert: layers that lead upward, of which two are gate and value, the gate itself, the layer back down."""
+    """One expert: the layers that lead upward (where there are two, gate and value), the activation, the layer back down."""
 
     def __init__(self, upward: dict[str, nn.Linear], down: tuple[str, nn.Linear], fused: nn.Module):
         super().__init__()
@@ -64,9 +64,9 @@ class Expert(nn.Module):
 
 
 class Experts(nn.Module):
-    """Stands where all experts of a layer stood. Its parts are named by their numbers.
+    """Stands in the place of a layer's experts. Its parts are named by their numbers.
 
-    real    which of the tokens that it is given are no padding (tokens,); those alone are worked out. None for all
+    real    which of its input tokens are no padding (tokens,); only those are computed. None computes all
     """
 
     def __init__(self, experts: list[Expert], fused: nn.Module, origin: dict[str, Slice]):
@@ -78,7 +78,7 @@ class Experts(nn.Module):
 
     @property
     def origin(self) -> dict[str, Slice]:
-        """By a tensor's name inside this module where it comes from."""
+        """Where each tensor comes from, by its name inside this module."""
         return self._origin
 
     @property
@@ -91,11 +91,11 @@ class Experts(nn.Module):
         return [name for turn in self.turns() for group in turn for name in group]
 
     def unpacked(self) -> list[str]:
-        """The names of those that are linear layers still."""
+        """The names of those that are still linear layers."""
         return [name for name in self.layers() if isinstance(self.get_submodule(name), nn.Linear)]
 
     def turns(self) -> list[list[list[str]]]:
-        """The layers by name, those with one input together: of all experts those that lead upward, then those back down."""
+        """The layers by name, those that share an input together: all experts' upward layers first, then the layers back down."""
         experts = [(number, expert) for number, expert in self.named_children() if isinstance(expert, Expert)]
         return [
             [[f"{number}.{name}" for name in expert.inner] for number, expert in experts],
@@ -120,24 +120,24 @@ class Experts(nn.Module):
 
 
 def part(model: "PreTrainedModel") -> None:
-    """Put linear layers in the place of experts that are held together, in place; their weights share the parameters' memory."""
+    """Replace experts that are held together by linear layers, in place; their weights share the parameters' memory."""
     upward, down = names(model)
     for path, fused in list(layers_of(model)):
         model.set_submodule(path, _parted(path, fused, upward, down))
 
 
 def fuse(model: nn.Module) -> None:
-    """Put the parameters back in the place of parted experts, with what their layers hold now, in place; packed ones stay apart.
+    """Replace parted experts by parameters again, with what their layers hold now, in place; packed ones stay apart.
 
-    Raises BrokenPromise where some of the experts beside each other are packed and some aren't, which no reader puts together.
+    Raises BrokenPromise where only some experts of a layer are packed, since no reader can put these together.
     """
     for path, experts in list(parted(model)):
         if not (unpacked := experts.unpacked()):
             continue
         if len(unpacked) < len(experts.layers()):
             raise BrokenPromise(
-                f"{path}.{unpacked[0]} can't be packed and others beside it were; experts of one layer are read all packed or none."
-                f" Nothing was kept; name {path} under ignore"
+                f"{path}.{unpacked[0]} can't be packed and others of its layer were; a layer's experts can be read only all packed or none."
+                f" Nothing was kept; list {path} under ignore"
             )
         fused, tensors = experts.fused, dict(experts.named_parameters())
         for leaf, held in list(fused.named_parameters(recurse=False)):
@@ -152,7 +152,7 @@ def fuse(model: nn.Module) -> None:
 
 
 def leave_padding_out(model: nn.Module, real: Tensor) -> None:
-    """Have parted experts work out the tokens alone that are real, (rows, tokens) bool."""
+    """Have parted experts compute only the tokens that are real, (rows, tokens) bool."""
     for _, mixture in parted(model):
         mixture.real = real.reshape(-1)
 
@@ -163,7 +163,7 @@ def parted(model: nn.Module) -> Iterator[tuple[str, Experts]]:
 
 
 def names(model: "PreTrainedModel") -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """What a model type's checkpoints call an expert's layers, those upward and the one down; `readable` says whether it is their names."""
+    """What checkpoints of this model type call an expert's layers, upward and down, or a default where they hold no experts one by one."""
     return _checkpoint_names(model) or (UPWARD, DOWN)
 
 
@@ -175,8 +175,8 @@ def readable(model: "PreTrainedModel") -> bool:
 def holds(module: nn.Module) -> bool:
     """Whether a module itself holds all experts of a layer, in the layout that transformers' own kernels know."""
     down = module._parameters.get("down_proj")
-    known = getattr(module, "has_gate", None) is not None and not getattr(module, "has_post_expert_norm", False)
-    return known and down is not None and down.ndim == 3
+    standard = getattr(module, "has_gate", None) is not None and not getattr(module, "has_post_expert_norm", False)
+    return standard and down is not None and down.ndim == 3
 
 
 def layers_of(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -190,9 +190,12 @@ def held_together(model: nn.Module) -> bool:
 
 
 def routers(model: nn.Module) -> set[str]:
-    """What says which expert gets a token, or how much of one: modules beside experts whose matrix has a row for each of them, or one, and
-    linear layers in what transformers calls a router."""
-    found = {
+    """The full names of the layers that decide which expert gets a token, or how much of one.
+
+    These are modules beside the experts whose matrix has a row for each expert, or a single row, and the linear layers in what transformers
+    calls a router.
+    """
+    leading = {
         f"{path}.{name}" if name else path
         for path, module in model.named_modules()
         if "Router" in type(module).__name__
@@ -205,10 +208,10 @@ def routers(model: nn.Module) -> set[str]:
         for name, module in model.get_submodule(beside).named_children():
             weight = module._parameters.get("weight")
             if weight is not None and weight.ndim == 2 and len(weight) in (1, number):
-                found.add(f"{beside}.{name}")
+                leading.add(f"{beside}.{name}")
             if name in ("gate", "router"):
-                found |= {f"{beside}.{name}.{inner}" for inner, part in module.named_modules() if inner and isinstance(part, nn.Linear)}
-    return found
+                leading |= {f"{beside}.{name}.{inner}" for inner, part in module.named_modules() if inner and isinstance(part, nn.Linear)}
+    return leading
 
 
 def _parted(path: str, fused: Any, upward: tuple[str, ...], down: tuple[str, ...]) -> Experts:
@@ -216,7 +219,7 @@ def _parted(path: str, fused: Any, upward: tuple[str, ...], down: tuple[str, ...
     if not fused.has_gate:
         upward = upward[-1:]
     elif not fused.is_concatenated:
-        upward = (wide,)  # rows of gate and value in turns stay so
+        upward = (wide,)  # alternating rows of gate and value stay so
     origin, experts = dict[str, Slice](), []
     for number in range(len(fused.down_proj)):
         layers: dict[str, nn.Linear] = {}
@@ -234,9 +237,9 @@ def _parted(path: str, fused: Any, upward: tuple[str, ...], down: tuple[str, ...
         experts.append(Expert(layers, (down[0], last), fused))
     for leaf, held in list(fused.named_parameters(recurse=False)):  # the parts have the memory now
         fused.register_parameter(leaf, nn.Parameter(torch.empty_like(held, device="meta"), requires_grad=held.requires_grad))
-    made = Experts(experts, fused, origin)
-    made.train(fused.training)
-    return made
+    mixture = Experts(experts, fused, origin)
+    mixture.train(fused.training)
+    return mixture
 
 
 def _linear(weight: Tensor) -> nn.Linear:
@@ -246,15 +249,15 @@ def _linear(weight: Tensor) -> nn.Linear:
 
 
 def renamings(model: "PreTrainedModel") -> list[Callable[[str], str]] | None:
-    """How transformers changes the names that a checkpoint's tensors have; None where it makes others of some of them, experts aside."""
-    found: list[Callable[[str], str]] = []
+    """How transformers renames a checkpoint's tensors; None where it makes other tensors of some of them, experts aside."""
+    renames: list[Callable[[str], str]] = []
     for conversion in _conversions(model):
         if hasattr(conversion, "operations"):
             if _leaf(conversion) is None:
                 return None
         else:
-            found.append(partial(_renamed, conversion))
-    return found
+            renames.append(partial(_renamed, conversion))
+    return renames
 
 
 def _renamed(conversion: Any, name: str) -> str:
@@ -262,18 +265,18 @@ def _renamed(conversion: Any, name: str) -> str:
 
 
 def _checkpoint_names(model: "PreTrainedModel") -> tuple[tuple[str, ...], tuple[str, ...]] | None:
-    """As transformers' own table of conversions has them; None where checkpoints hold the experts together, too."""
-    found: dict[str, tuple[str, ...]] = {}
+    """An expert's layers by transformers' own table of conversions; None where checkpoints hold the experts together, too."""
+    layer_names: dict[str, tuple[str, ...]] = {}
     for conversion in _conversions(model):
         if (leaf := _leaf(conversion)) is not None:
             sources = [str(source).partition("experts.*.")[2].removesuffix("$") for source in conversion.source_patterns]
-            found[leaf] = tuple(name.removesuffix(".weight") for name in sources)
-    upward, down = found.get("gate_up_proj") or found.get("up_proj"), found.get("down_proj")
+            layer_names[leaf] = tuple(name.removesuffix(".weight") for name in sources)
+    upward, down = layer_names.get("gate_up_proj") or layer_names.get("up_proj"), layer_names.get("down_proj")
     return (upward, down) if upward and down else None
 
 
 def _leaf(conversion: Any) -> str | None:
-    """Which of the parameters that hold all experts a conversion puts together, weights one by one being what it starts from."""
+    """Which parameter of all experts a conversion puts together from the weights of single experts; None for other conversions."""
     leaf = str(conversion.target_patterns[0]).rpartition("experts.")[2]
     apart = all("experts.*." in source and source.removesuffix("$").endswith(".weight") for source in map(str, conversion.source_patterns))
     return leaf if apart and leaf in ("gate_up_proj", "up_proj", "down_proj") else None

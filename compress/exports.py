@@ -1,5 +1,7 @@
-"""What says that a folder holds a model for an engine of its own: an ordinary Hugging Face folder but for the weights, which lie beside a
-record of what they are."""
+"""The record of a folder with a model in an engine's own format.
+
+It is an ordinary Hugging Face folder except for the weights; the record lies beside them and says what they are.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -16,8 +18,8 @@ class Export:
 
     format      the `export` method that wrote it
     files       that hold weights, relative to the folder
-    weights     what most of them are: float32, int8 ...
-    parameters  how many numbers they stand for
+    weights     the dtype of most of them: float32, int8 ...
+    parameters  how many weights the model has
     """
 
     format: str
@@ -30,7 +32,7 @@ class Export:
 
 
 def read(folder: Path) -> Export | None:
-    """The record of a folder; None where it holds an ordinary model. Raises ModelError where it, or a file that it names, is damaged."""
+    """The record of a folder; None for an ordinary model. Raises ModelError where it is damaged, or a file that it names is missing."""
     file = folder / FILE
     try:
         export = Export(**json.loads(file.read_text(encoding="utf-8")))
@@ -40,7 +42,7 @@ def read(folder: Path) -> Export | None:
     except (ValueError, TypeError, RecursionError, OSError):
         raise ModelError(f"{file}: damaged") from None
     if not whole or not export.files:
-        raise ModelError(f"{file}: names {', '.join(export.files) or 'no files'}, of which not all are there")
+        raise ModelError(f"{file}: names {', '.join(export.files) or 'no files'}, and not all of them exist")
     return export
 
 
@@ -48,5 +50,5 @@ def require(folder: Path, form: str, engine: str) -> Export:
     """The record of a folder that an engine opens. Raises ModelError where it is in another format, or damaged."""
     export = read(folder)
     if export is None or export.format != form:
-        raise ModelError(f"engine: {engine}: {folder} holds nothing in the format that it opens, which `export: {form}` writes")
+        raise ModelError(f"engine: {engine}: {folder} is not in the format that it opens, which `export: {form}` writes")
     return export

@@ -1,7 +1,7 @@
 """What the extras of this package install, as a line for people who lack one.
 
-The line names the extra's own requirements and never this package, which is not on a package index: so it is right for a clone, an
-editable install and a wheel alike, and fetches nothing of somebody else's.
+The line names the extra's own requirements and never this package, which is on no package index. So it is right for a clone, an editable
+install and a wheel alike, and fetches nobody else's package by mistake.
 """
 
 import shlex
@@ -16,8 +16,8 @@ PROJECT = Path(__file__).parent.parent / "pyproject.toml"  # of a clone; not the
 
 def install_line(*extras: str) -> str:
     """pip install 'compressed-tensors>=0.15'"""
-    wanted = dict.fromkeys(requirement for extra in extras for requirement in requirements(extra))
-    return f"pip install {' '.join(shlex.quote(requirement) for requirement in wanted)}"
+    packages = dict.fromkeys(requirement for extra in extras for requirement in requirements(extra))
+    return f"pip install {' '.join(shlex.quote(requirement) for requirement in packages)}"
 
 
 def line_into(python: str, packages: Iterable[str]) -> str:
@@ -31,7 +31,7 @@ def line_out_of(python: str, packages: Iterable[str]) -> str:
 
 
 def line_apart(packages: str, unwanted: Sequence[str] = ()) -> str:
-    """What makes an environment beside this one, takes out of it what was not wanted, and what to do with it."""
+    """The line that makes an environment beside this one, without what is unwanted, and what to do with it."""
     python = "engine-env/bin/python"
     out = f" && {line_out_of(python, unwanted)}" if unwanted else ""
     return f"python -m venv engine-env && {line_into(python, packages.split())}{out}; and give `python: {python}` beside its name"
@@ -40,14 +40,14 @@ def line_apart(packages: str, unwanted: Sequence[str] = ()) -> str:
 def requirements(extra: str) -> list[str]:
     """What an extra installs besides the package: compressed-tensors>=0.15.
 
-    Raises KeyError for an extra that there isn't.
+    Raises KeyError for an extra that doesn't exist.
     """
     from packaging.requirements import Requirement
 
     declared = [Requirement(line) for line in _declared(extra)]
     if not declared:
         raise KeyError(extra)
-    return [f"{found.name}{found.specifier}" for found in declared]
+    return [f"{requirement.name}{requirement.specifier}" for requirement in declared]
 
 
 def _declared(extra: str) -> list[str]:

@@ -15,7 +15,7 @@ from compress.process import Progress
 
 
 def write_whole(file: Path, text: str) -> None:
-    """Put a text into a file at once, or not at all; a device or a pipe is written to as it is.
+    """Write a text into a file, all of it or nothing; a device or a pipe is written to directly.
 
     Raises NoSpace when the disk fills, OSError where it can't be written to.
     """
@@ -62,7 +62,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 
 def take_lock(file: IO[Any], another: str, progress: Progress) -> None:
-    """Lock an open file for this process alone, saying that `another` is waited for where it is locked; the kernel frees a killed one's."""
+    """Lock an open file for this process; progress says when `another` is waited for. The kernel frees a killed process's lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

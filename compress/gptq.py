@@ -1,5 +1,5 @@
-"""Folders in GPTQ's own format (see `compress.quantize._gptq_files`), which transformers reads by gptqmodel. Where that isn't installed,
-they are unpacked here, by the format's definition, for a look at what was made."""
+"""Folders in GPTQ's own format (see `compress.quantize._gptq_files`), which transformers reads with gptqmodel. Where that isn't installed,
+they are unpacked here, by the format's definition, so that the artifact can be checked."""
 
 import json
 import shutil
@@ -45,7 +45,7 @@ def is_unread(source: Source) -> bool:
 
 @contextmanager
 def readable(source: Source, beside: Path) -> Iterator[Source]:
-    """The model as transformers can load it: itself or, where it is unread, unpacked into a folder that is there while the block runs."""
+    """The model as transformers can load it: itself or, where it can't be read here, unpacked in a folder until the block ends."""
     if not is_unread(source):
         yield source
         return

@@ -1,4 +1,4 @@
-"""What the machine here says of itself."""
+"""What this machine says about itself."""
 
 import platform
 from functools import cache
@@ -21,18 +21,18 @@ def cpu_name() -> str:
 
 
 def has_gpu() -> bool:
-    """Whether a GPU's driver is here; no library is asked."""
+    """Whether the driver of a GPU is installed; no library is asked."""
     return any(Path(device).exists() for device in GPUS)
 
 
-def pick_device(wanted: str) -> str:
-    """`cpu` or `cuda`. Raises DeviceError when a GPU is wanted and none is there."""
-    if wanted == "cpu":  # for which an engine's own environment needs no torch
+def pick_device(device: str) -> str:
+    """`cpu` or `cuda`; `auto` takes a GPU where there is one. Raises DeviceError for `cuda` where there is none."""
+    if device == "cpu":  # for which an engine's own environment needs no torch
         return "cpu"
     import torch
 
     there = torch.cuda.is_available()
-    if wanted == "cuda" and not there:
+    if device == "cuda" and not there:
         why = "this torch has no CUDA" if torch.version.cuda is None else "torch sees no GPU"
         raise DeviceError(f"--device cuda: {why} on this machine; use --device cpu or auto")
     return "cuda" if there else "cpu"

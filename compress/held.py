@@ -1,8 +1,8 @@
 """What a loaded model holds in memory: every tensor that can be reached from it, whoever made it and under whatever name.
 
-Libraries keep weights where no list of parameters shows them: scales in a state beside a weight, a layer's sums in an attribute, an
-unpacked copy that the first step leaves. So the search goes where Python's garbage collector goes. Two views of one stretch of memory count
-once. What lies in a kernel's own layout is no tensor; its module tells of it as `held_bytes`.
+Libraries keep weights where no list of parameters shows them. Scales are in a state beside a weight, a layer's sums in an attribute; the
+first step may leave an unpacked copy. So the search goes where Python's garbage collector goes. Two views of the same memory count once.
+Weights in a kernel's own layout are no tensor; their module says how large they are in `held_bytes`.
 """
 
 import ctypes
@@ -21,20 +21,20 @@ NO_WEIGHTS = (type, ModuleType, FunctionType, BuiltinFunctionType, CodeType, Fra
 
 
 def weight_bytes(model: "nn.Module") -> int:
-    """Bytes of all that a model holds: weights and buffers as they lie, packed ones packed, with all that was made of them; no cache."""
+    """Bytes of all that a model holds: weights and buffers as stored, packed or not, and all that was made of them; no cache."""
     from torch import nn
 
-    found, opaque = [], 0
+    tensors, opaque = [], 0
     for thing in _reached(model):
         if isinstance(thing, nn.Module):
             opaque += int(getattr(thing, "held_bytes", 0))
         else:
-            found.append(thing)
-    return opaque + extent(found)
+            tensors.append(thing)
+    return opaque + extent(tensors)
 
 
 def extent(tensors: "Iterable[torch.Tensor]") -> int:
-    """Bytes of memory that tensors lie in, each stretch once."""
+    """Bytes of memory that tensors occupy, shared ones counted once."""
     total = end = 0
     device = ""
     for place, start, stop in sorted(_stretch(part) for part in plain_tensors(tensors)):
@@ -46,12 +46,12 @@ def extent(tensors: "Iterable[torch.Tensor]") -> int:
 
 
 def storages(tensors: "Iterable[torch.Tensor]") -> dict[tuple[int, int], int]:
-    """The bytes of every piece of memory that tensors lie in, by its place; shared ones once."""
+    """The bytes of every piece of memory that tensors occupy, by its place; shared ones once."""
     return {(part.data_ptr(), part.numel()): part.numel() * part.element_size() for part in plain_tensors(tensors)}
 
 
 def plain_tensors(tensors: "Iterable[torch.Tensor]") -> "Iterator[torch.Tensor]":
-    """The tensors in memory that tensors are made of, packed ones in their parts: by torch's flatten protocol, or bitsandbytes' states."""
+    """The tensors in memory that tensors consist of; packed ones in their parts, by torch's flatten protocol or bitsandbytes' states."""
     for tensor in tensors:
         if hasattr(tensor, "__tensor_flatten__"):
             yield from plain_tensors(getattr(tensor, name) for name in tensor.__tensor_flatten__()[0])
@@ -61,7 +61,7 @@ def plain_tensors(tensors: "Iterable[torch.Tensor]") -> "Iterator[torch.Tensor]"
 
 
 def allocated() -> int:
-    """Bytes that this process has of the C library now; 0 where it isn't glibc, which alone tells."""
+    """Bytes that this process has from the C library now; 0 where that isn't glibc, the only one that tells."""
     tell = getattr(ctypes.CDLL(None), "mallinfo2", None)
     if tell is None:
         return 0

@@ -1,5 +1,7 @@
-"""Working processes of another environment, for an engine whose packages don't go together with this one's: its own interpreter runs this
-package's code, and all else that it imports is its own."""
+"""Working processes of another environment, for an engine whose packages conflict with this one's.
+
+The environment's own interpreter runs this package's code; everything else that it imports is its own.
+"""
 
 import json
 import subprocess
@@ -16,7 +18,7 @@ if TYPE_CHECKING:
     from compress.process import Process
 
 OLDEST = (3, 11)  # Python, as pyproject.toml has it
-NEEDED = ("msgspec", "packaging", "psutil", "pydantic", "pyyaml", "transformers")  # of what this package needs, by what measures
+NEEDED = ("msgspec", "packaging", "psutil", "pydantic", "pyyaml", "transformers")  # the requirements of this package that measuring needs
 LIMIT_S = 60
 LOOK = """
 import json, sys
@@ -40,7 +42,7 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def spawned(command: Sequence[str], pipes: tuple[int, int], log: Path, environment: Mapping[str, str]) -> "Process":
-    """A new process, told these ends of pipes behind its command, that prints into a log."""
+    """A new process that is told these ends of pipes as its last arguments, and prints into a log."""
     with log.open("ab") as output:
         return subprocess.Popen(
             [*command, *map(str, pipes)], pass_fds=pipes, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment,
@@ -64,30 +66,30 @@ class Interpreter:
         Raises MissingPackage for an interpreter that isn't there, doesn't run or is too old.
         """
         try:
-            found = subprocess.run(
+            completed = subprocess.run(
                 [self.python, "-E", "-c", LOOK, *alternatives(packages)], check=False, stdin=subprocess.DEVNULL, capture_output=True,
                 text=True, timeout=LIMIT_S,
             )  # fmt: skip
-            answer = json.loads(found.stdout) if found.returncode == 0 else None
+            answer = json.loads(completed.stdout) if completed.returncode == 0 else None
         except FileNotFoundError:
             raise MissingPackage(f"there is no interpreter {self.python}") from None
         except (OSError, subprocess.TimeoutExpired, ValueError) as error:
             raise MissingPackage(f"{self.python} doesn't run as a Python: {in_a_line(error)}") from None
         if answer is None:
-            last = next((line for line in reversed(found.stderr.splitlines()) if line.strip()), f"exit code {found.returncode}")
+            last = next((line for line in reversed(completed.stderr.splitlines()) if line.strip()), f"exit code {completed.returncode}")
             raise MissingPackage(f"{self.python} doesn't run; its last line: {last.strip()[:300]}")
         if tuple(answer["python"]) < OLDEST:
-            here, wanted = (".".join(map(str, version)) for version in (answer["python"], OLDEST))
-            raise MissingPackage(f"{self.python} is Python {here}, and {wanted} or newer is wanted")
+            installed, oldest = (".".join(map(str, version)) for version in (answer["python"], OLDEST))
+            raise MissingPackage(f"{self.python} is Python {installed}; {oldest} or newer is needed")
         return {name: version for name, version in answer["versions"].items() if version is not None}
 
     def require(self, packages: Iterable[str]) -> None:
-        """See that distributions are there, besides those without which nothing is measured.
+        """See that distributions are installed, and those without which nothing can be measured.
 
         Raises MissingPackage with the line that installs them.
         """
-        wanted = (*NEEDED, *packages)
-        here = self.versions(wanted)
-        if missing := [package for package in wanted if not any(name in here for name in alternatives([package]))]:
+        required = (*NEEDED, *packages)
+        here = self.versions(required)
+        if missing := [package for package in required if not any(name in here for name in alternatives([package]))]:
             line = line_into(str(self.python), [alternatives([package])[-1] for package in missing])
             raise MissingPackage(f"{self.python} has no {', '.join(missing)}. Install with: {line}")

@@ -1,4 +1,4 @@
-"""What was measured becomes a report: compared, held against the gates, explained."""
+"""Measurements become a report: compared, judged by the gates, explained."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -29,13 +29,13 @@ HEADLINE = ("rougeL", "divergence", "perplexity", "accuracy", "chrf", "cer", "ex
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is to be measured: a recipe's smaller model with its baseline, or a model alone, and the examples.
+    """What is to be measured: a recipe's smaller model with its baseline, or a single model, and the examples.
 
     name     what the report calls the candidate
     commit   git's, of the recipe
-    splits   what was read of the data
+    splits   what was read of the data set
     phases   where the time for it went
-    original the model as it came, where the two are in formats of an engine's own
+    original the recipe's model, where baseline and candidate are in an engine's own format
     """
 
     recipe: Recipe
@@ -50,11 +50,11 @@ class Prepared:
     original: Source | None = None
 
 
-def reported(one: Prepared, measured: isolate.Measured, environment: dict[str, Any]) -> Report:
+def reported(prepared: Prepared, measured: isolate.Measured, environment: dict[str, Any]) -> Report:
     """The report of one candidate, with its verdict."""
-    recipe = one.recipe
-    names = {"baseline": recipe.model.id, "candidate": one.name}
-    sources = {"baseline": one.baseline or one.candidate, "candidate": one.candidate}
+    recipe = prepared.recipe
+    names = {"baseline": recipe.model.id, "candidate": prepared.name}
+    sources = {"baseline": prepared.baseline or prepared.candidate, "candidate": prepared.candidate}
     sides = {
         side.role: side.model_copy(
             update={
@@ -65,7 +65,7 @@ def reported(one: Prepared, measured: isolate.Measured, environment: dict[str, A
         for side in measured.sides
     }
     if COMPARED & set(recipe.groups):
-        tokenizers, scripts = recipe.tokenizers, shares([example.references for example in one.examples])
+        tokenizers, scripts = recipe.tokenizers, shares([example.references for example in prepared.examples])
         environment = {
             **environment, "rouge_tokenizer": tokenizers.rouge, "bleu_tokenizer": tokenizers.bleu, "reference_scripts": scripts,
         }  # fmt: skip
@@ -74,11 +74,11 @@ def reported(one: Prepared, measured: isolate.Measured, environment: dict[str, A
     report = Report(
         recipe=recipe.name, run="", created=datetime.now(UTC).isoformat(timespec="seconds"),
         digest=recipe.digest,
-        examples_digest=data.examples_digest(one.examples), settings=recipe.as_written(), environment=environment, stages=one.stages,
-        engine=recipe.engine.name, sides=list(sides.values()), original=original,
-        agreement=_agreement(recipe.engine.name, measured), splits=data.compared(one.splits), turns=measured.turns,
-        verdict="cannot_tell", decided_by="", cut=_cut(measured, recipe, len(one.examples)), score=score,
-        predictions=_predictions(one.examples, measured.outputs, score),
+        examples_digest=data.examples_digest(prepared.examples), settings=recipe.as_written(), environment=environment,
+        stages=prepared.stages, engine=recipe.engine.name, sides=list(sides.values()), original=original,
+        agreement=_agreement(recipe.engine.name, measured), splits=data.compared(prepared.splits), turns=measured.turns,
+        verdict="cannot_tell", decided_by="", cut=_cut(measured, recipe, len(prepared.examples)), score=score,
+        predictions=_predictions(prepared.examples, measured.outputs, score),
     )  # fmt: skip
     return judged(report, sides.get("baseline"), sides["candidate"], same_run=True)
 
@@ -93,13 +93,13 @@ def judged(report: Report, baseline: Side | None, candidate: Side, same_run: boo
     decision, reason = verdict.decide(gates, [failure for side in sides for failure in side.failures])
     comparisons = [verdict.compare(pair, level) for pair in compared]
     theirs = verdict.pairs(report.original, candidate, same_run) if report.original and same_run else []
-    found = report.model_copy(update={"sides": sides, "against_original": [verdict.compare(pair, level) for pair in theirs]})
-    return found.model_copy(
+    report = report.model_copy(update={"sides": sides, "against_original": [verdict.compare(pair, level) for pair in theirs]})
+    return report.model_copy(
         update={
             "comparisons": comparisons,
             "gates": gates, "verdict": decision, "decided_by": reason,
             "notes": [
-                *beside.sentences(found),
+                *beside.sentences(report),
                 *why.notes(report.stages, comparisons, report.environment, sides, gates),
                 *quality.notes(sides, compared, [example.id for example in report.predictions], report.environment),
                 *quality.left_out(report.splits),
@@ -110,7 +110,7 @@ def judged(report: Report, baseline: Side | None, candidate: Side, same_run: boo
 
 
 def _agreement(engine: str, measured: isolate.Measured) -> Agreement | None:
-    """Whether the engine says of the original's weights what transformers does; None where that can't be seen."""
+    """How well the engine agrees with transformers on the original's weights; None where that can't be seen."""
     theirs, ours = measured.original_outputs, measured.outputs.get("baseline")
     if theirs is None or ours is None:
         return None
@@ -132,7 +132,7 @@ def _agreement(engine: str, measured: isolate.Measured) -> Agreement | None:
 
 
 def _foretold(side: Side, source: Source, recipe: Recipe, environment: dict[str, Any]) -> list[Measurement]:
-    """What was foretold of memory, which is of transformers."""
+    """The forecast of memory, which is for transformers only."""
     return foretold(side, source, recipe, environment.get("device", "cpu")) if recipe.engine.is_plain else []
 
 
@@ -140,19 +140,19 @@ def _predictions(examples: Sequence[Example], outputs: dict[Role, Outputs], scor
     windows = next((output.windows for output in outputs.values() if output.windows is not None), None)
     if windows is not None:  # what counts as an example where texts are joined
         examples = [Example(f"window {number}", text, []) for number, text in enumerate(windows, 1)]
-    found = []
+    predictions = []
     for index, example in enumerate(examples):
         row: dict[str, Any] = {"id": example.id, "prompt": example.prompt, "references": example.references}
         for role, output in outputs.items():
             row[role] = output.texts[index] if output.texts is not None else None
             if score is not None and isinstance(sample := output.samples[score][index], list):
                 row[f"{role}_score"] = corpus_value(score, [sample])
-        found.append(Prediction(**row))
-    return found
+        predictions.append(Prediction(**row))
+    return predictions
 
 
 def _cut(measured: isolate.Measured, recipe: Recipe, examples: int) -> Cut | None:
-    """How many prompts of the evaluation were cut, on the side where they were most; None where nothing limits them."""
+    """How many prompts of the evaluation were cut, on the side that cut the most; None where nothing limits them."""
     most = max(measured.outputs.values(), key=lambda output: int(output.cut), default=None)
     if most is None or most.limit is None:
         return None

@@ -1,14 +1,14 @@
-"""What a compression method is, and how one is found.
+"""What a compression method is, and where they are.
 
 The folder is the registry: `quantize: bnb_nf4` in a recipe is the file compress/quantize/bnb_nf4.py. A file whose name
-starts with an underscore is shared by the methods of its folder and is none itself. A method file has
+starts with an underscore is shared by the methods of its folder and is no method itself. A method file has
 
     the docstring     what it does, the paper, what it needs; its first line is shown by `compress methods`
     ABOUT             an `About`: what must hold before anything is loaded
     Settings          a child of `Settings`: the keys a recipe may give, unknown ones refused
     apply             (bundle, settings, context) -> bundle, and no other way to change a model
 
-and imports torch and its backend inside its functions, because recipes are validated where neither is installed.
+and imports torch and its backend inside its functions, since recipes are validated where neither is installed.
 """
 
 import hashlib
@@ -48,18 +48,18 @@ class Settings(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, defer_build=True, allow_inf_nan=False)
 
     def why_not_first(self) -> str | None:
-        """Why a stage so set can't be the first of a recipe; None where it can."""
+        """Why a stage with these settings can't be the first of a recipe; None where it can."""
         return None
 
     def why_not_behind(self, stage: str, before: "Settings", columns: Collection[int] = ()) -> str | None:
-        """Why a stage so set can't follow that `stage` with the settings it had `before`; None where it can.
+        """Why a stage with these settings can't follow `stage`, whose settings are `before`; None where it can.
 
-        columns   of the model's layers, where they are known
+        columns   of the model's layers, as far as its config tells
         """
         return None
 
     def readers(self) -> dict[str, str]:
-        """Packages by which transformers reads what a stage so set makes, besides the method's own, and the extra that installs each."""
+        """Packages that transformers needs to read the artifact, besides the method's own, and the extra that installs each."""
         return {}
 
     def needs(self) -> dict[str, str]:
@@ -67,37 +67,37 @@ class Settings(BaseModel):
         return {}
 
     def models(self) -> "dict[str, OtherModel]":
-        """Models that these settings name besides the one that is worked on, by what the method calls each (`Context.models`)."""
+        """Models that these settings name besides the stage's own, by the names that the method has for them (`Context.models`)."""
         return {}
 
     def needs_examples(self) -> bool:
-        """Whether a method so set must be shown examples of the train split, which else it needn't."""
+        """Whether the method needs examples of the train split with these settings, though it needs none with others."""
         return False
 
     def about_shapes(self, weights: Mapping[int, int]) -> list[str]:
-        """What is to be said of these settings on layers of these shapes: how many weights are in layers of so many columns."""
+        """Remarks on these settings for layers of these shapes; `weights` has the number of weights by the columns of their layer."""
         return []
 
     def sharded(self) -> bool:
-        """Whether the models are split over the stage's processes, for which they are loaded into main memory."""
+        """Whether the models are split over the stage's processes; if so they are loaded into main memory."""
         return False
 
 
 class OtherModel(Settings):
-    """A model besides the one that is worked on; it serves the recipe's task."""
+    """A model besides the stage's own; it serves the recipe's task."""
 
     id: str = Field(min_length=1, description="hub id, folder (relative to the recipe), or builtin")
     dtype: Dtype = Field("auto", description="the dtype that it is loaded in; auto is the stored one")
     revision: str | None = Field(None, description="branch, tag or commit of a hub id")
     bits: Literal[4, 8] | None = Field(
-        None, description="its weights are held in so many by bitsandbytes while it is used, for less memory; heads stay; null leaves all"
+        None, description="bits to hold its weights in while it is used, by bitsandbytes, to save memory; heads stay; null packs nothing"
     )
 
 
 class LayerSettings(Settings):
-    """What every method that works on linear layers can be told."""
+    """Settings of every method that works on linear layers."""
 
-    ignore: list[str] | None = Field(None, description="layers left alone; null leaves the heads alone")
+    ignore: list[str] | None = Field(None, description="layers to leave out; null leaves out the heads")
 
     @property
     def why_ignored(self) -> str:
@@ -106,7 +106,7 @@ class LayerSettings(Settings):
 
 
 class TrainSettings(Settings):
-    """What every method that trains can be told about its data, which is the train split."""
+    """Settings of every method that trains, about its data, which is the train split."""
 
     samples: int | None = Field(None, ge=1, description="rows of the train split; null takes all")
     max_tokens: int = Field(512, ge=1, description="each example's longest input")
@@ -129,32 +129,32 @@ class Optimisation(Settings):
     @model_validator(mode="after")
     def _one_length(self) -> "Optimisation":
         if self.epochs is not None and self.steps is not None:
-            raise ValueError(f"either epochs or steps is wanted, one of the two; these are {self.epochs:g} and {self.steps}")
+            raise ValueError(f"give either epochs or steps, not both; these are {self.epochs:g} and {self.steps}")
         return self
 
 
 class EarlyStopping(Settings):
-    """Training ends when the validation split has told nothing better for a while, and the best weights are kept."""
+    """Training ends when the validation split has shown nothing better for a while, and the best weights are kept."""
 
     metric: Literal["loss", "rougeL"] = Field(
         "loss",
-        description="the method's own loss on the split's targets, or ROUGE-L of what the model writes, greedy; the latter suits"
-        " `distill: sequence` and `on_policy`, which learn from other texts than the targets",
+        description="the method's own loss on the split's targets, or ROUGE-L of what the model writes, greedy; rougeL is for"
+        " `distill: sequence` and `on_policy`, whose texts aren't the targets",
     )
-    every: int | None = Field(None, ge=1, description="steps from one look to the next; null looks 20 times in all")
-    patience: int = Field(3, ge=1, description="looks in a row without a better value after which training ends")
+    every: int | None = Field(None, ge=1, description="steps between evaluations; null evaluates 20 times in all")
+    patience: int = Field(3, ge=1, description="evaluations in a row without a better value after which training ends")
     samples: int | None = Field(200, ge=1, description="examples of the validation split, drawn with the seed; null takes all")
 
 
 class TuneSettings(TrainSettings, Optimisation):
-    """What every method can be told that trains the model to its purpose."""
+    """Settings of every method that trains the model for its purpose."""
 
-    early_stopping: EarlyStopping | None = Field(None, description="null trains all steps; else data.splits.validation is wanted")
+    early_stopping: EarlyStopping | None = Field(None, description="null trains all steps; else data.splits.validation is needed")
     keep_zeros: bool = Field(True, description="weights of linear layers that are zero stay zero, as after pruning")
 
 
 class ShardSettings(TuneSettings):
-    """What every method can be told that can train a model too large for one GPU."""
+    """Settings of every method that can train a model too large for one GPU."""
 
     shard: bool = Field(
         False,
@@ -169,8 +169,8 @@ class ShardSettings(TuneSettings):
     def _by_loss(self) -> "ShardSettings":
         if self.shard and self.early_stopping is not None and self.early_stopping.metric != "loss":
             raise ValueError(
-                f"shard: true, and early_stopping looks at {self.early_stopping.metric}, for which the model would have to write;"
-                " one that is split can't, use metric: loss"
+                f"shard: true, and early_stopping looks at {self.early_stopping.metric}, which needs generated text;"
+                " a model that is split can't generate, use metric: loss"
             )
         return self
 
@@ -179,19 +179,19 @@ class ShardSettings(TuneSettings):
 class About:
     """What a method needs and promises.
 
-    at_run_time  what happens at every step of the model it makes; told to people whose model got no smaller or faster
-    slows     whether that can make a step longer than the original's, and so be why one is
+    at_run_time  what its model does at every step; the report says so where the model got no smaller or faster
+    slows     whether that can make a step longer than the original's
     packages  distributions that must be installed
     extra     the extra of this package that installs them; None where the plain install has them
     devices   where the method itself can run
-    calibrated  it is shown examples of the train split
-    measured    what its layers lose is measured on a few of them, where there are any
+    calibrated  it needs examples of the train split
+    measured    its layers' errors are measured on a few of them, where there are any
     packs     its output is packed, so no stage may follow
     smaller   it promises that the weights take fewer bytes than before
-    trains    it trains weights, and where more than one process is wanted they do so together
-    tasks     what the models may do that it works on
+    trains    it trains weights, in several processes together where these are asked for
+    tasks     the tasks whose models it works on
     experts   it works on the experts of a mixture, each a matrix of its own
-    holds     bits of a linear weight while plain transformers runs what it makes; None where they are as many as before
+    holds     bits of a linear weight while plain transformers runs its model; None where they are as many as before
     """
 
     at_run_time: str
@@ -220,9 +220,9 @@ class About:
 
 @dataclass(frozen=True)
 class Example:
-    """One thing to be done: complete `prompt` (references say how well), or read `prompt` as plain text (no references).
+    """One task for a model: complete `prompt` (references say how well), or read `prompt` as plain text (no references).
 
-    content   where in the prompt, from which character to which, the text stands that is cut when all is too long; None for all of it
+    content   first and end character of the part of the prompt that is cut when the whole is too long; None for all of it
     """
 
     id: str
@@ -240,12 +240,12 @@ class Context:
     examples: list[Example] = field(default_factory=list)  # what a calibrated or training method may see
     max_tokens: int = 512  # each example's longest input
     chat: bool = False  # prompts are a user's turns
-    models: "dict[str, Source]" = field(default_factory=dict)  # `original`, as the first stage found it, and those that the settings name
+    models: "dict[str, Source]" = field(default_factory=dict)  # `original`, the recipe's model, and those that the settings name
     scratch: Path | None = None  # a folder that outlives a kill, for checkpoints; the same one when the same stage is run again
-    validation: list[Example] = field(default_factory=list)  # what early stopping looks at
-    cache: Path | None = None  # a folder that runs share, for what is dear to work out
-    processes: int = 1  # so many do the stage together, each with a context of its own
-    rank: int = 0  # which of them this one is; what the first says and makes counts
+    validation: list[Example] = field(default_factory=list)  # what early stopping evaluates
+    cache: Path | None = None  # a folder that runs share, for what is expensive to compute
+    processes: int = 1  # how many do the stage together, each with a context of its own
+    rank: int = 0  # which of them this is; only what the first says and makes counts
     said: list[str] = field(default_factory=list)  # for the report, by `say`
     cut: list[dict[str, int | bool]] = field(default_factory=list)  # for the report: each reading's `cut` prompts of `all`, the `limit`
     layers: list[dict[str, Any]] = field(default_factory=list)  # for the report, by `note` and `leave_out`
@@ -264,7 +264,7 @@ class Context:
         self.layers.append({"name": name, "bits": bits, "error": error, "sparsity": sparsity, "remark": remark})
 
     def say(self, sentence: str) -> None:
-        """Something that the report tells about the stage as a whole, as a sentence; once."""
+        """Add a sentence about the stage as a whole to the report, unless it is there already."""
         if sentence not in self.said:
             self.said.append(sentence)
 
@@ -304,7 +304,7 @@ def everyone() -> Iterator[tuple[str, str, Method]]:
 
 
 def require(family: str, name: str, settings: Settings) -> Method:
-    """The method, its packages and those of the settings being there.
+    """The method, whose packages and those of its settings are installed.
 
     Raises MissingPackage with the line that installs them.
     """
@@ -324,7 +324,7 @@ def quiet(what: str, done: int, total: int) -> None:
 
 
 def made_with(method: Method) -> dict[str, str]:
-    """What a method's output depends on besides model and settings: the code that makes it, and the versions of what that uses."""
+    """What a method's output depends on besides model and settings: its code, and the versions of the libraries that it uses."""
     file, package = Path(cast(ModuleType, method).__file__ or ""), Path(__file__).parent
     shared = sorted(
         [

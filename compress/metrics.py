@@ -1,14 +1,17 @@
-"""Every figure the harness can give: its name, unit and which way is better.
+"""Every figure that the harness can measure: its name, unit and which way is better.
 
-A recipe asks for groups (`rouge` gives twelve figures); gates and reports speak of single figures. Units are base
-units: seconds, bytes, tokens; points are shares times 100, as papers print ROUGE, BLEU and accuracy.
+A recipe asks for groups (`rouge` has twelve figures); gates and reports speak of single figures. Units are base units: seconds, bytes,
+tokens. Points are shares times 100, as papers print ROUGE, BLEU and accuracy.
 
 mbu (Agarwal et al., MosaicML and Databricks, 2023) is the bytes that a decode step reads over `tpot`, as a share of the bandwidth of a
 large copy. The bytes are those of the weights of all layers that the step calls, as they lie in memory, and of the cache; an
-encoder-decoder's step calls the decoder alone. mfu (Chowdhery et al., PaLM, 2022) is two operations for each weight and token that meet,
-over `ttft`, as a share of the rate of large matrix products in the model's dtype. Neither counts what kernels read or compute besides, so
-unpacking lowers them. Both can exceed 1: what lies in the processor's caches is read faster than memory is copied, and 8-bit products are
-faster than those of the model's dtype.
+encoder-decoder's step calls only the decoder.
+
+mfu (Chowdhery et al., PaLM, 2022) is a rate of operations, as a share of that of large matrix products in the model's dtype. The operations
+are two for each weight and token that meet; the time is `ttft`.
+
+Neither counts what kernels read or compute besides, so unpacking lowers them. Both can exceed 1: what lies in the processor's caches is
+read faster than memory is copied, and 8-bit products are faster than those of the model's dtype.
 """
 
 from dataclasses import dataclass
@@ -26,7 +29,7 @@ class Metric:
     speed    a row a round with a number a turn, at each grid point, paired by round and turn
     memory   a row a round with one number; time to compile too
              of both the value is the geometric mean, as the ratio of two sides is one of such means
-    size     exact, read once; of a divergence the worst of the examples that there are
+    size     exact, read once; of a divergence the worst of the examples
     """
 
     name: str
@@ -63,7 +66,7 @@ TASK = "lm_eval:"  # begins the groups that are tasks of lm-evaluation-harness (
 
 
 class _Metrics(dict[str, Metric]):
-    """Metrics by name; figures of lm_eval's tasks are known by their names' beginning, since lm_eval alone knows which there are."""
+    """Metrics by name; figures of lm_eval's tasks are told by their prefix, since only lm_eval has the list of tasks."""
 
     def __missing__(self, name: str) -> Metric:
         if not name.startswith(TASK):

@@ -1,4 +1,4 @@
-"""Mistakes in a recipe, gathered as they are found and said as people say them: where, what, and what was perhaps meant."""
+"""Mistakes in a recipe, collected and put in plain words: where, what, and what was perhaps meant."""
 
 import difflib
 from types import NoneType, UnionType
@@ -14,7 +14,7 @@ T = TypeVar("T", bound=Settings)
 
 
 class Problems:
-    """Mistakes as they are found."""
+    """A list of mistakes that grows as a recipe is read."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -39,20 +39,20 @@ class Problems:
             raise RecipeError("\n".join(self.lines))
 
 
-def suggest(word: str, known: list[str] | tuple[str, ...]) -> str:
-    """`; did you mean 'bits'?` or the list of what is known."""
-    close = difflib.get_close_matches(str(word), known, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(known)}"
+def suggest(word: str, allowed: list[str] | tuple[str, ...]) -> str:
+    """`; did you mean 'bits'?`, or the list of what is allowed."""
+    close = difflib.get_close_matches(str(word), allowed, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(allowed)}"
 
 
 def _explained(kind: type[Settings], errors: list[dict[str, Any]]) -> list[tuple[yamlfile.Place, str]]:
-    """Place and message of each mistake. Where a key takes values of several forms, of the form that was meant, or of all in one."""
-    found: list[tuple[yamlfile.Place, str]] = []
+    """Place and message of each mistake. Where a key takes several forms, of the form that was meant, or one message for all."""
+    mistakes: list[tuple[yamlfile.Place, str]] = []
     forms: dict[yamlfile.Place, list[dict[str, Any]]] = {}
     for error in errors:
         depth = _union(kind, error["loc"])
         if depth is None:
-            found.append((error["loc"], _explain(kind, error)))
+            mistakes.append((error["loc"], _explain(kind, error)))
         else:
             forms.setdefault(error["loc"][:depth], []).append(error)
     for place, tried in forms.items():
@@ -61,17 +61,19 @@ def _explained(kind: type[Settings], errors: list[dict[str, Any]]) -> list[tuple
             error for error in tried if len(error["loc"]) > depth + 1 or not error["type"].endswith(("_type", "_parsing", "literal_error"))
         ]
         for error in meant:
-            found.append(((*place, *error["loc"][depth + 1 :]), _explain(kind, error)))
+            mistakes.append(((*place, *error["loc"][depth + 1 :]), _explain(kind, error)))
         if not meant:
             value = _short(tried[0]["input"])
-            wanted = [_explain(kind, error).removeprefix(f"{value} is not ") for error in tried]
-            found.append((place, f"{value} is not {', nor '.join(wanted)}"))
-    return found
+            expected = [_explain(kind, error).removeprefix(f"{value} is not ") for error in tried]
+            mistakes.append((place, f"{value} is not {', nor '.join(expected)}"))
+    return mistakes
 
 
 def _union(kind: type[Settings], loc: tuple[str | int, ...]) -> int | None:
-    """How many parts of an error's place lead to a key, or an entry of a list, that takes several forms; the part behind them is pydantic's
-    name for one."""
+    """How many parts of an error's place lead to a key, or an entry of a list, that takes several forms; None where none does.
+
+    The part after them is pydantic's name for a form.
+    """
     block: Any = kind
     for depth, part in enumerate(loc):
         forms = _forms(block, part)
@@ -100,8 +102,8 @@ def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
     value, context = error["input"], error.get("ctx", {})
     match error["type"]:
         case "extra_forbidden":
-            known = _keys(kind, error["loc"][:-1])
-            return f"unknown key {_short(error['loc'][-1])}{suggest(error['loc'][-1], known)}"
+            keys = _keys(kind, error["loc"][:-1])
+            return f"unknown key {_short(error['loc'][-1])}{suggest(error['loc'][-1], keys)}"
         case "missing":
             return "is missing"
         case "literal_error":

@@ -1,8 +1,10 @@
-"""A process that has imported what others need, and is copied for each of them: a copy starts in a tenth of a second, importing takes
-seconds. Whatever else a fresh process has, a copy has too: memory, threads and handles of its own, and nothing of any model.
+"""A process that has imported what others need, and is copied for each of them.
 
-CUDA doesn't survive a copy made after its first use, and libraries may use it when they are imported. So where there is a GPU, every
-process imports for itself.
+A copy starts in a tenth of a second, while importing takes seconds. Whatever else a fresh process has, a copy has too: memory, threads and
+handles of its own, and nothing of any model.
+
+CUDA doesn't survive a copy made after its first use, and libraries may use it on import. So where there is a GPU, every process imports for
+itself.
 
     python -m compress.nursery CHANNEL_FD MODULE...     starts one, as `Nursery` does
 """
@@ -39,12 +41,12 @@ _current: "ContextVar[Nursery | None]" = ContextVar("nursery", default=None)  # 
 
 @contextmanager
 def nursery() -> Iterator[None]:
-    """Within it, or a function that it decorates, `copied` makes copies of one process. Within another it is that one; it ends with it."""
+    """In this block, or a function that it decorates, `copied` copies one process, which ends with the block. Inner blocks share it."""
     if _current.get() or has_gpu():
         yield
         return
-    with Nursery() as made:
-        token = _current.set(made)
+    with Nursery() as current:
+        token = _current.set(current)
         try:
             yield
         finally:
@@ -52,16 +54,16 @@ def nursery() -> Iterator[None]:
 
 
 def copied(module: str, pipes: tuple[int, int], log: Path, environment: Mapping[str, str]) -> Process:
-    """A process that runs a module with these ends of pipes: a copy, or a fresh one where there is none to be had.
+    """A process that runs a module with these ends of pipes: a copy, or a fresh one where none can be made.
 
-    environment   of a fresh one; a copy has its nursery's, which differs in no more than in the threads that torch begins with
+    environment   of a fresh one; a copy has its nursery's, which differs only in the threads that torch begins with
     """
-    made = _current.get()
-    return (made and made.copy(module, pipes, log)) or fresh(module, pipes, log, environment)
+    current = _current.get()
+    return (current and current.copy(module, pipes, log)) or fresh(module, pipes, log, environment)
 
 
 class Copy:
-    """A copied process, as `subprocess.Popen` would have it."""
+    """A copied process, with what `compress.process.Process` asks of one."""
 
     def __init__(self, pid: int, nursery: "Nursery"):
         self.pid, self._nursery = pid, nursery
@@ -102,8 +104,8 @@ class Nursery:
 
     def _answer(self) -> int | None:
         with contextlib.suppress(OSError):
-            if said := self._channel.recv(64):
-                return int(said)
+            if answer := self._channel.recv(64):
+                return int(answer)
         return None
 
     def __enter__(self) -> "Nursery":

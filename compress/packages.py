@@ -3,25 +3,25 @@
 from collections.abc import Iterable
 from importlib import metadata
 
-OR = " or "  # between those of which one is enough
+OR = " or "  # between packages of which one is enough
 
 
 def alternatives(packages: Iterable[str]) -> list[str]:
-    """The names in packages, of `one or another` both."""
+    """The names of packages, both of them for `x or y`."""
     return [name for package in packages for name in package.split(OR)]
 
 
 def versions(packages: Iterable[str]) -> dict[str, str]:
-    """The versions of those that are installed."""
-    found = {}
+    """The versions of the packages that are installed."""
+    installed = {}
     for name in alternatives(packages):
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def lacking(packages: Iterable[str]) -> list[str]:
-    """Those that aren't installed."""
+    """The packages that aren't installed."""
     return [package for package in packages if not versions([package])]

@@ -1,7 +1,7 @@
-"""Where a run's time goes, by phase: a clock that always runs for one phase alone, the innermost.
+"""Where a run's time goes, by phase: a clock that always runs for a single phase, the innermost.
 
-The parent watches; what it does and what it waits for count for the phase that it is in. A working process tells with each answer how long
-it was in phases of its own, and so much is taken from the phase in which the parent waited.
+The parent keeps the clock: what it does and what it waits for count for its current phase. A working process adds to each answer how long
+it was in phases of its own, and that time is taken from the phase in which the parent waited.
 """
 
 import os
@@ -20,7 +20,7 @@ class Phase:
     """Seconds of wall time that went into one kind of work.
 
     name   imports, stages, loading, generating, timing ...
-    side   baseline or candidate where it was for one of them
+    side   baseline or candidate, where the work was for one of them
     """
 
     name: str
@@ -37,7 +37,7 @@ class Watch:
         self._since = time.monotonic()
 
     def turn_to(self, name: str, side: str | None) -> tuple[str, str | None]:
-        """Time counts for this phase from now on. Gives the one that it counted for."""
+        """Time counts for this phase from now on. Returns the phase that it counted for."""
         now = time.monotonic()
         before, self._now = self._now, (name, side)
         self.add(*before, now - self._since)
@@ -53,7 +53,7 @@ class Watch:
         return self._now
 
     def phases(self) -> list[Phase]:
-        """All until now, in the order in which they began; what was in none of them comes last."""
+        """All phases so far, in the order in which they began; the time outside of them comes last."""
         self.turn_to(*self._now)
         rest = self._spent.get((REST, None), 0.0)
         named = [Phase(name, seconds, side) for (name, side), seconds in self._spent.items() if name != REST]
@@ -61,12 +61,12 @@ class Watch:
 
     def spent(self) -> dict[str, float]:
         """What a working process tells: seconds by name."""
-        return {found.name: round(found.seconds, 3) for found in self.phases() if found.name != REST}
+        return {phase.name: round(phase.seconds, 3) for phase in self.phases() if phase.name != REST}
 
 
 @contextmanager
 def watching() -> Iterator[Watch]:
-    """A watch of what is done within; another that runs already stands still meanwhile."""
+    """A watch for the block; one that runs already stands still meanwhile."""
     watch = Watch()
     outer = _watch.set(watch)
     try:
@@ -77,7 +77,7 @@ def watching() -> Iterator[Watch]:
 
 @contextmanager
 def phase(name: str, side: str | None = None) -> Iterator[None]:
-    """What is done within counts for this phase, where somebody watches."""
+    """The time of the block counts for this phase, where a watch runs."""
     watch = _watch.get()
     if watch is None:
         yield
@@ -90,7 +90,7 @@ def phase(name: str, side: str | None = None) -> Iterator[None]:
 
 
 def told(spent: dict[str, float], waited: float) -> None:
-    """A working process told that it spent so many seconds in phases of its own, at most all that the parent waited for it."""
+    """Book the seconds that a working process spent in phases of its own, at most as many as the parent waited for it."""
     watch, whole = _watch.get(), sum(spent.values())
     if watch is None or not whole:
         return
@@ -101,15 +101,15 @@ def told(spent: dict[str, float], waited: float) -> None:
 
 
 def since_start() -> float:
-    """Seconds that this process is old."""
+    """The age of this process in seconds."""
     fields = open("/proc/self/stat").read().rpartition(")")[2].split()  # noqa: SIM115, PTH123
     return time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def merged(*parts: list[Phase]) -> list[Phase]:
-    """The phases of several watches, one after another, as those of one."""
+    """The phases of several watches, one after another, as those of a single watch."""
     whole = Watch()
-    for found in (found for part in parts for found in part):
-        whole.add(found.name, found.side, found.seconds)
+    for phase in (phase for part in parts for phase in part):
+        whole.add(phase.name, phase.side, phase.seconds)
     rest = whole._spent.pop((REST, None), 0.0)
     return [*(Phase(name, seconds, side) for (name, side), seconds in whole._spent.items()), Phase(REST, rest)]

@@ -38,11 +38,11 @@ def run(
 ) -> Report:  # fmt: skip
     """Compress the recipe's model, measure both and write the report to `out`/<recipe>/<run>.
 
-    processes   how many train together in stages that train; each step takes a batch from each. Everything else is done by one
+    processes   how many train together in stages that train; a step takes a batch from each. Everything else runs in a single process
     strict      refuse to measure on a GPU that another process uses
 
-    Raises CompressError: InputError before anything is loaded where that can be seen, RunError where the work fails. A side that can't be
-    measured to the end doesn't raise; the report has the reason and the verdict `cannot_tell`.
+    Raises CompressError: InputError before anything is loaded where a mistake shows by then, RunError where the work fails. A side that
+    can't be measured to the end doesn't raise; the report has the reason and the verdict `cannot_tell`.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     execution = Execution(device, progress=progress, strict=strict)
@@ -53,14 +53,14 @@ def run(
 
 
 def prepare(recipe: Recipe, out: str | Path, execution: Execution, processes: int = 1) -> Prepared:
-    """The first half of a run: make the smaller model, or find it made, and bring both into the format of the recipe's first engine.
+    """The first half of a run: make the smaller model, or reuse it, and convert both to the format of the recipe's first engine.
 
     Raises CompressError.
     """
     with watching() as watch:
         refuse(recipe, execution.device, processes)
-        wanted, commit = recipe.model, machine.commit(recipe.folder)
-        baseline = pinned(Source(locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
+        model, commit = recipe.model, machine.commit(recipe.folder)
+        baseline = pinned(Source(locate(model.id, recipe.folder), model.task, model.dtype, model.revision))
         _refuse_generation(recipe, baseline)
         _refuse_chat(recipe, baseline, execution.progress)
         with phase("data"):
@@ -74,44 +74,46 @@ def prepare(recipe: Recipe, out: str | Path, execution: Execution, processes: in
         with _place(recipe, Path(out)) as (_, log):
             how = (Path(out) / "artifacts", replace(execution, log=log), processes)
             stages, plain = (artifacts.make(line, baseline, *how, seen) for line, seen in zip(lines, shown, strict=True))
-    candidate = Source(str(Path(stages[-1].artifact).resolve()), wanted.task) if stages else baseline
+    candidate = Source(str(Path(stages[-1].artifact).resolve()), model.task) if stages else baseline
     original = None if recipe.engine.is_plain else baseline
     if plain:
-        baseline = Source(str(Path(plain[-1].artifact).resolve()), wanted.task)
-    name = stages[-1].artifact if stages else wanted.id
+        baseline = Source(str(Path(plain[-1].artifact).resolve()), model.task)
+    name = stages[-1].artifact if stages else model.id
     return Prepared(_decided(recipe, examples), baseline, candidate, name, examples, stages, commit, splits, watch.phases(), original)
 
 
 def measure(prepared: Sequence[Prepared], out: str | Path, execution: Execution) -> list[Report]:
-    """The second half: measure, and write a report of each. Several take turns with one baseline; they have the same model, data, metrics,
-    generation and benchmark; each report tells where the time of all of them went. Raises CompressError.
+    """The second half: measure, and write a report of each candidate.
+
+    Several candidates take turns with one baseline; they share model, data, metrics, generation and benchmark. Each report says where the
+    time of all of them went. Raises CompressError.
     """
     with ExitStack() as stack:
         watch = stack.enter_context(watching())
-        places, logs = zip(*(stack.enter_context(_place(one.recipe, Path(out))) for one in prepared), strict=True)
+        places, logs = zip(*(stack.enter_context(_place(job.recipe, Path(out))) for job in prepared), strict=True)
         reports = _measured(prepared, replace(execution, log=logs[0]))
         with phase("report"):
             written = [
-                _written(report, one.commit, place, lambda own=one.phases: merged(own, watch.phases()))  # type: ignore[misc]
-                for one, report, place in zip(prepared, reports, places, strict=True)
+                _written(report, job.commit, place, lambda own=job.phases: merged(own, watch.phases()))  # type: ignore[misc]
+                for job, report, place in zip(prepared, reports, places, strict=True)
             ]
-        for one, report in zip(prepared, written, strict=True):
-            card.write(one.recipe, one.baseline or one.candidate, one.stages, report)
+        for job, report in zip(prepared, written, strict=True):
+            card.write(job.recipe, job.baseline or job.candidate, job.stages, report)
         return written
 
 
 def _in_engines(recipe: Recipe, prepared: Sequence[Prepared], out: Path, execution: Execution) -> Report:
-    """One report of a recipe's engines, all in turns: that of the first, which has the others'."""
+    """One report of a recipe's engines, measured in turns: the first engine's, which contains the others'."""
     with ExitStack() as stack:
         watch = stack.enter_context(watching())
         place, log = stack.enter_context(_place(recipe, out))
         first, *others = _measured(prepared, replace(execution, log=log))
         whole = first.model_copy(update={"others": others, "settings": recipe.as_written(), "digest": recipe.digest})
-        spent = [one.phases for one in prepared]
+        spent = [job.phases for job in prepared]
         with phase("report"):
             report = _written(whole, prepared[0].commit, place, lambda: merged(*spent, watch.phases()))
-        for one, part in zip(prepared, report.parts, strict=True):
-            card.write(one.recipe, one.baseline or one.candidate, one.stages, part)
+        for job, part in zip(prepared, report.parts, strict=True):
+            card.write(job.recipe, job.baseline or job.candidate, job.stages, part)
         return report
 
 
@@ -119,9 +121,9 @@ def bench(
     model_id: str, recipe: Recipe | str | Path, out: str | Path = "reports", device: str = "auto", progress: Progress = quiet,
     strict: bool = False,
 ) -> Report:  # fmt: skip
-    """Measure one model, a folder or a hub id, as the recipe says. It stands in the report as the candidate, without a baseline.
+    """Measure a single model, a folder or a hub id, as the recipe says. The report has it as the candidate, without a baseline.
 
-    It is loaded as it is stored; the recipe's dtype and revision are for the recipe's own model.
+    It is loaded as stored; the recipe's dtype and revision are for the recipe's own model.
     """
     recipe = recipe if isinstance(recipe, Recipe) else load(recipe)
     execution = Execution(device, progress=progress, strict=strict)
@@ -135,18 +137,18 @@ def bench(
     if line.stages:
         with _place(recipe, Path(out)) as (_, log):
             shown = artifacts.shown_to_stages(line, dataset)
-            made = artifacts.make(line, source, Path(out) / "artifacts", replace(execution, log=log), shown=shown)
-        source = Source(str(Path(made[-1].artifact).resolve()), source.task)
-    alone = Prepared(_decided(recipe, examples), None, source, model_id, examples, [], commit, dataset.splits())
-    return measure([alone], out, execution)[0]
+            records = artifacts.make(line, source, Path(out) / "artifacts", replace(execution, log=log), shown=shown)
+        source = Source(str(Path(records[-1].artifact).resolve()), source.task)
+    prepared = Prepared(_decided(recipe, examples), None, source, model_id, examples, [], commit, dataset.splits())
+    return measure([prepared], out, execution)[0]
 
 
 def check(report: Report, against: Report | None = None, gates: str | Path | None = None) -> Report:
-    """The gates of a report's recipe again; with `against`, this report's candidate is held against that one's.
+    """Apply the gates of a report's recipe again; with `against`, its candidate is compared with the candidate of that report.
 
     gates   a YAML file of limits by metric, or the name of a shipped one, instead of the recipe's gates
 
-    Raises ReportError when the two were not measured alike, RecipeError for mistakes in the file.
+    Raises ReportError where the two were not measured alike, RecipeError for mistakes in the file.
     """
     if gates is not None:
         limits = {metric: gate.model_dump() for metric, gate in load_gates(gates).items()}
@@ -154,8 +156,8 @@ def check(report: Report, against: Report | None = None, gates: str | Path | Non
     if against is None:
         return judgement.judged(report, report.side("baseline"), report.candidate, same_run=True)
     verdict.require_comparable(report, against)
-    found = judgement.judged(report, against.candidate.model_copy(update={"role": "baseline"}), report.candidate, same_run=False)
-    return found.model_copy(update={"notes": [f"The baseline is the candidate of {against.folder}.", *found.notes]})
+    judged = judgement.judged(report, against.candidate.model_copy(update={"role": "baseline"}), report.candidate, same_run=False)
+    return judged.model_copy(update={"notes": [f"The baseline is the candidate of {against.folder}.", *judged.notes]})
 
 
 def inspect(
@@ -170,19 +172,19 @@ def inspect(
     """
     for name, value in (("--batch-size", batch_size), ("--tokens", tokens)):
         if value is not None and value < 1:
-            raise InputError(f"{name} {value}: a number from 1 on is wanted")
+            raise InputError(f"{name} {value}: must be 1 or more")
     if task is not None and task not in AUTO:
         raise InputError(f"--task {task}: there is no such task; allowed are {', '.join(AUTO)}")
     source = pinned(Source(locate(model_id, Path()), task or ""))
     with tempfile.TemporaryDirectory() as folder, Child("compress.inspection.measure", Path(folder) / "log", progress) as child:
-        found = border.ask(child, Inspect(source, device, batch_size, tokens))
-    return Inspection.model_validate({"model": model_id, **found})
+        findings = border.ask(child, Inspect(source, device, batch_size, tokens))
+    return Inspection.model_validate({"model": model_id, **findings})
 
 
 def refuse(recipe: Recipe, device: str, processes: int) -> None:
-    """What can be seen to go wrong before anything is loaded."""
+    """Raise the mistakes that show before anything is loaded, as InputError."""
     if processes < 1:
-        raise InputError(f"--processes {processes}: a number from 1 on is wanted")
+        raise InputError(f"--processes {processes}: must be 1 or more")
     preflight.look(recipe).end()
     for stage in recipe.stages:
         method = methods.find(stage.family, stage.method)
@@ -193,18 +195,18 @@ def refuse(recipe: Recipe, device: str, processes: int) -> None:
 
 
 def _decided(recipe: Recipe, examples: Sequence[Example]) -> Recipe:
-    """The recipe with the tokenizers that the references call for, which both sides' texts are then cut with."""
+    """The recipe with the tokenizers that the references call for, which then serve both sides' texts."""
     return recipe.decided_by([example.references for example in examples])
 
 
 def _refuse_generation(recipe: Recipe, source: Source) -> None:
-    """Raises ModelError where texts are to be written and the model's generation config says what can't be done."""
+    """Raises ModelError where the recipe needs generated text and the model's generation config asks for what can't be done."""
     if GENERATED & set(recipe.groups):
         decoding.check(source, sampled=recipe.generation.do_sample and recipe.generation.temperature is None)
 
 
 def _refuse_chat(recipe: Recipe, source: Source, progress: Progress) -> None:
-    """Raises DataError where prompts are a user's turns and the model's chat template can't serve, in a working process."""
+    """Raises DataError where prompts are a user's turns and the model's chat template doesn't work, by a working process."""
     if not recipe.data.chat:
         return
     with tempfile.TemporaryDirectory() as folder, Child("compress.prompts", Path(folder) / "log", progress, start=copied) as child:
@@ -231,7 +233,7 @@ def _place(recipe: Recipe, out: Path) -> Iterator[tuple[Path, Path]]:
     log = place.with_name(f"{place.name}.log")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        log.touch()  # what can't be written to is said now
+        log.touch()  # a place that can't be written to raises now
     except OSError as error:
         raise InputError(f"--out {out}: can't be written to: {error.strerror}") from None
     keep = False
@@ -249,13 +251,13 @@ def _measured(prepared: Sequence[Prepared], execution: Execution) -> list[Report
     first = prepared[0]
 
     def clear(sides: list[list[Side]]) -> bool:
-        return all(verdict.is_clear(one.recipe.check, pair) for one, pair in zip(prepared, sides, strict=True))
+        return all(verdict.is_clear(job.recipe.check, pair) for job, pair in zip(prepared, sides, strict=True))
 
-    found, environment = isolate.measure(
-        [_match(one) for one in prepared], first.recipe, first.examples, execution, execution.log.parent.parent / OUTPUTS, clear
+    measurements, environment = isolate.measure(
+        [_match(job) for job in prepared], first.recipe, first.examples, execution, execution.log.parent.parent / OUTPUTS, clear
     )
     with phase("judging"):
-        return [judgement.reported(one, measured, environment) for one, measured in zip(prepared, found, strict=True)]
+        return [judgement.reported(job, measured, environment) for job, measured in zip(prepared, measurements, strict=True)]
 
 
 def _is_exported(source: Source, engine: ChosenEngine) -> bool:

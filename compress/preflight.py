@@ -1,7 +1,7 @@
-"""What can be seen to go wrong with a recipe before any work: by its model's folder, its data's files, and what is installed here.
+"""The mistakes of a recipe that show before any work: in its model's folder, in its data files, and in what is installed here.
 
-Loads no torch and fetches nothing: of a hub id it says that it wasn't looked at. Of a model config.json and the headers of its weights are
-read, of a data file its first rows.
+It loads no torch and fetches nothing; hub ids are listed as not looked at. It reads a model's config.json and the headers of its weights,
+and the first rows of a data file.
 """
 
 import json
@@ -28,7 +28,7 @@ from compress.yamlfile import Place, dotted
 
 CLASSIFIES = "ForSequenceClassification"
 WRITES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
-TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")  # where a template lies but in the config
+TEMPLATES = ("chat_template.jinja", "chat_template.json", "additional_chat_templates")  # where a template may lie besides the config
 
 
 @dataclass
@@ -53,13 +53,13 @@ class Sight:
         self._kinds.add(type(error))
 
     def end(self) -> None:
-        """Raise what was seen to be wrong, if anything was, all of it at once."""
+        """Raise all mistakes at once, if there are any."""
         if self.mistakes:
             raise (self._kinds.pop() if len(self._kinds) == 1 else InputError)("\n".join(self.mistakes))
 
 
 def look(recipe: Recipe, stages: bool = True) -> Sight:
-    """Look at all that a run of the recipe needs; without its model and `stages` where another model is only measured as it says."""
+    """Look at all that a run of the recipe needs. Without `stages`, another model is measured, so neither model nor stages matter."""
     sight = Sight(recipe)
     if stages:
         _look_at_model(sight, recipe.model.id, ("model",))
@@ -96,11 +96,11 @@ def _look_at_model(sight: Sight, id: str, place: Place) -> None:
         except ModelError as error:
             sight.add(("model", "id"), error)
     if place == ("model",) and recipe.data.chat and not _has_template(folder):
-        sight.add(("data", "chat"), DataError("the model's tokenizer has no chat template; write the prompt out and leave chat away"))
+        sight.add(("data", "chat"), DataError("the model's tokenizer has no chat template; write out the prompt and leave out chat"))
 
 
 def task_problem(config: dict[str, Any], task: Task) -> str | None:
-    """Why the class that a config names doesn't serve a task, as far as its name tells; None where it does or nothing is told."""
+    """Why the class that a config names doesn't serve a task, as far as its name tells; None where it does or the name doesn't tell."""
     names = [str(name) for name in config.get("architectures") or []]
     both = config.get("is_encoder_decoder")
     serves: Task
@@ -112,7 +112,7 @@ def task_problem(config: dict[str, Any], task: Task) -> str | None:
         serves = "seq2seq"
     elif any(name.endswith(WRITES[:2]) for name in names):
         serves = "causal-lm"
-    else:  # models of images and text are called so, too
+    else:  # models of images and text have such names, too
         return None if task != "sequence-classification" else f"names {', '.join(names)}, which has no head that classifies"
     return None if serves == task else f"names {', '.join(names)}, which is for task {serves}, not for {task}"
 
@@ -138,18 +138,18 @@ def _look_at_stage(sight: Sight, stage: Stage, place: Place) -> None:
 
 
 def _look_at_readers(sight: Sight, stage: Stage, place: Place) -> None:
-    """Whether transformers can read what a stage makes."""
+    """Whether the packages are here by which transformers reads a stage's artifact."""
     readers = stage.settings.readers()
     if missing := lacking(readers):
         problem = (
-            f"transformers reads what it makes by {', '.join(missing)}, not installed here; measure it in another engine (`compress"
+            f"transformers reads its artifact by {', '.join(missing)}, not installed here; measure it in another engine (`compress"
             f" engines`), or install with: {install_line(*(readers[package] for package in missing))}"
         )
         sight.add((*place, stage.family), MissingPackage(problem))
 
 
 def _look_at_widths(sight: Sight) -> None:
-    """Whether layers of the model's shapes fit into the format that they are carried over to."""
+    """Whether the model's layers have shapes that the next format can hold."""
     recipe, columns = sight.recipe, widths(sight.recipe)
     if any(stage.method == "structured" for stage in recipe.stages):  # the shapes are others then
         return
@@ -189,25 +189,25 @@ def _look_at_measuring(sight: Sight) -> None:
 
 
 def _purposes(recipe: Recipe, stages: bool) -> Iterator[str]:
-    """What examples are needed for."""
+    """The purposes that examples are needed for."""
     yield "evaluation"
-    wanted = recipe.stages if stages else ()
-    if recipe.data.shots or any(stage.needs_examples for stage in wanted):
+    checked = recipe.stages if stages else ()
+    if recipe.data.shots or any(stage.needs_examples for stage in checked):
         yield "train"
-    if any(isinstance(stage.settings, TuneSettings) and stage.settings.early_stopping for stage in wanted):
+    if any(isinstance(stage.settings, TuneSettings) and stage.settings.early_stopping for stage in checked):
         yield "validation"
 
 
 def _look_at_split(sight: Sight, purpose: str) -> None:
-    """The first rows of a split as examples."""
-    recipe, wanted = sight.recipe, sight.recipe.data
-    split = wanted.splits.get(purpose)  # type: ignore[call-overload]
+    """Whether the first rows of a split make examples."""
+    recipe, settings = sight.recipe, sight.recipe.data
+    split = settings.splits.get(purpose)  # type: ignore[call-overload]
     if split is None:
         what = "the benchmark" if purpose == "evaluation" else "a stage"
-        sight.add(("data", "splits"), DataError(f"names no split for {purpose}, which {what} needs; it has {', '.join(wanted.splits)}"))
+        sight.add(("data", "splits"), DataError(f"names no split for {purpose}, which {what} needs; it has {', '.join(settings.splits)}"))
         return
     try:
-        place = rows.locate(wanted, recipe.folder, split)
+        place = rows.locate(settings, recipe.folder, split)
         if isinstance(place, rows.HubSplit):
             rows.require_datasets(place)
             sight.unseen.append(place.id)
@@ -216,12 +216,12 @@ def _look_at_split(sight: Sight, purpose: str) -> None:
     except (DataError, MissingPackage) as error:
         sight.add(("data", "source"), error)
         return
-    if table.rows and (missing := list(data.missing(wanted, table))):
+    if table.rows and (missing := list(data.missing(settings, table))):
         for key, problem in missing:
             sight.add(("data", key), DataError(problem))
         return
     try:
-        data.look(wanted, table, purpose)
+        data.look(settings, table, purpose)
     except DataError as error:
         sight.add(("data",), error)
     else:

@@ -1,9 +1,9 @@
-"""Working processes: all that needs torch runs in one, and the parent stays light and whole.
+"""Working processes: all that needs torch runs in one, and the parent stays small and alive.
 
-The parent starts `python -m MODULE REQUEST_FD REPLY_FD`, or a copy of a process that has imported (compress/nursery.py), and asks it one
-thing at a time, a JSON line each way over two pipes of their own, so that nothing a library prints can be mistaken for an answer. While
-it works, the child sends progress. A child whose parent dies is killed by the kernel; a child that dies leaves the parent a `ChildDied`
-with the reason.
+The parent starts `python -m MODULE REQUEST_FD REPLY_FD`, or a copy of a process that has imported (compress/nursery.py). It sends one
+request at a time. Requests and answers are lines of JSON over two pipes of their own, so that nothing a library prints can be mistaken for
+an answer. While it works, the child sends progress. A child whose parent dies is killed by the kernel; a child that dies leaves the parent
+a `ChildDied` with the reason.
 """
 
 import contextlib
@@ -25,13 +25,13 @@ from compress.errors import ChildDied, CompressError, Killed, RunError, is_disk_
 from compress.interpreter import spawned
 from compress.quiet import QUIET
 
-Progress = Callable[[str, int, int], None]  # what, and behind a semicolon how it goes; done, total
+Progress = Callable[[str, int, int], None]  # a step, with its state after a semicolon; done, total
 ENVIRONMENT = {
     **QUIET,
     "OMP_WAIT_POLICY": "passive",  # a spinning thread on a shared core makes the other side's turn many times slower
     "DISABLE_SAFETENSORS_CONVERSION": "1",  # else a repository of pickles makes transformers ask a service to convert it
 }
-LAUNCHER = (  # what torchrun and accelerate launch tell their copies; our processes are told their own
+LAUNCHER = (  # what torchrun and accelerate launch set for their copies; our processes get their own
     "RANK", "LOCAL_RANK", "GROUP_RANK", "ROLE_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_WORLD_SIZE", "ROLE_WORLD_SIZE", "ROLE_NAME",
     "MASTER_ADDR", "MASTER_PORT",
 )  # fmt: skip
@@ -67,7 +67,7 @@ class Child:
     log          a file for whatever the child prints
     threads      CPU threads for torch, None for all that the process may use
     environment  more variables for it
-    start        how the process comes to be
+    start        what starts the process
     """
 
     def __init__(
@@ -110,9 +110,9 @@ class Child:
         return answer
 
     def ask_in_slices(self, request: str, limit_s: float, **arguments: Any) -> Generator[float, None, Any]:
-        """The child's answer, as `ask` has it; gives the share that is done after each progress, and meanwhile the child waits.
+        """The child's answer, as `ask` has it. Yields the share that is done after each progress, while the child waits.
 
-        limit_s   of all slices together
+        limit_s   for all slices together
         """
         self.tell(request, arguments, paced=True)
         deadline = time.monotonic() + limit_s
@@ -156,7 +156,7 @@ class Child:
 
     @property
     def has_ended(self) -> bool:
-        """Whether it has; what it said before is still heard."""
+        """Whether the child has ended; what it sent before can still be heard."""
         while select.select([self._reply], [], [], 0)[0]:
             chunk = os.read(self._reply, 1 << 20)
             if not chunk:
@@ -185,7 +185,7 @@ class Child:
         self.close()
 
     def died(self) -> ChildDied:
-        """Why the child ended, which it has."""
+        """The error for a child that has ended, with the reason."""
         code = self._process.wait()
         if code == -signal.SIGKILL:
             return Killed(
@@ -203,7 +203,7 @@ class Child:
 
 
 class Bars:
-    """Passes progress on, and ends every step when a request was answered: training may end early, a loop may tell its begins only."""
+    """Passes progress on, and ends every step with the answer: training may end early, and some loops report only their beginnings."""
 
     def __init__(self, progress: Progress):
         self._progress = progress
@@ -223,18 +223,18 @@ class Bars:
 
 
 def inherited() -> dict[str, str]:
-    """This process's environment without what a launcher says in it."""
-    found = {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith(LAUNCHER_PREFIXES)}
-    if "RANK" in os.environ and found.get("OMP_NUM_THREADS") == "1":
-        del found["OMP_NUM_THREADS"]  # launchers set it for their copies, of which one alone works here
-    return found
+    """This process's environment without a launcher's variables."""
+    variables = {k: v for k, v in os.environ.items() if k not in LAUNCHER and not k.startswith(LAUNCHER_PREFIXES)}
+    if "RANK" in os.environ and variables.get("OMP_NUM_THREADS") == "1":
+        del variables["OMP_NUM_THREADS"]  # launchers set it for their copies, of which only one works here
+    return variables
 
 
 def serve(handlers: Mapping[str, Callable[..., Any]]) -> None:
     """The child's side: answer requests until the parent closes the pipe or dies.
 
-    A handler is called as handler(progress=..., **arguments) and gives plain data back. Where the request is paced, `progress` returns
-    when the parent says so.
+    A handler is called as handler(progress=..., **arguments) and returns plain data. Where the request is paced, `progress` returns when
+    the parent says so.
     """
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: no orphan goes on computing
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -280,6 +280,6 @@ def _as_message(error: Exception) -> dict[str, Any]:
 
 
 def raised(message: dict[str, Any]) -> CompressError:
-    """What the child raised, by a message that says so."""
+    """The error that the child raised, from its message."""
     kind = getattr(errors, message["error"], RunError)
     return kind(message["message"]) if issubclass(kind, CompressError) else RunError(message["message"])

@@ -1,8 +1,8 @@
 """Matrix products of 16-bit floats and of int8 on a CPU without instructions for them, by its products of float32.
 
-Such a CPU multiplies 16-bit floats and int8 number by number, in a fifth and a fifteenth of the speed (docs/measuring.md). What a model
-writes and reads is the same either way: a product of two 16-bit floats is exact in float32, in which torch sums them as well, and so is a
-sum of int8 products as long as it stays below 2^24. Timings are of the model as it is; only what isn't timed is computed so.
+Such a CPU multiplies 16-bit floats and int8 number by number, at a fifth and a fifteenth of the speed (docs/measuring.md). A model's
+outputs are the same either way. A product of two 16-bit floats is exact in float32, in which torch sums them anyway. A sum of int8 products
+is exact as long as it stays below 2^24. Timings are of the model as it is; only what isn't timed is computed this way.
 """
 
 import warnings
@@ -19,7 +19,7 @@ EXACT = 1024  # products of int8 numbers whose sum is below 2^24, so exact in fl
 
 @contextmanager
 def in_float32(device: str) -> Iterator[None]:
-    """Within it, torch's products on a CPU that lacks instructions for their dtypes are computed in float32."""
+    """While the block runs, products on a CPU without instructions for their dtype are computed in float32."""
     narrow = _without_instructions() if device == "cpu" else set()
     if not narrow:
         yield
@@ -39,7 +39,7 @@ def in_float32(device: str) -> Iterator[None]:
 
 
 def _without_instructions() -> set[torch.dtype]:
-    """The dtypes that this CPU has no instructions to multiply matrices of."""
+    """The dtypes for whose matrix products this CPU has no instructions."""
     supported = {
         torch.bfloat16: torch.ops.mkldnn._is_mkldnn_bf16_supported(),
         torch.float16: torch.ops.mkldnn._is_mkldnn_fp16_supported(),

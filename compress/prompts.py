@@ -1,10 +1,10 @@
-"""A prompt and its target as token ids, no longer than they may be: evaluation, calibration and training all have theirs from here.
+"""Prompts and targets as token ids within their limits, for evaluation, calibration and training.
 
-A prompt that is too long is cut within its content, so that what stands around it stays whole: the chat template with the assistant's
-opening, the words that the recipe puts before and behind a field. The text is cut where one of its tokens ends, and is put into its
-template and tokenised again, so that the ids are those of the shorter prompt.
+A prompt that is too long is cut within its content. What is around the content stays whole: the chat template with the assistant's opening,
+and the recipe's words before and after a field. The text is cut at the end of a token, put into its template and tokenised again, so that
+the ids are those of the shorter prompt.
 
-    python -m compress.prompts REQUEST_FD REPLY_FD     looks at a model's chat template before the work, as a working process
+    python -m compress.prompts REQUEST_FD REPLY_FD     checks a model's chat template before the work, as a working process
 """
 
 from collections.abc import Sequence
@@ -20,17 +20,17 @@ from compress.requests import SeeTemplate
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Prompt = str | Example  # a text is content from end to end
-WORD, ANSWER = "compress", "workbench"  # stand for what is said where a template is looked at
+Prompt = str | Example  # a plain text is all content
+WORD, ANSWER = "compress", "workbench"  # two turns to try a template with
 
 
 class Prompts:
     """How a tokenizer makes prompts and targets.
 
-    chat      they are a user's turns, put into the tokenizer's chat template
-    keep_end  what is too long loses the start of its content, where examples of the task stand, and not its end
+    chat      prompts are a user's turns, put into the tokenizer's chat template
+    keep_end  a prompt that is too long loses the start of its content, where examples of the task are, and not its end
 
-    Raises DataError where chat is wanted and the template can't serve.
+    Raises DataError where `chat` is set and the template doesn't work.
     """
 
     def __init__(self, tokenizer: "PreTrainedTokenizerBase", chat: bool = False, keep_end: bool = False):
@@ -39,9 +39,9 @@ class Prompts:
             check_template(tokenizer)
 
     def read(self, prompt: Prompt, limit: int | None, unended: bool = False) -> tuple[list[int], bool]:
-        """The ids, at most `limit`, and whether they are those of a prompt that was cut.
+        """The ids, at most `limit`, and whether the prompt was cut.
 
-        unended   the end token that some tokenizers add is left off, for decoders, which go on from there
+        unended   leave off the end token that some tokenizers add, for decoders, which continue the prompt
 
         Raises DataError where the chat template alone takes more.
         """
@@ -51,16 +51,16 @@ class Prompts:
             return whole, False
         head, content, tail = _parts(prompt)
         ids = self._longest(head, content, tail, limit, unended) if self._chat or head or tail else None
-        if ids is None and self._chat and (head or tail):  # the words around it are too long themselves
+        if ids is None and self._chat and (head or tail):  # what is around the content is too long itself
             ids = self._longest("", text, "", limit, unended)
         if ids is None and self._chat:
             raise DataError(f"{limit:,} tokens hold no prompt: the chat template alone takes {self.least:,}; raise max_tokens")
         return (self._truncated(text, limit, unended) if ids is None else ids), True
 
     def target(self, text: str, special: bool, limit: int | None = None) -> list[int]:
-        """The ids of what is to be said to a prompt, at most `limit`.
+        """The ids of the text that is to follow a prompt, at most `limit`.
 
-        special   with the tokenizer's special tokens around it, which stay where it is cut: a decoder's target stands behind its prompt
+        special   with the tokenizer's special tokens around them, also where they are cut; a decoder's target needs none after its prompt
         """
         if limit is not None:
             self._tokenizer.truncation_side = "right"
@@ -94,8 +94,8 @@ class Prompts:
             return None
         while low < high:
             middle = (low + high + 1) // 2
-            if len(found := ids(middle)) <= limit:
-                low, best = middle, found
+            if len(attempt := ids(middle)) <= limit:
+                low, best = middle, attempt
             else:
                 high = middle - 1
         return best
@@ -111,14 +111,14 @@ class Prompts:
 
 
 def rendered(tokenizer: "PreTrainedTokenizerBase", text: str, opened: bool = True) -> str:
-    """A user's turn as the chat template has it, with the opening of the assistant's. Raises DataError with what the template says."""
+    """A user's turn in the chat template, with the assistant's opening. Raises DataError with what the template complains about."""
     return _rendered(tokenizer, [{"role": "user", "content": text}], opened)
 
 
 def check_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Raises DataError for a tokenizer without a chat template, or with one that doesn't show a user's turn and open the assistant's."""
+    """Raises DataError where a tokenizer has no chat template, or one that doesn't show a user's turn and open the assistant's."""
     require_template(tokenizer)
-    way_out = "write the prompt out and leave data.chat away, or give the model another template"
+    way_out = "write out the prompt and leave out data.chat, or give the model another template"
     shown, bare = rendered(tokenizer, WORD), rendered(tokenizer, WORD, opened=False)
     if WORD not in shown:
         raise DataError(f"data.chat: the model's chat template leaves out what the user says: {shown[:200]!r} for {WORD!r}; {way_out}")
@@ -141,9 +141,9 @@ def _rendered(tokenizer: "PreTrainedTokenizerBase", turns: Sequence[dict[str, st
     try:
         return str(tokenizer.apply_chat_template(list(turns), tokenize=False, add_generation_prompt=opened))
     except Exception as error:  # a template may raise anything
-        said = str(error).strip() or type(error).__name__
+        message = str(error).strip() or type(error).__name__
         raise DataError(
-            f"data.chat: the model's chat template refuses a user's turn alone: {said[:300]}; write the prompt out and leave data.chat away"
+            f"data.chat: the model's chat template refuses a lone user turn: {message[:300]}; write out the prompt and leave out data.chat"
         ) from None
 
 
@@ -153,14 +153,14 @@ def text_of(prompt: Prompt) -> str:
 
 
 def _parts(prompt: Prompt) -> tuple[str, str, str]:
-    """What stands before the content, the content, what stands behind it."""
+    """What is before the content, the content, what is after it."""
     text = text_of(prompt)
     start, end = (0, len(text)) if isinstance(prompt, str) or prompt.content is None else prompt.content
     return text[:start], text[start:end], text[end:]
 
 
 def _ends(tokenizer: "PreTrainedTokenizerBase", text: str, from_end: bool) -> list[int]:
-    """After how many characters a text may be cut, none of them first: where its tokens end, or counted from its end where they begin."""
+    """After how many characters a text may be cut, 0 first: where its tokens end or, with `from_end`, begin, counted from its end."""
     if not tokenizer.is_fast:
         return list(range(len(text) + 1))
     offsets = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)["offset_mapping"]
@@ -168,7 +168,7 @@ def _ends(tokenizer: "PreTrainedTokenizerBase", text: str, from_end: bool) -> li
 
 
 def look(progress: Progress, request: SeeTemplate) -> None:
-    """See that a model's chat template serves. Raises DataError, and ModelError for a tokenizer that can't be loaded."""
+    """See that a model's chat template works. Raises DataError, and ModelError for a tokenizer that can't be loaded."""
     check_template(load_tokenizer(request.source))
 
 

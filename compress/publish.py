@@ -1,4 +1,4 @@
-"""An artifact on the Hugging Face hub: only by command, only its own files, only with the report that measured it."""
+"""Publish an artifact on the Hugging Face hub: only on command, only its own files, only with the report that measured it."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +14,7 @@ from compress.results.report import Report, read_report
 class Parcel:
     """What is sent.
 
-    report   by which it was measured
+    report   that measured it
     files    of the artifact, name -> bytes
     """
 
@@ -26,7 +26,7 @@ class Parcel:
 def pack(place: str | Path, failed_too: bool = False) -> Parcel:
     """What `publish` would send of an artifact's folder, or of a report's artifact. Nothing is sent.
 
-    failed_too   although the report failed its gates
+    failed_too   publish although the report failed its gates
 
     Raises InputError where there is no whole artifact, no card or no report that measured it, or where that failed.
     """
@@ -49,22 +49,22 @@ def publish(parcel: Parcel, repo: str, private: bool = False, revision: str | No
     """Send it as one commit and return its address. The repository is made where there is none.
 
     repo      name, or owner/name
-    private   the repository is, or is made so
+    private   the repository must be private, or is made so
     revision  the branch, made where there is none; None is main
 
-    Raises InputError for a repository that isn't to be had, or a public one where a private one is wanted, or without a token;
-    RunError where the hub doesn't take it.
+    Raises InputError without a token, for a repository name that isn't valid, and for a public repository where a private one is asked for;
+    RunError where the hub doesn't accept the files.
     """
     import huggingface_hub
     from huggingface_hub.errors import HFValidationError
 
     if huggingface_hub.get_token() is None:
-        raise InputError("the hub wants to know who publishes: `hf auth login`, or a token that may write in the variable HF_TOKEN")
+        raise InputError("the hub needs a token that may write: run `hf auth login`, or set the variable HF_TOKEN")
     hub = huggingface_hub.HfApi()
     try:
         home = hub.create_repo(repo, private=private or None, exist_ok=True)
         if private and not hub.model_info(home.repo_id).private:
-            raise InputError(f"{home}: the repository is there and public; make it private first, name another or leave --private out")
+            raise InputError(f"{home}: the repository exists and is public; make it private first, name another or leave --private out")
         if revision is not None:
             hub.create_branch(home.repo_id, branch=revision, exist_ok=True)
         hub.create_commit(
@@ -77,12 +77,12 @@ def publish(parcel: Parcel, repo: str, private: bool = False, revision: str | No
     except HFValidationError as error:
         raise InputError(f"{repo}: {error}") from None
     except Exception as error:  # a network has many ways to fail
-        raise RunError(f"{repo}: the hub ({hub.endpoint}) did not take it: {in_a_line(error)}") from None
+        raise RunError(f"{repo}: the hub ({hub.endpoint}) did not accept it: {in_a_line(error)}") from None
     return f"{home}/tree/{revision}" if revision else str(home)
 
 
 def _artifact_of(report: Report) -> Path:
-    """Where a report's artifact lies: under artifacts, beside the folder of its recipe."""
+    """Where a report's artifact is: in `artifacts`, beside the folder of its recipe's reports."""
     if not report.stages:
         raise InputError(f"{report.folder}: its recipe has no stages, so there is no artifact to publish")
     return report.folder.resolve().parents[1] / "artifacts" / Path(report.stages[-1].artifact).name

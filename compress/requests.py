@@ -1,4 +1,4 @@
-"""What working processes are asked besides measuring, and what they answer. Both sides have these records; none needs torch."""
+"""The requests to working processes besides measuring, and their answers. Both sides import these records; none needs torch."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +13,7 @@ class Shown:
     """What a stage may see.
 
     examples     of the train split
-    validation   what early stopping looks at
+    validation   what early stopping evaluates
     max_tokens   each example's longest input
     chat         prompts are a user's turns
     """
@@ -29,10 +29,10 @@ class Make(Request[None]):
     """Make the artifact of one stage in the folder `target`, which appears whole or not at all.
 
     settings   the method's, as plain data
-    scratch    where it may leave checkpoints; not made before it does
-    cache      where it may leave what other stages can use; not made before it does
-    models     what it may load besides the source: `original`, the recipe's model as it came, and those that its settings name
-    processes  so many are asked for this same stage, to do it together; the first makes the artifact
+    scratch    a folder for checkpoints, which the method creates
+    cache      a folder for what other stages can use, which the method creates
+    models     what it may load besides the source: `original`, the recipe's model, and those that its settings name
+    processes  how many get this request, to do the stage together; the first makes the artifact
     """
 
     answer = None
@@ -52,7 +52,7 @@ class Make(Request[None]):
 
 @dataclass(frozen=True)
 class Inspect(Request[dict[str, Any]]):
-    """Look at a model, in inputs of so many tokens (None: 128, or all that fit); the answer is an `Inspection` but for the model's name."""
+    """Inspect a model in inputs of so many tokens (None: 128, or all that fit); the answer is an `Inspection` without the model's name."""
 
     answer = dict[str, Any]
 
@@ -64,7 +64,7 @@ class Inspect(Request[dict[str, Any]]):
 
 @dataclass(frozen=True)
 class SeeTemplate(Request[None]):
-    """See that a model's chat template serves; what is wrong with it is raised."""
+    """See that a model's chat template works; raises what is wrong with it."""
 
     answer = None
 

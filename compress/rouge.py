@@ -1,5 +1,8 @@
-"""ROUGE (Lin 2004) of tokens, as Google's rouge-score computes it, whose table of the longest common subsequence is too slow where each
-character is a token: two texts of 2,000 take it 7 seconds, and this 5 milliseconds. A test holds the two equal."""
+"""ROUGE (Lin 2004) of tokens, equal to Google's rouge-score, as a test shows.
+
+Google's table of the longest common subsequence is too slow where each character is a token. Two texts of 2,000 characters take it 7
+seconds, and this module 5 milliseconds.
+"""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -29,7 +32,7 @@ def longest(ours: Tokens, theirs: Tokens) -> Score:
 
 
 def by_sentence(ours: Sequence[Tokens], theirs: Sequence[Tokens]) -> Score:
-    """ROUGE-Lsum: of each sentence of the reference what it has in common with any of the output, each token counted once."""
+    """ROUGE-Lsum: for each sentence of the reference what it has in common with any sentence of the output, each token counted once."""
     left_ours, left_theirs = (Counter(token for sentence in text for token in sentence) for text in (ours, theirs))
     sizes, hits = (left_ours.total(), left_theirs.total()), 0
     for sentence in theirs:
@@ -56,21 +59,21 @@ def _rows(a: Tokens, b: Tokens) -> list[int]:
 
 
 def _common(a: Tokens, b: Tokens) -> list[int]:
-    """Places in `a` of a longest common subsequence; of several that which rouge-score finds."""
-    rows, i, j, found = _rows(a, b), len(a), len(b), list[int]()
+    """Places in `a` of a longest common subsequence, of several the one that rouge-score picks."""
+    rows, i, j, places = _rows(a, b), len(a), len(b), list[int]()
 
     def length(i: int, j: int) -> int:
         return j - (rows[i] & ((1 << j) - 1)).bit_count()
 
     while i > 0 and j > 0:
         if a[i - 1] == b[j - 1]:
-            found.append(i - 1)
+            places.append(i - 1)
             i, j = i - 1, j - 1
         elif length(i, j - 1) > length(i - 1, j):
             j -= 1
         else:
             i -= 1
-    return found
+    return places
 
 
 def _score(hits: int, ours: int, theirs: int) -> Score:

@@ -1,6 +1,6 @@
 """Files of rows: jsonl, json, csv and parquet beside a recipe, or a data set of the hub. Without torch.
 
-A file is read whole by `read`, its beginning alone by `head`.
+`read` reads a whole file, `head` only its beginning.
 """
 
 import csv
@@ -46,9 +46,9 @@ Place = Path | HubSplit
 
 @dataclass(frozen=True)
 class Table:
-    """Rows as they stand at a place.
+    """The rows of a place.
 
-    columns   every field that a row has, in the order in which they come
+    columns   every field that a row has, in order of appearance
     whole     whether these are all rows
     sha256    of the file, hexadecimal; None where it wasn't read whole or comes from the hub
     """
@@ -61,7 +61,7 @@ class Table:
 
 
 def locate(data: Data, folder: Path, split: str) -> Place:
-    """Where a split's rows lie. Raises DataError where they can be nowhere."""
+    """Where a split's rows are. Raises DataError where they can be nowhere."""
     place = BUILTIN if data.source == "builtin" else folder / user_path(data.source)
     try:
         return _locate(place, data, split)
@@ -90,8 +90,8 @@ def _locate(place: Path, data: Data, split: str) -> Place:
 def read(place: Place) -> Table:
     """All rows of a place.
 
-    Raises DataError for a file that can't be read, holds other things than rows or changes meanwhile, and for what the hub hasn't;
-    MissingPackage.
+    Raises DataError for a file that can't be read, holds anything but rows or changes meanwhile, and for what the hub doesn't have. Raises
+    MissingPackage where a hub id needs one.
     """
     if isinstance(place, HubSplit):
         rows, columns = _from_hub(place)
@@ -105,7 +105,7 @@ def read(place: Place) -> Table:
 
 
 def head(file: Path, count: int) -> Table:
-    """The first rows of a file, `count` or fewer; of a jsonl file the last one, too, which is where one that was cut off is damaged.
+    """The first rows of a file, `count` or fewer. The last row of a jsonl file is checked, too: there a truncated file is damaged.
 
     Raises DataError as `read` does.
     """
@@ -131,7 +131,7 @@ def file_digest(file: Path) -> str | None:
 
 @contextmanager
 def _damage(file: Path) -> Iterator[None]:
-    """What readers raise, each its own kinds, as DataError."""
+    """Turn the errors of readers, each with classes of its own, into DataError."""
     try:
         yield
     except CompressError:
@@ -145,8 +145,8 @@ def _damage(file: Path) -> Iterator[None]:
 
 
 def _stamp(file: Path) -> tuple[int, int, int]:
-    found = file.stat()
-    return found.st_ino, found.st_size, found.st_mtime_ns
+    status = file.stat()
+    return status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def _rows(file: Path) -> Iterable[Row]:
@@ -167,7 +167,7 @@ def _rows(file: Path) -> Iterable[Row]:
 
 
 def _columns(file: Path, rows: list[Row]) -> list[str]:
-    """The fields of the rows; where a format says them apart they stand there without rows, too."""
+    """The fields of the rows; of parquet files those of the schema, which are there without rows, too."""
     if file.suffix == ".parquet":
         import pyarrow.parquet
 
@@ -207,7 +207,7 @@ def _object(line: str, where: str) -> Row:
 
 
 def _check_last_line(file: Path) -> None:
-    """Raises DataError where the last line of a jsonl file is damaged; one that is longer than what is looked at goes unseen."""
+    """Raises DataError where the last line of a jsonl file is damaged; a line longer than `LAST_BYTES` isn't checked."""
     with file.open("rb") as stream:
         stream.seek(-min(LAST_BYTES, file.stat().st_size), os.SEEK_END)
         _, newline, last = stream.read().rstrip().rpartition(b"\n")
@@ -216,7 +216,7 @@ def _check_last_line(file: Path) -> None:
 
 
 def _first_objects(file: Path) -> Iterator[Row]:
-    """The objects of a list that stand in the first bytes of its file."""
+    """The objects of a list that end within the first bytes of its file."""
     with file.open("rb") as stream:
         text = stream.read(HEAD_BYTES).decode("utf-8-sig", errors="ignore").lstrip()
     if not text.startswith("["):
@@ -225,7 +225,7 @@ def _first_objects(file: Path) -> Iterator[Row]:
     while True:
         try:
             row, place = decoder.raw_decode(text, place)
-        except ValueError:  # here the bytes end; damage shows when all is read
+        except ValueError:  # the bytes end here; damage shows when the whole file is read
             return
         if not isinstance(row, dict):
             raise DataError(f"{file}: a list of objects is wanted")
@@ -247,7 +247,7 @@ def _from_hub(place: HubSplit) -> tuple[list[Row], list[str]]:
 
     datasets.disable_progress_bars()
     try:
-        found = datasets.load_dataset(place.id, place.subset, split=place.split)
-        return [dict(row) for row in found], list(found.column_names)
+        dataset = datasets.load_dataset(place.id, place.subset, split=place.split)
+        return [dict(row) for row in dataset], list(dataset.column_names)
     except Exception as error:  # no network, no such id, no such split, gated ...
         raise DataError(f"data.source {place.id!r}: neither a file or folder here nor loadable from the hub: {in_a_line(error)}") from None

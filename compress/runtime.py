@@ -1,4 +1,4 @@
-"""How a loaded model is run, where plain transformers leaves speed lying.
+"""How a loaded model is run, where plain transformers wastes speed.
 
 torchao's int8 layers (`int8_dynamic`, `smoothquant`) are slower than float32 on a CPU: they compute with integers where the CPU has
 instructions for it and in loops where it has none. FBGEMM's kernels (Khudia et al. 2021), which come with torch, are faster than float32
@@ -21,12 +21,12 @@ from compress.errors import DeviceError
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-# inputs rounded on one grid whose step and zero are told, not looked for; quicker called without its overloads being searched
+# inputs are rounded on one grid, whose step and zero are arguments; `.default` saves the search for an overload
 ROUNDED_PRODUCT = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default
 
 
 def working_dtype(stored: torch.dtype, device: str) -> torch.dtype:
-    """The dtype to compute with where results are to be at least as exact as in the stored one, and soon there.
+    """The dtype to compute in, at least as exact as the stored one, and fast.
 
     An x86 CPU without instructions for 16 bits (AVX-512 BF16, AMX) takes many times as long in 16 bits as in 32.
     """
@@ -38,21 +38,21 @@ def working_dtype(stored: torch.dtype, device: str) -> torch.dtype:
 class Int8Linear(nn.Module):
     """A linear layer, int8 by row, whose inputs are rounded token by token: 8 bits, or 7 on CPUs where sums of 8 would overflow (no VNNI).
 
-    Each token's numbers are spread over the whole grid from its least to its largest, whatever stands beside it in the batch; the least is
-    taken off before and its product, which is it times the sums of the weight's rows, added after.
+    Each token's numbers are spread over the whole grid from the least to the largest, whatever else is in the batch. The least is
+    subtracted before the product. Its own product, the least times the sums of the weight's rows, is added afterwards.
 
-    packed_bytes are those that a step has to read, held_bytes what the kernel's layout of them takes.
+    packed_bytes are the bytes that a step has to read, held_bytes those that the kernel's layout of them takes.
 
-    integers (rows, columns) int8, scale (rows,), bias (rows,), factor (columns,) what the inputs are multiplied by before
+    integers (rows, columns) int8, scale (rows,), bias (rows,), factor (columns,) that multiplies the inputs first
     """
 
-    weight = None  # T5 looks at its output layer's dtype and lets one without weight be
+    weight = None  # T5 looks at the dtype of its output layer's weight, unless there is none
 
     def __init__(self, integers: Tensor, scale: Tensor, bias: Tensor | None, factor: Tensor | None):
         super().__init__()
         self.out_features, self.in_features = integers.shape
         self.packed_bytes = integers.numel() + scale.numel() * scale.element_size()
-        with warnings.catch_warnings():  # torch means to remove this kind of tensor one day, and has no other way to these kernels
+        with warnings.catch_warnings():  # torch deprecates this kind of tensor, and has no other way to these kernels
             warnings.simplefilter("ignore")
             weight = torch._make_per_channel_quantized_tensor(integers, scale.double(), torch.zeros(len(scale), dtype=torch.long), 0)
         before = held.allocated()
@@ -71,27 +71,27 @@ class Int8Linear(nn.Module):
 
 
 def use_cpu_int8(model: "PreTrainedModel") -> int:
-    """Have a loaded model's int8 layers of torchao computed by FBGEMM, in place. Returns how many there were.
+    """Let FBGEMM compute a loaded model's int8 layers of torchao, in place. Returns how many there are.
 
-    Raises DeviceError for a model on a GPU, where torchao's own kernels are the fast ones, and on a CPU that FBGEMM doesn't know.
+    Raises DeviceError for a model on a GPU, where torchao's own kernels are the fast ones, and on a CPU that FBGEMM doesn't support.
     """
     if model.device.type != "cpu":
         raise DeviceError(f"cpu_int8: the model is on {model.device}, and these kernels run on a CPU; leave it out there")
     if "fbgemm" not in torch.backends.quantized.supported_engines:
         raise DeviceError("cpu_int8: these kernels are for x86 CPUs, and this torch has none for the CPU here; leave it out there")
-    found = [(name, layer) for name, layer in model.named_modules() if _is_int8(layer)]
-    for name, layer in found:
+    layers = [(name, layer) for name, layer in model.named_modules() if _is_int8(layer)]
+    for name, layer in layers:
         weight: Any = layer.weight
         factor = None if weight.act_pre_scale is None else weight.act_pre_scale.float()
         bias = None if layer.bias is None else layer.bias.data.float()
         model.set_submodule(name, Int8Linear(weight.qdata, weight.scale.flatten(), bias, factor))
-    return len(found)
+    return len(layers)
 
 
 def use_sparse_24(model: "PreTrainedModel") -> int:
-    """Have a loaded model's layers with two zeros in every four weights computed by sparse tensor cores, in place. Returns how many.
+    """Let sparse tensor cores compute a model's layers with two zeros in every four weights, in place. Returns how many there are.
 
-    Takes float16 and bfloat16 layers of shapes that torch's kernels know; a head that is the embedding's own tensor stays as it is.
+    It takes float16 and bfloat16 layers of shapes that torch's kernels support. A head that shares the embedding's tensor stays as it is.
 
     Raises DeviceError where there are no such cores.
     """
@@ -101,12 +101,12 @@ def use_sparse_24(model: "PreTrainedModel") -> int:
         raise DeviceError(
             f"sparse_24: the model is on {model.device}, and these kernels need a GPU of compute capability 8.0 or more; leave it out there"
         )
-    found = [(name, layer) for name, layer in model.named_modules() if _is_sparse_24(layer)]
+    layers = [(name, layer) for name, layer in model.named_modules() if _is_sparse_24(layer)]
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    found = [(name, layer) for name, layer in found if f"{name}.weight" not in tied]
-    for _, layer in found:
+    layers = [(name, layer) for name, layer in layers if f"{name}.weight" not in tied]
+    for _, layer in layers:
         layer.weight = nn.Parameter(to_sparse_semi_structured(layer.weight.data.contiguous()), requires_grad=False)
-    return len(found)
+    return len(layers)
 
 
 def _is_sparse_24(layer: nn.Module) -> bool:
@@ -118,7 +118,7 @@ def _is_sparse_24(layer: nn.Module) -> bool:
 
 
 def _is_int8(layer: nn.Module) -> bool:
-    """Whether a layer's weight is int8 by row and its inputs are to be rounded as they come."""
+    """Whether a layer's weight is int8 by row and its inputs are rounded at run time."""
     weight = getattr(layer, "weight", None)
     if not isinstance(layer, nn.Linear) or type(weight).__name__ != "Int8Tensor":
         return False

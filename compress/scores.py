@@ -1,4 +1,4 @@
-"""Texts and labels become per-example statistics; no torch. What the statistics add up to is in statistics.py."""
+"""Texts and labels become statistics of single examples, without torch. What these add up to is in compress/benchmark/statistics.py."""
 
 import math
 import sys
@@ -11,20 +11,20 @@ from compress.metrics import GROUPS, Missing
 from compress.rouge import by_sentence, longest, ngrams
 from compress.scripts import Tokenizers
 
-Row = list[float] | Missing  # what an example adds to the sums, or why there is nothing
+Row = list[float] | Missing  # what an example adds to the sums, or why it adds nothing
 Samples = dict[str, list[Row]]  # metric -> a row an example
 
-LARGEST = math.log(sys.float_info.max)  # nats a token, beyond which a perplexity is no number
+LARGEST = math.log(sys.float_info.max)  # nats a token, beyond which a perplexity overflows
 ORDER = 6  # of chrF's n-grams
 
 
 class Likelihood(NamedTuple):
-    """What a model makes of a text, summed over the tokens that it predicts.
+    """A text's likelihood by a model, summed over the tokens that it predicts.
 
     nats         negative log-likelihood
     tokens       how many there are
     divergence   of the model's distributions from the original's, nats; `first` that of the first token
-    equal        tokens at which both think the same token the likeliest
+    equal        tokens at which both have the same likeliest token
     """
 
     nats: float = 0.0
@@ -53,8 +53,8 @@ def score_texts(groups: Sequence[str], predictions: Sequence[str], references: S
 def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]], tokenizer: str = "latin") -> Samples:
     """ROUGE-1, -2, -L and -Lsum in points, as Google's rouge-score computes them, with its tokenizer and stemmer or with other tokens.
 
-    With several references the one with the best F1 counts, for each kind apart. For ROUGE-Lsum texts are split into
-    sentences at . ! and ? (with other tokenizers at what ends sentences in any script), and at line breaks.
+    Of several references the one with the best F1 counts, for each kind of ROUGE separately. For ROUGE-Lsum texts are split into sentences
+    at . ! and ? (with other tokenizers at what ends sentences in any script), and at line breaks.
     """
     cut = _tokenizer(tokenizer)
 
@@ -75,8 +75,8 @@ def rouge(predictions: Sequence[str], references: Sequence[Sequence[str]], token
             "rougeL": [longest(whole, tokens) for tokens, _ in seen],
             "rougeLsum": [by_sentence(parts, sentences(text)) for _, text in seen],
         }
-        for name, found in scored.items():
-            best = max(found, key=lambda score: score.f1)
+        for name, scores in scored.items():
+            best = max(scores, key=lambda score: score.f1)
             samples[name].append([100 * best.f1])
             samples[f"{name}_precision"].append([100 * best.precision])
             samples[f"{name}_recall"].append([100 * best.recall])
@@ -99,8 +99,11 @@ def bleu(predictions: Sequence[str], references: Sequence[Sequence[str]], tokeni
 
 
 def chrf(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[Row]:
-    """The 18 sums that corpus chrF (Popović 2015) is made of, as sacreBLEU counts them: for 1- to 6-grams of characters without white space
-    those of the output, of the reference, and in both. Of several references the one with the best chrF counts."""
+    """The 18 sums that corpus chrF (Popović 2015) is made of, as sacreBLEU counts them.
+
+    They count the 1- to 6-grams of characters, without white space, in the output, in the reference, and in both. Of several references the
+    one with the best chrF counts.
+    """
     from sacrebleu.metrics.chrf import CHRF
     from sacrebleu.metrics.helpers import extract_all_char_ngrams
 
@@ -168,7 +171,7 @@ def perplexity(likelihoods: Sequence[Likelihood]) -> list[Row]:
 
 
 def divergence(likelihoods: Sequence[Likelihood]) -> Samples:
-    """The figures of how far distributions are from the original's: rows of a sum and its tokens."""
+    """Rows of how far distributions are from the original's: a sum and its tokens."""
     return {
         "divergence": [_a_token(row.divergence, row.tokens) for row in likelihoods],
         "equal_top": [_a_token(row.equal, row.tokens) for row in likelihoods],
@@ -180,7 +183,7 @@ def divergence(likelihoods: Sequence[Likelihood]) -> Samples:
 def labels(predicted: Sequence[int | None], right: Sequence[int], count: int) -> Samples:
     """Accuracy (100 or 0) and, for macro F1, true positives, false positives and false negatives of each label.
 
-    predicted   None where the model's scores are no numbers
+    predicted   None where the model's scores are NaN
     """
     samples: Samples = {"accuracy": [], "f1": []}
     for guess, truth in zip(predicted, right, strict=True):
@@ -200,7 +203,7 @@ def labels(predicted: Sequence[int | None], right: Sequence[int], count: int) ->
 
 
 def finite(score: float) -> Row:
-    """A score as a row, or what it is instead of a number."""
+    """A score as a row, or why it is none."""
     if math.isfinite(score):
         return [score]
     return Missing.NAN if math.isnan(score) else Missing.INFINITE

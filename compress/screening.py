@@ -1,7 +1,8 @@
-"""A recipe that breaks a gate on quality shows it on a few examples: a look at these before all is measured.
+"""A few examples show whether a recipe clearly breaks a gate on quality, before all is measured.
 
-It is given up where the whole interval, at the recipe's confidence, lies beyond the gate. Of recipes that all examples would let pass at
-95 %, fewer than one in a hundred is: from where these are, that takes 2.6 standard errors on a ninth of the examples and 3.1 on a third.
+A recipe is given up where the whole interval, at the recipe's confidence, lies beyond the gate. Among recipes that would pass on all
+examples at 95 %, fewer than one in a hundred is given up. Its estimate would have to be off by 2.6 standard errors on a ninth of the
+examples, or by 3.1 on a third.
 """
 
 import itertools
@@ -26,16 +27,16 @@ from compress.results.record import Role
 from compress.results.sides import Side
 from compress.scores import Samples
 
-SHARES = (1 / 9, 1 / 3)  # of the examples, after which a recipe may be given up; three times as many each, as in Hyperband (Li et al. 2018)
+SHARES = (1 / 9, 1 / 3)  # of the examples, after which a recipe may be given up; each is three times the last (Hyperband, Li et al. 2018)
 
 
 def hopeless(prepared: Prepared, out: Path, execution: Execution) -> str | None:
-    """After how many examples it was beyond doubt that a gate on quality is broken, and which; None where it isn't.
+    """After how many examples a gate on quality was broken beyond doubt, and which gate; None where there is doubt.
 
-    What the baseline makes of them is kept for the recipes that follow. Raises RunError.
+    The baseline's outputs are kept for the recipes that follow. Raises RunError.
     """
     recipe = prepared.recipe
-    limits = {name: one for name, one in recipe.check.items() if METRICS[name].kind == "quality" and not name.startswith(TASK)}
+    limits = {name: limit for name, limit in recipe.check.items() if METRICS[name].kind == "quality" and not name.startswith(TASK)}
     groups = [group for group in recipe.groups if limits.keys() & set(GROUPS.get(group, ()))]
     order = random.Random(0).sample(prepared.examples, len(prepared.examples))
     ends = sorted({max(FEWEST, math.ceil(share * len(order))) for share in SHARES})

@@ -1,7 +1,7 @@
 """Which scripts texts are written in, and how that decides what ROUGE and BLEU count.
 
-ROUGE's own tokenizer knows the letters a to z and digits alone, and drops the rest: of a text in Cyrillic nothing is left, so nothing
-can be lost. BLEU's 13a cuts at spaces and at ASCII's punctuation, so a sentence in Chinese is a single word.
+ROUGE's own tokenizer keeps nothing but the letters a to z and digits. Of a text in Cyrillic nothing is left, so no loss can show. BLEU's
+13a cuts at spaces and at ASCII punctuation, so a sentence in Chinese is a single word.
 """
 
 import re
@@ -25,7 +25,7 @@ UNSPACED = (
     "Han", "Hiragana", "Katakana", "Bopomofo", "Yi", "Nushu", "Tangut", "Khitan_Small_Script", "Thai", "Lao", "Khmer", "Myanmar", "Tai_Le",
     "New_Tai_Lue", "Tai_Tham", "Tai_Viet", "Ahom", "Javanese", "Balinese", "Cuneiform", "Egyptian_Hieroglyphs", "Anatolian_Hieroglyphs",
 )  # without spaces between words  # fmt: skip
-FEW = 0.05  # of a text's letters, or of the texts: what a choice may be blind to
+FEW = 0.05  # of a text's letters, or of the texts: the share that a choice may ignore
 PLAIN = 0.8  # of a text's letters must be a to z and digits, for the rest of Latin is dropped with its accents
 
 _ANY = r"[\p{L}\p{N}]"
@@ -51,11 +51,11 @@ class Tokenizers:
     bleu: str = "auto"
 
 
-def choose(wanted: Tokenizers, references: Sequence[Sequence[str]]) -> Tokenizers:
-    """The tokenizers that are wanted, those for the references' scripts in the place of `auto`. References without letters don't count.
+def choose(tokenizers: Tokenizers, references: Sequence[Sequence[str]]) -> Tokenizers:
+    """These tokenizers, with those for the references' scripts in the place of `auto`. References without letters don't count.
 
-    ROUGE: `latin` where it sees nearly all of nearly all references, else `words`. BLEU: 13a, but where more than a few references are
-    in scripts without spaces `zh` for Han and `char` for the others.
+    ROUGE: `latin` where it sees nearly all of nearly all references, else `words`. BLEU: 13a; where more than a few references are in
+    scripts without spaces, `zh` for Han and `char` for the others.
     """
     texts = [text for texts in references if _LETTER.search(text := "\n".join(texts))]
     rouge = "latin" if sum(map(_is_plain, texts)) >= (1 - FEW) * len(texts) else "words"
@@ -63,17 +63,17 @@ def choose(wanted: Tokenizers, references: Sequence[Sequence[str]]) -> Tokenizer
     if sum(map(_is_unspaced, texts)) > FEW * len(texts):
         unspaced, han = (sum(_count(pattern, text) for text in texts) for pattern in (_UNSPACED, _HAN))
         bleu = "zh" if han >= (1 - FEW) * unspaced else "char"
-    return Tokenizers(rouge if wanted.rouge == "auto" else wanted.rouge, bleu if wanted.bleu == "auto" else wanted.bleu)
+    return Tokenizers(rouge if tokenizers.rouge == "auto" else tokenizers.rouge, bleu if tokenizers.bleu == "auto" else tokenizers.bleu)
 
 
 def shares(references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """The share of the references' letters that each script has (from 0, to a thousandth), the largest first."""
+    """Each script's share of the references' letters (from 0, to a thousandth), the largest first."""
     letters = Counter("".join(text for texts in references for text in texts))
-    found = Counter[str]()
+    counts = Counter[str]()
     for letter, times in letters.items():
         if letter.isalpha():
-            found[_script(letter)] += times
-    return {script: share for script, times in found.most_common() if (share := round(times / found.total(), 3))}
+            counts[_script(letter)] += times
+    return {script: share for script, times in counts.most_common() if (share := round(times / counts.total(), 3))}
 
 
 def words(text: str) -> list[str]:

@@ -1,8 +1,8 @@
-"""The best recipe under gates: Optuna proposes, examples judge, and what is hopeless ends early.
+"""The best recipe under gates: Optuna proposes, examples judge, and hopeless recipes end early.
 
-A proposed recipe's model is made and asked about a few of the evaluation's examples, then about more of them. It is given up where a gate
-on quality is broken beyond doubt by these already; only what is left is measured in full, as an ordinary run. The study is kept on disk
-after every step, so a search that was killed goes on.
+A proposed recipe's model is made and evaluated on a few examples, then on more of them. It is given up where these already show beyond
+doubt that a gate on quality is broken. The others are measured in full, as ordinary runs. The study is written to disk after every step, so
+a search that was killed can continue.
 """
 
 import itertools
@@ -39,7 +39,7 @@ from compress.screening import hopeless
 
 NUMBER = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)"
 RANGE = re.compile(rf"{NUMBER}\.\.{NUMBER}(:log)?")
-WEIGHT = {"pass": 0, "cannot_tell": 1, "fail": 2}  # what a gate adds to how far a recipe is from keeping them
+WEIGHT = {"pass": 0, "cannot_tell": 1, "fail": 2}  # what a gate adds to a recipe's distance from passing
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ Space = dict[str, list[Any] | Range]
 class Tried:
     """One recipe of a search.
 
-    choice   the values that it has
-    report   where its report lies; None where it was not measured in full, `reason` then says why
+    choice   its values, by key
+    report   where its report is; None where it was not measured in full (see `reason`)
     verdict  None where it could not be made or measured
-    value    what is minimised: over the baseline's, or for quality less the baseline's
+    value    what is minimised: the ratio to the baseline's or, for quality, the difference
     """
 
     choice: dict[str, Any]
@@ -78,7 +78,7 @@ class Tried:
 
 @dataclass(frozen=True)
 class Found:
-    """What a search came to. `best` is None where no recipe was shown to keep the gates."""
+    """The outcome of a search. `best` is None where no recipe was shown to pass its gates."""
 
     tried: list[Tried]
     best: Tried | None
@@ -86,43 +86,43 @@ class Found:
 
 
 def gate(kept: str) -> str:
-    """The override that sets a gate: `rougeL:-1.0` may drop by a point at most, `latency_p50:+5%` rise by 5 %. Raises RecipeError."""
+    """The override that sets a gate: `rougeL:-1.0` may drop by 1 point at most, `latency_p50:+5%` may rise by 5 %. Raises RecipeError."""
     metric, colon, text = kept.rpartition(":")  # metrics of lm_eval's tasks have colons too
     try:
         change, relative = float(text.removesuffix("%")), text.endswith("%")
     except ValueError:
         change = math.nan
     if not colon or not math.isfinite(change):
-        raise RecipeError(f"--keep {kept}: a metric and how much it may change are wanted, as in rougeL:-1.0 or latency_p50:+5%")
+        raise RecipeError(f"--keep {kept}: give a metric and how much it may change, as in rougeL:-1.0 or latency_p50:+5%")
     if relative:
         return f"check.{metric}=" + json.dumps({"max_ratio" if change > 0 else "min_ratio": 1 + change / 100})
     return f"check.{metric}=" + json.dumps({"max_rise" if change > 0 else "max_drop": abs(change)})
 
 
 def space(over: Sequence[str]) -> Space:
-    """What may be chosen: `stages.0.bits=2,3,4` of these, `stages.0.sparsity=0.1..0.7` any between, `...=1e-5..1e-3:log` by powers of ten.
+    """The search space: `stages.0.bits=2,3,4` is a list, `stages.0.sparsity=0.1..0.7` a range, `...=1e-5..1e-3:log` one by powers of ten.
 
     Raises RecipeError.
     """
     sweep.apart([assignment.partition("=")[0].strip() for assignment in over], "--over")
-    found: Space = {}
+    domains: Space = {}
     for assignment in over:
         key, _, text = assignment.partition("=")
         if ends := RANGE.fullmatch(text.strip()):
             low, high = (int(end) if end.lstrip("+-").isdecimal() else float(end) for end in ends.group(1, 2))
             if low >= high or (ends[3] and low <= 0):
-                raise RecipeError(f"--over {assignment}: no range; such are 0.1..0.7, 2..8 and 1e-5..1e-3:log, from low to high")
-            found[key.strip()] = Range(low, high, bool(ends[3]))
+                raise RecipeError(f"--over {assignment}: not a range from low to high, as 0.1..0.7, 2..8 and 1e-5..1e-3:log are")
+            domains[key.strip()] = Range(low, high, bool(ends[3]))
         else:
-            found |= [sweep.values(assignment, "--over")]
-    return found
+            domains |= [sweep.values(assignment, "--over")]
+    return domains
 
 
 class Search:
-    """A recipe, what may be changed in it, and what is wanted.
+    """A recipe, its search space, and the aim of the search.
 
     file       of the recipe, or its name
-    keep       gates, `rougeL:-1.0`, beside those of the recipe
+    keep       gates, `rougeL:-1.0`, besides those of the recipe
     minimise   a metric
     over       the space, `stages.0.bits=2,3,4`
     overrides  `stages.0.group_size=64`
@@ -136,15 +136,15 @@ class Search:
         if minimise not in METRICS:
             raise RecipeError(f"--minimise {minimise}: there is no such metric{suggest(minimise, tuple(METRICS))}")
         if METRICS[minimise].better == "higher":
-            raise RecipeError(f"--minimise {minimise}: it is better higher; name one that is better lower, or give it to --keep")
-        ends = {key: [one.low, one.high] if isinstance(one, Range) else one for key, one in self.space.items()}
+            raise RecipeError(f"--minimise {minimise}: higher is better; name a metric for which lower is better, or give it to --keep")
+        ends = {key: [domain.low, domain.high] if isinstance(domain, Range) else domain for key, domain in self.space.items()}
         first = {key: each[0] for key, each in ends.items()}
         self.recipes = [self.variant({**first, key: value}) for key, each in ends.items() for value in each]
         measured = {name for group in self.recipes[0].groups for name in GROUPS.get(group, ())}
         if METRICS[minimise].kind == "quality" and minimise not in measured:
             raise RecipeError(f"--minimise {minimise}: the recipe doesn't measure it; its metrics are {', '.join(sorted(measured))}")
         if not self.recipes[0].check:
-            raise RecipeError(f"{file}: has no gates; name what is to be kept, as in --keep rougeL:-1.0")
+            raise RecipeError(f"{file}: has no gates; give one, as in --keep rougeL:-1.0")
 
     def variant(self, choice: Mapping[str, Any]) -> Recipe:
         return sweep.variant(self.file, self.overrides, choice)
@@ -152,18 +152,18 @@ class Search:
     def place(self, out: Path) -> Path:
         """The search's folder."""
         base = sweep.variant(self.file, self.overrides, {})
-        spaces = {key: str(one) for key, one in self.space.items()}
+        spaces = {key: str(domain) for key, domain in self.space.items()}
         return out / "searches" / f"{base.name}-{digest([base.digest, str(base.folder), spaces, self.minimise])}"
 
     def run(
         self, out: Path = Path("reports"), trials: int = 20, device: str = "auto", progress: Progress = quiet, strict: bool = False,
         workers: Workers | None = None,
     ) -> Found:  # fmt: skip
-        """Try recipes, `trials` with those of former starts, or all there are; the best is written as a recipe.
+        """Try recipes, `trials` with those of earlier starts, or all there are; the best is written as a recipe.
 
-        What could not be made or measured in a former start is tried again.
+        A recipe that could not be made or measured in an earlier start is tried again.
 
-        Raises InputError before anything runs where that can be seen.
+        Raises InputError for mistakes that show before anything runs.
         """
         pipeline.usable(out)
         sweep.refuse(self.recipes, device)
@@ -171,79 +171,81 @@ class Search:
         with _study(place, progress) as study, nursery() if isinstance(workers, Here) else nullcontext():
             self._go_on(study, trials, out, Execution(device, progress=progress, strict=strict), workers)
             tried = _tried(study)
-        best = min((one for one in tried if one.verdict == "pass" and one.value is not None), key=lambda one: one.value or 0, default=None)
+        passed = [outcome for outcome in tried if outcome.verdict == "pass" and outcome.value is not None]
+        best = min(passed, key=lambda outcome: outcome.value or 0, default=None)
         file = place / "best.yaml"
         if best is not None:
             write_whole(file, _as_yaml(self.variant(best.choice)))
         return Found(tried, best, file)
 
     def _go_on(self, study: Any, trials: int, out: Path, execution: Execution, workers: Workers) -> None:
-        """Ask, try and tell until so many are tried."""
+        """Ask Optuna, try, and tell it, until so many recipes are tried."""
         everyone, start = self._everyone(trials), time.monotonic()
         former = _tried(study)
-        again, known = [one.choice for one in former if one.failed], [one.choice for one in former if not one.failed]
-        before = len(known)
-        wanted = before + sum(choice not in known for choice in everyone) if everyone else trials
+        again = [outcome.choice for outcome in former if outcome.failed]
+        settled = [outcome.choice for outcome in former if not outcome.failed]
+        before = len(settled)
+        total = before + sum(choice not in settled for choice in everyone) if everyone else trials
         running: dict[Any, tuple[Any, dict[str, Any], str]] = {}
         done = before
-        while done < wanted:
-            while len(running) < workers.room and done + len(running) < wanted:
-                taken = [*(one.choice for one in _tried(study)), *(choice for _, choice, _ in running.values())]
+        while done < total:
+            while len(running) < workers.room and done + len(running) < total:
+                taken = [*(outcome.choice for outcome in _tried(study)), *(choice for _, choice, _ in running.values())]
                 trial = self._asked(study, again + [choice for choice in everyone if choice not in taken])
-                choice = {key: _suggested(trial, key, one) for key, one in self.space.items()}
-                again = [one for one in again if one != choice]
+                choice = {key: _suggested(trial, key, domain) for key, domain in self.space.items()}
+                again = [other for other in again if other != choice]
                 each = (time.monotonic() - start) / (done - before) if done > before else 0
-                left = f", about {duration(each * (wanted - done))} left" if each else ""
-                what = f"recipe {done + len(running) + 1} of {wanted}: {', '.join(f'{key}={value}' for key, value in choice.items())}{left}"
+                left = f", about {duration(each * (total - done))} left" if each else ""
+                what = f"recipe {done + len(running) + 1} of {total}: {', '.join(f'{key}={value}' for key, value in choice.items())}{left}"
                 execution.progress(what, 0, 1)
                 theirs = execution if isinstance(workers, Here) else replace(execution, progress=quiet)
                 running[workers.start(_attempt, self, choice, out, theirs)] = trial, choice, what
-            task, one = workers.first(list(running))
+            task, answer = workers.first(list(running))
             trial, choice, what = running.pop(task)
-            _tell(study, trial, Tried(choice, reason=str(one)) if isinstance(one, CompressError) else one)
+            _tell(study, trial, Tried(choice, reason=str(answer)) if isinstance(answer, CompressError) else answer)
             done += 1
             execution.progress(what, 1, 1)
 
     def _asked(self, study: Any, left: list[dict[str, Any]]) -> Any:
-        """The next trial: one that a killed search was about, the next of those `left`, or what Optuna proposes."""
+        """The next trial: one that a killed search was at, the next choice `left`, or what Optuna proposes."""
         from optuna.trial import TrialState
 
         if left and not study.get_trials(states=(TrialState.WAITING,)):
-            categories = {key for key, one in self.space.items() if isinstance(one, list)}
+            categories = {key for key, domain in self.space.items() if isinstance(domain, list)}
             study.enqueue_trial({key: json.dumps(value) if key in categories else value for key, value in left[0].items()})
         return study.ask()
 
     def _everyone(self, most: int) -> list[dict[str, Any]]:
-        """Every choice that there is; none where they are more than `most`."""
-        each = [one for one in self.space.values() if isinstance(one, list)]
+        """Every choice that there is; empty where there are more than `most`."""
+        each = [domain for domain in self.space.values() if isinstance(domain, list)]
         if len(each) < len(self.space) or math.prod(map(len, each)) > most:
             return []
         return [dict(zip(self.space, values, strict=True)) for values in itertools.product(*each)]
 
 
-def _suggested(trial: Any, key: str, one: list[Any] | Range) -> Any:
-    if isinstance(one, list):
-        return json.loads(trial.suggest_categorical(key, [json.dumps(value) for value in one]))
-    if isinstance(one.low, int) and isinstance(one.high, int):
-        return trial.suggest_int(key, one.low, one.high, log=one.log)
-    return float(f"{trial.suggest_float(key, one.low, one.high, log=one.log):.4g}")
+def _suggested(trial: Any, key: str, domain: list[Any] | Range) -> Any:
+    if isinstance(domain, list):
+        return json.loads(trial.suggest_categorical(key, [json.dumps(value) for value in domain]))
+    if isinstance(domain.low, int) and isinstance(domain.high, int):
+        return trial.suggest_int(key, domain.low, domain.high, log=domain.log)
+    return float(f"{trial.suggest_float(key, domain.low, domain.high, log=domain.log):.4g}")
 
 
-def _tell(study: Any, trial: Any, one: Tried) -> None:
+def _tell(study: Any, trial: Any, outcome: Tried) -> None:
     from optuna.trial import TrialState
 
-    trial.set_user_attr("tried", json.dumps(asdict(one)))
-    if one.value is None or one.report is None:
+    trial.set_user_attr("tried", json.dumps(asdict(outcome)))
+    if outcome.value is None or outcome.report is None:
         study.tell(trial, state=TrialState.PRUNED)
     else:
-        trial.set_constraint("gates", sum(WEIGHT[gate.verdict] for gate in read_report(one.report, figures_only=True).gates))
-        study.tell(trial, one.value)
+        trial.set_constraint("gates", sum(WEIGHT[gate.verdict] for gate in read_report(outcome.report, figures_only=True).gates))
+        study.tell(trial, outcome.value)
 
 
 def _tried(study: Any) -> list[Tried]:
-    """What was tried, each choice as it went the last time."""
-    found = [Tried(**json.loads(trial.user_attrs["tried"])) for trial in study.get_trials() if "tried" in trial.user_attrs]
-    return list({json.dumps(one.choice): one for one in found}.values())
+    """The recipes tried, each choice with its last outcome."""
+    outcomes = [Tried(**json.loads(trial.user_attrs["tried"])) for trial in study.get_trials() if "tried" in trial.user_attrs]
+    return list({json.dumps(outcome.choice): outcome for outcome in outcomes}.values())
 
 
 @nursery()
@@ -259,18 +261,18 @@ def _attempt(search: Search, choice: dict[str, Any], out: Path, execution: Execu
 
 
 def _value(report: Report, metric: str) -> float | None:
-    """What is minimised: the mean over grid points of the ratio to the baseline, geometric; of quality the difference."""
-    found = [one for one in report.comparisons if one.metric == metric and one.estimate is not None]
-    if not found:
+    """What is minimised: the geometric mean over grid points of the ratio to the baseline or, for quality, the difference."""
+    comparisons = [comparison for comparison in report.comparisons if comparison.metric == metric and comparison.estimate is not None]
+    if not comparisons:
         return None
-    if found[0].kind == "difference":
-        return found[0].estimate
-    return math.exp(fmean(math.log(one.estimate) for one in found if one.estimate))
+    if comparisons[0].kind == "difference":
+        return comparisons[0].estimate
+    return math.exp(fmean(math.log(comparison.estimate) for comparison in comparisons if comparison.estimate))
 
 
 @contextmanager
 def _study(place: Path, progress: Progress) -> Iterator[Any]:
-    """The study in a folder, for this process alone. What a killed search was about comes first. Raises InputError."""
+    """The study in a folder, locked for this process. The trials that a killed search was at come first. Raises InputError."""
     try:
         import optuna
         from optuna.trial import TrialState
@@ -298,13 +300,13 @@ def _study(place: Path, progress: Progress) -> Iterator[Any]:
 
 
 def _as_yaml(recipe: Recipe) -> str:
-    """The recipe with defaults filled in, which may lie anywhere: its folders are absolute."""
+    """The recipe with defaults filled in and absolute folders, so that its file may be anywhere."""
     written = recipe.as_written()
     models = [
         written["model"],
         *(block for stage in written["stages"] for block in stage.values() if isinstance(block, dict) and "id" in block),
     ]
-    for block, key in [(written["data"], "source"), *((one, "id") for one in models)]:
+    for block, key in [(written["data"], "source"), *((model, "id") for model in models)]:
         place = recipe.folder / user_path(str(block[key]))
         if place.exists():
             block[key] = str(place.resolve())

@@ -1,4 +1,4 @@
-"""The shape of a model: how many weights it has and where. A type's own file in `compress/architectures` makes it of a config.json."""
+"""The shape of a model: how many weights it has and where. Its type's file in `compress/architectures` derives it from config.json."""
 
 from collections import Counter
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ class Stack:
     head_width             of each; heads x head_width needn't be `width` (T5)
     feed_forward, gated    the inner width of the feed-forward layers; gated ones have two such layers side by side
     crossed                whether each block has a second attention, to an encoder's output
-    composed               whether the activation function is one of several operations in transformers (gelu_new), which hold more at once
-    biased_scores          whether a bias is added to attention's scores, head by head (T5), which rules the kernels without scores out
+    composed               whether transformers computes the activation function in several operations (gelu_new), which need more memory
+    biased_scores          whether a bias is added to attention's scores, head by head (T5), which rules out kernels without scores
     """
 
     layers: int
@@ -38,7 +38,7 @@ class Stack:
         return self.layers * (attention * (2 if self.crossed else 1) + self.width * self.feed_forward * (3 if self.gated else 2))
 
     def padded(self, rows: int, columns: int) -> int:
-        """The same where each layer's rows and columns are padded to multiples of so many."""
+        """The same with each layer's rows and columns padded to multiples of these numbers."""
 
         def size(tall: int, wide: int) -> int:
             return -(-tall // rows) * rows * (-(-wide // columns) * columns)
@@ -50,23 +50,23 @@ class Stack:
 
     @property
     def columns(self) -> Counter[int]:
-        """The same weights by the columns of the layers that they are in."""
+        """The same weights, by the number of columns of their layers."""
         inner, sides = self.heads * self.head_width, 2 if self.crossed else 1
-        found = Counter[int]()
-        found[self.width] += self.layers * self.width * self.head_width * (self.heads + 2 * self.key_heads) * sides
-        found[inner] += self.layers * self.width * inner * sides
-        found[self.width] += self.layers * self.width * self.feed_forward * (2 if self.gated else 1)
-        found[self.feed_forward] += self.layers * self.width * self.feed_forward
-        return found
+        weights = Counter[int]()
+        weights[self.width] += self.layers * self.width * self.head_width * (self.heads + 2 * self.key_heads) * sides
+        weights[inner] += self.layers * self.width * inner * sides
+        weights[self.width] += self.layers * self.width * self.feed_forward * (2 if self.gated else 1)
+        weights[self.feed_forward] += self.layers * self.width * self.feed_forward
+        return weights
 
 
 @dataclass(frozen=True)
 class Shape:
     """A whole model.
 
-    linear      weights of the blocks' linear layers, which is what is quantised
+    linear      weights of the blocks' linear layers, which are what is quantised
     other       all other weights: embeddings, norms, biases, heads
-    buffers     numbers that are no weights and are loaded or computed, 4 bytes each
+    buffers     numbers besides the weights that are loaded or computed, 4 bytes each
     vocabulary  width of the output; None for a classifier
     """
 
@@ -80,7 +80,7 @@ class Shape:
 
     @property
     def columns(self) -> Counter[int]:
-        """How many weights of the blocks' linear layers are in layers of so many columns."""
+        """The weights of the blocks' linear layers, by the number of columns of their layers."""
         return sum((stack.columns for stack in (self.encoder, self.decoder) if stack), Counter[int]())
 
     @property
@@ -97,7 +97,7 @@ class Shape:
 
 
 def head(config: Config, task: str, width: int, tied: bool) -> int:
-    """What stands on a decoder: a row for each label, or for each token where the embedding doesn't serve for it."""
+    """Weights of the head on a decoder: a row for each label, or for each token unless the embedding serves as head."""
     if task == "sequence-classification":
         return labels(config) * width
     return 0 if config.get("tie_word_embeddings", tied) else int(config["vocab_size"]) * width

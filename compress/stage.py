@@ -1,4 +1,4 @@
-"""One stage, in a working process: load, apply the method, save, load again and look whether it kept its promises."""
+"""One stage, in a working process: load, apply the method, save, load again and check what the method promised."""
 
 import gc
 import json
@@ -29,15 +29,15 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 LOOKED_AT = 4  # examples
-# of a token's logits' mean square at the median token, by the fewest bits of a layer: several times what was seen where models bear
-# rounding (16 bits 0.0003; 8 bits 0.003, 0.07 with rounded inputs; 4 bits 0.03); of 2 bits all may change
+# of a token's logits' mean square at the median token, by the fewest bits of a layer: several times what was seen in models that bear
+# rounding (16 bits 0.0003; 8 bits 0.003, 0.07 with rounded inputs; 4 bits 0.03). With 2 bits anything may change
 MOST_CHANGED = {16: 0.01, 8: 0.3, 4: 0.3, 3: 0.5}
-ROUNDED = 2  # times what the plainest rounding changes, where that is more: 4 bits a row change SmolLM2 by 0.6
-UNSURE = 10  # times as much of a classifier's: on a few examples its two or three lie close together
+ROUNDED = 2  # times what plain rounding changes, where that is more: 4 bits, a row at a time, change SmolLM2 by 0.6
+UNSURE = 10  # times as much for a classifier, whose two or three logits may be close together on a few examples
 
 
 def run(progress: Progress, request: Make) -> None:
-    """Make an artifact. Raises what the method raises, and BrokenPromise for one that isn't what was promised."""
+    """Make an artifact. Raises what the method raises, and BrokenPromise for an artifact that isn't what the method promises."""
     family, name, shown, before = request.family, request.method, request.shown, request.source
     target, processes = request.target, request.processes
     settings = methods.find(family, name).Settings.model_validate(request.settings)
@@ -67,12 +67,12 @@ def run(progress: Progress, request: Make) -> None:
         gc.collect()
         if method.ABOUT.smaller:
             _check_smaller(parameter_bytes(bare), file_bytes(folder), f"{family}: {name}")
-        made = Source(str(folder), before.task)
+        artifact = Source(str(folder), before.task)
         with in_float32(device):
             if family == "export":
-                check_export(before, made, name, device, context)
+                check_export(before, artifact, name, device, context)
             else:
-                _check_logits(before, made, device, context, f"{family}: {name}", family == "quantize" and not method.ABOUT.trains)
+                _check_logits(before, artifact, device, context, f"{family}: {name}", family == "quantize" and not method.ABOUT.trains)
         if counted is None and before.bits is None and family != "export":
             counted = account.compare(before, Source(str(folder), before.task))
         noted = {"layers": context.layers, "said": context.said, "curve": context.curve, "cut": context.cut}
@@ -82,7 +82,7 @@ def run(progress: Progress, request: Make) -> None:
 
 
 def _join(device: str, processes: int) -> int:
-    """Find the other processes; gives which of them this one is. On GPUs it takes one of its own, which is `cuda` from now on.
+    """Join the other processes; returns this one's rank. On GPUs it takes one of its own, which is `cuda` from now on.
 
     Raises DeviceError where there are fewer GPUs than processes.
     """
@@ -91,10 +91,10 @@ def _join(device: str, processes: int) -> int:
     rank, backend, own = int(os.environ["RANK"]), "gloo", None
     if device == "cuda":
         if (there := torch.cuda.device_count()) < processes:
-            raise DeviceError(f"--processes {processes}: each takes a GPU of its own, and here are {there}; use fewer, or --device cpu")
+            raise DeviceError(f"--processes {processes}: each takes a GPU of its own, and there are {there}; use fewer, or --device cpu")
         backend, own = "nccl", torch.device("cuda", rank)
         torch.cuda.set_device(own)
-    # the parent ends all when one ends, so that nobody waits for nothing; and some waits are long, as for a teacher that writes
+    # a long timeout: some waits are long, as for a teacher that writes, and the parent ends all processes when one of them dies
     torch.distributed.init_process_group(backend, timeout=timedelta(days=30), device_id=own)
     return rank
 
@@ -107,12 +107,12 @@ def _check_smaller(before: int, after: int, who: str) -> None:
 def _check_logits(
     before: Source, artifact: Source, device: str, context: methods.Context, who: str, rounds: bool
 ) -> None:  # fmt: skip
-    """See that the artifact, as plain transformers loads it, answers, and that rounding changed no more than it can.
+    """See that the artifact works as plain transformers loads it, and that rounding changed no more than it can.
 
-    Raises BrokenPromise where it doesn't, by how much being said.
+    Raises BrokenPromise otherwise, with how much changed.
     """
-    made = _logits(artifact, device, context, who)
-    if not all(part.isfinite().all() for part in made):
+    logits = _logits(artifact, device, context, who)
+    if not all(part.isfinite().all() for part in logits):
         raise BrokenPromise(f"{who}: the result gives NaN or infinite logits; nothing was kept. A wider dtype (bfloat16) may help")
     bits = min((int(layer["bits"]) for layer in context.layers if layer["bits"] is not None), default=0)
     bound = MOST_CHANGED.get(bits) if rounds else None
@@ -120,37 +120,39 @@ def _check_logits(
         return
     bound *= UNSURE if before.task == "sequence-classification" else 1
     try:
-        given = _logits(before, device, context, who)
-        if (changed := _changed(given, made)) > bound:
-            bound = max(bound, ROUNDED * _changed(given, _logits(before, device, context, who, rounded=True)))
+        reference = _logits(before, device, context, who)
+        if (changed := _changed(reference, logits)) > bound:
+            bound = max(bound, ROUNDED * _changed(reference, _logits(before, device, context, who, rounded=True)))
     except Exception as error:
         if not is_out_of_memory(error):
             raise
-        context.say("its logits weren't compared with the model's, which whole don't fit in memory here")
+        context.say("its logits weren't compared with those of the model before it, which doesn't fit in memory here")
         return
     if changed > bound:
         raise BrokenPromise(
             f"{who}: loaded by plain transformers, the result's logits differ from the model's by {changed:.2f} of their mean square at"
-            f" the median token of {len(made)} examples, where {bits} bits change {bound:.2g} at most. Either something of it isn't read as"
-            " meant, or the model bears no such rounding, and more bits or another method may; nothing was kept"
+            f" the median token of {len(logits)} examples; {bits} bits change {bound:.2g} at most. Either its files aren't read as"
+            " intended, or the model can't bear this rounding: try more bits or another method. Nothing was kept"
         )
 
 
-def _changed(given: "list[Tensor]", made: "list[Tensor]") -> float:
-    """How much logits changed at the median token, as a share of their mean square; sinks and the like may change much more."""
+def _changed(reference: "list[Tensor]", logits: "list[Tensor]") -> float:
+    """How much logits changed at the median token, as a share of their mean square; attention sinks and the like may change much more."""
     import torch
 
     shares = [
-        (part - other).square().sum(dim=-1) / part.square().sum(dim=-1).clamp(min=1e-30) for part, other in zip(given, made, strict=True)
+        (part - other).square().sum(dim=-1) / part.square().sum(dim=-1).clamp(min=1e-30)
+        for part, other in zip(reference, logits, strict=True)
     ]
     return float(torch.cat(shares).median())
 
 
 def _logits(source: Source, device: str, context: methods.Context, who: str, rounded: bool = False) -> "list[Tensor]":
-    """What a model, as plain transformers loads it, has for a few of the stage's examples, or for some tokens where there are none: in
-    float32, (tokens, vocabulary), each token's about their mean, which no softmax sees.
+    """A model's logits, as plain transformers loads it, for a few of the stage's examples, or for some tokens where there are none.
 
-    rounded   its layers, to nearest in as many bits as they were given, a row at a time
+    They are float32 (tokens, vocabulary), each token's less their mean, which makes no difference to the softmax.
+
+    rounded   round its layers to nearest, in as many bits as the stage used, a row at a time
 
     Raises BrokenPromise where it can't be run.
     """
@@ -167,7 +169,7 @@ def _logits(source: Source, device: str, context: methods.Context, who: str, rou
         for inputs in _inputs(loaded, load_tokenizer(source), few):
             try:
                 logits = loaded(**inputs).logits.float()
-            except (NotImplementedError, AttributeError, TypeError, ValueError) as error:  # a layer whose weight its owner uses itself
+            except (NotImplementedError, AttributeError, TypeError, ValueError) as error:  # the module around a layer uses its weight
                 first = next(iter(str(error).splitlines()), "")
                 raise BrokenPromise(f"{who}: plain transformers can't run the result: {type(error).__name__}: {first[:200]}") from None
             rows.append((logits - logits.mean(dim=-1, keepdim=True)).flatten(0, -2).cpu())
@@ -175,17 +177,15 @@ def _logits(source: Source, device: str, context: methods.Context, who: str, rou
 
 
 def _loaded(source: Source, device: str, context: methods.Context) -> "PreTrainedModel":
-    """The model as transformers loads it, or where what it takes isn't installed, with the numbers that its files hold."""
+    """The model as transformers loads it; where a package for that isn't installed, with the numbers that its files hold."""
     if gptq.is_unread(source):
-        context.say(
-            f"its files were looked at unpacked: {', '.join(gptq.READERS)}, by which transformers reads them, aren't installed here"
-        )
+        context.say(f"its files were checked unpacked: {', '.join(gptq.READERS)}, by which transformers reads them, aren't installed here")
     with gptq.readable(source, Path(source.id).parent) as read:
         return load_model(read, device)
 
 
 def _round(loaded: "PreTrainedModel", context: methods.Context) -> None:
-    """Round the layers that were worked on to nearest in as many bits, a row at a time, in place; in 8 bits their inputs by token, too."""
+    """Round the stage's layers to nearest in as many bits, a row at a time, in place; with 8 bits also their inputs, token by token."""
     from transformers.pytorch_utils import Conv1D
 
     experts.part(loaded)

@@ -1,4 +1,4 @@
-"""How a model is made up and called, whatever its type: its linear layers, heads and stacks of blocks, what it takes and how much."""
+"""A model's structure, whatever its type: its linear layers, heads and stacks of blocks, its inputs and their longest length."""
 
 import difflib
 import fnmatch
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 def linear_layers(model: "PreTrainedModel", ignore: list[str] | None) -> "tuple[dict[str, nn.Module], dict[str, nn.Module]]":
     """The linear layers to work on and those left out, by full name; GPT-2's Conv1D counts as linear, routers don't.
 
-    ignore   None leaves out the heads (what maps the last hidden state to tokens or labels). A list replaces that: each entry
-             is a name or the end of one (`lm_head`, `fc1`; of a module with layers inside, `experts`), a pattern (`*.layers.0.*`) or a
-             regular expression (`re:.*mlp.*`).
+    ignore   None leaves out the heads (what maps the last hidden state to tokens or labels). A list replaces that. Each entry
+             is a name or the end of one (`lm_head`, `fc1`), also of a module with layers inside (`experts`). It may be a pattern
+             (`*.layers.0.*`) or a regular expression (`re:.*mlp.*`), too.
 
     Raises InputError for an entry that matches no linear layer, and where a layer that is kept shares the embedding's weights.
     """
@@ -50,8 +50,8 @@ def match(entry: str, layers: Iterable[str], key: str) -> list[str]:
     Raises InputError with the nearest names where it means none.
     """
     names = list(layers)
-    if found := [name for name in names if means(entry, name)]:
-        return found
+    if matches := [name for name in names if means(entry, name)]:
+        return matches
     ends = sorted({name.rsplit(".", 1)[-1] for name in names})
     near = difflib.get_close_matches(entry, [*names, *ends], n=3, cutoff=0.4) or ends[:8]
     raise InputError(f"{key}: {entry!r} matches no linear layer of this model; near it are {', '.join(near)}")
@@ -86,26 +86,29 @@ def has_transposed_layers(model: "PreTrainedModel") -> bool:
 
 
 def block_stacks(model: "PreTrainedModel") -> "dict[str, nn.ModuleList]":
-    """The lists of blocks in the order they are run: outermost module lists with linear layers inside, Conv1D among them, all of one class
-    or, as in hybrids, all of what transformers makes blocks of."""
+    """The lists of blocks in the order in which they are run.
+
+    These are the outermost module lists with linear layers inside, Conv1D included. Their modules are all of one class or, as in hybrids,
+    all of the class that transformers makes blocks of.
+    """
     from torch import nn
     from transformers.modeling_layers import GradientCheckpointingLayer
     from transformers.pytorch_utils import Conv1D
 
-    found: dict[str, nn.ModuleList] = {}
+    stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
-        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in found):
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{outer}.") for outer in stacks):
             same = len({type(block) for block in module}) == 1 or all(isinstance(block, GradientCheckpointingLayer) for block in module)
             if same and any(isinstance(part, nn.Linear | Conv1D) for part in module.modules()):
-                found[name] = module
-    return found
+                stacks[name] = module
+    return stacks
 
 
 def packs_alike(model: "PreTrainedModel") -> bool:
     """Whether plain transformers reads packed weights of a model only where all layers are packed alike.
 
-    An encoder-decoder's generation calls the encoder before the model as a whole, which is when kinds of their own would be unpacked;
-    GPTBigCode and others look at their weights while they are made; the experts of a mixture are put together at loading.
+    An encoder-decoder's generation calls the encoder before the whole model, and layers of another packing are unpacked only by the latter.
+    GPTBigCode and others look at their weights while they are made. The experts of a mixture are put together at loading.
     """
     from compress.experts import parted
 
@@ -114,7 +117,7 @@ def packs_alike(model: "PreTrainedModel") -> bool:
 
 
 def _begins_without_weights(model: "PreTrainedModel") -> bool:
-    """Whether transformers makes a model whose linear layers have no weight yet, as packed ones have none; tried on a bare one."""
+    """Whether transformers can initialise the model while its linear layers have no weight, as packed ones don't; tried without numbers."""
     import torch
     from torch import nn
 
@@ -158,7 +161,7 @@ def context_length(config: Any, tokenizer: Any = None) -> int | None:
 
 
 def decoder_inputs(model: "PreTrainedModel", labels: "Tensor") -> "Tensor":
-    """What the decoder of an encoder-decoder is given to predict labels, (examples, tokens): these, one place on, behind a start token."""
+    """The decoder's inputs to predict labels (examples, tokens) in an encoder-decoder: the labels moved by one, after a start token."""
     if hasattr(model, "prepare_decoder_input_ids_from_labels"):  # mBART's begin with the language, which stands last in the labels
         inputs: Tensor = model.prepare_decoder_input_ids_from_labels(labels)
         return inputs
@@ -168,7 +171,7 @@ def decoder_inputs(model: "PreTrainedModel", labels: "Tensor") -> "Tensor":
 
 
 def trial_inputs(model: "PreTrainedModel") -> "dict[str, Tensor]":
-    """Tokens from all over the vocabulary that any model can be called with, to see whether it runs; the first are often special ones."""
+    """Inputs to see whether a model runs: tokens from all over the vocabulary, since the first ones are often special."""
     import torch
 
     config = model.config.get_text_config()
@@ -183,7 +186,7 @@ def trial_inputs(model: "PreTrainedModel") -> "dict[str, Tensor]":
 
 
 def size_cache_by_decoder(config: Any) -> None:
-    """Have a T5's config say `decoder_layers` too, by which transformers makes the cache; without, it takes the encoder's number."""
+    """Add `decoder_layers` to a T5's config, by which transformers sizes the cache; else it takes the encoder's number of layers."""
     if hasattr(config, "num_decoder_layers"):
         config.decoder_layers = config.num_decoder_layers
 

@@ -1,8 +1,8 @@
 """Many recipes at once: each an ordinary run with its own report, sharing what they have in common.
 
 Stages are shared by their digests. Candidates of one model that are measured alike take turns with one baseline, as many as memory holds.
-A recipe that was measured before has its report in the same folder, and is found there by what it was made from; so a sweep that
-was interrupted goes on where it was.
+A recipe that was measured before is recognised by its digests, and its report is reused. So a sweep that was interrupted continues where
+it was.
 """
 
 import itertools
@@ -33,14 +33,14 @@ from compress.results.report import Report, read_report
 from compress.yamlfile import Document, located
 
 MOST = 1000  # recipes of a sweep
-TOGETHER = 6  # candidates with one baseline: they take 7 measurements where pairs take 12; more would save little, and be lost at once
-LONGEST = 150  # characters of a name, which is that of a folder; it may be longer in bytes
+TOGETHER = 6  # candidates with one baseline: 7 measurements where pairs take 12; more would save little, and all would be lost at once
+LONGEST = 150  # characters of a name, which is also a folder's; it may have more bytes
 OWN = {"stages", "check", "calibration"}  # blocks in which recipes that are measured alike may differ
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How one recipe of a sweep went: its report, or the reason why it has none or not all of it."""
+    """How one recipe of a sweep went: its report, or the reason why it has none or an incomplete one."""
 
     recipe: Recipe
     report: Report | None
@@ -48,35 +48,35 @@ class Outcome:
 
 
 def expand(files: Sequence[str | Path], grid: Sequence[str], overrides: Sequence[str] = ()) -> list[Recipe]:
-    """Every recipe with every combination of the grid's values, which are in its name: quickstart+bits=4.
+    """Every recipe with every combination of the grid's values, which its name shows: quickstart+bits=4.
 
     grid   `stages.0.bits=3,4,8`, values as YAML
 
-    Raises RecipeError with every mistake of all of them.
+    Raises RecipeError with all mistakes of all recipes.
     """
     pairs = [values(assignment, "--grid") for assignment in grid]
     apart([key for key, _ in pairs], "--grid")
     keys = dict(pairs)
     if (count := len(files) * math.prod(map(len, keys.values()))) > MOST:
         raise RecipeError(f"--grid: that makes {count:,} recipes, and {MOST:,} are the most; compress search tries some of many")
-    chosen = [dict(zip(keys, one, strict=True)) for one in itertools.product(*keys.values())]
-    found, mistakes = [], list[str]()
+    chosen = [dict(zip(keys, combination, strict=True)) for combination in itertools.product(*keys.values())]
+    variants, mistakes = [], list[str]()
     for file, choice in itertools.product(files, chosen):
         try:
-            found.append(variant(file, overrides, choice))
+            variants.append(variant(file, overrides, choice))
         except RecipeError as error:
             mistakes += str(error).split("\n")
     if mistakes:
         raise RecipeError("\n".join(dict.fromkeys(mistakes)))
-    return found
+    return variants
 
 
 def apart(keys: Sequence[str], option: str) -> None:
-    """Raises RecipeError where two keys name one place of the recipe, or one lies within the other."""
+    """Raises RecipeError where two keys name the same place of the recipe, or one is within the other."""
     for key, other in itertools.permutations(keys, 2):
         place = located(key)
         if place == located(other):
-            raise RecipeError(f"{option} {key}: it is given twice; give all of its values once")
+            raise RecipeError(f"{option} {key}: it is given twice; list all of its values in one")
         if place == located(other)[: len(place)]:
             raise RecipeError(f"{option} {other}: it lies within {key}, which is given too; give one of them")
 
@@ -85,15 +85,15 @@ def values(assignment: str, option: str) -> tuple[str, list[Any]]:
     """The key and the values of `stages.0.bits=3,4,8`. Raises RecipeError."""
     key, equals, text = assignment.partition("=")
     if not equals or not key.strip() or not text.strip():
-        raise RecipeError(f"{option} {assignment}: a key and values are wanted, as in {option} stages.0.bits=3,4,8")
-    found = Document(f"{option} {assignment[:200]}", f"values: [{text}]").data["values"]
+        raise RecipeError(f"{option} {assignment}: give a key and values, as in {option} stages.0.bits=3,4,8")
+    entries = Document(f"{option} {assignment[:200]}", f"values: [{text}]").data["values"]
     try:
-        json.dumps(found)
+        json.dumps(entries)
     except TypeError:  # dates and such
-        found = []
-    if not found:
-        raise RecipeError(f"{option} {assignment}: values are wanted, as in {option} stages.0.bits=3,4,8")
-    return key.strip(), [one for number, one in enumerate(found) if one not in found[:number]]
+        entries = []
+    if not entries:
+        raise RecipeError(f"{option} {assignment}: give values, as in {option} stages.0.bits=3,4,8")
+    return key.strip(), [entry for number, entry in enumerate(entries) if entry not in entries[:number]]
 
 
 def variant(file: str | Path, overrides: Sequence[str], choice: Mapping[str, Any]) -> Recipe:
@@ -107,7 +107,7 @@ def variant(file: str | Path, overrides: Sequence[str], choice: Mapping[str, Any
 
 
 def refuse(recipes: Iterable[Recipe], device: str) -> None:
-    """What can be seen to go wrong before anything runs. Raises InputError with all of it, a line a recipe."""
+    """Check recipes before anything runs. Raises InputError with all mistakes, a line for each recipe."""
     mistakes = []
     for recipe in recipes:
         try:
@@ -122,11 +122,11 @@ def run(
     recipes: Sequence[Recipe], out: Path = Path("reports"), device: str = "auto", progress: Progress = quiet, strict: bool = False,
     workers: Workers | None = None,
 ) -> list[Outcome]:  # fmt: skip
-    """Run recipes, going on past those that fail. Their reports are in `out`/<recipe>/<run>.
+    """Run recipes, continuing after those that fail. Their reports are in `out`/<recipe>/<run>.
 
-    workers   a cluster, on which each is a task of its own; None runs them here, those that can be with one baseline
+    workers   a cluster, on which each is a task of its own; None runs them here, as many as possible with one baseline
 
-    Raises InputError before anything runs where that can be seen.
+    Raises InputError for mistakes that show before anything runs.
     """
     pipeline.usable(out)
     refuse(recipes, device)
@@ -137,32 +137,32 @@ def run(
 
 
 def page(outcomes: Sequence[Outcome], out: Path) -> Path | None:
-    """Write one page of all reports; the same recipes' later one takes its place. None where there is no report."""
+    """Write one page of all reports; a later page of the same recipes replaces it. None where there is no report."""
     from compress.report import html
 
-    reports = [one.report for one in outcomes if one.report]
+    reports = [outcome.report for outcome in outcomes if outcome.report]
     if not reports:
         return None
-    file = out / "sweeps" / f"{outcomes[0].recipe.name.partition('+')[0]}-{digest([one.recipe.digest for one in outcomes])}.html"
+    file = out / "sweeps" / f"{outcomes[0].recipe.name.partition('+')[0]}-{digest([outcome.recipe.digest for outcome in outcomes])}.html"
     file.parent.mkdir(parents=True, exist_ok=True)
     write_whole(file, html.render(reports))
     return file
 
 
 def former(prepared: Prepared, out: Path) -> Report | None:
-    """The report of the same recipe, on the same examples and of the same artifacts, where it was measured to the end before."""
-    made = [Path(record.artifact).name for record in prepared.stages]
+    """A former report of the same recipe, examples and artifacts that is complete; None where there is none."""
+    artifacts = [Path(record.artifact).name for record in prepared.stages]
     for file in sorted((out / prepared.recipe.name).glob("*/report.json"), reverse=True):
         with suppress(ReportError):
             report = read_report(file, figures_only=True)
             same = report.digest == prepared.recipe.digest and report.examples_digest == examples_digest(prepared.examples)
-            if same and [Path(record.artifact).name for record in report.stages] == made and failure(report) is None:
+            if same and [Path(record.artifact).name for record in report.stages] == artifacts and failure(report) is None:
                 return read_report(file)
     return None
 
 
 def failure(report: Report) -> str | None:
-    """Why a report doesn't hold all that was to be measured."""
+    """Why a report doesn't hold all that was to be measured; None where it does."""
     return next((failure for side in report.sides for failure in side.failures), None)
 
 
@@ -191,7 +191,7 @@ def _here(recipes: Sequence[Recipe], out: Path, execution: Execution) -> list[Ou
             else:
                 if report is not None:
                     outcomes[number] = Outcome(recipe, report)
-                    forecast.seconds[number] = 0  # it took no time, and says nothing of the others
+                    forecast.seconds[number] = 0  # it took no time, so it tells nothing about the others
                 else:
                     ready.append((number, prepared))
             execution.progress(what, 1, 1)
@@ -213,41 +213,41 @@ def _spread(recipes: Sequence[Recipe], out: Path, execution: Execution, workers:
         each = (time.monotonic() - start) / max(1, len(outcomes))
         left = f", about {duration(each * len(begun))} left" if outcomes else ""
         execution.progress(f"{len(outcomes)} of {len(recipes)} recipes done{left}", len(outcomes), len(recipes))
-        task, found = workers.first(list(begun))
+        task, answer = workers.first(list(begun))
         number = begun.pop(task)
-        outcomes[number] = _outcome(recipes[number], found)
+        outcomes[number] = _outcome(recipes[number], answer)
     return [outcomes[number] for number in range(len(recipes))]
 
 
 def _measured(prepared: list[Prepared], out: Path, execution: Execution) -> list[Outcome]:
-    """Measured together, or each alone where one of them is a model that can't be measured so."""
+    """Measure together, or one by one where one of the models can't be measured so."""
     try:
         reports = pipeline.measure(prepared, out, execution)
     except CompressError as error:
         if isinstance(error, InputError) and len(prepared) > 1:
-            return [outcome for one in prepared for outcome in _measured([one], out, execution)]
-        return [Outcome(one.recipe, None, str(error)) for one in prepared]
-    return [_outcome(one.recipe, report) for one, report in zip(prepared, reports, strict=True)]
+            return [outcome for job in prepared for outcome in _measured([job], out, execution)]
+        return [Outcome(job.recipe, None, str(error)) for job in prepared]
+    return [_outcome(job.recipe, report) for job, report in zip(prepared, reports, strict=True)]
 
 
-def _outcome(recipe: Recipe, found: Report | CompressError) -> Outcome:
-    if isinstance(found, CompressError):
-        return Outcome(recipe, None, str(found))
-    return Outcome(recipe, found, failure(found))
+def _outcome(recipe: Recipe, answer: Report | CompressError) -> Outcome:
+    if isinstance(answer, CompressError):
+        return Outcome(recipe, None, str(answer))
+    return Outcome(recipe, answer, failure(answer))
 
 
 class _Forecast:
-    """How long is left: the forecast of what remains, times by how much it was off so far."""
+    """The time left: the forecast for what remains, corrected by how far it was off so far."""
 
     def __init__(self, recipes: Sequence[Recipe]):
         self.start, self.together = time.monotonic(), [1] * len(recipes)
         self.seconds = [0.0] * len(recipes)
         for number, recipe in enumerate(recipes):
-            with suppress(CompressError):  # its run says why
-                found = plan.plan(recipe, machine.here(recipe.benchmark.threads))
-                peak = max(row.peak or row.weights for row in found.rows if row.dtype == found.dtype)
-                self.together[number] = max(1, min(TOGETHER, found.machine.memory_bytes // peak - 1))
-                self.seconds[number] = sum(found.seconds.values())
+            with suppress(CompressError):  # the recipe's run says why
+                forecast = plan.plan(recipe, machine.here(recipe.benchmark.threads))
+                peak = max(row.peak or row.weights for row in forecast.rows if row.dtype == forecast.dtype)
+                self.together[number] = max(1, min(TOGETHER, forecast.machine.memory_bytes // peak - 1))
+                self.seconds[number] = sum(forecast.seconds.values())
 
     def left(self, outcomes: Mapping[int, Outcome]) -> str:
         done = sum(self.seconds[number] for number in outcomes)
@@ -257,7 +257,7 @@ class _Forecast:
 
 
 def _groups(recipes: Sequence[Recipe], forecast: _Forecast) -> Iterator[list[int]]:
-    """Which are measured together, by number: they say the same of the model and of how it is measured, and fit into memory."""
+    """The numbers of the recipes that are measured together: same model, measured alike, and fitting into memory."""
     alike: dict[str, list[int]] = {}
     for number, recipe in enumerate(recipes):
         measured = {key: block for key, block in recipe.as_written().items() if key not in OWN}

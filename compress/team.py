@@ -1,4 +1,4 @@
-"""Working processes that work on one request together, as torch.distributed has it; and the copies that a launcher made of this one."""
+"""Working processes that do one request together, by torch.distributed; and the copies that a launcher made of this process."""
 
 import os
 import select
@@ -12,15 +12,15 @@ from compress import phases
 from compress.errors import CompressError, InputError
 from compress.process import Bars, Child, Progress, inherited, raised
 
-SETTLE_S = 0.5  # by then a process that ended is seen to have ended
+SETTLE_S = 0.5  # time in which the end of a process shows
 
 
 class Team:
-    """Working processes that are asked the same thing at once and work on it together; a context, and asked, like a `Child`.
+    """Working processes that get the same request at once and do it together; used like a `Child`, as a context too.
 
-    Each finds in its environment what torch.distributed wants to know. The first one's progress and answer count.
+    Each has in its environment what torch.distributed needs. Only the first one's progress and answer count.
 
-    log   the first one's; what the others printed is put behind it when they end
+    log   the first one's; the others' output is appended when they end
     """
 
     def __init__(self, module: str, log: Path, progress: Progress, processes: int):
@@ -79,41 +79,41 @@ class Team:
         self.close()
 
     def _cause(self, error: CompressError) -> CompressError:
-        """An error that was heard of, or why a process ended: one that ends makes the others fail, which may be heard of before."""
+        """The error, or why a process ended: one that ends makes the others fail, and their errors may arrive first."""
         time.sleep(SETTLE_S)
         return next((child.died() for child in self._children if child.has_ended), error)
 
 
 def launched() -> tuple[int, int] | None:
-    """Which of the copies that torchrun or accelerate launch started this process is, from 0 on, and how many they are; None without.
+    """This process's rank among the copies that torchrun or accelerate launch started, and their number; None without a launcher.
 
-    Raises InputError, the first copy for all, where they are on several machines, and where accelerate launch was asked for what it or this
-    package doesn't do.
+    Raises InputError where they are on several machines, in the first copy only. Raises it also where accelerate launch was asked for what
+    it, or this package, doesn't do.
     """
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         if "ACCELERATE_MIXED_PRECISION" in os.environ and "MASTER_PORT" in os.environ:
             raise InputError(
-                "accelerate launch was asked for several processes and started one, as it does on a CPU and where it finds a single GPU;"
-                " run it without accelerate and give --processes, or under torchrun"
+                "accelerate launch started a single process, as it does on a CPU and with a single GPU; run compress without accelerate and"
+                " give --processes, or use torchrun"
             )
         return None
     rank, processes, here = (_number_in(name) for name in ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if rank == 0 and here != processes:
-        raise InputError(f"{processes} processes were launched, {here} of them on this machine; all have to be on one")
-    for wanted in ("FSDP", "DEEPSPEED"):
-        if rank == 0 and os.environ.get(f"ACCELERATE_USE_{wanted}", "").lower() == "true":
-            raise InputError(f"accelerate launch is configured for {wanted}, which isn't used here; launch without it")
+        raise InputError(f"{processes} processes were launched, {here} of them on this machine; all must be on one")
+    for strategy in ("FSDP", "DEEPSPEED"):
+        if rank == 0 and os.environ.get(f"ACCELERATE_USE_{strategy}", "").lower() == "true":
+            raise InputError(f"accelerate launch is configured for {strategy}, which isn't used here; launch without it")
     return rank, processes
 
 
 def _number_in(name: str) -> int:
-    value = os.environ.get(name, "1")  # a launcher sets all; where others set some, it is one process on each machine
+    value = os.environ.get(name, "1")  # a launcher sets all; where something else sets some, there is one process on each machine
     if not value.isdecimal():
         raise InputError(f"{name}={value} in the environment: a number is wanted, as torchrun sets it; unset it to run without a launcher")
     return int(value)
 
 
 def _free_port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
+    with socket.socket() as endpoint:
+        endpoint.bind(("127.0.0.1", 0))
+        return int(endpoint.getsockname()[1])

@@ -28,7 +28,7 @@ from compress.report.table import fitted, room
 from compress.results.report import Report
 
 COLOURS = {"pass": "green", "fail": "red", "cannot_tell": "yellow"}
-WIDE = 110  # columns from which on every column of an inspection fits
+WIDE = 110  # characters from which on all columns of an inspection fit
 
 
 @contextmanager
@@ -66,7 +66,7 @@ def _lines() -> process.Progress:
 
 
 def show_report(report: Report) -> None:
-    """Figures, gates, what the stages did to the layers, verdict of one report, in each of its engines."""
+    """Figures, gates, what the stages did to the layers, and the verdict of a report, in each of its engines."""
     for part in report.parts:
         _show_part(part)
 
@@ -118,8 +118,10 @@ def _point(row: Row) -> tuple[int | None, int | None]:
 
 
 def show_comparison(reports: Sequence[Report], minimised: str | None = None) -> None:
-    """One table over reports: the figures that their gates limit and what is minimised first; below it every gate, and what decided
-    against which."""
+    """One table of reports, with the figures that their gates limit and the minimised one first.
+
+    Below it is every gate, and why recipes didn't pass.
+    """
     models = rows(reports)
     print(as_text(models, decisive(models, reports, minimised), "table", room()))
     if any(report.gates for report in reports):
@@ -129,7 +131,7 @@ def show_comparison(reports: Sequence[Report], minimised: str | None = None) -> 
 
 
 def show_reasons(what: str, reasons: Sequence[tuple[str, str]]) -> None:
-    """A row for each that has no figures: what it is, and why."""
+    """A row for each recipe without figures: its name, and why."""
     display = _table(what, "why")
     for name, reason in reasons:
         display.add_row(_shown(name), _shown(reason))
@@ -137,56 +139,56 @@ def show_reasons(what: str, reasons: Sequence[tuple[str, str]]) -> None:
 
 
 def show_history(lines: Sequence[Line]) -> None:
-    """A table a line, a row a run; below it where the level changed."""
+    """A table for each line, with a row for each run; below it where the level changed."""
     console = _Console()
-    for one in lines:
-        apart = f"; measured otherwise than the first line: {', '.join(one.apart)}" if one.apart else ""
-        console.print(f"[bold]{_shown(one.recipe)}: {_shown(one.figure)}[/], better {one.better}; on {_shown(one.machine)}{apart}")
-        changed = [found.first for found in one.changes or []]
-        display = _table("run at", "commit", one.figure.partition(" ")[0], "verdict", "report", right=(2,))
-        for number, run in enumerate(one.runs):
+    for series in lines:
+        apart = f"; measured otherwise than the first line: {', '.join(series.apart)}" if series.apart else ""
+        console.print(
+            f"[bold]{_shown(series.recipe)}: {_shown(series.figure)}[/], better {series.better}; on {_shown(series.machine)}{apart}"
+        )
+        changed = [shift.first for shift in series.changes or []]
+        display = _table("run at", "commit", series.figure.partition(" ")[0], "verdict", "report", right=(2,))
+        for number, run in enumerate(series.runs):
             if number in changed:
                 display.add_section()
-            value = (run.reason or "-") if run.value is None else scaled(run.value, one.unit)
+            value = (run.reason or "-") if run.value is None else scaled(run.value, series.unit)
             verdict = f"[{COLOURS[run.verdict]}]{verdict_words(run.verdict)}[/]"
             display.add_row(_minute(run), _commit(run), _shown(value), verdict, _shown(Path(run.report).name))
         console.print(display)
-        for found in one.changes or []:
-            run, before, since = one.runs[found.first], scaled(found.before, one.unit), scaled(found.since, one.unit)
+        for shift in series.changes or []:
+            run, before, since = series.runs[shift.first], scaled(shift.before, series.unit), scaled(shift.since, series.unit)
             console.print(f"a change at {_minute(run)}, commit {_commit(run)}: from {before} to {since} (medians)", style="yellow")
-        if not one.changes:
-            console.print("no change" if one.changes is not None else f"changes are looked for from {FEWEST} runs on", style="dim")
+        if not series.changes:
+            console.print("no change" if series.changes is not None else f"changes are looked for from {FEWEST} runs on", style="dim")
         console.print()
 
 
-def show_plan(found: Plan) -> None:
-    """What a recipe will take: a row a dtype and grid point, then time and disk."""
+def show_plan(plan: Plan) -> None:
+    """What a recipe will need: a row for each dtype and grid point, then time and disk."""
     console = _Console()
-    console.print(
-        f"[bold]{_shown(f'{found.model}: {found.architecture}, {count(found.parameters)} parameters, stored in {found.dtype}')}[/]"
-    )
+    console.print(f"[bold]{_shown(f'{plan.model}: {plan.architecture}, {count(plan.parameters)} parameters, stored in {plan.dtype}')}[/]")
     display = _table("dtype", "batch", "prompt", "weights", "cache", "activations", "slack", "peak", "fits", right=range(1, 8))
     display.padding = (0, 1, 0, 0)
-    for number, row in enumerate(found.rows):
-        if number and row.dtype != found.rows[number - 1].dtype:
+    for number, row in enumerate(plan.rows):
+        if number and row.dtype != plan.rows[number - 1].dtype:
             display.add_section()
         held = [] if row.held is None else [row.held.cache, row.held.activations, row.held.slack, row.held.peak]
         sizes = [f"{count(size)}B" for size in (row.weights, *held)] + ["-"] * (4 - len(held))
         fits = "[green]yes[/]" if row.fits else "[red]no[/]"
         display.add_row(row.dtype, str(row.batch_size), str(row.prompt_tokens), *sizes, fits)
     console.print(display)
-    console.print(f"fits: on {_shown(found.machine.name)}, {scaled(found.machine.memory_bytes, 'bytes')}", style="dim")
-    for what, seconds in found.seconds.items():
+    console.print(f"fits: on {_shown(plan.machine.name)}, {scaled(plan.machine.memory_bytes, 'bytes')}", style="dim")
+    for what, seconds in plan.seconds.items():
         console.print(f"{_shown(what)}: about {duration(seconds)}")
-    console.print(f"in all about {duration(sum(found.seconds.values()))} (rough), and {scaled(found.disk_bytes, 'bytes')} of disk")
-    for sentence in found.said:
+    console.print(f"in all about {duration(sum(plan.seconds.values()))} (rough), and {scaled(plan.disk_bytes, 'bytes')} of disk")
+    for sentence in plan.said:
         console.print(_shown(sentence), style="yellow")
 
 
-def show_methods(found: Sequence[dict[str, Any]]) -> None:
-    """The methods there are: what each does, and what its model does in use: what is unpacked, and when."""
+def show_methods(methods: Sequence[dict[str, Any]]) -> None:
+    """All methods: what each does, and what its model does in use: what is unpacked, and when."""
     display = _table("method", "what it does")
-    for method in found:
+    for method in methods:
         name, devices = f"{method['family']}: {method['method']}", ", ".join(method["devices"])
         there = "installed" if method["installed"] else "not installed"
         told = [_shown(method["about"]), f"[dim]In use: {_shown(method['at_run_time'])}.[/]"]
@@ -196,10 +198,10 @@ def show_methods(found: Sequence[dict[str, Any]]) -> None:
     _Console().print(display)
 
 
-def show_engines(found: Sequence[dict[str, Any]]) -> None:
-    """The engines there are: what each opens, for which tasks, and where."""
+def show_engines(engines: Sequence[dict[str, Any]]) -> None:
+    """All engines: what each opens, for which tasks, and where."""
     display = _table("engine", "what it runs")
-    for engine in found:
+    for engine in engines:
         there = "installed" if engine["installed"] else "not installed"
         told = [_shown(engine["about"]), f"[dim]Opens {_shown(engine['reads'])}; {', '.join(engine['tasks'])}.[/]"]
         if not engine["installed"]:
@@ -209,8 +211,8 @@ def show_engines(found: Sequence[dict[str, Any]]) -> None:
     _Console().print(display)
 
 
-def show_inspection(found: Inspection, every: bool) -> None:
-    """Where a model's parameters, near-zero weights and time are: a row a layer, or a row for layers that differ in numbers only."""
+def show_inspection(inspection: Inspection, every: bool) -> None:
+    """Where a model's parameters, near-zero weights and time are: a row for each layer, or for layers that differ only in numbers."""
     console = _Console()
     wide = console.width >= WIDE
     header = ["layer", "params", "% of all", "size", "zero %", "<0.01 %", "<0.1 %", "<0.5 %", "time %"]
@@ -224,21 +226,21 @@ def show_inspection(found: Inspection, every: bool) -> None:
     names = [name.replace(" ", "\n", 1) for number, name in enumerate(header) if number not in hidden]
     display = _table(*names, right=range(1, len(names)))
     display.padding = (0, 1, 0, 0)
-    for part in found.parts if every else [row for row, _ in grouped(found.parts)]:
+    for part in inspection.parts if every else [row for row, _ in grouped(inspection.parts)]:
         display.add_row(*cells(_shown(_broken(part.name, console.width - (64 if wide else 44))), part))
     display.add_section()
-    display.add_row(*cells("[bold]the whole model[/]", found.whole()))
+    display.add_row(*cells("[bold]the whole model[/]", inspection.whole()))
     normal = ["[dim]a normal distribution[/]", "", "", "", "0", *(_percent(NORMAL[name]) for name in NORMAL), ""]
     display.add_row(*(cell for number, cell in enumerate(normal) if number not in hidden))
-    title = f"{found.model}: {found.task}, {found.dtype}, {count(found.parameters)} parameters, {scaled(found.bytes, 'bytes')}"
-    console.print(f"[bold]{_shown(title)}[/]")
+    size = f"{count(inspection.parameters)} parameters, {scaled(inspection.bytes, 'bytes')}"
+    console.print(f"[bold]{_shown(f'{inspection.model}: {inspection.task}, {inspection.dtype}, {size}')}[/]")
     console.print(display)
     console.print(
         "zero, <0.1 and so on: the share of weights that are zero, or below that part of their layer's root mean square (rms)", style="dim"
     )
-    for remark in found.remarks:
+    for remark in inspection.remarks:
         console.print(_shown(remark), style="yellow")
-    for sentence in found.said:
+    for sentence in inspection.said:
         console.print(_shown(sentence))
 
 
@@ -270,7 +272,7 @@ def _broken(name: str, width: int) -> str:
 
 
 def _shown(text: str) -> str:
-    """Text as it is, whatever it holds."""
+    """Text as it is, safe from rich's markup and from control characters."""
     return escape(printable(text))
 
 

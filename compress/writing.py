@@ -1,4 +1,4 @@
-"""What a model goes on with: by beam search, or by sampling from its own distributions."""
+"""How a model continues a prompt: by beam search, or by sampling from its own distributions."""
 
 from typing import TYPE_CHECKING
 
@@ -15,14 +15,14 @@ if TYPE_CHECKING:
 
 
 def writer(bundle: Bundle) -> "PreTrainedModel":
-    """The bundle's model, which writes. Raises ModelError for a classifier."""
+    """The bundle's model, to write texts. Raises ModelError for a classifier."""
     if not bundle.model.can_generate():
         raise ModelError(f"{bundle.source.id}: a classifier writes no text to learn from; `distill: logits` is for classifiers")
     return bundle.model
 
 
 def prompt_of(model: "PreTrainedModel", row: Row) -> list[int]:
-    """What a model is given to go on from: the encoder's input, or a decoder's without the target and without an end token."""
+    """The tokens that a model is to continue: the encoder's input, or a decoder's without the target and without an end token."""
     _, ids, answer = row
     if model.config.is_encoder_decoder:
         return ids
@@ -33,20 +33,20 @@ def prompt_of(model: "PreTrainedModel", row: Row) -> list[int]:
 def write(
     model: "PreTrainedModel", prompts: list[list[int]], max_new_tokens: int, num_beams: int, temperature: float | None
 ) -> list[list[int]]:
-    """The tokens that a model adds to each prompt, an end token with them where it comes to one.
+    """The tokens that a model adds to each prompt, up to its end token where it writes one.
 
-    temperature   samples at it from the model's own distributions; None takes the likeliest, all else as its generation config has it
+    temperature   for sampling from the model's own distributions; None takes the likeliest tokens, by its generation config
     """
     both, training = bool(model.config.is_encoder_decoder), model.training
     filler, width = model.config.get_text_config().pad_token_id or 0, max(map(len, prompts))
 
-    def side(rows: list[list[int]], value: int) -> Tensor:  # a decoder goes on at the right end
+    def side(rows: list[list[int]], value: int) -> Tensor:  # a decoder continues at the right end
         gaps = [[value] * (width - len(row)) for row in rows]
         return torch.tensor([row + gap if both else gap + row for row, gap in zip(rows, gaps, strict=True)], device=model.device)
 
     own = model.generation_config
     how = {"do_sample": False} if temperature is None else {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-    # sampling is from the model's own distributions; penalties, least lengths and the like would make others of them
+    # penalties, minimum lengths and the like would change the model's own distributions
     config = decoding.held(own) if temperature is None else decoding.neutral(own)
     model.eval()
     try:

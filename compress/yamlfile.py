@@ -8,14 +8,14 @@ import yaml
 from compress.errors import RecipeError
 
 Place = tuple[str | int, ...]
-Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times faster and equally safe
+Loader: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # libyaml's is ten times as fast and just as safe
 
 
 class Document:
     """A YAML mapping, its data plain dicts and lists.
 
-    name   how the file is called in messages
-    data   what stands in it
+    name   the file's name in messages
+    data   its content
     """
 
     def __init__(self, name: str, text: str):
@@ -73,7 +73,7 @@ class Document:
         return self.name
 
     def _refuse_aliases(self, text: str) -> None:
-        """A few lines of aliases can stand for gigabytes of data, and a recipe has no use for them."""
+        """Refuse aliases: a few lines of them can stand for gigabytes of data, and a recipe has no use for them."""
         for event in yaml.parse(text, Loader=Loader):
             if isinstance(event, yaml.AliasEvent):
                 line = event.start_mark.line + 1 if event.start_mark else 1

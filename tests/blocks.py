@@ -36,12 +36,12 @@ def made(source, family, method, settings, target, examples=(), device="cpu", pr
 
 def examples(count=6, label=False):
     """Texts of different lengths, with targets of different lengths."""
-    found = []
+    texts = []
     for n in range(count):
-        said = " ".join(WORDS[(3 * n + 7 * k) % len(WORDS)] for k in range(4 + 5 * n % 13))
+        prompt = " ".join(WORDS[(3 * n + 7 * k) % len(WORDS)] for k in range(4 + 5 * n % 13))
         answer = str(n % 2) if label else " ".join(WORDS[(5 * n + k) % len(WORDS)] for k in range(2 + n % 4))
-        found.append(Example(str(n), said, [answer]))
-    return found
+        texts.append(Example(str(n), prompt, [answer]))
+    return texts
 
 
 def context(**changes):
@@ -74,10 +74,10 @@ def lively(kind, change=lambda config: None):
     return model
 
 
-def visit(made, look, targets=False, ignore=None, seen=None):
+def visit(bundled, look, targets=False, ignore=None, seen=None):
     """look(block) for every block of a model as the pass comes to it; no layer is solved."""
     with pytest.raises(BrokenPromise, match="every layer was left out"):
-        quantise(made, LayerSettings(ignore=ignore), seen or context(), Packed, look, targets)
+        quantise(bundled, LayerSettings(ignore=ignore), seen or context(), Packed, look, targets)
 
 
 def cache_left(model, batch_size, prompt_tokens, new_tokens):

@@ -121,8 +121,8 @@ def rows(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("rows")
     lines = []
     for n in range(24):
-        said = " ".join(WORDS[(n * 3 + k * 7) % len(WORDS)] for k in range(5 + n % 12))
-        lines.append({"id": f"row-{n}", "said": said, "short": "the cat sat on the red mat", "label": str(n % 2)})
+        text = " ".join(WORDS[(n * 3 + k * 7) % len(WORDS)] for k in range(5 + n % 12))
+        lines.append({"id": f"row-{n}", "said": text, "short": "the cat sat on the red mat", "label": str(n % 2)})
     for split in ("test", "train"):
         (folder / f"{split}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
@@ -157,11 +157,11 @@ def write_recipe(tmp_path):
 @pytest.fixture(params=["t5", "bart", "llama", "gpt2"])
 def random_bundle(request, toys):
     """A random model that doesn't stop at once: weights drawn wider, so that prompts matter, and the end token made unlikely."""
-    found = Bundle(Source(str(toys[request.param]), TASKS[request.param], "float32"), "cpu")
+    bundle = Bundle(Source(str(toys[request.param]), TASKS[request.param], "float32"), "cpu")
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in found.model.parameters():
+        for parameter in bundle.model.parameters():
             if parameter.dim() > 1:
                 parameter.add_(0.15 * torch.randn_like(parameter))
-    found.model.generation_config.suppress_tokens = [0, 1, 2]
-    return found
+    bundle.model.generation_config.suppress_tokens = [0, 1, 2]
+    return bundle

@@ -49,11 +49,11 @@ def tokenizer(split: str = "gpt2") -> PreTrainedTokenizerFast:
 
 def _sentencepiece(special: list[str]) -> PreTrainedTokenizerFast:
     """As Llama 2's is written down: bytes to fall back on, a space before each text, a bos token; merges are listed for each token made."""
-    made = ["th", "at", "ta", "the", SPACE + "the", SPACE + "c", SPACE + "cat", SPACE + "a", "ll", "he", "hell", "hello"]
+    merged = ["th", "at", "ta", "the", SPACE + "the", SPACE + "c", SPACE + "cat", SPACE + "a", "ll", "he", "hell", "hello"]
     letters = sorted({letter for text in TEXTS for letter in text if letter.isascii() and not letter.isspace()} | {SPACE})
-    names = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *made, *letters]
+    names = ["<unk>", "<s>", "</s>", *(f"<0x{n:02X}>" for n in range(256)), *merged, *letters]
     vocabulary = {token: number for number, token in enumerate(names)}
-    pairs = [(t[:n], t[n:]) for t in made for n in range(1, len(t)) if t[:n] in vocabulary and t[n:] in vocabulary]
+    pairs = [(t[:n], t[n:]) for t in merged for n in range(1, len(t)) if t[:n] in vocabulary and t[n:] in vocabulary]
     words = Tokenizer(models.BPE(vocabulary, pairs, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
     words.normalizer = normalizers.Sequence([normalizers.Prepend(SPACE), normalizers.Replace(" ", SPACE)])
     words.add_special_tokens(special)
@@ -63,7 +63,7 @@ def _sentencepiece(special: list[str]) -> PreTrainedTokenizerFast:
 
 def decoder(folder: Path, kind: str = "llama", split: str = "gpt2", dtype: torch.dtype = torch.float32, **changes) -> Path:
     """A folder with a model of 2 layers, none of whose biases is zero and none of whose norms is one."""
-    config, made = TYPES[kind]
+    config, model_class = TYPES[kind]
     own = tokenizer(split)
     settings = {
         "vocab_size": SIZE, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -71,7 +71,7 @@ def decoder(folder: Path, kind: str = "llama", split: str = "gpt2", dtype: torch
         "bos_token_id": own.bos_token_id, "eos_token_id": own.eos_token_id, "pad_token_id": own.pad_token_id, "initializer_range": 0.1,
     }  # fmt: skip
     torch.manual_seed(0)
-    model = made(config(**{**settings, **changes}))
+    model = model_class(config(**{**settings, **changes}))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.ndim == 1:

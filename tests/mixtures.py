@@ -53,13 +53,13 @@ def mixture(name: str) -> transformers.PreTrainedModel:
     return model
 
 
-def routed(made, told, note) -> None:
+def routed(bundle, told, note) -> None:
     """note(path, module, states, chosen, weights) for the experts of every layer, in float64, one example after the other."""
-    model = load_model(made.source, "cpu").double()
+    model = load_model(bundle.source, "cpu").double()
     model.set_experts_implementation("eager")
     for path, module in model.named_modules():
         if path.endswith(".experts"):
             module.register_forward_pre_hook(lambda module, args, path=path: note(path, module, *args))
     with torch.no_grad():
-        for _, ids, answer in encoded(model, made.tokenizer, told):
+        for _, ids, answer in encoded(model, bundle.tokenizer, told):
             model(**padded(model, [(ids, answer)]))

@@ -42,12 +42,12 @@ def plain(program, *arguments):
     """What a program prints, which finds `arguments` in sys.argv[1:]."""
     program = f"{textwrap.dedent(program)}\n{ALONE}"
     if torch.cuda.is_available():  # it doesn't survive a copy
-        alone = subprocess.run([sys.executable, "-", *map(str, arguments)], input=program, capture_output=True, text=True)
-        assert alone.returncode == 0, alone.stderr
-        return alone.stdout
+        completed = subprocess.run([sys.executable, "-", *map(str, arguments)], input=program, capture_output=True, text=True)
+        assert completed.returncode == 0, completed.stderr
+        return completed.stdout
     server = _server()
     server.stdin.write(json.dumps([program, *map(str, arguments)]) + "\n")
     server.stdin.flush()
-    code, said = json.loads(server.stdout.readline())
-    assert code == 0, said
-    return said
+    code, output = json.loads(server.stdout.readline())
+    assert code == 0, output
+    return output

@@ -116,9 +116,9 @@ def test_validate_tells_every_recipe(tmp_path):
 
 
 def test_methods_says_what_is_installed():
-    found = {m["method"]: m for m in json.loads(program("methods", "--json").stdout)}
-    assert found["bnb_nf4"]["packages"] == ["bitsandbytes"]
-    assert found["cast"]["installed"] is True
+    methods = {m["method"]: m for m in json.loads(program("methods", "--json").stdout)}
+    assert methods["bnb_nf4"]["packages"] == ["bitsandbytes"]
+    assert methods["cast"]["installed"] is True
     assert "quantize: bnb_nf4" in program("methods").stdout
 
 
@@ -214,9 +214,9 @@ def test_the_second_run_reuses_the_artifact(finished):
 @pytest.mark.slow
 def test_a_failed_gate_is_status_1_and_too_little_data_4(finished):
     folder, _, _ = finished
-    one = program("run", "toy.yaml", "--set", "check.weight_bytes.max_ratio=0.1", "--set", "benchmark.turns=1", cwd=folder)
-    assert one.returncode == 1
-    assert "FAIL: weight_bytes ratio is 0.5" in " ".join(one.stdout.split())
+    failed = program("run", "toy.yaml", "--set", "check.weight_bytes.max_ratio=0.1", "--set", "benchmark.turns=1", cwd=folder)
+    assert failed.returncode == 1
+    assert "FAIL: weight_bytes ratio is 0.5" in " ".join(failed.stdout.split())
     four = program("run", "toy.yaml", "--set", "check.latency_p50.max_ratio=9", "--set", "benchmark.turns=1", cwd=folder)
     assert four.returncode == 4
     assert "from too little data for an interval" in " ".join(four.stdout.split())

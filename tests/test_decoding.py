@@ -58,13 +58,13 @@ def tokenizer():
 
 @pytest.fixture(scope="module", params=["bart", "llama"])
 def model(request):
-    made = make_model(request.param).eval()
+    model = make_model(request.param).eval()
     torch.manual_seed(1)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in model.parameters():
             if parameter.dim() > 1:
                 parameter.add_(0.15 * torch.randn_like(parameter))
-    return made
+    return model
 
 
 def configured(model, **settings):
@@ -74,7 +74,7 @@ def configured(model, **settings):
     return model
 
 
-def alone(model, tokenizer, tokens, **extra):
+def singly(model, tokenizer, tokens, **extra):
     """What plain transformers writes to each prompt by itself, up to its end."""
     both, rows = model.config.is_encoder_decoder, []
     for prompt in PROMPTS:
@@ -95,39 +95,41 @@ def in_batches(model, tokenizer, tokens, **changes):
 
 def test_every_field_of_transformers_is_classified():
     """A field that isn't is new: try it, as below, and put it into the set that it belongs to."""
-    known = decoding.FREE | decoding.FREE_BEHIND_ENCODER | decoding.WHOLE | decoding.WHOLE_BEHIND_ENCODER | decoding.EQUAL
-    known |= decoding.OVERRULED | decoding.DETAILS | decoding.REFUSED.keys()
-    assert {name for name in vars(GenerationConfig()) if not name.startswith("_")} - known == set()
+    classified = decoding.FREE | decoding.FREE_BEHIND_ENCODER | decoding.WHOLE | decoding.WHOLE_BEHIND_ENCODER | decoding.EQUAL
+    classified |= decoding.OVERRULED | decoding.DETAILS | decoding.REFUSED.keys()
+    assert {name for name in vars(GenerationConfig()) if not name.startswith("_")} - classified == set()
 
 
 @pytest.mark.parametrize("name", ACTING)
 def test_a_batch_gives_what_each_prompt_gives_alone(model, tokenizer, name):
     configured(model, **{name: ACTING[name]})
-    assert in_batches(model, tokenizer, 10) == alone(model, tokenizer, 10)
+    assert in_batches(model, tokenizer, 10) == singly(model, tokenizer, 10)
 
 
 def test_a_text_ends_with_its_stop_string_in_a_batch_as_alone():
-    made = Bundle(Source(str(BUILTIN), "seq2seq", "float32"), "cpu")
+    bundle = Bundle(Source(str(BUILTIN), "seq2seq", "float32"), "cpu")
     prompts = [
         "Summarize:\n\nAnna: Shall we meet at six?\nTom: Yes.",
         "Anna: Hi",
         "Tom: The train to Rome is late.\nAnna: How late?\nTom: An hour.",
     ]
-    made.model.generation_config.stop_strings = [" "]
-    writer = Writer(made.model, made.tokenizer, reader(made.model, made.tokenizer).to_write(prompts, 12), Generation(max_new_tokens=12))
-    found = writer.write(Batches(made.model, 10_000, quiet))
-    assert all(made.tokenizer.decode(row).count(" ") <= 1 for row in found)
-    assert writer.recheck(found).differ == 0
+    bundle.model.generation_config.stop_strings = [" "]
+    writer = Writer(
+        bundle.model, bundle.tokenizer, reader(bundle.model, bundle.tokenizer).to_write(prompts, 12), Generation(max_new_tokens=12)
+    )
+    texts = writer.write(Batches(bundle.model, 10_000, quiet))
+    assert all(bundle.tokenizer.decode(row).count(" ") <= 1 for row in texts)
+    assert writer.recheck(texts).differ == 0
 
 
 @pytest.mark.parametrize("name", ["min_length", "no_repeat_ngram_size", "encoder_repetition_penalty", "early_stopping"])
 def test_beams_too(model, tokenizer, name):
     configured(model, **{name: ACTING.get(name, True)})
-    assert in_batches(model, tokenizer, 8, num_beams=3) == alone(model, tokenizer, 8, num_beams=3)
+    assert in_batches(model, tokenizer, 8, num_beams=3) == singly(model, tokenizer, 8, num_beams=3)
 
 
 def test_what_the_harness_decides_is_left_out_and_said(model, tokenizer):
-    plain = alone(configured(model), tokenizer, 6)
+    plain = singly(configured(model), tokenizer, 6)
     configured(model, **LEFT_OUT)
     assert in_batches(model, tokenizer, 6) == plain
     assert decoding.overruled(model.generation_config) == [
@@ -170,11 +172,11 @@ REFUSALS = [
     ({"max_time": 1}, False, "max_time: 1: a text that the clock ends"),
     ({"token_healing": True}, False, "token_healing: True"),
     ({"cache_implementation": "quantized"}, False, "cache_implementation: quantized: keys and values are held whole"),
-    ({"decoder_start_token_id": [1, 2]}, False, r"decoder_start_token_id: \[1, 2\]: one token is wanted"),
+    ({"decoder_start_token_id": [1, 2]}, False, r"decoder_start_token_id: \[1, 2\]: must be a single token"),
     ({"forced_bos_token_id": 900}, False, "forced_bos_token_id: 900 is no token of the model, which has 64"),
     ({"bad_words_ids": [[5], [6, 64]]}, False, "bad_words_ids: 64 is no token"),
     ({"eos_token_id": [64, 900]}, False, "eos_token_id: 64 is no token of the model, which has 64, so that it would never end"),
-    ({"temperature": 0.0}, True, "temperature: 0.0: more than 0 is wanted where generation.do_sample is true"),
+    ({"temperature": 0.0}, True, "temperature: 0.0: must be above 0 where generation.do_sample is true"),
 ]
 
 

@@ -68,8 +68,8 @@ def commands(page):
 
 def named(text):
     """The path that a block's first line names."""
-    found = re.match(r"# ([\w./-]+\.\w+)\n", text)
-    return found and found[1]
+    heading = re.match(r"# ([\w./-]+\.\w+)\n", text)
+    return heading and heading[1]
 
 
 EVERY = [pytest.param(page, line, id=f"{page.name}: {line}") for page in PAGES for line in commands(page)]
@@ -108,8 +108,8 @@ def test_concepts_tell_of_every_method_with_figures_from_the_reports():
 
 
 def test_the_reference_of_a_recipe_is_up_to_date():
-    made = runpy.run_path(str(ROOT / "docs" / "make_recipe_reference.py"))["page"]()
-    assert (ROOT / "docs" / "recipe.md").read_text() == made, "run: python docs/make_recipe_reference.py"
+    page = runpy.run_path(str(ROOT / "docs" / "make_recipe_reference.py"))["page"]()
+    assert (ROOT / "docs" / "recipe.md").read_text() == page, "run: python docs/make_recipe_reference.py"
 
 
 def test_what_is_not_run_is_there():
@@ -218,18 +218,18 @@ def provide(folder, text):
     for name in STAMP.findall(text):
         if not (place / name).exists():
             shutil.copytree(max(run for run in place.iterdir() if STAMP.fullmatch(run.name)), place / name)
-            said = json.loads((place / name / "report.json").read_text())
+            report = json.loads((place / name / "report.json").read_text())
             time = datetime.strptime(name[:15], "%Y%m%d-%H%M%S").replace(tzinfo=UTC)
-            said |= {
+            report |= {
                 "run": name,
                 "created": time.isoformat(),
                 "verdict": "pass",
             }  # which a random model, that writes nothing right, doesn't get
-            (place / name / "report.json").write_text(json.dumps(said))
-    for found in MADE.finditer(text):
-        place = folder / "reports" / found[0]
+            (place / name / "report.json").write_text(json.dumps(report))
+    for match in MADE.finditer(text):
+        place = folder / "reports" / match[0]
         if not place.exists():
-            shutil.copytree(next(place.parent.glob(f"{found[1]}*")), place)
+            shutil.copytree(next(place.parent.glob(f"{match[1]}*")), place)
 
 
 @pytest.mark.slow
@@ -265,8 +265,8 @@ def test_the_hooks_find_mistakes(tmp_path):
     assert sorted(files) == sorted(f"recipes/{path.name}" for path in (ROOT / "recipes").glob("*.yaml"))
     bad = tmp_path / "bad.yaml"
     bad.write_text("version: 2\n")
-    for given, status in (([*files], 0), ([*files, str(bad)], 2)):
-        done = subprocess.run([sys.executable, "-m", *hook["entry"].split(), *given], cwd=ROOT, capture_output=True, text=True)
+    for paths, status in (([*files], 0), ([*files, str(bad)], 2)):
+        done = subprocess.run([sys.executable, "-m", *hook["entry"].split(), *paths], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == status, done.stderr
 
 

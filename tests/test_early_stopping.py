@@ -24,9 +24,9 @@ OTHERS = examples(10)[6:]
 CONTRARY = [replace(example, references=examples()[number - 3].references) for number, example in enumerate(examples()[:4])]
 
 
-def watched(made, told, method="full", **stopping):
+def watched(bundled, told, method="full", **stopping):
     """The model after training that looks at OTHERS."""
-    return tune(made, method, told, steps=24, early_stopping=stopping, **STEPS)
+    return tune(bundled, method, told, steps=24, early_stopping=stopping, **STEPS)
 
 
 def seen(scratch=None, kill=None, steps=None):
@@ -40,7 +40,7 @@ def looks(told):
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_the_best_weights_are_kept_and_training_ends_after_patience(tmp_path, kind):
     told, folder = replace(seen(), validation=CONTRARY), calm(kind, tmp_path)
-    found = watched(bundle(folder, kind), told, every=2, patience=3)
+    model = watched(bundle(folder, kind), told, every=2, patience=3)
     values = looks(told)
     best = min(values, key=values.get)
     assert 2 <= best <= 16, f"it gets worse, so the last weights aren't the best: {values}"
@@ -48,27 +48,27 @@ def test_the_best_weights_are_kept_and_training_ends_after_patience(tmp_path, ki
     assert told.said[-1].startswith("loss on 4 examples of the validation split was best after")
     assert f"best after {best} steps, {values[best]:.4g}, and those weights were kept; ended {24 - best - 6} steps early" in told.said[-1]
     as_long = tune(bundle(folder, kind), "full", Context("cpu", until(None, []), examples(), 32), steps=best, **STEPS)
-    assert all(torch.equal(one, two) for one, two in zip(found.state_dict().values(), as_long.state_dict().values(), strict=True))
-    exact = copy.deepcopy(found).double()
+    assert all(torch.equal(weight, other) for weight, other in zip(model.state_dict().values(), as_long.state_dict().values(), strict=True))
+    exact = copy.deepcopy(model).double()
     sums = [lost(exact, bundle(folder, kind).tokenizer, example) for example in CONTRARY]
-    assert values[best] == pytest.approx(sum(one for one, _ in sums).item() / sum(count for _, count in sums), rel=1e-5)
+    assert values[best] == pytest.approx(sum(loss for loss, _ in sums).item() / sum(count for _, count in sums), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["bart", "gpt2"])
 def test_rouge_is_of_what_the_model_writes_greedily(tmp_path, kind):
-    told, made = seen(), bundle(calm(kind, tmp_path), kind)
-    model = watched(made, told, metric="rougeL", every=6, patience=9, samples=4)
+    told, bundled = seen(), bundle(calm(kind, tmp_path), kind)
+    model = watched(bundled, told, metric="rougeL", every=6, patience=9, samples=4)
     values = looks(told)
     assert list(values) == [6, 12, 18, 24]
     assert max(values.values()) > 0
     best, scorer, scores = max(values.values()), RougeScorer(["rougeL"], use_stemmer=True), []
-    end = made.tokenizer.eos_token_id
-    most = 1 + max(len(made.tokenizer(example.references[0], add_special_tokens=False).input_ids) for example in OTHERS)
+    end = bundled.tokenizer.eos_token_id
+    most = 1 + max(len(bundled.tokenizer(example.references[0], add_special_tokens=False).input_ids) for example in OTHERS)
     for example in OTHERS:
-        ids = made.tokenizer(example.prompt, add_special_tokens=False).input_ids
+        ids = bundled.tokenizer(example.prompt, add_special_tokens=False).input_ids
         prompt = torch.tensor([[*ids, end] if kind == "bart" else ids])
         text = model.generate(prompt, max_new_tokens=most, do_sample=False, pad_token_id=0)[0, 1 if kind == "bart" else len(ids) :]
-        scores.append(scorer.score(example.references[0], made.tokenizer.decode(text, skip_special_tokens=True))["rougeL"].fmeasure)
+        scores.append(scorer.score(example.references[0], bundled.tokenizer.decode(text, skip_special_tokens=True))["rougeL"].fmeasure)
     assert best == pytest.approx(100 * sum(scores) / len(scores), rel=1e-6)
 
 
@@ -82,11 +82,11 @@ def test_a_killed_training_remembers_what_it_saw(tmp_path, often, kill):  # noqa
         watched(bundle(folder, "llama"), seen(scratch, kill), every=3, patience=2)
     steps: list = []
     again = seen(scratch, None, steps)
-    found = watched(bundle(folder, "llama"), again, every=3, patience=2)
+    model = watched(bundle(folder, "llama"), again, every=3, patience=2)
     assert steps == list(range(kill, ended + 1))
     assert again.said == told.said
     assert again.curve == told.curve
-    assert all(torch.equal(one, two) for one, two in zip(found.state_dict().values(), whole.state_dict().values(), strict=True))
+    assert all(torch.equal(weight, other) for weight, other in zip(model.state_dict().values(), whole.state_dict().values(), strict=True))
     assert len(list(scratch.glob("best-*"))) == 1, "what is no longer needed goes"
 
 
@@ -117,9 +117,9 @@ def test_the_pipeline_draws_the_validation_split_and_reports_the_curve(toys, row
     stopping = {"samples": 3, "every": 2}
     data = recipe_for("llama", toys["llama"], rows)["data"] | {"splits": {"train": "train", "validation": "test", "evaluation": "test"}}
     stages = [{"finetune": "full", "steps": 4, "batch_size": 4, "early_stopping": stopping}]
-    found = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, data=data, stages=stages)))
+    loaded = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, data=data, stages=stages)))
     source = Source(str(toys["llama"]), "causal-lm", "float32")
-    (record,) = artifacts.make(found, source, tmp_path / "out", Execution("cpu", tmp_path / "log"))
+    (record,) = artifacts.make(loaded, source, tmp_path / "out", Execution("cpu", tmp_path / "log"))
     assert len(shown[0].validation) == 3
     assert [point.step for point in record.curve if point.validation is not None] == [2, 4]
     assert [point.step for point in record.curve if point.loss is not None] == [1, 2, 3, 4]

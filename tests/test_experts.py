@@ -61,7 +61,7 @@ def test_parted_experts_compute_the_same_and_come_back(name):
     assert all(torch.equal(value, weights[key]) for key, value in model.state_dict().items())
 
 
-def inputs_by_choice(made, told):
+def inputs_by_choice(bundled, told):
     """What the layers that lead upward in each expert are given, (tokens, width), by the router's choices in a plain forward pass."""
     seen = {}
 
@@ -69,14 +69,14 @@ def inputs_by_choice(made, told):
         for number in range(len(module.down_proj)):
             seen.setdefault(f"{path}.{number}.", []).append(states[(chosen == number).any(dim=-1)])
 
-    routed(made, told, note)
+    routed(bundled, told, note)
     return {path: torch.cat(rows).numpy() for path, rows in seen.items()}
 
 
 @pytest.mark.parametrize("name", ["Qwen3MoeForCausalLM", "DeepseekV3ForCausalLM", "JambaForCausalLM"])
 def test_each_expert_is_shown_the_tokens_that_were_routed_to_it(name, folders):
-    made, told = bundle(folders[name]), context(examples=examples(60))
-    expected, seen = inputs_by_choice(made, told), set()
+    bundled, told = bundle(folders[name]), context(examples=examples(60))
+    expected, seen = inputs_by_choice(bundled, told), set()
 
     def look(block):
         assert not block.given.real[0].all(), "there is padding"
@@ -88,7 +88,7 @@ def test_each_expert_is_shown_the_tokens_that_were_routed_to_it(name, folders):
         block.layers.clear()
 
     with pytest.raises(BrokenPromise, match="every layer was left out"):
-        quantise(made, rtn.Settings(symmetric=True), told, Packed, look)
+        quantise(bundled, rtn.Settings(symmetric=True), told, Packed, look)
     assert len(seen) > len(expected)  # two layers in each, of most
 
 
@@ -173,9 +173,9 @@ def starved(tmp_path):
 
 
 def test_an_expert_that_no_token_reaches_is_rounded_by_the_others_inputs_and_named(starved):
-    made, told = bundle(starved), context(examples=examples(40))
-    expected = inputs_by_choice(made, told)
-    gptq.apply(made, gptq.Settings(), told)
+    bundled, told = bundle(starved), context(examples=examples(40))
+    expected = inputs_by_choice(bundled, told)
+    gptq.apply(bundled, gptq.Settings(), told)
     remarks = {layer["name"]: layer["remark"] for layer in told.layers if layer["bits"] == 4}
     rare = [path for path, rows in expected.items() if len(rows) < 64]
     assert sum(len(expected[path]) == 0 for path in rare) == 4
@@ -202,7 +202,7 @@ def test_inf_in_one_expert_alone_is_refused_with_its_name(tmp_path):
     with torch.no_grad():
         model.model.layers[1].mlp.experts.down_proj[2, 0, 0] = torch.inf
     folder = saved(model, tmp_path / "m")
-    with pytest.raises(BrokenPromise, match=r"model\.layers\.1\.mlp\.experts\.2\.down_proj can't be packed and others beside it were"):
+    with pytest.raises(BrokenPromise, match=r"model\.layers\.1\.mlp\.experts\.2\.down_proj can't be packed and others of its layer were"):
         rtn.apply(bundle(folder), rtn.Settings(), context())
 
 
@@ -225,8 +225,8 @@ def test_int8_holds_experts_together_and_computes_with_them_one_by_one(folders, 
         inner = (torch.nn.functional.silu(gate) * up).float()
         expected = expected + 0.5 * rounded(inner).double() @ after.down_proj.dequantize()[expert].double().t()
     with torch.no_grad():
-        given = after(states, chosen, shares).double()
-    assert (given - expected).norm() <= 0.02 * expected.norm()
+        outputs = after(states, chosen, shares).double()
+    assert (outputs - expected).norm() <= 0.02 * expected.norm()
     noted = json.loads((target / NOTES).read_text())
     assert Account.model_validate(noted["account"]).left_out == 0
     assert any("one by one" in sentence for sentence in noted["said"])

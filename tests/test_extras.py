@@ -49,7 +49,7 @@ def wrong(command):
 @pytest.mark.parametrize("path", PAGES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_page_installs_what_a_clone_has(path):
     text = path.read_text()
-    assert [f"{found[0]}: {why}" for found in COMMAND.finditer(text) for why in wrong(found[1])] == []
+    assert [f"{match[0]}: {why}" for match in COMMAND.finditer(text) for why in wrong(match[1])] == []
     assert re.findall(r"\bcompress\[[\w,]+\]", text) == []
 
 
@@ -60,10 +60,10 @@ def test_the_code_makes_every_line_in_one_place():
             if isinstance(node, ast.Constant) and isinstance(node.value, str) and re.search(r"pip install\b|compress\[\w+\]", node.value):
                 written.append((path.relative_to(ROOT / "compress").as_posix(), node.value.strip().partition("\n")[0]))
     assert sorted({path for path, _ in written}) == ["extras.py", "methods.py", "model/loading.py", "report/usage.py"], written
-    wanted = {name for path in SOURCES for name in re.findall(r"install_line\(['\"](\w+)['\"]", path.read_text())}
-    wanted |= {method.ABOUT.extra for _, _, method in methods.everyone() if method.ABOUT.extra} | set(trackers.names())
-    assert len(wanted) >= 9
-    assert wanted <= set(EXTRAS)
+    names = {name for path in SOURCES for name in re.findall(r"install_line\(['\"](\w+)['\"]", path.read_text())}
+    names |= {method.ABOUT.extra for _, _, method in methods.everyone() if method.ABOUT.extra} | set(trackers.names())
+    assert len(names) >= 9
+    assert names <= set(EXTRAS)
 
 
 def test_what_installs_a_method_is_declared():
@@ -87,14 +87,18 @@ def test_a_line_names_an_extras_own_requirements_however_this_copy_came(place, t
             "Version: 0.1.0",
             *(f"Requires-Dist: {d}" for d in PROJECT["dependencies"]),
         ]
-        lines += [f"Requires-Dist: {one}; extra == '{extra}'" for extra, wanted in EXTRAS.items() for one in wanted]
+        lines += [
+            f"Requires-Dist: {requirement}; extra == '{extra}'" for extra, requirements in EXTRAS.items() for requirement in requirements
+        ]
         (info / "METADATA").write_text("\n".join(lines) + "\n")
-        (found,) = metadata.distributions(path=[str(tmp_path)])
-        monkeypatch.setattr(extras.metadata, "requires", lambda name: {found.name: found.requires}[name])
+        (distribution,) = metadata.distributions(path=[str(tmp_path)])
+        monkeypatch.setattr(extras.metadata, "requires", lambda name: {distribution.name: distribution.requires}[name])
         monkeypatch.setattr(extras, "PROJECT", tmp_path / "pyproject.toml")
     for extra in set(EXTRAS) - {"test"}:
         line = extras.install_line(extra)
-        assert {str(Requirement(word)) for word in shlex.split(line)[2:]} == {str(Requirement(one)) for one in EXTRAS[extra]}
+        assert {str(Requirement(word)) for word in shlex.split(line)[2:]} == {
+            str(Requirement(requirement)) for requirement in EXTRAS[extra]
+        }
         assert list(wrong(line.removeprefix("pip install "))) == []
     assert extras.install_line("quant", "quant") == f"pip install '{EXTRAS['quant'][0]}'"
     with pytest.raises(KeyError, match="gremlins"):
@@ -103,15 +107,15 @@ def test_a_line_names_an_extras_own_requirements_however_this_copy_came(place, t
 
 def test_what_refers_to_the_package_itself_has_its_name():
     own = [Requirement(line) for line in EXTRAS["test"] if line.startswith("compress")]
-    assert [one.name for one in own] == [PROJECT["name"]] == [extras.DISTRIBUTION]
+    assert [requirement.name for requirement in own] == [PROJECT["name"]] == [extras.DISTRIBUTION]
     assert own[0].extras <= set(EXTRAS)
 
 
 def test_what_a_user_sees_of_the_methods_has_the_lines(capsys):
     from compress import cli
 
-    given = cli.parser().parse_args(["methods", "--json"])
-    assert given.call(given) == 0
-    told = {f"{one['family']}: {one['method']}": one["install"] for one in json.loads(capsys.readouterr().out)}
+    arguments = cli.parser().parse_args(["methods", "--json"])
+    assert arguments.call(arguments) == 0
+    told = {f"{method['family']}: {method['method']}": method["install"] for method in json.loads(capsys.readouterr().out)}
     assert told["quantize: int8_static"] == f"pip install '{EXTRAS['quant'][0]}'"
     assert told["prune: magnitude"] is None

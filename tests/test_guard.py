@@ -86,8 +86,8 @@ def test_the_workflow_ends_as_the_gates_say(drop, noise, status, annotation, sen
     compress = f'verb=$1; shift 2; [ $verb = run ] || exit 0; exec {python} check "{report}" "$@"'
     step, done, summary, checkout = run_workflow(tmp_path, compress, {})
     assert (step, done.returncode) == ("Compress, measure both models, judge", status), done.stderr
-    said = done.stdout + done.stderr
-    assert sentence in said
+    output = done.stdout + done.stderr
+    assert sentence in output
     commands = [line for line in done.stderr.splitlines() if line.startswith("::")]
     suite = ElementTree.parse(checkout / "junit.xml").getroot().find("testsuite")
     assert (suite.get("name"), suite.get("tests")) == ("summaries", "1")
@@ -100,7 +100,7 @@ def test_the_workflow_ends_as_the_gates_say(drop, noise, status, annotation, sen
     assert command.startswith(annotation)
     assert "rougeL drop is " in command and "(95 %25 " in command and "at most 1 points is allowed" in command
     assert sentence.replace("%", "%25") in command
-    assert [(one.tag, one.get("message")) for one in case] == [
+    assert [(entry.tag, entry.get("message")) for entry in case] == [
         ("failure" if status == 1 else "error", command.split("::")[2].replace("%25", "%"))
     ]
     assert summary.startswith(f"# summaries: {'FAIL' if status == 1 else 'cannot tell yet'}\n") and sentence in summary
@@ -235,14 +235,14 @@ def test_what_no_gate_says_is_told_of_the_whole():
 
 def test_runs_that_end_at_once_lose_nothing(write_recipe, tmp_path):
     """Eight write reports of one recipe at the same moments, every other one fails."""
-    found = recipe.load(write_recipe(recipe_for("llama", Path("model"), Path("data"))))
+    loaded = recipe.load(write_recipe(recipe_for("llama", Path("model"), Path("data"))))
     written, together = [], threading.Barrier(8, timeout=20)
 
     def run(number):
         for _ in range(10):
             together.wait()
             try:
-                with pipeline._place(found, tmp_path / "reports") as (place, log):
+                with pipeline._place(loaded, tmp_path / "reports") as (place, log):
                     log.write_text("")
                     if number % 2:
                         raise RunError("died")

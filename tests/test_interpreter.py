@@ -53,14 +53,14 @@ def test_the_measuring_process_runs_in_it_with_its_packages_and_our_code(toys, r
         ("echo 'no such library' >&2; exit 3", "doesn't run; its last line: no such library"),
         ("exit 3", "its last line: exit code 3"),
         ("echo hello", "doesn't run as a Python"),
-        ("""echo '{"python": [3, 9], "versions": {}}'""", "is Python 3.9, and 3.11 or newer is wanted"),
+        ("""echo '{"python": [3, 9], "versions": {}}'""", "is Python 3.9; 3.11 or newer is needed"),
         ("""echo '{"python": [3, 12], "versions": {"msgspec": "1", "packaging": "1", "psutil": "1", "pydantic": "1", "pyyaml": "1"}}'""",
          r"has no transformers, one or another\. Install with: .*/python -m pip install transformers another"),
     ],
 )  # fmt: skip
-def test_what_is_wrong_with_it_is_told_with_the_way_out(tmp_path, text, said):
+def test_what_is_wrong_with_it_is_told_with_the_way_out(tmp_path, text, message):
     own = tmp_path / "python" if text is None else script(tmp_path, text)
-    with pytest.raises(MissingPackage, match=said):
+    with pytest.raises(MissingPackage, match=message):
         Interpreter(own).require(["one or another"])
 
 

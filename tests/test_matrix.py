@@ -30,16 +30,16 @@ METHODS = {
 
 def cells(name: str, folder, place) -> dict[str, str]:
     """By method `made`, or the sentence that refuses; anything else that happens is an error. What is made lies in `place`, a folder a method."""
-    found = {method: made_or_refused(name, method, folder, place / method) for method in METHODS}
-    targets = [place / method for method, outcome in found.items() if outcome == "made"]
+    outcomes = {method: made_or_refused(name, method, folder, place / method) for method in METHODS}
+    targets = [place / method for method, outcome in outcomes.items() if outcome == "made"]
     inputs = {"input_ids": torch.arange(2, 12)[None], "attention_mask": torch.ones(1, 10, dtype=torch.long)}
     if name in BOTH_SIDES:
         inputs["decoder_input_ids"] = inputs["input_ids"][:, :4]
     for target, there in zip(targets, elsewhere(task_of(name), targets, inputs), strict=True):
         with torch.no_grad():
             here = load_model(Source(str(target), task_of(name)), "cpu")(**inputs).logits
-        torch.testing.assert_close(there, here, msg=lambda said, target=target: f"{target.name}: {said}")
-    return found
+        torch.testing.assert_close(there, here, msg=lambda message, target=target: f"{target.name}: {message}")
+    return outcomes
 
 
 def made_or_refused(name: str, method: str, folder, target) -> str:
@@ -74,9 +74,9 @@ def elsewhere(task, folders, inputs):
             os._exit(0)
     os.close(write)
     with os.fdopen(read, "rb") as answer:
-        said = answer.read()
+        message = answer.read()
     os.waitpid(child, 0)
-    return pickle.loads(said)
+    return pickle.loads(message)
 
 
 @pytest.mark.slow

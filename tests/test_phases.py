@@ -32,9 +32,9 @@ def test_time_counts_for_the_innermost_phase_alone(clock):
             clock(16)
             raise ValueError("it failed")
         clock(32)
-        found = watch.phases()
-    assert found == [Phase("loading", 10, "baseline"), Phase("imports", 4), Phase("timing", 16), Phase(REST, 33)]
-    assert sum(phase.seconds for phase in found) == 63
+        spent = watch.phases()
+    assert spent == [Phase("loading", 10, "baseline"), Phase("imports", 4), Phase("timing", 16), Phase(REST, 33)]
+    assert sum(phase.seconds for phase in spent) == 63
     with phases.phase("nobody watches"):
         clock(64)
     assert sum(phase.seconds for phase in watch.phases()) == 63 + 64, "a watch goes on; who watches decides when to look"
@@ -48,8 +48,8 @@ def test_what_a_child_tells_is_taken_from_the_phase_that_waited(clock):
         with phases.phase("stages"):
             clock(4)
             phases.told({"imports": 8.0}, waited=4)  # it had begun before it was asked
-    found = {(phase.name, phase.side): phase.seconds for phase in watch.phases()}
-    assert found == {
+    spent = {(phase.name, phase.side): phase.seconds for phase in watch.phases()}
+    assert spent == {
         ("examples", "candidate"): 3, ("generating", "candidate"): 6, ("scoring", "candidate"): 1, ("stages", None): 0,
         ("imports", None): 4, (REST, None): 0,
     }  # fmt: skip

@@ -31,15 +31,15 @@ def loaded(toys, rows, write_recipe):
 
 def name_of(monkeypatch, loaded_recipe, source, tmp_path, device="cpu"):
     """What the stage's artifact would be called; nothing is made."""
-    made = []
+    names = []
     monkeypatch.setattr(
         artifacts,
         "_make_one",
-        lambda stage, source, models, shown, target, *_: (made.append(target.name), target.mkdir(parents=True)),
+        lambda stage, source, models, shown, target, *_: (names.append(target.name), target.mkdir(parents=True)),
     )
     artifacts.make(loaded_recipe, source, tmp_path / "artifacts", Execution(device, tmp_path / "log"))
     shutil.rmtree(tmp_path / "artifacts")
-    return made[0]
+    return names[0]
 
 
 def test_an_artifact_is_named_by_all_that_it_depends_on(loaded, toys, tmp_path, monkeypatch):
@@ -88,10 +88,10 @@ def test_what_a_killed_stage_left_is_swept(loaded, toys, tmp_path, monkeypatch):
             pass
 
     monkeypatch.setattr(artifacts, "Child", Interrupted)
-    found = loaded()
+    loaded_recipe = loaded()
     with pytest.raises(KeyboardInterrupt):
         artifacts._make_one(
-            found.stages[0], Source(str(toys["llama"]), "causal-lm"), {}, Shown(), target, Execution("cpu", tmp_path / "log")
+            loaded_recipe.stages[0], Source(str(toys["llama"]), "causal-lm"), {}, Shown(), target, Execution("cpu", tmp_path / "log")
         )
     assert list(target.parent.iterdir()) == []
 
@@ -117,10 +117,10 @@ def test_of_two_runs_that_make_the_same_the_second_waits(loaded, toys, tmp_path,
 
     def make(progress):
         source = Source(str(toys["llama"]), "causal-lm")
-        artifacts._make_one(found.stages[0], source, {}, Shown(), target, Execution("cpu", tmp_path / "log", progress))
+        artifacts._make_one(loaded_recipe.stages[0], source, {}, Shown(), target, Execution("cpu", tmp_path / "log", progress))
 
     monkeypatch.setattr(artifacts, "Child", Slow)
-    found = loaded()
+    loaded_recipe = loaded()
     first = threading.Thread(target=make, args=[methods.quiet])
     first.start()
     begun.wait(10)
@@ -134,28 +134,28 @@ def test_of_two_runs_that_make_the_same_the_second_waits(loaded, toys, tmp_path,
 
 
 def test_two_runs_in_one_second_have_places_of_their_own(loaded, tmp_path):
-    found = loaded()
-    with pipeline._place(found, tmp_path) as (one, _), pipeline._place(found, tmp_path) as (other, _):
-        assert one != other
+    loaded_recipe = loaded()
+    with pipeline._place(loaded_recipe, tmp_path) as (first, _), pipeline._place(loaded_recipe, tmp_path) as (second, _):
+        assert first != second
 
 
 def test_speeds_by_hand():
     """Two rounds of two turns of two generations of three tokens, batch 4."""
     rounds = [[[[1.0, 2.0, 3.0], [1.0, 2.0, 5.0]], [[2.0, 3.0, 4.0]] * 2], [[[1.0, 1.5, 2.0]] * 2] * 2]
-    found = {m.metric: m for m in figures._speeds(rounds, figures._rates(rounds, 4), 4, 16)}
-    assert found["latency_p50"].samples == [[4.0, 4.0], [2.0, 2.0]]
-    assert found["latency_p50"].raw == [[3.0, 5.0, 4.0, 4.0], [2.0, 2.0, 2.0, 2.0]]
-    assert found["latency_p50"].value == pytest.approx(8**0.5)  # the geometric mean of 4 4 2 2
-    assert found["latency_p90"].samples == [[pytest.approx(4.7)], [2.0]]
-    assert found["ttft"].samples == [[1.0, 2.0], [1.0, 1.0]]
-    assert found["tpot"].samples == [[1.5, 1.0], [0.5, 0.5]]
-    assert found["tokens_per_second"].samples[1] == [6.0, 6.0]  # 4 x 3 tokens in 2 s
+    measurements = {m.metric: m for m in figures._speeds(rounds, figures._rates(rounds, 4), 4, 16)}
+    assert measurements["latency_p50"].samples == [[4.0, 4.0], [2.0, 2.0]]
+    assert measurements["latency_p50"].raw == [[3.0, 5.0, 4.0, 4.0], [2.0, 2.0, 2.0, 2.0]]
+    assert measurements["latency_p50"].value == pytest.approx(8**0.5)  # the geometric mean of 4 4 2 2
+    assert measurements["latency_p90"].samples == [[pytest.approx(4.7)], [2.0]]
+    assert measurements["ttft"].samples == [[1.0, 2.0], [1.0, 1.0]]
+    assert measurements["tpot"].samples == [[1.5, 1.0], [0.5, 0.5]]
+    assert measurements["tokens_per_second"].samples[1] == [6.0, 6.0]  # 4 x 3 tokens in 2 s
 
 
 def test_the_figures_of_two_sides_have_the_ratio_that_is_judged():
     """Timings whose medians say faster and whose means by turn say slower: columns and change must say the same."""
     turns = {"baseline": [[[0.220]], [[0.221]], [[0.180]]], "candidate": [[[0.219]], [[0.2195]], [[0.205]]]}
-    theirs, ours = (figures._speeds([one], figures._rates([one], 1), 1, 16)[0] for one in turns.values())
+    theirs, ours = (figures._speeds([turn], figures._rates([turn], 1), 1, 16)[0] for turn in turns.values())
     compared = verdict.compare(verdict.Pair(theirs, ours, same_run=True), 0.95)
     assert compared.estimate == pytest.approx(ours.value / theirs.value) and compared.estimate > 1
     assert [round(side.value, 4) for side in (theirs, ours)] == [0.2061, 0.2144]
@@ -168,18 +168,18 @@ def test_utilisations_by_hand():
     ceilings = {"copy_bytes_per_second": 1000, "float32_flops_per_second": 2000}
     step = Step(batch_size=4, prompt_tokens=16, weight_bytes=80, cache_bytes=20, flops=50, prefill_flops=600, seconds=None, shares={})
     rounds = [[[[1.0, 1.5, 2.0]]]]
-    found = {m.metric: m.value for m in figures._speeds(rounds, figures._utilisations(step, ceilings, "float32"), 4, 16)}
-    assert found == {"mbu": 0.2, "mfu": 0.3}
+    utilisations = {m.metric: m.value for m in figures._speeds(rounds, figures._utilisations(step, ceilings, "float32"), 4, 16)}
+    assert utilisations == {"mbu": 0.2, "mfu": 0.3}
     passed = step.model_copy(update={"prefill_flops": None})
-    found = {m.metric: m.value for m in figures._speeds([[[[0.1]]]], figures._utilisations(passed, ceilings, "float32"), 4, 16)}
-    assert found == {"mfu": pytest.approx(0.25)}
+    utilisations = {m.metric: m.value for m in figures._speeds([[[[0.1]]]], figures._utilisations(passed, ceilings, "float32"), 4, 16)}
+    assert utilisations == {"mfu": pytest.approx(0.25)}
 
 
 def test_energy_by_hand():
     """Two turns of two generations of three tokens, batch 4: 24 tokens a turn."""
     rounds = [[[[1.0, 2.0, 3.0]] * 2] * 2]
-    (found,) = figures._energy(rounds, [[48.0, 96.0]], 4, 16)
-    assert (found.value, found.samples, found.unit) == (pytest.approx(8**0.5), [[2.0, 4.0]], "J")
+    (energy,) = figures._energy(rounds, [[48.0, 96.0]], 4, 16)
+    assert (energy.value, energy.samples, energy.unit) == (pytest.approx(8**0.5), [[2.0, 4.0]], "J")
     assert figures._energy(rounds, [[48.0]], 4, 16) == [], "a turn without"
     assert figures._energy(rounds, [[]], 4, 16) == []
 
@@ -259,8 +259,8 @@ def test_the_report_says_why_it_is_slower_or_no_smaller():
     assert why.notes(STAGES, [maybe], {}, []) == []
     (note,) = why.notes(STAGES, [ratio("weight_bytes", 1.0, 1.0, 1.0)], {}, [])
     assert note.startswith("Once loaded, the weights take no less memory than before. quantize: bnb_nf4:")
-    found = why.notes(STAGES, [ratio("weight_bytes", 1.0, 1.0, 1.0), ratio("file_bytes", 0.3, 0.3, 0.3)], {}, [])
-    assert "though on disk they are x0.300" in found[0]
+    notes = why.notes(STAGES, [ratio("weight_bytes", 1.0, 1.0, 1.0), ratio("file_bytes", 0.3, 0.3, 0.3)], {}, [])
+    assert "though on disk they are x0.300" in notes[0]
     (note,) = why.notes(STAGES, [ratio("weight_bytes", 0.3, 0.3, 0.3), ratio("peak_run_bytes", 1.0, 0.99, 1.01)], {}, [])
     assert "they are now 30% of it" in note
     assert "3 inputs were longer" in why.notes(STAGES, [], {"inputs_cut": 3}, [])[0]
@@ -304,10 +304,10 @@ def test_a_hub_that_does_not_answer_is_said(monkeypatch):
 
 
 def test_a_tokenizer_whose_packages_are_missing_is_refused_with_the_way_out(monkeypatch):
-    wanted = recipe.load("quickstart", ["metrics=[rouge, {bleu: {tokenizer: ja-mecab}}]"])
+    quickstart = recipe.load("quickstart", ["metrics=[rouge, {bleu: {tokenizer: ja-mecab}}]"])
     monkeypatch.setattr(preflight, "find_spec", lambda name: None)
     with pytest.raises(
         MissingPackage,
         match=r"tokenizer ja-mecab needs packages that aren't here; char needs none\. Install with: pip install 'mecab-python3",
     ):
-        pipeline.refuse(wanted, "cpu", 1)
+        pipeline.refuse(quickstart, "cpu", 1)

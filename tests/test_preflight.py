@@ -50,8 +50,8 @@ def test_every_mistake_is_told_at_once_by_line_and_key(loaded, rows, tmp_path):
         stages=[{"quantize": "gptq"}],
     )
     place = f"{tmp_path / 'toy.yaml'}:"
-    found = preflight.look(wrong)
-    assert found.mistakes == [
+    sight = preflight.look(wrong)
+    assert sight.mistakes == [
         f"{place}3: model.id: model '{tmp_path / 'nowhere'}': there is no folder {tmp_path / 'nowhere'}",
         f"{place}8: data.prompt: {rows}/test.jsonl: the field 'sad' that the prompt names isn't there; the columns are id, said, short, label; did you mean 'said'?",
         f"{place}10: data.where: {rows}/test.jsonl: the field 'lang' that data.where names isn't there; the columns are id, said, short, label",
@@ -59,7 +59,7 @@ def test_every_mistake_is_told_at_once_by_line_and_key(loaded, rows, tmp_path):
     ]
     with pytest.raises(InputError) as caught:
         pipeline.refuse(wrong, "cpu", 1)
-    assert str(caught.value) == "\n".join(found.mistakes)
+    assert str(caught.value) == "\n".join(sight.mistakes)
 
 
 @pytest.mark.parametrize(
@@ -176,16 +176,16 @@ def test_data_that_changes_under_way_is_said_and_what_was_read_counts(loaded, tm
     from compress.data import compared
     from compress.report.quality import left_out
 
-    said = "has changed since it was read, before the first stage; all figures are of what it was then."
-    assert left_out(compared(prepared.splits)) == [f"test.jsonl {said}", f"train.jsonl {said}"]
+    remark = "has changed since it was read, before the first stage; all figures are of what it was then."
+    assert left_out(compared(prepared.splits)) == [f"test.jsonl {remark}", f"train.jsonl {remark}"]
 
 
 def test_layers_that_do_not_fit_a_format_show_before_any_work(loaded):
     """The toy Llama has layers of 172 columns, which blocks of 32 don't divide."""
     stages = [{"quantize": "rtn", "bits": 8, "group_size": -1, "symmetric": True}]
-    said = "layers of 172 columns don't fit its blocks of 32; name them under ignore of `quantize: rtn`"
-    assert any(said in line for line in preflight.look(loaded(stages=stages, engine="llama_cpp")).mistakes)
-    assert any(said in line for line in preflight.look(loaded(stages=[*stages, {"export": "gguf"}], engine="llama_cpp")).mistakes)
+    reason = "layers of 172 columns don't fit its blocks of 32; name them under ignore of `quantize: rtn`"
+    assert any(reason in line for line in preflight.look(loaded(stages=stages, engine="llama_cpp")).mistakes)
+    assert any(reason in line for line in preflight.look(loaded(stages=[*stages, {"export": "gguf"}], engine="llama_cpp")).mistakes)
     assert preflight.look(loaded(stages=stages, engine="ctranslate2")).mistakes == []
 
 
@@ -193,7 +193,7 @@ def test_what_reads_an_artifact_is_wanted_where_transformers_has_to(loaded, monk
     monkeypatch.setattr(preflight, "lacking", list)
     (mistake,) = preflight.look(loaded(stages=[{"quantize": "rtn", "format": "gptq"}])).mistakes
     assert re.search(
-        r"transformers reads what it makes by gptqmodel, optimum, not installed here; .*install with: pip install 'gptqmodel", mistake
+        r"transformers reads its artifact by gptqmodel, optimum, not installed here; .*install with: pip install 'gptqmodel", mistake
     )
     assert preflight.look(loaded(engine="fake", stages=[{"quantize": "rtn", "format": "gptq"}])).mistakes == []
     carried = [{"quantize": "rtn", "format": "gptq", "group_size": 32, "ignore": ["re:.*down_proj", "lm_head"]}, {"export": "onnx"}]

@@ -50,13 +50,13 @@ def another(tmp_path):
         yield team
 
 
-def close(found, expected):
+def close(actual, expected):
     """Weights of two trainings that differ in the order of sums alone.
 
     AdamW divides by a gradient's size, so where that is near the rounding of float32, no two programs agree.
     """
     for name, tensor in expected.items():
-        apart = (found[name] - tensor).abs()
+        apart = (actual[name] - tensor).abs()
         assert (apart > 1e-4).double().mean() < 0.01, name
         assert apart.max() < 3e-2, name
 
@@ -88,7 +88,7 @@ CASES = [
 @pytest.mark.parametrize(("family", "method", "kind", "settings", "count"), CASES)
 def test_two_processes_take_the_steps_of_one_with_twice_the_batch(pair, tmp_path, family, method, kind, settings, count):
     original, folder = two(kind, tmp_path) if family == "distill" else (None, calm(kind, tmp_path))
-    given = {
+    arguments = {
         "family": family,
         "method": method,
         "kind": kind,
@@ -96,19 +96,19 @@ def test_two_processes_take_the_steps_of_one_with_twice_the_batch(pair, tmp_path
         "original": str(original) if original else None,
         "count": count,
     }
-    shared = pair.ask("train", out=str(tmp_path / "two"), settings={**HOW, **settings}, **given)
+    shared = pair.ask("train", out=str(tmp_path / "two"), settings={**HOW, **settings}, **arguments)
     split = settings.get("shard", False)
     twice = {name: value for name, value in {**HOW, **settings, "batch_size": 2 * settings["batch_size"]}.items() if name != "shard"}
-    alone = together.train(quiet, out=tmp_path / "one", settings=twice, processes=1, **given)
-    assert shared["losses"] == pytest.approx(alone["losses"], rel=1e-4)
-    assert shared["norms"] == pytest.approx(alone["norms"], rel=1e-3)
+    single = together.train(quiet, out=tmp_path / "one", settings=twice, processes=1, **arguments)
+    assert shared["losses"] == pytest.approx(single["losses"], rel=1e-4)
+    assert shared["norms"] == pytest.approx(single["norms"], rel=1e-3)
     assert len(shared["losses"]) == (STEPS if twice["steps"] else 6)
     size = twice["batch_size"] * settings.get("accumulate", 1)
     start = f"trained {len(shared['losses'])} steps of {size} on {count} examples"
-    assert alone["said"][0].startswith(f"{start}, ")
-    assert any(said.startswith(f"{start} in 2 processes, ") for said in shared["said"])
+    assert single["said"][0].startswith(f"{start}, ")
+    assert any(sentence.startswith(f"{start} in 2 processes, ") for sentence in shared["said"])
     assert ("weights, gradients and optimiser states were split over 2 processes" in shared["said"]) == split
-    for kind, count in alone["held"].items():
+    for kind, count in single["held"].items():
         assert shared["held"][kind] == pytest.approx(count / 2 if split else count, rel=0.02), kind
     close(load_file(tmp_path / "two"), load_file(tmp_path / "one"))
 
@@ -119,17 +119,17 @@ def test_a_killed_training_goes_on_in_two_processes_as_if_it_had_not_been(pair, 
     """With dropout, so that each process's random numbers have to go on where they were; in the middle of an epoch."""
     scratch = tmp_path / "scratch"
     settings = {**HOW, "batch_size": 1, "shard": shard}
-    given = {"family": "finetune", "method": "full", "kind": "t5", "folder": str(toys["t5"]), "settings": settings}
-    whole = pair.ask("train", out=str(tmp_path / "whole"), **given)
+    arguments = {"family": "finetune", "method": "full", "kind": "t5", "folder": str(toys["t5"]), "settings": settings}
+    whole = pair.ask("train", out=str(tmp_path / "whole"), **arguments)
     with pytest.raises(ChildDied, match=r"the working process was killed \(signal 9\)"):
-        another.ask("train", out=str(tmp_path / "none"), scratch=str(scratch), often=True, kill=[1, 3], **given)
+        another.ask("train", out=str(tmp_path / "none"), scratch=str(scratch), often=True, kill=[1, 3], **arguments)
     assert sorted(path.name for path in scratch.iterdir()) == ["checkpoint-2"]
     half = scratch / "checkpoint-3"
     half.mkdir()
     (half / "rng_state_1.pth").write_bytes(b"cut off")
-    found = pair.ask("train", out=str(tmp_path / "found"), scratch=str(scratch), often=True, **given)
-    assert found["losses"] == whole["losses"][2:]
-    assert found["said"] == whole["said"]
+    resumed = pair.ask("train", out=str(tmp_path / "found"), scratch=str(scratch), often=True, **arguments)
+    assert resumed["losses"] == whole["losses"][2:]
+    assert resumed["said"] == whole["said"]
     assert not half.exists()
     weights, expected = load_file(tmp_path / "found"), load_file(tmp_path / "whole")
     assert all(torch.equal(weights[name], expected[name]) for name in expected)
@@ -139,36 +139,42 @@ def test_a_killed_training_goes_on_in_two_processes_as_if_it_had_not_been(pair, 
 def test_a_split_model_keeps_its_zeros_and_its_best_weights(pair, tmp_path):
     """The best are not the last ones, and are what one process finds."""
     folder = saved(halved(calm("llama", tmp_path / "calm"), "llama", sparsity=0.5).model, tmp_path / "halved")
-    given = {"family": "finetune", "method": "full", "kind": "llama", "folder": str(folder), "count": 8, "watched": 3}
+    arguments = {"family": "finetune", "method": "full", "kind": "llama", "folder": str(folder), "count": 8, "watched": 3}
     settings = {**HOW, "learning_rate": 0.1, "schedule": "constant", "early_stopping": {"every": 1, "patience": 1}}
-    shared = pair.ask("train", out=str(tmp_path / "two"), settings={**settings, "batch_size": 2, "shard": True}, **given)
-    alone = together.train(quiet, out=tmp_path / "one", settings={**settings, "batch_size": 4}, processes=1, **given)
-    assert shared["said"][1] == alone["said"][1]
-    assert "was best after 1 steps" in alone["said"][1]
-    assert alone["said"][1].endswith("ended 3 steps early")
-    found, expected, before = (load_file(file) for file in (tmp_path / "two", tmp_path / "one", folder / "model.safetensors"))
-    close(found, expected)
+    shared = pair.ask("train", out=str(tmp_path / "two"), settings={**settings, "batch_size": 2, "shard": True}, **arguments)
+    single = together.train(quiet, out=tmp_path / "one", settings={**settings, "batch_size": 4}, processes=1, **arguments)
+    assert shared["said"][1] == single["said"][1]
+    assert "was best after 1 steps" in single["said"][1]
+    assert single["said"][1].endswith("ended 3 steps early")
+    weights, expected, before = (load_file(file) for file in (tmp_path / "two", tmp_path / "one", folder / "model.safetensors"))
+    close(weights, expected)
     for name, weight in before.items():
         if name.endswith("proj.weight"):
             zero = weight == 0
             assert zero.double().mean() == pytest.approx(0.5, abs=0.01)
-            assert torch.equal(found[name] == 0, zero), name
+            assert torch.equal(weights[name] == 0, zero), name
 
 
 @pytest.mark.slow
 def test_a_loss_that_is_no_number_in_one_process_ends_all_with_its_examples(another, toys, tmp_path):
-    given = {"family": "finetune", "method": "full", "kind": "llama", "folder": str(toys["llama"]), "settings": {**HOW, "batch_size": 2}}
+    arguments = {
+        "family": "finetune",
+        "method": "full",
+        "kind": "llama",
+        "folder": str(toys["llama"]),
+        "settings": {**HOW, "batch_size": 2},
+    }
     with pytest.raises(RunError, match=r"training: the loss became nan in step 1 of 5, on the examples \d, \d; nothing was learned yet"):
-        another.ask("train", out=str(tmp_path / "none"), nan=1, **given)
+        another.ask("train", out=str(tmp_path / "none"), nan=1, **arguments)
 
 
 @pytest.mark.slow
 def test_the_teacher_writes_every_text_once(pair, tmp_path, monkeypatch):
     folder, scratch = calm("llama", tmp_path), tmp_path / "scratch"
-    found = pair.ask("written", folder=str(folder), scratch=str(scratch))
+    texts = pair.ask("written", folder=str(folder), scratch=str(scratch))
     settings = together.sequence.Settings(batch_size=2, max_new_tokens=8)
-    alone = together.sequence.written(bundle(folder, "llama"), settings, context())
-    assert found == [example.references for example in alone]
+    single = together.sequence.written(bundle(folder, "llama"), settings, context())
+    assert texts == [example.references for example in single]
     parts = [{json.loads(line)[0] for line in file.read_text().splitlines()} for file in sorted(scratch.iterdir())]
     assert sorted(map(len, parts)) == [2, 4]
     assert parts[0] | parts[1] == set(range(6))
@@ -179,10 +185,10 @@ def test_each_process_writes_on_its_own_rows(pair, tmp_path):
     """Of unlike lengths, so that the processes write and learn from unlike numbers of tokens; the last step's second has no rows."""
     original, folder = two("llama", tmp_path)
     settings = {**HOW, "batch_size": 2, "student_share": 1.0, "max_new_tokens": 6, "learning_rate": 1e-3, "steps": 6}
-    given = {"family": "distill", "method": "on_policy", "kind": "llama", "folder": str(folder), "original": str(original), "count": 5}
-    found = pair.ask("train", out=str(tmp_path / "made"), settings=settings, **given)
-    assert found["said"][0].startswith("trained 6 steps of 4 on 5 examples in 2 processes, ")
-    assert found["losses"][-2] < found["losses"][0]  # both steps of four rows
+    arguments = {"family": "distill", "method": "on_policy", "kind": "llama", "folder": str(folder), "original": str(original), "count": 5}
+    training = pair.ask("train", out=str(tmp_path / "made"), settings=settings, **arguments)
+    assert training["said"][0].startswith("trained 6 steps of 4 on 5 examples in 2 processes, ")
+    assert training["losses"][-2] < training["losses"][0]  # both steps of four rows
 
 
 def test_fewer_examples_than_all_processes_take_are_refused(toys):
@@ -239,9 +245,9 @@ def test_a_split_model_s_weights_come_back_in_the_dtypes_they_had(toys):
                 weight.add_(1)
     finally:
         torch.distributed.destroy_process_group()
-    found = model.state_dict()
-    assert {weight.dtype for weight in found.values()} == {torch.bfloat16, torch.float32}
-    assert all(torch.equal(weight, expected[name]) and weight.dtype == expected[name].dtype for name, weight in found.items())
+    weights = model.state_dict()
+    assert {weight.dtype for weight in weights.values()} == {torch.bfloat16, torch.float32}
+    assert all(torch.equal(weight, expected[name]) and weight.dtype == expected[name].dtype for name, weight in weights.items())
     assert model.shared.weight is model.encoder.embed_tokens.weight
 
 
@@ -255,25 +261,25 @@ def test_an_artifact_is_named_by_its_processes_where_it_was_trained_in_several(t
     loaded = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, stages=stages)))
 
     def names(processes):
-        made = {}
+        counts_by_name = {}
 
         def make(stage, source, models, shown, target, execution, processes):
             target.mkdir(parents=True)
-            made[target.name] = processes
+            counts_by_name[target.name] = processes
 
         monkeypatch.setattr(artifacts, "_make_one", make)
         folder = tmp_path / f"{processes}-{len(list(tmp_path.iterdir()))}"
         source = Source(str(toys["llama"]), "causal-lm", "float32")
         artifacts.make(loaded, source, folder, Execution("cpu", tmp_path / "log"), processes)
-        return list(made), list(made.values())
+        return list(counts_by_name), list(counts_by_name.values())
 
-    (cast, one), counts = names(1)
+    (cast, trained), counts = names(1)
     assert counts == [1, 1]
-    (again, two), counts = names(2)
+    (again, trained_by_two), counts = names(2)
     assert counts == [1, 2], "the others run in one"
     assert cast == again
-    assert len({one, two, names(3)[0][1]}) == 3
-    assert names(1)[0] == [cast, one]
+    assert len({trained, trained_by_two, names(3)[0][1]}) == 3
+    assert names(1)[0] == [cast, trained]
 
 
 SERVER = """
@@ -358,14 +364,14 @@ def cli(*arguments, **environment):
 @pytest.mark.parametrize(
     ("arguments", "environment", "message"),
     [
-        (["--processes", "0"], {}, "--processes 0: a number from 1 on is wanted"),
+        (["--processes", "0"], {}, "--processes 0: must be 1 or more"),
         (["--processes", "two"], {}, "invalid int value: 'two'"),
         (["--processes", "3"], LAUNCHED, "--processes 3: 2 were launched; leave one of the two out"),
-        ([], {**LAUNCHED, "LOCAL_WORLD_SIZE": "1"}, "2 processes were launched, 1 of them on this machine; all have to be on one"),
+        ([], {**LAUNCHED, "LOCAL_WORLD_SIZE": "1"}, "2 processes were launched, 1 of them on this machine; all must be on one"),
         ([], {"RANK": "0", "WORLD_SIZE": "2"}, "2 processes were launched, 1 of them on this machine"),
         ([], {**LAUNCHED, "RANK": "x"}, "RANK=x in the environment: a number is wanted"),
         ([], {**LAUNCHED, "ACCELERATE_USE_FSDP": "true"}, "configured for FSDP, which isn't used here"),
-        ([], {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "asked for several processes and started one"),
+        ([], {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "accelerate launch started a single process"),
     ],
 )  # fmt: skip
 def test_what_can_not_be_launched_is_refused(arguments, environment, message, tmp_path):
@@ -384,7 +390,7 @@ def test_copies_beside_the_first_end_at_once_and_say_nothing(tmp_path):
 def test_more_processes_than_gpus_are_refused(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(DeviceError, match="--processes 3: each takes a GPU of its own, and here are 2; use fewer, or --device cpu"):
+    with pytest.raises(DeviceError, match="--processes 3: each takes a GPU of its own, and there are 2; use fewer, or --device cpu"):
         together.stage._join("cuda", 3)
 
 
@@ -403,8 +409,8 @@ def test_a_launcher_s_run_trains_in_as_many_processes(toys, rows, tmp_path):
         capture_output=True, text=True, timeout=600, env={k: v for k, v in os.environ.items() if k != "OMP_NUM_THREADS"},
     )  # fmt: skip
     (report,) = (tmp_path / "out" / "toy").glob("*/report.json")
-    found = read_report(report)
-    assert json.loads(done.stdout)["verdict"] == found.verdict == "cannot_tell", done.stderr
-    assert sum("split over 2 processes" in line for line in found.stages[0].said) == 2  # teacher and student
-    for record in found.stages:
+    launched = read_report(report)
+    assert json.loads(done.stdout)["verdict"] == launched.verdict == "cannot_tell", done.stderr
+    assert sum("split over 2 processes" in line for line in launched.stages[0].said) == 2  # teacher and student
+    for record in launched.stages:
         assert any(line.startswith("trained 2 steps of 4 on 8 examples in 2 processes") for line in record.said)

@@ -21,9 +21,9 @@ def test_int8_products_are_exact(old_cpu, rows, inner):
     a, b = (torch.randint(-128, 128, size, dtype=torch.int8) for size in ((rows, inner), (9, inner)))
     a[0], b[0] = -128, -128  # the largest sum there is
     with products.in_float32("cpu"), torch.inference_mode():
-        found = torch._int_mm(a, b.t())
-    assert found.dtype == torch.int32
-    assert torch.equal(found.long(), a.long() @ b.long().t())
+        product = torch._int_mm(a, b.t())
+    assert product.dtype == torch.int32
+    assert torch.equal(product.long(), a.long() @ b.long().t())
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
@@ -31,10 +31,10 @@ def test_int8_products_are_exact(old_cpu, rows, inner):
 def test_products_of_floats_are_those_of_float64_rounded_once(old_cpu, dtype, rows):
     x, weight, bias = drawn(3, rows, 64).to(dtype), drawn(24, 64).to(dtype), drawn(24).to(dtype)
     with products.in_float32("cpu"), torch.inference_mode():
-        found = [torch.nn.functional.linear(x, weight), torch.nn.functional.linear(x, weight, bias), torch.bmm(x, x.transpose(1, 2))]
+        actual = [torch.nn.functional.linear(x, weight), torch.nn.functional.linear(x, weight, bias), torch.bmm(x, x.transpose(1, 2))]
     x, weight, bias = (part.double() for part in (x, weight, bias))
     product = x @ weight.t()
-    for got, right in zip(found, [product, product + bias, x @ x.transpose(1, 2)], strict=True):
+    for got, right in zip(actual, [product, product + bias, x @ x.transpose(1, 2)], strict=True):
         assert got.dtype == dtype
         wide = torch.promote_types(dtype, torch.float32)
         rounding, sums = torch.finfo(dtype).eps, 512 * torch.finfo(wide).eps

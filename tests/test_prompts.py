@@ -21,9 +21,9 @@ LONG = " ".join(WORDS[(3 * n) % len(WORDS)] for n in range(40))
 
 @pytest.fixture
 def words():
-    made = make_tokenizer()
-    made.chat_template = CHAT
-    return made
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = CHAT
+    return tokenizer
 
 
 def by_hand(words, content, limit, from_end=False):
@@ -54,55 +54,59 @@ def test_a_prompt_that_fits_is_as_it_was(words):
 
 
 def test_evaluation_calibration_and_training_have_the_same_ids(toys):
-    made = bundle(toys["llama"], "llama")
-    made.tokenizer.chat_template = CHAT
+    bundled = bundle(toys["llama"], "llama")
+    bundled.tokenizer.chat_template = CHAT
     target = "red dog"
     told = context(examples=[Example("0", LONG, [target])], max_tokens=16, chat=True)
-    ((_, ids, answer),) = encoded(made.model, made.tokenizer, told)
-    ((_, trained, learned),) = read(made.model, made.tokenizer, told).train
+    ((_, ids, answer),) = encoded(bundled.model, bundled.tokenizer, told)
+    ((_, trained, learned),) = read(bundled.model, bundled.tokenizer, told).train
     room = 16 - len(answer)
     assert (ids, answer) == (trained, learned)
-    assert answer == [*made.tokenizer(target, add_special_tokens=False)["input_ids"], made.tokenizer.eos_token_id]
+    assert answer == [*bundled.tokenizer(target, add_special_tokens=False)["input_ids"], bundled.tokenizer.eos_token_id]
     assert (
-        reader(made.model, made.tokenizer, max_tokens=room, chat=True).read([LONG])[0] == ids[:room] == by_hand(made.tokenizer, LONG, room)
+        reader(bundled.model, bundled.tokenizer, max_tokens=room, chat=True).read([LONG])[0]
+        == ids[:room]
+        == by_hand(bundled.tokenizer, LONG, room)
     )
     assert told.cut == [{"cut": 1, "all": 1, "limit": 16, "by_key": True}] * 2
 
 
 def test_a_target_that_is_too_long_leaves_the_prompt_its_template(toys):
-    made = bundle(toys["llama"], "llama")
-    made.tokenizer.chat_template = CHAT
-    ((_, ids, answer),) = encoded(made.model, made.tokenizer, context(examples=[Example("0", LONG, [LONG])], max_tokens=12, chat=True))
+    bundled = bundle(toys["llama"], "llama")
+    bundled.tokenizer.chat_template = CHAT
+    ((_, ids, answer),) = encoded(
+        bundled.model, bundled.tokenizer, context(examples=[Example("0", LONG, [LONG])], max_tokens=12, chat=True)
+    )
     assert len(answer) == 6
-    assert ids[:6] == by_hand(made.tokenizer, LONG, 6)
+    assert ids[:6] == by_hand(bundled.tokenizer, LONG, 6)
     with pytest.raises(DataError, match="the chat template alone takes 4"):
-        encoded(made.model, made.tokenizer, context(examples=[Example("0", LONG, [LONG])], max_tokens=4, chat=True))
+        encoded(bundled.model, bundled.tokenizer, context(examples=[Example("0", LONG, [LONG])], max_tokens=4, chat=True))
 
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_the_recipes_own_words_around_a_field_stay(words, tmp_path, chat):
     (tmp_path / "test.jsonl").write_text(f'{{"said": "{LONG}", "who": "dog"}}')
-    (one,) = examples(Data(source=str(tmp_path), prompt="big {who} sat {said} is small"), tmp_path, "evaluation", None, 0)
-    assert one.prompt[slice(*one.content)] == LONG
-    ids, _ = Prompts(words, chat).read(one, 14, unended=True)
+    (example,) = examples(Data(source=str(tmp_path), prompt="big {who} sat {said} is small"), tmp_path, "evaluation", None, 0)
+    assert example.prompt[slice(*example.content)] == LONG
+    ids, _ = Prompts(words, chat).read(example, 14, unended=True)
     shown = words.decode(ids)
     kept = " ".join(LONG.split()[: 14 - 5 - 4 * chat])
     expected = f"big dog sat {kept} is small"
     assert shown == (f"a {expected} of it was" if chat else expected)
-    ids, _ = Prompts(words).read(one, 14)
+    ids, _ = Prompts(words).read(example, 14)
     assert ids[-1] == words.eos_token_id, "an encoder's end token stays"
     assert len(ids) == 14
 
 
 def test_words_that_are_too_long_themselves_are_cut_like_the_rest(words):
-    one = Example("0", f"{LONG} cat", [], (len(LONG) + 1, len(LONG) + 4))
-    assert Prompts(words).read(one, 7, unended=True)[0] == words(LONG, add_special_tokens=False)["input_ids"][:7]
-    assert Prompts(words, chat=True).read(one, 9)[0] == by_hand(words, f"{LONG} cat", 9)
+    example = Example("0", f"{LONG} cat", [], (len(LONG) + 1, len(LONG) + 4))
+    assert Prompts(words).read(example, 7, unended=True)[0] == words(LONG, add_special_tokens=False)["input_ids"][:7]
+    assert Prompts(words, chat=True).read(example, 9)[0] == by_hand(words, f"{LONG} cat", 9)
 
 
 REFUSALS = [
-    ("{{ raise_exception('a system turn comes first') }}", "refuses a user's turn alone: a system turn comes first"),
-    ("{{ messages[0]['content'] + none_such.x }}", "refuses a user's turn alone: 'none_such' is undefined"),
+    ("{{ raise_exception('a system turn comes first') }}", "refuses a lone user turn: a system turn comes first"),
+    ("{{ messages[0]['content'] + none_such.x }}", "refuses a lone user turn: 'none_such' is undefined"),
     ("a fixed text", "leaves out what the user says: 'a fixed text'"),
     (
         "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}",

@@ -122,11 +122,11 @@ def measured(toys, rows, write_recipe, tmp_path):
         artifact = tmp_path / "reports" / "artifacts" / "llama-rtn-abc"
         if not artifact.exists():
             shutil.copytree(toys["llama"], artifact)
-        found = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, stages=[{"quantize": "rtn", "group_size": -1}])))
-        stage = StageRecord(stage=found.stages[0].as_written(), artifact="reports/artifacts/llama-rtn-abc", seconds=1, reused=False)
+        loaded = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, stages=[{"quantize": "rtn", "group_size": -1}])))
+        stage = StageRecord(stage=loaded.stages[0].as_written(), artifact="reports/artifacts/llama-rtn-abc", seconds=1, reused=False)
         report = write.write(made(run=run, verdict=verdict, decided_by="as it is", stages=[stage]), tmp_path / "reports" / "toy" / run)
         here = [stage.model_copy(update={"artifact": str(artifact)})]
-        card.write(found, Source(str(toys["llama"]), "causal-lm"), here, report)
+        card.write(loaded, Source(str(toys["llama"]), "causal-lm"), here, report)
         return artifact, report.folder
 
     return measured
@@ -160,7 +160,7 @@ def test_the_artifact_and_nothing_else_arrives(hub, measured):
 def test_a_public_repository_is_not_taken_for_a_private_one(hub, measured):
     hub.repos["me/open"] = {"private": False, "main": {}}
     done = publish(hub, measured()[0], "me/open", "--private")
-    assert done.returncode == 2 and "is there and public" in done.stderr
+    assert done.returncode == 2 and "exists and is public" in done.stderr
     assert hub.repos["me/open"]["main"] == {}
 
 

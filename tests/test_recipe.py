@@ -38,11 +38,11 @@ def mistakes(tmp_path, text, *overrides):
 
 
 def test_a_good_recipe_is_read_with_its_defaults(tmp_path):
-    found = load(tmp_path, GOOD)
-    assert found.stages[0].as_written() == {"quantize": "bnb_nf4", "ignore": None, "double_quant": True, "compute_dtype": "auto"}
-    assert found.groups == ("rouge", "generated_tokens")
-    assert found.benchmark.batch_sizes == [1, 8]  # benchmarks/standard.yaml, the default
-    assert found.name == "x"
+    recipe = load(tmp_path, GOOD)
+    assert recipe.stages[0].as_written() == {"quantize": "bnb_nf4", "ignore": None, "double_quant": True, "compute_dtype": "auto"}
+    assert recipe.groups == ("rouge", "generated_tokens")
+    assert recipe.benchmark.batch_sizes == [1, 8]  # benchmarks/standard.yaml, the default
+    assert recipe.name == "x"
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_a_mistake_is_named_by_file_line_and_key(tmp_path, change, message):
     ],
 )
 def test_a_key_of_several_forms_is_explained_once(tmp_path, stage, message):
-    found = mistakes(tmp_path, GOOD[: GOOD.index("stages:")] + "stages: [{" + stage + "}]\n")
-    assert [line.split("): ", 1)[1] for line in found] == [message]
+    lines = mistakes(tmp_path, GOOD[: GOOD.index("stages:")] + "stages: [{" + stage + "}]\n")
+    assert [line.split("): ", 1)[1] for line in lines] == [message]
 
 
 @pytest.mark.parametrize(
@@ -167,8 +167,8 @@ def test_a_file_that_is_not_there(tmp_path):
 
 
 def test_overrides_are_read_as_yaml_and_named_in_mistakes(tmp_path):
-    found = load(tmp_path, GOOD, "stages.0.double_quant=false", "data.samples=7", "generation.max_new_tokens=9")
-    assert (found.stages[0].settings.double_quant, found.data.samples, found.generation.max_new_tokens) == (False, 7, 9)
+    recipe = load(tmp_path, GOOD, "stages.0.double_quant=false", "data.samples=7", "generation.max_new_tokens=9")
+    assert (recipe.stages[0].settings.double_quant, recipe.data.samples, recipe.generation.max_new_tokens) == (False, 7, 9)
     assert load(tmp_path, GOOD, "benchmark.turns=9").benchmark.turns == 9
     assert load(tmp_path, GOOD, "benchmark=quick", "benchmark.turns=9").benchmark.prompt_tokens == [64]
     assert mistakes(tmp_path, GOOD, "data.samples=few") == [

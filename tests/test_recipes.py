@@ -12,8 +12,8 @@ RECIPES, BENCHMARKS, CHECKS = (
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda p: p.stem)
 def test_the_recipe_is_valid_and_explains_itself(path):
-    found = recipe.load(path)
-    assert found.check, "a recipe without gates gives no verdict"
+    loaded = recipe.load(path)
+    assert loaded.check, "a recipe without gates gives no verdict"
     assert path.read_text().startswith("# "), "the first line says what it is for"
 
 

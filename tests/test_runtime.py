@@ -27,14 +27,14 @@ def test_a_layer_gives_the_product_of_the_rounded_parts(bias, divided):
         return torch.tensor(values, dtype=torch.float32)
 
     layer = Int8Linear(torch.tensor(integers), tensor(scale), tensor(shift) if bias else None, tensor(factor) if divided else None)
-    found = layer(tensor(x)).double().numpy() - shift * bias
-    given = x * factor if divided else x
+    product = layer(tensor(x)).double().numpy() - shift * bias
+    inputs = x * factor if divided else x
     weight = integers * scale[:, None]
-    step = np.abs(given).max(-1, keepdims=True) / 127 * 2  # of 7 bits
-    assert found.shape == (2, 5, 24)
+    step = np.abs(inputs).max(-1, keepdims=True) / 127 * 2  # of 7 bits
+    assert product.shape == (2, 5, 24)
     # rounding errors of at most half a step, of random sign
     limit = 6 * step / 12**0.5 * np.linalg.norm(weight, axis=1)
-    assert (np.abs(found - given @ weight.T) <= limit + 1e-5 * np.abs(shift)).all()
+    assert (np.abs(product - inputs @ weight.T) <= limit + 1e-5 * np.abs(shift)).all()
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(24, 64), (33, 172), (7, 3)])
@@ -45,21 +45,21 @@ def test_a_token_is_rounded_alike_whatever_stands_beside_it(rows, columns):
     tokens = (
         torch.randn(6, columns) * torch.tensor([1e-3, 1.0, 1.0, 1e3, 0.0, 1.0])[:, None] + torch.tensor([0, 0, 5.0, 0, 0, -2.0])[:, None]
     )
-    alone = torch.cat([layer(token[None]) for token in tokens])
+    single = torch.cat([layer(token[None]) for token in tokens])
     for others in (torch.randn(5, columns) * 1e6, torch.zeros(3, columns), torch.rand(40, columns)):
-        assert torch.equal(layer(torch.cat([others, tokens]))[len(others) :], alone)
-        assert torch.equal(layer(torch.cat([tokens, others]))[: len(tokens)], alone)
-    assert torch.equal(layer(tokens.view(2, 3, columns)).view(6, rows), alone)
+        assert torch.equal(layer(torch.cat([others, tokens]))[len(others) :], single)
+        assert torch.equal(layer(torch.cat([tokens, others]))[: len(tokens)], single)
+    assert torch.equal(layer(tokens.view(2, 3, columns)).view(6, rows), single)
 
 
 def test_numbers_of_one_sign_have_the_whole_grid():
     """What ReLU leaves, against float64: half a step of a grid from the least to the largest, not of one twice as wide."""
     torch.manual_seed(0)
     integers, scale, x = torch.randint(-128, 128, (16, 256), dtype=torch.int8), torch.rand(16) / 100, torch.rand(9, 256)
-    found = Int8Linear(integers, scale, None, None)(x).double()
+    product = Int8Linear(integers, scale, None, None)(x).double()
     weight = integers.double() * scale.double()[:, None]
     step = (x.amax(1) - x.amin(1)).double() / 127
-    error = (found - x.double() @ weight.T) / (step[:, None] / 12**0.5 * weight.norm(dim=1))
+    error = (product - x.double() @ weight.T) / (step[:, None] / 12**0.5 * weight.norm(dim=1))
     assert error.square().mean().sqrt() < 1.1
 
 
@@ -73,9 +73,9 @@ def test_every_int8_layer_is_replaced_and_the_model_gives_the_same(toys, tmp_pat
     ids = torch.arange(3, 23)[None]
     extra = {"decoder_input_ids": ids[:, :8]} if loaded.config.is_encoder_decoder else {}
     with torch.inference_mode():
-        found = loaded(ids, **extra).logits
-    assert found.dtype == expected.dtype
-    assert 0 < ((found - expected).norm() / expected.norm()).item() < 0.06
+        actual = loaded(ids, **extra).logits
+    assert actual.dtype == expected.dtype
+    assert 0 < ((actual - expected).norm() / expected.norm()).item() < 0.06
     if loaded.can_generate():
         assert loaded.generate(ids, max_new_tokens=3, min_new_tokens=3).shape[0] == 1
 
@@ -97,14 +97,14 @@ def test_sparse_tensor_cores_are_refused_on_a_cpu(toys):
 @pytest.mark.parametrize("kind", TASKS)
 def test_layers_pruned_in_the_pattern_run_on_sparse_tensor_cores(kind, tmp_path):
     folder = stored(wide(kind), tmp_path / "whole")
-    made = run("magnitude", kind, folder, tmp_path / "made", pattern="2:4")
+    pruned = run("magnitude", kind, folder, tmp_path / "made", pattern="2:4")
     ids = torch.arange(3, 23, device="cuda")[None]
-    loaded = load_model(Source(str(made), TASKS[kind], "float16"), "cuda")
+    loaded = load_model(Source(str(pruned), TASKS[kind], "float16"), "cuda")
     extra = {"decoder_input_ids": ids[:, :8]} if loaded.config.is_encoder_decoder else {}
     with torch.inference_mode():
         expected = loaded(ids, **extra).logits
         assert use_sparse_24(loaded) > 0
-        found = loaded(ids, **extra).logits
-    assert ((found - expected).norm() / expected.norm()).item() < 0.02
+        logits = loaded(ids, **extra).logits
+    assert ((logits - expected).norm() / expected.norm()).item() < 0.02
     if loaded.can_generate():
         assert loaded.generate(ids, max_new_tokens=3, min_new_tokens=3).shape[0] == 1

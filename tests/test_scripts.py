@@ -42,9 +42,9 @@ def test_letters_of_every_script_are_seen():
         other = text([letter for letter in before if not folded([letter]) & own] or ["x"])
         chosen = choose(Tokenizers(), [[reference]])
         for output, expected in ((reference, 100), (other, 0)):
-            found = scores.rouge([output], [[reference]], chosen.rouge)
+            samples = scores.rouge([output], [[reference]], chosen.rouge)
             for name in ("rouge1", "rougeL", "rougeLsum"):
-                assert found[name] == [[pytest.approx(expected)]], (reference, other, chosen)
+                assert samples[name] == [[pytest.approx(expected)]], (reference, other, chosen)
         assert corpus_value("bleu", scores.bleu([reference], [[reference]], chosen.bleu)) == pytest.approx(100), (reference, chosen)
         before = letters
 

@@ -37,7 +37,7 @@ def pretend(monkeypatch, tmp_path):
     def pretend(value, keeps, stop_at=None):
         asked = []
 
-        def attempt(wanted, choice, out, execution):
+        def attempt(_search, choice, out, execution):
             asked.append(choice)
             if len(asked) == stop_at:
                 raise KeyboardInterrupt
@@ -80,23 +80,23 @@ def test_gates_and_spaces_are_read_as_people_write_them():
 @pytest.mark.parametrize(
     ("keep", "minimise", "over", "message"),
     [
-        ("rougeL", "weight_bytes", BITS, "--keep rougeL: a metric and how much it may change are wanted, as in rougeL:-1.0"),
+        ("rougeL", "weight_bytes", BITS, "--keep rougeL: give a metric and how much it may change, as in rougeL:-1.0"),
         ("rougel:-1", "weight_bytes", BITS, "'rougel' is not a metric; did you mean 'rougeL'?"),
         ("perplexity:+1", "weight_bytes", BITS, "perplexity isn't measured by this recipe; put perplexity under metrics"),
         ("rougeL:+1", "weight_bytes", BITS, "max_rise makes no sense, rougeL is better higher"),
         ("rougeL:-1", "weight", BITS, "--minimise weight: there is no such metric; did you mean"),
-        ("rougeL:-1", "rougeL", BITS, "--minimise rougeL: it is better higher"),
+        ("rougeL:-1", "rougeL", BITS, "--minimise rougeL: higher is better"),
         ("rougeL:-1", "weight_bytes", "stages.1.bits=4,5", "bits: 5 is not one of 2, 3, 4, 8"),
         ("rougeL:-1", "weight_bytes", "stages.0.sparsity=0.5..1.5", "sparsity: 1.5"),
-        ("rougeL:-1", "weight_bytes", "stages.0.sparsity=0.7..0.1", "no range; such are 0.1..0.7"),
-        ("rougeL:-1", "weight_bytes", "stages.0.sparsity", "a key and values are wanted, as in --over"),
+        ("rougeL:-1", "weight_bytes", "stages.0.sparsity=0.7..0.1", "not a range from low to high, as 0.1..0.7"),
+        ("rougeL:-1", "weight_bytes", "stages.0.sparsity", "give a key and values, as in --over"),
     ],
 )
 def test_what_can_not_be_searched_is_refused(toy, keep, minimise, over, message):
     with pytest.raises(RecipeError) as wrong:
         Search(toy, [keep], minimise, [over])
     assert message in str(wrong.value)
-    with pytest.raises(RecipeError, match=r"has no gates; name what is to be kept"):
+    with pytest.raises(RecipeError, match=r"has no gates; give one"):
         Search(toy, [], "weight_bytes", [BITS])
 
 
@@ -105,22 +105,22 @@ def test_of_a_few_choices_all_are_tried_and_the_best_that_keeps_the_gates_is_wri
     asked = pretend(
         lambda choice: choice["stages.1.bits"], lambda choice: {2: None, 3: False, 8: "it died"}.get(choice["stages.1.bits"], True)
     )
-    wanted = Search(toy.name, ["rougeL:-1"], "weight_bytes", [BITS, "calibration.samples=5,6"])
-    found = wanted.run(tmp_path / "a b")
+    search = Search(toy.name, ["rougeL:-1"], "weight_bytes", [BITS, "calibration.samples=5,6"])
+    outcome = search.run(tmp_path / "a b")
     assert sorted(map(str, asked)) == sorted(
         str({"stages.1.bits": bits, "calibration.samples": samples}) for bits in (2, 3, 4, 8) for samples in (5, 6)
     )
-    assert (found.best.choice["stages.1.bits"], found.best.verdict) == (4, "pass")
-    assert {one.reason for one in found.tried if one.choice["stages.1.bits"] == 2} == {"it broke"}
-    assert {one.reason for one in found.tried if one.choice["stages.1.bits"] == 8} == {"it died"}
+    assert (outcome.best.choice["stages.1.bits"], outcome.best.verdict) == (4, "pass")
+    assert {trial.reason for trial in outcome.tried if trial.choice["stages.1.bits"] == 2} == {"it broke"}
+    assert {trial.reason for trial in outcome.tried if trial.choice["stages.1.bits"] == 8} == {"it died"}
     again = pretend(lambda choice: choice["stages.1.bits"], lambda _: True)
-    assert {one.reason for one in wanted.run(tmp_path / "a b").tried} == {None}, "what broke or died is tried again"
+    assert {trial.reason for trial in search.run(tmp_path / "a b").tried} == {None}, "what broke or died is tried again"
     assert sorted(choice["stages.1.bits"] for choice in again) == [2, 2, 8, 8]
-    found = wanted.run(tmp_path / "a b")
-    assert (len(again), found.best.choice["stages.1.bits"]) == (4, 2)
+    outcome = search.run(tmp_path / "a b")
+    assert (len(again), outcome.best.choice["stages.1.bits"]) == (4, 2)
     (tmp_path / "elsewhere").mkdir()
-    written = recipe.load(found.file.rename(tmp_path / "elsewhere" / "best.yaml"))
-    assert written.digest == wanted.variant(found.best.choice).digest
+    written = recipe.load(outcome.file.rename(tmp_path / "elsewhere" / "best.yaml"))
+    assert written.digest == search.variant(outcome.best.choice).digest
     assert written.check["rougeL"].max_drop == 1
 
 
@@ -128,22 +128,22 @@ def test_a_killed_search_goes_on_where_it_was(toy, pretend, tmp_path):
     def bits(choice):
         return choice["stages.1.bits"]
 
-    wanted = Search(toy, ["rougeL:-1"], "weight_bytes", [BITS])
+    search = Search(toy, ["rougeL:-1"], "weight_bytes", [BITS])
     first = pretend(bits, lambda _: True, stop_at=3)
     with pytest.raises(KeyboardInterrupt):
-        wanted.run(tmp_path)
+        search.run(tmp_path)
     second = pretend(bits, lambda _: True)
-    found = wanted.run(tmp_path)
+    outcome = search.run(tmp_path)
     assert first[2] == second[0], "what it was about comes first"
     assert sorted(map(bits, [*first[:2], *second])) == [2, 3, 4, 8]
-    assert len(found.tried) == 4
-    assert found.best.choice == {"stages.1.bits": 2}
-    wanted.run(tmp_path)
+    assert len(outcome.tried) == 4
+    assert outcome.best.choice == {"stages.1.bits": 2}
+    search.run(tmp_path)
     assert len(second) == 2, "nothing is left"
-    study = wanted.place(tmp_path) / "study.sqlite"
+    study = search.place(tmp_path) / "study.sqlite"
     study.write_bytes(study.read_bytes()[:1000])
     with pytest.raises(InputError, match=r"study\.sqlite: the study can't be read: .*; move it away to search anew"):
-        wanted.run(tmp_path)
+        search.run(tmp_path)
     Search(toy, ["rougeL:-2"], "weight_bytes", [BITS]).run(tmp_path)
     assert len(second) == 6, "other gates are another search"
 
@@ -152,11 +152,11 @@ def test_in_a_range_the_search_closes_in_on_the_edge_of_what_keeps_the_gates(toy
     """Sparser is better up to 0.4: of 20 recipes one comes closer to that than of 20 at random in nine searches of ten."""
     key = "stages.0.sparsity"
     asked = pretend(lambda choice: 1 - choice[key], lambda choice: choice[key] <= 0.4)
-    found = Search(toy, ["rougeL:-1"], "weight_bytes", [f"{key}=0.01..0.99"]).run(tmp_path, trials=20)
-    assert len(asked) == len(found.tried) == 20
+    outcome = Search(toy, ["rougeL:-1"], "weight_bytes", [f"{key}=0.01..0.99"]).run(tmp_path, trials=20)
+    assert len(asked) == len(outcome.tried) == 20
     assert all(0.01 <= choice[key] <= 0.99 and choice[key] == float(f"{choice[key]:.4g}") for choice in asked)
-    assert found.best.choice[key] == max(choice[key] for choice in asked if choice[key] <= 0.4)
-    assert 0.4 - found.best.choice[key] < 0.005
+    assert outcome.best.choice[key] == max(choice[key] for choice in asked if choice[key] <= 0.4)
+    assert 0.4 - outcome.best.choice[key] < 0.005
 
 
 class Answering:
@@ -185,17 +185,17 @@ class Answering:
 def test_what_breaks_a_gate_on_few_examples_is_given_up(toy, tmp_path, monkeypatch, drop, looks):
     """Drops by 1 are allowed; 1.6 with a spread of 1.1 is told apart from it by 60 examples, hardly by 20."""
     monkeypatch.setattr(screening, "Subject", Answering)
-    given = recipe.load(toy, [gate("rougeL:-1"), "check.weight_bytes.max_ratio=0.1"])
+    loaded = recipe.load(toy, [gate("rougeL:-1"), "check.weight_bytes.max_ratio=0.1"])
     examples = [Example(str(number), "p", ["r"]) for number in range(180)]
-    one = Prepared(given, Source("0", "causal-lm"), Source(str(drop), "causal-lm"), "c", examples, [])
-    found = screening.hopeless(one, tmp_path, Execution("cpu"))
+    prepared = Prepared(loaded, Source("0", "causal-lm"), Source(str(drop), "causal-lm"), "c", examples, [])
+    reason = screening.hopeless(prepared, tmp_path, Execution("cpu"))
     assert Answering.asked["candidate"] == looks
     assert Answering.asked["baseline"] == [20, 40]
     if drop > 1:
-        assert found.startswith(f"after {sum(looks)} examples: rougeL drop is ")
-        assert found.endswith("; at most 1 points is allowed")
+        assert reason.startswith(f"after {sum(looks)} examples: rougeL drop is ")
+        assert reason.endswith("; at most 1 points is allowed")
     else:
-        assert found is None
+        assert reason is None
 
 
 def test_what_is_minimised_is_a_ratio_over_all_points():
@@ -223,9 +223,9 @@ def test_a_search_from_the_command_line(toy, toys, rows, tmp_path, monkeypatch, 
         capture_output=True, text=True, timeout=400,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    tried = {one["choice"]["stages.0.sparsity"]: one for one in found["tried"]}
+    answer = json.loads(done.stdout)
+    tried = {trial["choice"]["stages.0.sparsity"]: trial for trial in answer["tried"]}
     assert tried[0.98]["report"] is None
     assert tried[0.98]["reason"].startswith("given up after 20 examples: perplexity ratio is ")
-    assert found["best"]["report"] == tried[0.01]["report"]
-    assert recipe.load(found["best"]["recipe"]).stages[0].settings.sparsity == 0.01
+    assert answer["best"]["report"] == tried[0.01]["report"]
+    assert recipe.load(answer["best"]["recipe"]).stages[0].settings.sparsity == 0.01

@@ -31,13 +31,13 @@ def toy(toys, rows, write_recipe):
     return write_recipe(recipe_for("llama", toys["llama"], rows, stages=STAGES))
 
 
-def report_of(one: Prepared, out: Path, **changes) -> Report:
+def report_of(prepared: Prepared, out: Path, **changes) -> Report:
     figures = [Measurement(metric="weight_bytes", value=4.0)]
     sides = [Side(role=role, model=role, measurements=figures, **changes) for role in ("baseline", "candidate")]
     return Report(
-        recipe=one.recipe.name, run="r", created="2026-01-01", digest=one.recipe.digest,
-        examples_digest=sweep.examples_digest(one.examples), settings=one.recipe.as_written(), environment={}, stages=one.stages,
-        sides=sides, verdict="cannot_tell", decided_by="", folder=out / one.recipe.name / "r",
+        recipe=prepared.recipe.name, run="r", created="2026-01-01", digest=prepared.recipe.digest,
+        examples_digest=sweep.examples_digest(prepared.examples), settings=prepared.recipe.as_written(), environment={}, stages=prepared.stages,
+        sides=sides, verdict="cannot_tell", decided_by="", folder=out / prepared.recipe.name / "r",
     )  # fmt: skip
 
 
@@ -57,13 +57,13 @@ class Pretended:
         return Prepared(recipe, Source("m", "causal-lm"), Source("a", "causal-lm"), "a", [Example("1", "p", ["r"])], [stage])
 
     def measure(self, prepared, out, execution):
-        names = [one.recipe.name for one in prepared]
+        names = [job.recipe.name for job in prepared]
         self.measured.append(names)
         if self._how[2] in names:
             raise KeyboardInterrupt
         if set(names) & set(self._how[1]):
             raise ModelError("it can't be compiled")
-        reports = [report_of(one, out) for one in prepared]
+        reports = [report_of(job, out) for job in prepared]
         for report in reports:
             report.folder.mkdir(parents=True, exist_ok=True)
             (report.folder / "report.json").write_text(report.model_dump_json())
@@ -72,12 +72,12 @@ class Pretended:
 
 def test_a_grid_is_every_combination_named_by_its_values(toy, write_recipe, toys, rows):
     other = write_recipe(recipe_for("llama", toys["llama"], rows, stages=STAGES), "other")
-    found = sweep.expand([toy, other], ["stages.1.bits=3,{attention: 4}", "calibration.samples=5,6"], ["data.samples=7"])
-    assert [recipe.name for recipe in found] == [
+    variants = sweep.expand([toy, other], ["stages.1.bits=3,{attention: 4}", "calibration.samples=5,6"], ["data.samples=7"])
+    assert [recipe.name for recipe in variants] == [
         f"{file}+bits={bits}+samples={samples}" for file in ("toy", "other") for bits in ("3", "_attention_4_") for samples in (5, 6)
     ]
-    assert [recipe.stages[1].settings.bits for recipe in found[:3]] == [3, 3, {"attention": 4}]
-    assert {(recipe.data.samples, recipe.folder) for recipe in found} == {(7, toy.parent)}
+    assert [recipe.stages[1].settings.bits for recipe in variants[:3]] == [3, 3, {"attention": 4}]
+    assert {(recipe.data.samples, recipe.folder) for recipe in variants} == {(7, toy.parent)}
     (alike, *_) = sweep.expand([toy], ["calibration.samples=5", "data.samples=6"])
     assert alike.name == "toy+calibration.samples=5+data.samples=6", "a key's last part alone would not tell"
     layers = [f'{{"{"decoder." * 30}{n}": 4}}' for n in range(3)]
@@ -98,7 +98,7 @@ def test_all_mistakes_of_a_sweep_are_told_before_anything_runs(toy, monkeypatch)
     for grid, message in (
         (["stages.1.bits=3", "stages.01.bits=4"], "stages.1.bits: it is given twice"),
         (["stages.1.bits=3", "stages.1={quantize: rtn}"], "stages.1.bits: it lies within stages.1"),
-        (["stages.1.bits={2026-01-01: 3}"], "values are wanted"),
+        (["stages.1.bits={2026-01-01: 3}"], "give values, as in"),
         ([f"stages.1.bits={','.join(map(str, range(1500)))}"], "that makes 1,500 recipes, and 1,000 are the most"),
     ):
         with pytest.raises(RecipeError, match=message):
@@ -114,21 +114,21 @@ def test_all_mistakes_of_a_sweep_are_told_before_anything_runs(toy, monkeypatch)
 
 def test_one_that_fails_is_named_and_the_others_go_on(toy, monkeypatch, tmp_path):
     asked = Pretended(monkeypatch, broken=["toy+bits=3"], unmeasurable=["toy+bits=8"])
-    said = []
-    outcomes = sweep.run(sweep.expand([toy], ["stages.1.bits=2,3,4,8"]), tmp_path, progress=lambda what, *_: said.append(what))
-    assert [(one.report is not None, one.reason) for one in outcomes] == [
+    lines = []
+    outcomes = sweep.run(sweep.expand([toy], ["stages.1.bits=2,3,4,8"]), tmp_path, progress=lambda what, *_: lines.append(what))
+    assert [(outcome.report is not None, outcome.reason) for outcome in outcomes] == [
         (True, None), (False, "it broke"), (True, None), (False, "it can't be compiled"),
     ]  # fmt: skip
     assert asked.measured[0] == ["toy+bits=2", "toy+bits=4", "toy+bits=8"], "together, and where that fails, each alone"
     assert asked.measured[1:] == [["toy+bits=2"], ["toy+bits=4"], ["toy+bits=8"]]
-    assert any(line.startswith("recipe 2 of 4: toy+bits=3, about ") and line.endswith(" left") for line in said)
+    assert any(line.startswith("recipe 2 of 4: toy+bits=3, about ") and line.endswith(" left") for line in lines)
 
 
 def test_a_side_that_could_not_be_measured_to_the_end_is_a_failure_and_measured_again(toy, monkeypatch, tmp_path):
     asked = Pretended(monkeypatch)
     recipes = sweep.expand([toy], [])
-    (one,) = sweep.run(recipes, tmp_path)
-    file = one.report.folder / "report.json"
+    (outcome,) = sweep.run(recipes, tmp_path)
+    file = outcome.report.folder / "report.json"
     cut = json.loads(file.read_text())
     cut["sides"][1]["failures"] = ["candidate: memory ran out"]
     file.write_text(json.dumps(cut))
@@ -144,8 +144,8 @@ def test_only_what_is_measured_alike_and_fits_takes_turns_together(toy, monkeypa
     sweep.run(recipes, tmp_path / "roomy")
     assert asked.measured == [[f"toy+bits={bits}+turns={turns}" for bits in (3, 4, 8)] for turns in (1, 2)]
     asked.measured.clear()
-    one = sweep.plan.plan(recipes[0], sweep.machine.here(1))
-    peak = max(row.peak for row in one.rows if row.dtype == "FP32")
+    plan = sweep.plan.plan(recipes[0], sweep.machine.here(1))
+    peak = max(row.peak for row in plan.rows if row.dtype == "FP32")
     small = sweep.machine.Machine("small", "cpu", 3 * peak, 1e9, 1e9)
     monkeypatch.setattr(sweep.machine, "here", lambda _: small)
     sweep.run(recipes, tmp_path / "small")
@@ -161,15 +161,15 @@ def test_an_interrupted_sweep_goes_on_where_it_was(toy, monkeypatch, tmp_path):
     asked = Pretended(monkeypatch)
     outcomes = sweep.run(sweep.expand([toy], ["stages.1.bits=3,4,8,2"]), tmp_path)
     assert asked.measured == [["toy+bits=4"], ["toy+bits=8"], ["toy+bits=2"]], "with a value more"
-    assert [one.report.recipe for one in outcomes] == ["toy+bits=3", "toy+bits=4", "toy+bits=8", "toy+bits=2"]
+    assert [outcome.report.recipe for outcome in outcomes] == ["toy+bits=3", "toy+bits=4", "toy+bits=8", "toy+bits=2"]
     changed = pipeline.prepare
-    monkeypatch.setattr(pipeline, "prepare", lambda *given: _other_examples(changed(*given)))
+    monkeypatch.setattr(pipeline, "prepare", lambda *arguments: _other_examples(changed(*arguments)))
     sweep.run(recipes, tmp_path)
     assert asked.measured[3:] == [["toy+bits=3"], ["toy+bits=4"], ["toy+bits=8"]], "the data have changed since"
 
 
-def _other_examples(one: Prepared) -> Prepared:
-    return Prepared(one.recipe, one.baseline, one.candidate, one.name, [Example("2", "q", ["r"])], one.stages)
+def _other_examples(prepared: Prepared) -> Prepared:
+    return Prepared(prepared.recipe, prepared.baseline, prepared.candidate, prepared.name, [Example("2", "q", ["r"])], prepared.stages)
 
 
 class Losing(Subject):
@@ -199,12 +199,12 @@ def test_a_candidate_that_fails_or_lacks_a_point_takes_nothing_from_the_others()
         Subject("baseline", 1.0, noisy(0)), Losing("candidate", 0.5, noisy(0)), Losing("candidate", 0.5, noisy(0), dies=True),
         Subject("candidate", 0.25, noisy(0)),
     ]  # fmt: skip
-    made = Session(subjects, type("Recipe", (), {"benchmark": benchmark(rounds=3)}), Execution())
-    made.sides = list
-    made.run([], lambda _: False)
+    session = Session(subjects, type("Recipe", (), {"benchmark": benchmark(rounds=3)}), Execution())
+    session.sides = list
+    session.run([], lambda _: False)
     assert [len(subject.rounds[Losing.point]) for subject in subjects] == [3, 0, 1, 3]
     assert [subject.failures for subject in subjects] == [[], [], ["candidate: it was killed"], []]
-    assert [turn.round for turn in made.turns if turn.role == "baseline"] == [0, 1, 2]
+    assert [turn.round for turn in session.turns if turn.role == "baseline"] == [0, 1, 2]
 
 
 @pytest.mark.slow
@@ -221,24 +221,24 @@ def test_six_recipes_that_share_a_stage_make_it_once_and_take_less_than_7_tenths
     monkeypatch.setattr("compress.benchmark.subject.Child", Counted)
     recipes = sweep.expand([toy], ["stages.1.bits=3,4,8", "stages.1.group_size=32,64"], ["benchmark.rounds=2"])
     outcomes = sweep.run(recipes, tmp_path / "many", "cpu")
-    assert all(one.reason is None for one in outcomes)
+    assert all(outcome.reason is None for outcome in outcomes)
     assert started.count("compress.stage") == 1 + 6
     together = len(started)
     started.clear()
-    alone = pipeline.run(recipes[0], tmp_path / "one", "cpu")
+    single = pipeline.run(recipes[0], tmp_path / "one", "cpu")
     assert started.count("compress.stage") == 2
     one_by_one = 6 * len(started) - 5  # the shared stage would be found made by five of them
     assert together < 0.7 * one_by_one, (together, one_by_one)
-    baselines = [one.report.side("baseline").figure(("latency_p50", 1, 8)).samples for one in outcomes]
+    baselines = [outcome.report.side("baseline").figure(("latency_p50", 1, 8)).samples for outcome in outcomes]
     assert all(samples == baselines[0] for samples in baselines), "it was measured once"
-    assert {len(one.report.turns) for one in outcomes} <= {8, 9, 10, 11, 12}, "each has the turns of its own two sides"
+    assert {len(outcome.report.turns) for outcome in outcomes} <= {8, 9, 10, 11, 12}, "each has the turns of its own two sides"
     first = outcomes[0].report
-    assert [one.name for one in first.stages] == [one.name for one in alone.stages]
-    assert first.stages[-1].artifact.rsplit("/")[-1] == alone.stages[-1].artifact.rsplit("/")[-1]
-    quality = [report.candidate.figure(("rougeL", None, None)).samples for report in (first, alone)]
+    assert [outcome.name for outcome in first.stages] == [outcome.name for outcome in single.stages]
+    assert first.stages[-1].artifact.rsplit("/")[-1] == single.stages[-1].artifact.rsplit("/")[-1]
+    quality = [report.candidate.figure(("rougeL", None, None)).samples for report in (first, single)]
     assert quality[0] == quality[1]
     started.clear()
-    assert [one.report.run for one in sweep.run(recipes, tmp_path / "many", "cpu")] == [one.report.run for one in outcomes]
+    assert [outcome.report.run for outcome in sweep.run(recipes, tmp_path / "many", "cpu")] == [outcome.report.run for outcome in outcomes]
     assert started == []
 
 
@@ -256,10 +256,10 @@ def test_a_sweep_on_ray(toy, tmp_path, monkeypatch):
         [sys.executable, "-m", "compress", "sweep", toy, bad, "--on", "ray", "--set", "benchmark.turns=1", "--json"],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    found = json.loads(done.stdout)
+    answer = json.loads(done.stdout)
     assert done.returncode == 3, done.stderr
-    assert [(one["recipe"], Path(one["report"]).parent) for one in found["reports"]] == [("toy", tmp_path / "reports" / "toy")]
-    (failed,) = found["failed"]
+    assert [(entry["recipe"], Path(entry["report"]).parent) for entry in answer["reports"]] == [("toy", tmp_path / "reports" / "toy")]
+    (failed,) = answer["failed"]
     assert failed["recipe"] == "bad"
     assert "'nothing'" in failed["reason"]
 
@@ -279,8 +279,8 @@ def test_a_cluster_gives_what_its_tasks_gave(monkeypatch):
     with cluster() as workers:
         assert workers.room >= 1
         tasks = {workers.start(work, number): number for number in range(3)}
-        found = {}
+        answers = {}
         while tasks:
-            task, one = workers.first(list(tasks))
-            found[tasks.pop(task)] = str(one) if isinstance(one, CompressError) else one
-    assert found == {0: 0, 1: "it broke", 2: "its Ray task ended: ValueError: a fault"}
+            task, answer = workers.first(list(tasks))
+            answers[tasks.pop(task)] = str(answer) if isinstance(answer, CompressError) else answer
+    assert answers == {0: 0, 1: "it broke", 2: "its Ray task ended: ValueError: a fault"}

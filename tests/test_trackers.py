@@ -73,7 +73,8 @@ def test_tensorboard_reads_a_run_a_side(report):
     compress.log(report, "tensorboard")
     kept = {side: EventAccumulator(str(report.folder / "tensorboard" / side)).Reload() for side in ("baseline", "candidate")}
     tensors = {
-        side: {tag: [(e.step, e.tensor_proto) for e in one.Tensors(tag)] for tag in one.Tags()["tensors"]} for side, one in kept.items()
+        side: {tag: [(e.step, e.tensor_proto) for e in events.Tensors(tag)] for tag in events.Tags()["tensors"]}
+        for side, events in kept.items()
     }
 
     def value(side, tag):
@@ -94,8 +95,8 @@ def test_wandb_keeps_it_offline(report, tmp_path):
     wandb.teardown()  # its service writes in the background, until the program ends
     (file,) = tmp_path.rglob("*.wandb")
     kept = file.read_bytes()  # protocol buffers, in which strings and JSON stand as they are
-    wanted = ["toy/r1", "stages.0.temperature", GATE.sentence, "candidate/rougeL in points", "70.9", "baseline/rougeL in points", "71.5"]
-    assert [text for text in [*wanted, "stages.0/loss", "stages.0/step", "report.json"] if text.encode() not in kept] == []
+    texts = ["toy/r1", "stages.0.temperature", GATE.sentence, "candidate/rougeL in points", "70.9", "baseline/rougeL in points", "71.5"]
+    assert [text for text in [*texts, "stages.0/loss", "stages.0/step", "report.json"] if text.encode() not in kept] == []
     assert b"batch 8" not in kept
 
 
@@ -103,8 +104,8 @@ def test_wandb_keeps_it_offline(report, tmp_path):
 def test_a_missing_package_is_said_before_anything_begins(line, monkeypatch):
     monkeypatch.setattr(trackers, "find_spec", lambda name: None)
     with pytest.raises(MissingPackage, match=r"pip install 'mlflow-skinny>="):
-        given = cli.parser().parse_args([*line.split(), "--log", "mlflow"])
-        given.call(given)
+        arguments = cli.parser().parse_args([*line.split(), "--log", "mlflow"])
+        arguments.call(arguments)
     with pytest.raises(InputError, match=r"no tracker 'excel'; allowed are mlflow, tensorboard, wandb"):
         compress.log(made(), "excel")
 
@@ -114,15 +115,15 @@ def test_a_tracker_that_fails_changes_nothing_else(report, monkeypatch, capsys):
     (report.folder / "tensorboard").write_text("in the way")
     before = {file.name: file.read_bytes() for file in report.folder.iterdir()}
 
-    def loud(given):
+    def loud(arguments):
         print("View run at http://example")
         raise ValueError("no\nsuch\x1b[31m server")
 
     monkeypatch.setattr("compress.trackers.mlflow.log", loud)
-    given = Namespace(
+    arguments = Namespace(
         model="m", recipe="quickstart", set=[], out=Path(), device="cpu", strict=False, json=True, log=["tensorboard", "mlflow"]
     )
-    assert bench.call(given) == 0
+    assert bench.call(arguments) == 0
     out, err = capsys.readouterr()
     assert json.loads(out)["report"] == str(report.folder)
     assert f"--log tensorboard: tensorboard did not take the report, which stands in {report.folder}" in err

@@ -45,12 +45,12 @@ def until(step, seen):
     return progress
 
 
-def trained(made, method, scratch, kill=None, label=False, **settings):
+def trained(bundled, method, scratch, kill=None, label=False, **settings):
     """What training ends with, and the steps it took."""
     seen: list = []
     told = Context("cpu", until(kill, seen), examples(label=label), 32, scratch=scratch)
     try:
-        model = tune(made, method, told, **{"steps": STEPS, "batch_size": 2, "learning_rate": 1e-2, **settings})
+        model = tune(bundled, method, told, **{"steps": STEPS, "batch_size": 2, "learning_rate": 1e-2, **settings})
         return {name: tensor.clone() for name, tensor in model.state_dict().items()}, seen, told.said
     except Killed:
         return None, seen, told.said
@@ -71,24 +71,24 @@ def checkpoints(scratch):
 )
 def test_a_killed_training_ends_as_if_it_had_not_been(toys, tmp_path, often, method, kind, kill, settings):
     label = kind == "bert"
-    whole, steps, said = trained(halved(toys[kind], kind), method, None, label=label, **settings)
+    whole, steps, sentences = trained(halved(toys[kind], kind), method, None, label=label, **settings)
     assert steps == list(range(1, STEPS + 1))
     nothing, steps, _ = trained(halved(toys[kind], kind), method, tmp_path, kill, label=label, **settings)
     assert nothing is None
     assert checkpoints(tmp_path) == [f"checkpoint-{kill - 1}"], "one is kept"
-    found, steps, again = trained(halved(toys[kind], kind), method, tmp_path, label=label, **settings)
+    weights, steps, again = trained(halved(toys[kind], kind), method, tmp_path, label=label, **settings)
     assert steps == list(range(kill, STEPS + 1)), "it goes on where it stopped"
-    assert again == said
-    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert again == sentences
+    assert all(torch.equal(weights[name], whole[name]) for name in whole)
 
 
 def test_a_training_can_be_killed_again_and_again(toys, tmp_path, often):
     whole, _, _ = trained(bundle(toys["llama"], "llama"), "full", None)
     for kill in (3, 6):
         assert trained(bundle(toys["llama"], "llama"), "full", tmp_path, kill)[0] is None
-    found, steps, _ = trained(bundle(toys["llama"], "llama"), "full", tmp_path)
+    weights, steps, _ = trained(bundle(toys["llama"], "llama"), "full", tmp_path)
     assert steps == [6, 7]
-    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert all(torch.equal(weights[name], whole[name]) for name in whole)
 
 
 def test_a_half_written_checkpoint_is_passed_over_and_removed(toys, tmp_path, often):
@@ -98,10 +98,10 @@ def test_a_half_written_checkpoint_is_passed_over_and_removed(toys, tmp_path, of
     shutil.copytree(tmp_path / "checkpoint-3", half)
     (half / learner.WHOLE).unlink()
     (half / learner.WEIGHTS).write_bytes(b"cut off")
-    found, steps, _ = trained(bundle(toys["llama"], "llama"), "full", tmp_path)
+    weights, steps, _ = trained(bundle(toys["llama"], "llama"), "full", tmp_path)
     assert steps[0] == 4
     assert not half.exists()
-    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    assert all(torch.equal(weights[name], whole[name]) for name in whole)
 
 
 def test_without_a_place_for_checkpoints_none_are_written(toys, tmp_path, often, monkeypatch):
@@ -116,18 +116,18 @@ def test_checkpoints_are_a_minute_apart(toys, tmp_path):
 
 
 def test_a_loss_that_is_no_number_is_named_with_its_step(toys):
-    made = bundle(toys["llama"], "llama")
+    bundled = bundle(toys["llama"], "llama")
     with torch.no_grad():
-        made.model.model.embed_tokens.weight.fill_(float("nan"))
+        bundled.model.model.embed_tokens.weight.fill_(float("nan"))
     with pytest.raises(
         RunError, match=r"training: the loss became nan in step 1 of 7, on the examples \d, \d; nothing was learned yet, so model"
     ):
-        trained(made, "full", None)
+        trained(bundled, "full", None)
 
 
 def test_a_gradient_that_is_no_number_is_named_before_it_is_a_weight(toys, monkeypatch):
     """The loss is fine, its gradient isn't: the step that it arises in is named, not the next."""
-    made, plain, calls = bundle(toys["llama"], "llama"), learner.Learner.compute_loss, []
+    bundled, plain, calls = bundle(toys["llama"], "llama"), learner.Learner.compute_loss, []
 
     def compute_loss(self, model, inputs, **named):
         calls.append([self._rows[number][0].id for number in inputs["numbers"]])
@@ -138,10 +138,10 @@ def test_a_gradient_that_is_no_number_is_named_before_it_is_a_weight(toys, monke
 
     monkeypatch.setattr(learner.Learner, "compute_loss", compute_loss)
     with pytest.raises(RunError) as raised:
-        trained(made, "full", None)
+        trained(bundled, "full", None)
     assert "the gradient's norm became nan in step 3 of 7" in str(raised.value)
     assert f"on the examples {', '.join(calls[2])}; learning_rate 0.01 may be too high" in str(raised.value)
-    assert all(parameter.isfinite().all() for parameter in made.model.parameters())
+    assert all(parameter.isfinite().all() for parameter in bundled.model.parameters())
 
 
 def test_elements_have_no_gradient_while_they_are_zero():
@@ -176,19 +176,19 @@ def test_a_run_killed_in_recovery_goes_on_from_its_last_checkpoint(toys, rows, w
     """Pruning is not done again, the artifacts' names are the same, and so are the weights."""
     monkeypatch.setattr(artifacts, "Child", Here)
     stages = [{"prune": "magnitude"}, {"finetune": "full", "steps": 5, "batch_size": 4, "learning_rate": 1e-2}]
-    found = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, stages=stages)))
+    loaded = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, stages=stages)))
     source = Source(str(toys["llama"]), "causal-lm", "float32")
 
-    def made(folder, progress=methods.quiet):
-        return artifacts.make(found, source, folder, Execution("cpu", tmp_path / "log", progress))
+    def make(folder, progress=methods.quiet):
+        return artifacts.make(loaded, source, folder, Execution("cpu", tmp_path / "log", progress))
 
-    whole = made(tmp_path / "whole")
+    whole = make(tmp_path / "whole")
     folder, seen = tmp_path / "killed", []
     with pytest.raises(Killed):
-        made(folder, until(4, seen))
+        make(folder, until(4, seen))
     (scratch,) = folder.glob(".*.scratch")
     assert checkpoints(scratch) == ["checkpoint-3"]
-    records = made(folder, until(None, seen))
+    records = make(folder, until(None, seen))
     assert seen == [1, 2, 3, 4, 4, 5]
     assert [record.reused for record in records] == [True, False]
     assert not scratch.exists()

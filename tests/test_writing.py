@@ -13,60 +13,60 @@ GENERATIVE = ("t5", "bart", "llama", "gpt2")
 
 def step_by_step(model, prompt, most):
     """Greedy tokens, the end token with them."""
-    both, found = model.config.is_encoder_decoder, []
-    while len(found) < most and (not found or found[-1] != 1):
+    both, tokens = model.config.is_encoder_decoder, []
+    while len(tokens) < most and (not tokens or tokens[-1] != 1):
         if both:
             inputs = {
                 "input_ids": torch.tensor([prompt]),
-                "decoder_input_ids": torch.tensor([[model.config.decoder_start_token_id, *found]]),
+                "decoder_input_ids": torch.tensor([[model.config.decoder_start_token_id, *tokens]]),
             }
         else:
-            inputs = {"input_ids": torch.tensor([[*prompt, *found]])}
+            inputs = {"input_ids": torch.tensor([[*prompt, *tokens]])}
         with torch.no_grad():
-            found.append(int(model(**inputs).logits[0, -1].argmax()))
-    return found
+            tokens.append(int(model(**inputs).logits[0, -1].argmax()))
+    return tokens
 
 
 @pytest.mark.parametrize("kind", GENERATIVE)
 def test_what_is_written_is_what_one_token_at_a_time_gives(tmp_path, kind):
-    made = bundle(speaker(kind, tmp_path), kind)
-    prompts = [made.tokenizer(example.prompt, add_special_tokens=False).input_ids for example in examples()]
-    model = made.model.train()
+    bundled = bundle(speaker(kind, tmp_path), kind)
+    prompts = [bundled.tokenizer(example.prompt, add_special_tokens=False).input_ids for example in examples()]
+    model = bundled.model.train()
     for part in model.modules():
         if isinstance(part, torch.nn.Dropout):
             part.p = 0.9
-    found = writing.write(model, prompts, 6, 1, None)
+    rows = writing.write(model, prompts, 6, 1, None)
     assert model.training, "as it was"
     model.eval()
-    assert found == [step_by_step(model, prompt, 6) for prompt in prompts]
-    assert len({tuple(row) for row in found}) > 1
+    assert rows == [step_by_step(model, prompt, 6) for prompt in prompts]
+    assert len({tuple(row) for row in rows}) > 1
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_it_ends_with_the_end_token(tmp_path, kind):
-    made = bundle(speaker(kind, tmp_path), kind)
+    bundled = bundle(speaker(kind, tmp_path), kind)
     with torch.no_grad():
-        made.model.get_output_embeddings().weight[1] = 0.5  # the end token is likely, but not the likeliest everywhere
+        bundled.model.get_output_embeddings().weight[1] = 0.5  # the end token is likely, but not the likeliest everywhere
     torch.manual_seed(0)
-    found = writing.write(made.model, [[5, 6], [7, 8, 9]] * 20, 12, 1, 1.5)
-    ended = [row for row in found if row[-1] == 1]
+    rows = writing.write(bundled.model, [[5, 6], [7, 8, 9]] * 20, 12, 1, 1.5)
+    ended = [row for row in rows if row[-1] == 1]
     assert len(ended) > 0
-    assert all(1 not in row[:-1] for row in found)
-    assert all(len(row) == 12 for row in found if row not in ended)
+    assert all(1 not in row[:-1] for row in rows)
+    assert all(len(row) == 12 for row in rows if row not in ended)
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_samples_follow_the_models_own_distribution(tmp_path, kind):
-    made = bundle(speaker(kind, tmp_path), kind)
-    made.model.generation_config.top_k = 2  # a model's own narrowing doesn't count
-    made.model.generation_config.repetition_penalty = 3.0
+    bundled = bundle(speaker(kind, tmp_path), kind)
+    bundled.model.generation_config.top_k = 2  # a model's own narrowing doesn't count
+    bundled.model.generation_config.repetition_penalty = 3.0
     torch.manual_seed(0)
     prompt = [5, 6, 7]
-    found = torch.tensor([row[0] for row in writing.write(made.model, [prompt] * 4000, 1, 1, 0.5)])
-    start = {"decoder_input_ids": torch.tensor([[made.model.config.decoder_start_token_id]])} if kind == "t5" else {}
+    tokens = torch.tensor([row[0] for row in writing.write(bundled.model, [prompt] * 4000, 1, 1, 0.5)])
+    start = {"decoder_input_ids": torch.tensor([[bundled.model.config.decoder_start_token_id]])} if kind == "t5" else {}
     with torch.no_grad():
-        expected = (made.model(input_ids=torch.tensor([prompt]), **start).logits[0, -1].double() / 0.5).softmax(-1)
-    shares = torch.bincount(found, minlength=23).double() / 4000
+        expected = (bundled.model(input_ids=torch.tensor([prompt]), **start).logits[0, -1].double() / 0.5).softmax(-1)
+    shares = torch.bincount(tokens, minlength=23).double() / 4000
     assert (shares - expected).abs().max() < 5 * (expected.max() / 4000).sqrt()
     assert int((shares > 0).sum()) > 2
 

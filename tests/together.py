@@ -41,7 +41,7 @@ def train(progress, family, method, kind, folder, out, settings, original=None, 
         progress(what, done, total)
 
     LOSSES.clear()
-    made, chosen = bundle(folder, kind), find(family, method)
+    bundled, chosen = bundle(folder, kind), find(family, method)
     context = Context(
         device, told, examples(count, label=kind == "bert"), 32, scratch=Path(scratch) if scratch else None, processes=processes, rank=rank,
         validation=examples(watched),
@@ -49,8 +49,8 @@ def train(progress, family, method, kind, folder, out, settings, original=None, 
     if original:
         context.models["original"] = Source(original, TASKS[kind], "float32")
     if nan == rank:
-        made.model.register_forward_hook(lambda model, given, out: type(out)(logits=out.logits * float("nan")))
-    model = chosen.apply(made, chosen.Settings(**settings), context).model
+        bundled.model.register_forward_hook(lambda model, inputs, out: type(out)(logits=out.logits * float("nan")))
+    model = chosen.apply(bundled, chosen.Settings(**settings), context).model
     if rank == 0:
         save_file({name: tensor.clone() for name, tensor in model.state_dict().items()}, out)
     norms = [point["grad_norm"] for point in context.curve if point["grad_norm"] is not None]
@@ -63,8 +63,8 @@ def written(progress, folder, scratch):
         stage._join("cpu", 2)
     rank = int(os.environ["RANK"])
     context = Context("cpu", progress, examples(), 32, scratch=Path(scratch), processes=2, rank=rank)
-    found = sequence.written(bundle(folder, "llama"), sequence.Settings(batch_size=2, max_new_tokens=8), context)
-    texts = [example.references for example in found]
+    taught = sequence.written(bundle(folder, "llama"), sequence.Settings(batch_size=2, max_new_tokens=8), context)
+    texts = [example.references for example in taught]
     every: list = [None, None]
     torch.distributed.all_gather_object(every, texts)
     assert every[0] == every[1]
@@ -76,12 +76,12 @@ def held(tensor):
 
 
 class Noted:
-    def log(self, logs, *given, **named):
+    def log(self, logs, *arguments, **named):
         if "loss" in logs:
             LOSSES.append(logs["loss"])
             states = [value for state in self.optimizer.state.values() for value in state.values()]
-            HELD["weights"], HELD["states"] = (sum(map(held, found)) for found in (self.model.parameters(), states))
-        super().log(logs, *given, **named)
+            HELD["weights"], HELD["states"] = (sum(map(held, tensors)) for tensors in (self.model.parameters(), states))
+        super().log(logs, *arguments, **named)
 
 
 loop.Learner = type("NotedLearner", (Noted, loop.Learner), {})

@@ -29,21 +29,21 @@ def wide(kind, **changes):
     toy = make_model(kind)
     for key, value in {**SHAPES[kind], **changes}.items():
         setattr(toy.config, key, value)
-    made = type(toy)(toy.config).eval()
+    model = type(toy)(toy.config).eval()
     torch.manual_seed(1)
     with torch.no_grad():
-        for weight in made.parameters():
+        for weight in model.parameters():
             if weight.dim() == 1:  # biases, and the weights of norms
                 weight.add_(torch.randn_like(weight) * 0.1)
             else:
                 weight.normal_(std=0.15)
-    if made.can_generate():
-        made.generation_config.max_new_tokens = 7
-    return made
+    if model.can_generate():
+        model.generation_config.max_new_tokens = 7
+    return model
 
 
-def stored(made, folder):
-    made.save_pretrained(folder)
+def stored(model, folder):
+    model.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     return folder
 
@@ -56,25 +56,25 @@ def bundle(folder, kind):
     return Bundle(Source(str(folder), TASKS[kind], "float32"), "cpu")
 
 
-def logits(made):
+def logits(model):
     ids = torch.arange(3, 23)[None]
-    extra = {"decoder_input_ids": ids[:, :8]} if made.config.is_encoder_decoder else {}
+    extra = {"decoder_input_ids": ids[:, :8]} if model.config.is_encoder_decoder else {}
     with torch.no_grad():
-        return made.eval()(input_ids=ids, **extra).logits.float()
+        return model.eval()(input_ids=ids, **extra).logits.float()
 
 
-def alike(found, expected):
+def alike(actual, expected):
     """Equal to 1e-5 of the largest logit, which is far from zero."""
     assert expected.abs().max() > 0.1
-    return (found - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
+    return (actual - expected).abs().max() <= 1e-5 * max(1, expected.abs().max())
 
 
-def greedy(made):
+def greedy(model):
     """The tokens that a model goes on with; none from one that can't."""
-    if not made.can_generate():
+    if not model.can_generate():
         return []
     ids = torch.arange(3, 13)[None]
-    return made.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=7, pad_token_id=0)[0].tolist()
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=7, pad_token_id=0)[0].tolist()
 
 
 def elsewhere(targets):
@@ -96,7 +96,7 @@ def elsewhere(targets):
                     tokens = model.generate(input_ids=ids, attention_mask=mask, do_sample=False, max_new_tokens=7, pad_token_id=0)[0].tolist()
             print(json.dumps([name, logits.tolist(), tokens]))
     """
-    said = plain(program, json.dumps({name: str(target) for name, target in targets.items()}))
-    rows = [json.loads(line) for line in said.splitlines() if line.startswith("[")]
+    output = plain(program, json.dumps({name: str(target) for name, target in targets.items()}))
+    rows = [json.loads(line) for line in output.splitlines() if line.startswith("[")]
     assert [name for name, _, _ in rows] == list(targets)
-    return {name: (torch.tensor(found), tokens) for name, found, tokens in rows}
+    return {name: (torch.tensor(logits), tokens) for name, logits, tokens in rows}

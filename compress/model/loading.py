@@ -83,7 +83,7 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
 def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
     """Raises DataError where `data.chat` is wanted of a tokenizer that has no chat template."""
     if not tokenizer.chat_template:
-        raise DataError("data.chat: the model's tokenizer has no chat template; write the prompt out and leave chat away")
+        raise DataError("data.chat: the model's tokenizer has no chat template; write out the prompt and leave out chat")
 
 
 def load_model(source: Source, device: str, quantization_config: Any = None) -> "PreTrainedModel":

@@ -40,7 +40,7 @@ def arguments(parser: ArgumentParser) -> None:
 def call(given: Namespace) -> int:
     gc.enable()  # which `main` turned off, for verbs that answer at once
     if given.trials < 1:
-        raise InputError(f"--trials {given.trials}: a number from 1 on is wanted")
+        raise InputError(f"--trials {given.trials}: must be 1 or more")
     from dataclasses import asdict
 
     from compress import terminal

@@ -109,12 +109,12 @@ def test_what_the_engine_cannot_do_is_refused(toys, tmp_path, rows, write_recipe
     folder = made(toys["llama"], "llama", tmp_path / "made", weights="float32")
     own = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**own, "bad_words_ids": [[3]]}))
-    with pytest.raises(ModelError, match="bad_words_ids isn't done here"):
+    with pytest.raises(ModelError, match="bad_words_ids isn't supported"):
         opened("ctranslate2", folder, "llama").write([[3, 4]], Generation(max_new_tokens=2), quiet)
     with pytest.raises(ModelError, match="float16 comput"):
         opened("ctranslate2", folder, "llama", compute="float16")
     (folder / "ctranslate2" / "model.bin").unlink()
-    with pytest.raises(ModelError, match="not all are there"):
+    with pytest.raises(ModelError, match="not all of them exist"):
         check_folder(folder)
     grouped = [{"quantize": "rtn", "bits": 4, "group_size": 32}, {"export": "ctranslate2"}]
     with pytest.raises(RecipeError, match=r"it holds 8 bits or fewer a row, symmetric; in `quantize: rtn` give group_size: -1"):

@@ -151,15 +151,15 @@ def test_what_cannot_be_held_or_done_is_refused(toys, tmp_path, rows, write_reci
         made(packed, "llama", tmp_path / "none")
     folder = made(packed, "llama", tmp_path / "made", weights="float32")
     engine = opened("openvino", folder, "llama")
-    with pytest.raises(ModelError, match=r"num_beams: 2; it has no beams"):
+    with pytest.raises(ModelError, match=r"num_beams: 2; it has no beam search"):
         engine.write([[3, 4]], Generation(max_new_tokens=2, num_beams=2), quiet)
     with pytest.raises(ModelError, match=r"do_sample: its draws aren't"):
         engine.write([[3, 4]], Generation(max_new_tokens=2, do_sample=True), quiet)
     own = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**own, "bad_words_ids": [[3]]}))
-    with pytest.raises(ModelError, match=r"bad_words_ids isn't done here; remove it from the recipe and generation_config.json"):
+    with pytest.raises(ModelError, match=r"bad_words_ids isn't supported; remove it from the recipe and generation_config.json"):
         opened("openvino", folder, "llama").write([[3, 4]], Generation(max_new_tokens=2), quiet)
-    with pytest.raises(ModelError, match="holds nothing in the format that it opens, which `export: openvino` writes"):
+    with pytest.raises(ModelError, match="is not in the format that it opens, which `export: openvino` writes"):
         opened("openvino", toys["llama"], "llama")
     (folder / "openvino" / "decoder.xml").write_text("no graph")
     with pytest.raises(ModelError, match=r"engine: openvino: \S+decoder.xml: "):

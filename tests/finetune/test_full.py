@@ -144,5 +144,5 @@ def test_a_loss_that_is_no_number_ends_the_training(toys):
 
 @pytest.mark.parametrize("method", ["full", "lora"])
 def test_two_lengths_are_refused(method):
-    with pytest.raises(ValidationError, match="either epochs or steps is wanted, one of the two; these are 2 and 10"):
+    with pytest.raises(ValidationError, match="give either epochs or steps, not both; these are 2 and 10"):
         find("finetune", method).Settings(epochs=2, steps=10)

@@ -326,8 +326,8 @@ def test_a_task_that_cannot_be_told(toys, tmp_path):
     ("arguments", "message"),
     [
         (["./nowhere"], "there is no folder"),
-        (["builtin", "--batch-size", "0"], "--batch-size 0: a number from 1 on is wanted"),
-        (["builtin", "--tokens", "-3"], "--tokens -3: a number from 1 on is wanted"),
+        (["builtin", "--batch-size", "0"], "--batch-size 0: must be 1 or more"),
+        (["builtin", "--tokens", "-3"], "--tokens -3: must be 1 or more"),
         (["builtin", "--tokens", "many"], "invalid int value: 'many'"),
         (["builtin", "--task", "translate"], "--task translate: there is no such task; allowed are seq2seq, causal-lm, sequence-classification"),
         (["builtin", "--device", "tpu"], "invalid choice: 'tpu'"),
