@@ -44,22 +44,22 @@ class Settings(DistillSettings):
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The student, trained on what the teacher wrote.
 
-    Raises ModelError where the teacher writes nothing, InputError where there can't be such a student, DataError where there is too little
-    to learn from, RunError where the loss is no longer a number.
+    Raises ModelError where the teacher writes nothing, and InputError for a student that can't be made. Raises DataError where there is too
+    little to learn from, and RunError where the loss is no longer a number.
     """
     from compress.distill._pair import student_of, teacher_of
     from compress.training.loop import train_all
     from compress.training.material import read, targets_loss
 
     student = student_of(bundle, settings, context)
-    found = written(teacher_of(settings, context), settings, context)
-    shown = [example for example in found if example.references]
-    if not shown:
-        raise DataError(f"the teacher wrote nothing on any of the {len(found)} examples; look at its generation config and data.prompt")
-    if len(shown) < len(found):
-        context.say(f"the teacher wrote nothing on {len(found) - len(shown):,} of {len(found):,} examples, which were left out")
-    material = read(student.model, student.tokenizer, replace(context, examples=shown))
-    train_all(student.model, material, settings, context, targets_loss, known=True)
+    examples = written(teacher_of(settings, context), settings, context)
+    answered = [example for example in examples if example.references]
+    if not answered:
+        raise DataError(f"the teacher wrote nothing on any of the {len(examples)} examples; look at its generation config and data.prompt")
+    if len(answered) < len(examples):
+        context.say(f"the teacher wrote nothing on {len(examples) - len(answered):,} of {len(examples):,} examples, which were left out")
+    material = read(student.model, student.tokenizer, replace(context, examples=answered))
+    train_all(student.model, material, settings, context, targets_loss, needs_targets=True)
     return student
 
 
@@ -91,8 +91,8 @@ def written(teacher: Bundle, settings: Settings, context: Context) -> list[Examp
         if all(number in texts for number in numbers):
             continue
         torch.manual_seed(seed)
-        found = write(model, [prompt_of(model, rows[n]) for n in numbers], most, beams, settings.sampling_temperature)
-        new = {n: teacher.tokenizer.decode(ids, skip_special_tokens=True) for n, ids in zip(numbers, found, strict=True)}
+        answers = write(model, [prompt_of(model, rows[n]) for n in numbers], most, beams, settings.sampling_temperature)
+        new = {n: teacher.tokenizer.decode(ids, skip_special_tokens=True) for n, ids in zip(numbers, answers, strict=True)}
         _keep(new, context)
         texts |= new
     context.progress("the teacher writes", count, count)

@@ -151,7 +151,7 @@ def _tune(bundle: Bundle, model: "PreTrainedModel", settings: TunedSettings, con
         part.requires_grad_(part.ndim == 1 or name.endswith(".factor"))
     how = Optimisation(steps=settings.tune, batch_size=min(TUNE_BATCH, len(context.examples)), learning_rate=LEARNING_RATE)
     with without_cache(original):
-        train(model, read(model, bundle.tokenizer, context), how, 0, context, divergence_from(original), known=False)
+        train(model, read(model, bundle.tokenizer, context), how, 0, context, divergence_from(original), needs_targets=False)
     for name, part in model.to("cpu").named_parameters():
         if not name.endswith(".factor"):
             part.data = part.data.to(stored[name])
