@@ -35,8 +35,8 @@ class SparseSettings(SparsitySettings):
     def _readable(cls, pattern: str | None) -> str | None:
         if pattern is None:
             return None
-        found = re.fullmatch(r"(\d+):(\d+)", pattern)
-        if not found or not 0 < int(found[1]) < int(found[2]):
+        match = re.fullmatch(r"(\d+):(\d+)", pattern)
+        if not match or not 0 < int(match[1]) < int(match[2]):
             raise ValueError(f"{pattern!r} is not a pattern; 2:4 keeps 2 of every 4 weights, 4:8 keeps 4 of every 8")
         return pattern
 
