@@ -95,9 +95,7 @@ def teacher_cache(
     """
     size = min(config.get_text_config().vocab_size for config in (teacher.config, student.config))
     if not student.can_generate():
-        raise ModelError(
-            "top_k: is for models that write, whose vocabulary is large; a classifier's few labels need no such thing, leave it out"
-        )
+        raise ModelError("top_k: is for models that write, whose vocabulary is large; a classifier has few labels, leave it out")
     if top_k >= size:
         raise ModelError(
             f"top_k: {top_k} of a vocabulary of {size} leaves no other; leave top_k out and the teacher is asked at every step"

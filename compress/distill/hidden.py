@@ -33,8 +33,8 @@ PREFIXES = {"encoder": "encoder_", "decoder": "decoder_", "blocks": ""}  # of wh
 class StackLayers(methods.Settings):
     """Which layers learn from which, in either stack of an encoder-decoder."""
 
-    encoder: Layers = Field({}, description="layers of the student's encoder: of the teacher's")
-    decoder: Layers = Field({}, description="layers of the student's decoder: of the teacher's")
+    encoder: Layers = Field({}, description="maps layers of the student's encoder to the teacher's")
+    decoder: Layers = Field({}, description="maps layers of the student's decoder to the teacher's")
 
     @model_validator(mode="after")
     def _some(self) -> "StackLayers":
@@ -44,12 +44,12 @@ class StackLayers(methods.Settings):
 
 
 class Settings(LogitsSettings):
-    hidden_weight: float = Field(1.0, ge=0, description="of the hidden states' mean squared error, the mean over the layers")
-    attention_weight: float = Field(0.0, ge=0, description="of the attention maps' divergence, the mean over the layers")
+    hidden_weight: float = Field(1.0, ge=0, description="weight of the hidden states' mean squared error, the mean over the layers")
+    attention_weight: float = Field(0.0, ge=0, description="weight of the attention maps' divergence, the mean over the layers")
     layers: Annotated[Layers, Field(min_length=1)] | StackLayers | None = Field(
         None,
-        description="a layer of the student: the teacher's that it learns from, counted from 1, 0 being the embedding; of an"
-        " encoder-decoder as {encoder: {1: 2}, decoder: {1: 3}}; null spreads the student's evenly over the teacher's",
+        description="maps layers of the student to the teacher's, counted from 1, 0 being the embedding; of an encoder-decoder as"
+        " {encoder: {1: 2}, decoder: {1: 3}}; null spreads the student's evenly over the teacher's",
     )
 
     @model_validator(mode="after")

@@ -26,8 +26,8 @@ ABOUT = WRITING
 class Settings(DivergenceSettings):
     divergence: Divergence = Field("jensen-shannon", description="as for `distill: logits`")
     temperature: Temperature = Field(1.0, description="logits are divided by this before they become distributions")
-    student_share: float = Field(0.5, ge=0, le=1, description="of the sequences, those that the student writes; 1 needs no targets")
-    max_new_tokens: int = Field(64, ge=1, le=2**20, description="the longest that the student writes")
+    student_share: float = Field(0.5, ge=0, le=1, description="the share of the sequences that the student writes; 1 needs no targets")
+    max_new_tokens: int = Field(64, ge=1, le=2**20, description="the most tokens that the student writes")
 
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:

@@ -27,9 +27,11 @@ WRITTEN = "written.jsonl"  # [number, text] of each example, a line each; every 
 
 
 class Settings(DistillSettings):
-    num_beams: int = Field(4, ge=1, le=1000, description="of the search that writes the targets; 1 takes the likeliest token each time")
-    sampling_temperature: Temperature | None = Field(None, description="samples at it instead of searching")
-    max_new_tokens: int = Field(128, ge=1, le=2**20, description="the longest target that the teacher writes")
+    num_beams: int = Field(
+        4, ge=1, le=1000, description="beams of the search that writes the targets; 1 takes the likeliest token each time"
+    )
+    sampling_temperature: Temperature | None = Field(None, description="the temperature to sample at; null searches instead")
+    max_new_tokens: int = Field(128, ge=1, le=2**20, description="the most tokens that the teacher writes for a target")
 
     @model_validator(mode="after")
     def _one_way(self) -> "Settings":

@@ -28,8 +28,8 @@ ABOUT = WRITING
 
 
 class Settings(DistillSettings):
-    universal_weight: float = Field(1.5, gt=0, description="of the sorted probabilities' differences; 1.5 is the paper's")
-    label_weight: float = Field(1.0, ge=0, description="of the cross-entropy with the targets, which are needed in any case")
+    universal_weight: float = Field(1.5, gt=0, description="weight of the sorted probabilities' differences; 1.5 is the paper's")
+    label_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy with the targets, which are needed in any case")
     temperature: Temperature = Field(1.0, description="logits are divided by this before they become distributions")
 
 

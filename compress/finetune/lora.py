@@ -28,7 +28,7 @@ class Settings(TuneSettings):
     learning_rate: float = Field(1e-3, gt=0, description="the highest, which the warmup ends at")
     rank: int = Field(16, ge=1, description="columns of B and rows of A")
     alpha: float = Field(32, gt=0, description="B A is multiplied by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of what A is given")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of A's input")
     targets: list[str] | None = Field(None, min_length=1, description="the layers with factors; null takes all linear ones but the heads")
 
 

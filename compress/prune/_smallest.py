@@ -17,7 +17,8 @@ class ScopeSettings(Settings):
     """Which weights compete for the zeros."""
 
     scope: Literal["layer", "global"] = Field(
-        "layer", description="whether the share holds for each layer, or for all together, which sorts all weights: 17 bytes for each"
+        "layer",
+        description="whether the share holds in each layer, or over all together; global sorts all weights at 17 bytes of memory each",
     )
 
 

@@ -20,15 +20,15 @@ DENSE = About(
 
 
 class SparsitySettings(LayerSettings):
-    """What every method that sets single weights to zero can be told."""
+    """The settings of every method that sets single weights to zero."""
 
-    sparsity: float = Field(0.5, gt=0, lt=1, description="the share of the weights of the layers worked on that are zero afterwards")
+    sparsity: float = Field(0.5, gt=0, lt=1, description="the share of zeros in the pruned layers' weights")
 
 
 class SparseSettings(SparsitySettings):
-    """What the methods that do it at once can be told."""
+    """The settings of those that do it at once."""
 
-    pattern: str | None = Field(None, description="n:m, such as 2:4: of every m weights of a row, n are kept; sparsity is then 1 - n/m")
+    pattern: str | None = Field(None, description="n:m, such as 2:4: n of every m weights of a row are kept; sparsity is then 1 - n/m")
 
     @field_validator("pattern")
     @classmethod

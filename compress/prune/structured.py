@@ -38,12 +38,12 @@ Kept = dict[str, int]  # units by dimension
 class Settings(methods.Settings):
     keep: float = Field(0.75, gt=0, lt=1, description="the share of all parameters, embeddings included, that is left")
     cut: list[Literal["channels", "heads", "width"]] = Field(
-        ["channels", "heads"], min_length=1, description="what may go: feed-forward channels, attention heads, hidden units"
+        ["channels", "heads"], min_length=1, description="what may be cut: feed-forward channels, attention heads, hidden units"
     )
     importance: Literal["magnitude", "taylor"] = Field(
         "magnitude", description="the norm of a unit's weights, or what the loss on the targets would change by without it"
     )
-    multiple: int = Field(8, ge=1, description="channels and width are kept in multiples of this; hardware likes 8 and more")
+    multiple: int = Field(8, ge=1, description="channels and width are kept in multiples of this; hardware is fast with 8 and more")
 
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:

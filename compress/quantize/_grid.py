@@ -42,9 +42,11 @@ class GridSettings(methods.LayerSettings):
     """The settings of every method that stores weights on an integer grid."""
 
     bits: Width | Annotated[dict[str, Width], Field(min_length=1)] | Literal["auto"] = Field(
-        4, description="for all layers; by patterns, the first that matches counting, others left out; or auto, as each layer needs"
+        4,
+        description="for all layers; or by patterns of layers, of which the first that matches counts and others are left out; or auto, as"
+        " each layer needs",
     )
-    average_bits: float | None = Field(None, ge=2, le=8, description="with bits: auto, the mean over all weights; 4 where not given")
+    average_bits: float | None = Field(None, ge=2, le=8, description="the mean over all weights with bits: auto; null is 4")
     group_size: Literal[32, 64, 128, -1] | None = Field(
         None, description="columns that share a scale; -1 is a scale a row; null takes the largest that divides every layer worked on"
     )
@@ -55,7 +57,8 @@ class GridSettings(methods.LayerSettings):
     )
     format: Literal["compressed-tensors", "gptq"] = Field(
         "compressed-tensors",
-        description="of the files; gptq is for decoders and encoders, and runs packed in vLLM, and in transformers by gptqmodel's kernels",
+        description="the format of the files; gptq is for decoders and encoders; it runs packed in vLLM, and in transformers with"
+        " gptqmodel's kernels",
     )
 
     keep_zeros: bool = Field(True, description="weights that pruning made zero stay zero")

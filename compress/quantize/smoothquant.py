@@ -29,7 +29,7 @@ ABOUT = About(
 
 
 class Settings(LayerSettings):
-    alpha: float = Field(0.5, ge=0, le=1, description="how much moves from inputs into weights; 0 nothing, 1 all")
+    alpha: float = Field(0.5, ge=0, le=1, description="how much of the scale moves from inputs into weights: 0 nothing, 1 all")
 
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
