@@ -73,9 +73,8 @@ def main() -> None:
     for name, taken in seconds.items():
         other = sum(a != b for a, b in zip(outputs[name], outputs["one at a time"], strict=True))
         ratios = ", ".join(f"x{a / b:.2f}" for a, b in zip(taken, seconds["harness"], strict=True))
-        print(
-            f"{name}: {', '.join(f'{duration:.1f}' for duration in taken)} s; {ratios} of the harness's; {other} outputs differ from one at a time"
-        )
+        times = ", ".join(f"{duration:.1f}" for duration in taken)
+        print(f"{name}: {times} s; {ratios} of the harness's; {other} outputs differ from one at a time")
 
 
 if __name__ == "__main__":
