@@ -81,7 +81,9 @@ def student_of(bundle: Bundle, settings: DistillSettings, context: Context) -> B
         changes = settings.student.config
         student = _other("student", settings, context) if changes is None else _fresh(bundle, changes, settings.seed)
     if getattr(student.model.config, "quantization_config", None) is not None:
-        raise ModelError(f"{student.source.id}: packed weights can't be trained; distil first and quantise then, or use quantize: qat")
+        raise ModelError(
+            f"{student.source.id}: packed weights can't be trained; distil first and quantise afterwards, or use quantize: qat"
+        )
     return student
 
 

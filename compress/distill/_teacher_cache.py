@@ -98,7 +98,7 @@ def teacher_cache(
         raise ModelError("top_k: is for models that write, whose vocabulary is large; a classifier has few labels, leave it out")
     if top_k >= size:
         raise ModelError(
-            f"top_k: {top_k} of a vocabulary of {size} leaves no other; leave top_k out and the teacher is asked at every step"
+            f"top_k: {top_k} of a vocabulary of {size} leaves no other token; leave top_k out, and the teacher runs at every step"
         )
     asked = Asked(top_k, size, TEMPERATURES if temperature in TEMPERATURES else (*TEMPERATURES, temperature))
     assert context.cache, "a place to keep it is given by whoever runs a stage"

@@ -162,14 +162,14 @@ def linked(student: dict[str, tuple[int, int | None]], teacher: dict[str, tuple[
     for role, (blocks, heads) in student.items():
         teacher_blocks, teacher_heads = teacher[role]
         if heads != teacher_heads:
-            raise ModelError(f"attention_weight: maps of {heads} heads can't be held against the teacher's {teacher_heads}; leave it at 0")
+            raise ModelError(f"attention_weight: maps of {heads} heads can't be compared with the teacher's {teacher_heads}; leave it at 0")
         pairs = {number: max(1, round(number * teacher_blocks / blocks)) for number in range(1, blocks + 1)}
         if isinstance(settings.layers, StackLayers) and role != "blocks":
             pairs = settings.layers.encoder if role == "encoder" else settings.layers.decoder
         elif settings.layers is not None:
             if isinstance(settings.layers, StackLayers) or role != "blocks":
                 form = "{1: 2}" if role == "blocks" else "{encoder: {1: 2}, decoder: {1: 2}}"
-                raise InputError(f"layers: this model has {' and '.join(student)}; what is wanted looks like {form}")
+                raise InputError(f"layers: this model has {' and '.join(student)}; write them as {form}")
             pairs = settings.layers
         for side, numbers, last in (("student", pairs, blocks), ("teacher", pairs.values(), teacher_blocks)):
             if beyond := [number for number in numbers if number > last]:

@@ -109,17 +109,15 @@ def matched(student: Bundle, teacher: Bundle, context: Context) -> "tuple[list[R
     student_rows = [row for row in encoded(student.model, student.tokenizer, by_student) if _has_both(student, row)]
     student_rows = [row for row in student_rows if id(row[0]) in teacher_rows]
     if not student_rows:
-        raise DataError(
-            f"training: none of the {len(with_target)} targets is one, behind a prompt, to both tokenizers; look at data.prompt"
-        )
+        raise DataError(f"training: none of the {len(with_target)} targets has tokens and a prompt by both tokenizers; look at data.prompt")
     if lost := len(with_target) - len(student_rows):
         context.say(
-            f"{lost:,} of the {len(with_target):,} targets are none, or have no prompt, to one of the two tokenizers and were left out"
+            f"{lost:,} of the {len(with_target):,} targets have no tokens or no prompt by one of the two tokenizers and were left out"
         )
     return student_rows, [teacher_rows[id(row[0])] for row in student_rows]
 
 
 def _has_both(bundle: Bundle, row: "Row") -> bool:
-    """Whether a row has a target, and before a decoder's first token of it another."""
+    """Whether a row has a target, and for a decoder a token before it."""
     _, ids, answer = row
     return bool(answer) and (bundle.model.config.is_encoder_decoder or len(ids) > len(answer))

@@ -130,7 +130,7 @@ def _stacks(model: "PreTrainedModel") -> "dict[str, tuple[str, nn.ModuleList]]":
     for name, blocks in block_stacks(model).items():
         role = "blocks" if not both else "encoder" if is_encoder(model, blocks) else "decoder"
         if role in stacks:
-            raise ModelError(f"{type(model).__name__}: {stacks[role][0]} and {name} both hold blocks; which are run when is not known")
+            raise ModelError(f"{type(model).__name__}: {stacks[role][0]} and {name} both hold blocks; in which order they run is not known")
         stacks[role] = name, blocks
     if not stacks:
         raise ModelError(f"{type(model).__name__} has no blocks to drop")

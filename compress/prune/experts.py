@@ -51,7 +51,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         )
     groups = getattr(config.get_text_config(), "n_group", None) or 1  # tokens are routed to groups first, and these stay
     if settings.drop % groups or (groups > 1 and left < 2 * groups):
-        raise InputError(f"drop: {settings.drop} of {number} experts: as many have to go of each of {groups} groups, and two to stay")
+        raise InputError(f"drop: {settings.drop} of {number} experts: each of the {groups} groups has to lose as many and keep two")
     scores = _scores(bundle, settings.by, context)
     state = dict(model.state_dict())
     for path, score in scores.items():

@@ -42,7 +42,9 @@ class GptqFiles:
             if rows % 32 or columns % 32:
                 raise ModelError(f"format: gptq packs by 32, and {name} is {rows} x {columns}; name it under ignore, or {WAY_OUT}")
         if len(by_kind := {kind: name for name, kind in kinds.items()}) > 1:
-            raise ModelError(f"format: gptq holds one kind of grid; different would be {', '.join(sorted(by_kind.values()))}; {WAY_OUT}")
+            raise ModelError(
+                f"format: gptq holds one kind of grid, and these would differ: {', '.join(sorted(by_kind.values()))}; {WAY_OUT}"
+            )
         (self._stack, blocks), *more = block_stacks(model).items()
         if more:
             raise ModelError(f"format: gptq knows one stack of blocks, and {type(model).__name__} has more; {WAY_OUT}")

@@ -124,8 +124,8 @@ def test_layers_as_the_recipe_says():
     both, teacher = {"encoder": (2, None), "decoder": (3, None)}, {"encoder": (4, None), "decoder": (6, None)}
     assert hidden.linked(both, teacher, settings(layers={"decoder": {0: 0, 3: 6}})) == {"decoder": {0: 0, 3: 6}}
     for student, layers, message in (
-        (both, {1: 2}, "layers: this model has encoder and decoder; what is wanted looks like {encoder: {1: 2}, decoder: {1: 2}}"),
-        ({"blocks": (2, None)}, {"encoder": {1: 2}}, "layers: this model has blocks; what is wanted looks like {1: 2}"),
+        (both, {1: 2}, "layers: this model has encoder and decoder; write them as {encoder: {1: 2}, decoder: {1: 2}}"),
+        ({"blocks": (2, None)}, {"encoder": {1: 2}}, "layers: this model has blocks; write them as {1: 2}"),
         ({"blocks": (2, None)}, {3: 2}, "layers: the student has no layer 3; the last of its blocks is 2, and 0 is the embedding"),
         ({"blocks": (2, None)}, {2: 7}, "layers: the teacher has no layer 7; the last of its blocks is 6, and 0 is the embedding"),
     ):
@@ -135,7 +135,7 @@ def test_layers_as_the_recipe_says():
 
 def test_maps_of_other_heads_are_refused(tmp_path):
     teacher, student = two("gpt2", tmp_path, n_head=2)
-    with pytest.raises(ModelError, match="attention_weight: maps of 2 heads can't be held against the teacher's 4"):
+    with pytest.raises(ModelError, match="attention_weight: maps of 2 heads can't be compared with the teacher's 4"):
         distil("hidden", bundle(student, "gpt2"), teacher, attention_weight=1.0)
     distil("hidden", bundle(student, "gpt2"), teacher, steps=1, batch_size=2)
 

@@ -163,7 +163,7 @@ def test_rows_are_matched_by_their_example(tmp_path, losses):
         ids for _, ids, _ in encoded(load_model(source(teacher, "t5"), "cpu"), halves(False), context(**LONG))
     ]
     assert "by the teacher's tokenizer, 1 of the 7 examples had fewer than two tokens and were left out" in told.said
-    assert "1 of the 7 targets are none, or have no prompt, to one of the two tokenizers and were left out" in told.said
+    assert "1 of the 7 targets have no tokens or no prompt by one of the two tokenizers and were left out" in told.said
     how = {"steps": 1, "batch_size": 6}
     for rows in (odd, seen):
         distil("universal", bundle(student, "t5"), teacher, context(examples=rows, max_tokens=64), **how)
@@ -175,9 +175,9 @@ def test_plain_texts_and_targets_behind_no_prompt_are_left_out(tmp_path):
     odd = [Example("6", "the red cat", []), Example("7", "", ["the cat"]), *examples()]
     _, told = distil("universal", bundle(student, "llama"), teacher, context(examples=odd, max_tokens=64), steps=1, batch_size=6)
     assert "1 of 8 examples have no target and were left out" in told.said
-    assert "1 of the 7 targets are none, or have no prompt, to one of the two tokenizers and were left out" in told.said
+    assert "1 of the 7 targets have no tokens or no prompt by one of the two tokenizers and were left out" in told.said
     assert any("steps of 6 on 6 examples" in message for message in told.said)
-    for few, message in ((odd[:1], "none of the 1 examples has a target"), (odd[1:2], "none of the 1 targets is one")):
+    for few, message in ((odd[:1], "none of the 1 examples has a target"), (odd[1:2], "none of the 1 targets has tokens and a prompt")):
         with pytest.raises(DataError, match=message):
             distil("universal", bundle(student, "llama"), teacher, context(examples=few))
 

@@ -75,7 +75,7 @@ def test_as_many_go_of_each_group(tmp_path):
     config = type(model.config)(**{**model.config.to_dict(), "n_routed_experts": 8, "n_group": 2})
     torch.manual_seed(0)
     toy, told = bundle(saved(type(model)(config), tmp_path / "m")), context(examples=examples(20))
-    with pytest.raises(InputError, match="as many have to go of each of 2 groups"):
+    with pytest.raises(InputError, match="each of the 2 groups has to lose as many and keep two"):
         method.apply(toy, method.Settings(drop=1), told)
     before = toy.model.state_dict()["model.layers.1.mlp.gate.weight"].clone()
     left = method.apply(toy, method.Settings(drop=2), told).model.state_dict()["model.layers.1.mlp.gate.weight"]

@@ -93,7 +93,7 @@ def test_layers_left_out_are_named_to_the_reader(toys):
     [
         ("t5", {}, "reads no encoder-decoder"),
         ("llama", {}, r"packs by 32, and .*gate_proj is 172 x 64; name it under ignore, or leave out format: gptq"),
-        ("bert", {"bits": {"query": 4, "re:.*": 8}}, "holds one kind of grid; different would be"),
+        ("bert", {"bits": {"query": 4, "re:.*": 8}}, "holds one kind of grid, and these would differ"),
         ("bert", {"ignore": ["*.layer.0.output.dense"]}, r"every block; not packed is bert\.encoder\.layer\.0\.output\.dense"),
     ],
 )
