@@ -123,7 +123,7 @@ def _parts(entries: list[T], size: int) -> list[list[T]]:
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a file is there to be read; a damaged one goes."""
+    """Whether a file is there and whole; a damaged one is deleted."""
     try:
         list(tensor_headers(file))
     except ModelError:

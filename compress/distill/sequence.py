@@ -1,7 +1,7 @@
 """The teacher writes the targets, by beam search or by sampling, and the student learns them as it would learn any.
 
 Kim and Rush 2016, "Sequence-Level Knowledge Distillation". The teacher goes on from each prompt of the train split once, before the
-training; what is written outlives a kill. It passes as text, so teacher and student may have different vocabularies. Then cross-entropy,
+training; what is written survives a kill. It passes as text, so teacher and student may have different vocabularies. Then cross-entropy,
 as in `finetune: full`, the teacher being out of memory.
 """
 
@@ -126,7 +126,7 @@ def _file(context: Context) -> Path | None:
 
 
 def _kept(context: Context) -> dict[int, str]:
-    """What was written before a kill; a line that was cut off goes."""
+    """What was written before a kill; a line that was cut off is deleted."""
     file = _file(context)
     if file is None or not file.exists():
         return {}

@@ -65,7 +65,7 @@ class Batch:
         return logits[self.labels != IGNORED].float()
 
     def logits_of(self, model: Any) -> Tensor:
-        """A model's logits as `counted` gives them, the head run on no other positions: prompts may be many times the targets."""
+        """A model's logits as `counted` gives them. The head is run on as few others as can be: prompts may be many times the targets."""
         if self.labels.ndim == 1 or not _can_leave_out(type(getattr(model, "module", model)).forward):
             return self.counted(model(**self.inputs).logits)
         real = self.labels != IGNORED
