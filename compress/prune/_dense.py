@@ -41,7 +41,7 @@ class Dense:
 
 
 def bits(weight: Tensor) -> int:
-    """What one of these weights takes."""
+    """The bits that an element of this weight takes."""
     return 8 * weight.element_size()
 
 

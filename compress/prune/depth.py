@@ -1,4 +1,4 @@
-"""Depth: whole blocks go, those that change their input least or evenly between the others, so that every step runs through fewer.
+"""Depth: whole blocks go, those that change their input least or evenly spaced ones, so that every step runs through fewer.
 
 `by: influence`: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect". A block's influence is 1
 minus the mean cosine similarity of the hidden states before and behind it. Here it is over the real tokens of the calibration examples, all

@@ -1,4 +1,4 @@
-"""Experts: of every layer of a mixture the experts go that give least to what its tokens become.
+"""Experts: every layer of a mixture loses the experts that add least to its outputs.
 
 `by: activation`: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE compression". An expert's score is the mean of
 its router weight times the norm of its output, over the calibration tokens that are routed to it. An expert that no token reaches scores 0.
