@@ -75,7 +75,7 @@ def convert(
 
 
 def convert_experts(model: "PreTrainedModel", settings: LayerSettings, context: Context, scheme: Any, method: str) -> bool:
-    """Give the experts of a mixture, held together, weights of a scheme of torchao's, in place; all of a layer's or none. Whether any were.
+    """Give the experts of a mixture, held together, weights of a scheme of torchao's, in place. All of a layer's or none; returns whether any.
 
     torchao has no grouped product of such weights, so the config asks transformers to run experts one by one.
 
