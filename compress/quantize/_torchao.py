@@ -75,7 +75,9 @@ def convert(
 
 
 def convert_experts(model: "PreTrainedModel", settings: LayerSettings, context: Context, scheme: Any, method: str) -> bool:
-    """Give the experts of a mixture, held together, weights of a scheme of torchao's, in place. All of a layer's or none; returns whether any.
+    """Give the experts of a mixture, held together, weights of a scheme of torchao's, in place: all of a layer's or none.
+
+    Returns whether any were converted.
 
     torchao has no grouped product of such weights, so the config asks transformers to run experts one by one.
 
