@@ -50,15 +50,15 @@ DISTILLED = {
 
 
 def chains(recipe: Path) -> list[str]:
-    """What is run on a model where nothing is said: rows as groups on the real Llama, groups of 32 elsewhere."""
+    """The stages run on a model without --stages: a scale a row on the real Llama, groups of 32 elsewhere."""
     if recipe.parent.name == "distillation":
         return DISTILLED[recipe.stem]
-    found = FOLDERS[recipe.parent.name]
+    stages = FOLDERS[recipe.parent.name]
     if recipe.parent.name != "quantisation":
-        return found
+        return stages
     size = -1 if recipe.stem == "llama-real" else 32
     static = ["quantize: int8_static"] if recipe.stem.startswith("llama") else []
-    return [f"quantize: {stage}, group_size: {size}" for stage in found] + INT8 + static
+    return [f"quantize: {stage}, group_size: {size}" for stage in stages] + INT8 + static
 
 
 def measure(recipe: Path, chain: str, models: Path, data: Path, out: Path | None) -> Report:
@@ -107,16 +107,16 @@ def table(folder: Path) -> str:
         for file in sorted((folder / recipe.stem).glob("*/report.json")):
             report = read_report(file)
             compared = {c.metric: c for c in report.comparisons}  # of latencies the last, which is the largest batch's
-            row = dict.fromkeys(heads, "") | {"model": recipe.stem, "stages": ", then ".join(said(r.stage) for r in report.stages)}
-            if one := compared.get("divergence"):
-                row["divergence (95 %)"] = f"{one.candidate:.4f} ({one.low:.4f} to {one.high:.4f})"
-            if one := compared.get("perplexity"):
-                row["perplexity"] = f"{one.baseline:.4f} to {one.candidate:.4f}"
-                ratios = (1 + change / one.baseline for change in (one.estimate, one.low, one.high))
+            row = dict.fromkeys(heads, "") | {"model": recipe.stem, "stages": ", then ".join(title(r.stage) for r in report.stages)}
+            if comparison := compared.get("divergence"):
+                row["divergence (95 %)"] = f"{comparison.candidate:.4f} ({comparison.low:.4f} to {comparison.high:.4f})"
+            if comparison := compared.get("perplexity"):
+                row["perplexity"] = f"{comparison.baseline:.4f} to {comparison.candidate:.4f}"
+                ratios = (1 + change / comparison.baseline for change in (comparison.estimate, comparison.low, comparison.high))
                 row["ratio (95 %)"] = "x{:.4f} ({:.4f} to {:.4f})".format(*ratios)
             for head, metric in (("ROUGE-L", "rougeL"), ("BLEU", "bleu"), ("accuracy", "accuracy"), ("F1", "f1")):
-                if one := compared.get(metric):
-                    row[head] = f"{one.baseline:.2f} to {one.candidate:.2f}"
+                if comparison := compared.get(metric):
+                    row[head] = f"{comparison.baseline:.2f} to {comparison.candidate:.2f}"
             for head, metric in (("parameters", "parameters"), ("files", "file_bytes"), ("latency", "latency_p50")):
                 row[head] = f"x{compared[metric].estimate:.3f}"
             row["took"] = f"{sum(record.seconds for record in report.stages):.0f} s"
@@ -128,8 +128,8 @@ def table(folder: Path) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def said(stage: dict[str, object]) -> str:
-    """A stage by its method and what matters most of its settings."""
+def title(stage: dict[str, object]) -> str:
+    """A stage's method and the most important of its settings."""
     keys = [
         "bits",
         "symmetric",
@@ -157,11 +157,11 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path())
     parser.add_argument("--out", type=Path, help="where artifacts stay, to be used again")
     parser.add_argument("--stages", nargs="*")
-    given = parser.parse_args()
-    for recipe in (path.resolve() for path in given.recipes):
-        for chain in given.stages or chains(recipe):
+    arguments = parser.parse_args()
+    for recipe in (path.resolve() for path in arguments.recipes):
+        for chain in arguments.stages or chains(recipe):
             try:
-                report = measure(recipe, chain, given.models.resolve(), given.data.resolve(), given.out)
+                report = measure(recipe, chain, arguments.models.resolve(), arguments.data.resolve(), arguments.out)
             except compress.CompressError as error:
                 print(f"{recipe.stem}: {chain}: {error}", flush=True)
                 continue
@@ -169,7 +169,7 @@ def main() -> None:
             quality = ", ".join(f"{c.metric} {c.baseline:.4f} to {c.candidate:.4f}" for c in shown)
             took = sum(record.seconds for record in report.stages)
             print(f"{recipe.stem}: {chain}: {report.verdict}: {quality}, {took:.0f} s", flush=True)
-    for folder in sorted({recipe.parent.name for recipe in given.recipes} or {*FOLDERS, "distillation"}):
+    for folder in sorted({recipe.parent.name for recipe in arguments.recipes} or {*FOLDERS, "distillation"}):
         print(table(HERE / folder))
 
 

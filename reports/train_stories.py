@@ -30,14 +30,14 @@ def main() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--type", choices=["llama", "gpt2"], default="llama")
     parser.add_argument("--minutes", type=float, default=20)
-    given = parser.parse_args()
+    arguments = parser.parse_args()
     torch.manual_seed(0)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(given.tokenizer)
-    train, held_out = tokens(given.train, tokenizer), tokens(given.validation, tokenizer)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.tokenizer)
+    train, held_out = tokens(arguments.train, tokenizer), tokens(arguments.validation, tokenizer)
     held_out = held_out[: len(held_out) // LENGTH * LENGTH].view(-1, LENGTH).to(device)
     ends = {"vocab_size": len(tokenizer), "bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    if given.type == "llama":
+    if arguments.type == "llama":
         config = LlamaConfig(
             hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4, max_position_embeddings=512,
             tie_word_embeddings=False, attention_dropout=0.1, **ends,
@@ -47,7 +47,7 @@ def main() -> None:
     model = AutoModelForCausalLM.from_config(config).to(device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=PEAK, weight_decay=0.1, betas=(0.9, 0.95))
     start, best, step = time.monotonic(), float("inf"), 0
-    while (spent := (time.monotonic() - start) / 60 / given.minutes) < 1:
+    while (spent := (time.monotonic() - start) / 60 / arguments.minutes) < 1:
         for group in optimizer.param_groups:
             group["lr"] = PEAK * min(1, (step + 1) / 100) * (1 - spent)
         at = torch.randint(len(train) - LENGTH, (BATCH,))
@@ -65,8 +65,8 @@ def main() -> None:
             print(f"step {step}, {spent:.0%} of the time: validation loss {loss:.4f}", flush=True)
             if loss < best:
                 best = loss
-                model.save_pretrained(given.out)
-                tokenizer.save_pretrained(given.out)
+                model.save_pretrained(arguments.out)
+                tokenizer.save_pretrained(arguments.out)
 
 
 if __name__ == "__main__":

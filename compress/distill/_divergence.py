@@ -15,26 +15,26 @@ from compress.distill._settings import DivergenceSettings, LogitsSettings
 from compress.training.material import Batch
 
 
-def divergence(told: Tensor, known: Tensor, settings: DivergenceSettings) -> Tensor:
+def divergence(student_logits: Tensor, teacher_logits: Tensor, settings: DivergenceSettings) -> Tensor:
     """The divergence in nats times the temperature squared, summed over the vocabulary and over positions.
 
-    told, known   logits of the student and of the teacher, (positions, vocabulary); of the longer ones the first are taken, since an
-                  embedding may be padded to a round size
+    student_logits, teacher_logits   (positions, vocabulary). Of the longer ones the first are taken, since an embedding may be padded to
+                                     a round size.
     """
-    size = min(told.shape[-1], known.shape[-1])
-    student, teacher = (log_softmax(logits[..., :size] / settings.temperature, -1) for logits in (told, known))
-    return _apart(student, teacher, settings)
+    size = min(student_logits.shape[-1], teacher_logits.shape[-1])
+    student, teacher = (log_softmax(logits[..., :size] / settings.temperature, -1) for logits in (student_logits, teacher_logits))
+    return _summed(student, teacher, settings)
 
 
-def divergence_over(told: Tensor, tokens: Tensor, known: Tensor, size: int, settings: DivergenceSettings) -> Tensor:
-    """As `divergence`, over some tokens and "any other": what is lost of it lies among the others.
+def divergence_over(student_logits: Tensor, tokens: Tensor, teacher: Tensor, size: int, settings: DivergenceSettings) -> Tensor:
+    """As `divergence`, over some tokens and "any other": only differences among the other tokens are lost.
 
-    told     logits of the student, (positions, vocabulary), of which the first `size` count
-    tokens   (positions, k)
-    known    log-probabilities of the teacher at the temperature, (positions, k + 1), the last of any other token
+    student_logits   (positions, vocabulary), of which the first `size` count
+    tokens           (positions, k)
+    teacher          log-probabilities at the temperature, (positions, k + 1), the last of any other token
     """
-    student: Tensor = _SomeAndOther.apply(told[..., :size], tokens, settings.temperature)  # type: ignore[no-untyped-call]
-    return _apart(student.log_softmax(dim=-1), known, settings)
+    student: Tensor = _SomeAndOther.apply(student_logits[..., :size], tokens, settings.temperature)  # type: ignore[no-untyped-call]
+    return _summed(student.log_softmax(dim=-1), teacher, settings)
 
 
 class _SomeAndOther(torch.autograd.Function):
@@ -59,27 +59,27 @@ class _SomeAndOther(torch.autograd.Function):
         return share.mul_(slope[..., -1:]).scatter_(-1, tokens, slope[..., :-1]).div_(ctx.temperature), None, None
 
 
-def _apart(student: Tensor, teacher: Tensor, settings: DivergenceSettings) -> Tensor:
+def _summed(student: Tensor, teacher: Tensor, settings: DivergenceSettings) -> Tensor:
     """The divergence of log-probabilities, (positions, events), summed, times the temperature squared."""
     if settings.divergence == "forward":
-        apart = _kl(teacher, student)
+        total = _kl(teacher, student)
     elif settings.divergence == "reverse":
-        apart = _kl(student, teacher)
+        total = _kl(student, teacher)
     else:
         middle = torch.logaddexp(student, teacher) - math.log(2)
-        apart = (_kl(teacher, middle) + _kl(student, middle)) / 2
-    return apart * settings.temperature**2  # gradients shrink with the temperature squared; so the learning rate suits any
+        total = (_kl(teacher, middle) + _kl(student, middle)) / 2
+    return total * settings.temperature**2  # gradients shrink with the temperature squared; this way one learning rate suits any
 
 
-def with_targets(apart: Tensor, told: Tensor, batch: Batch, settings: LogitsSettings) -> Tensor:
+def with_targets(divergence_sum: Tensor, student_logits: Tensor, batch: Batch, settings: LogitsSettings) -> Tensor:
     """A divergence and the cross-entropy with the targets by their weights, summed over positions.
 
-    told   logits of the student at the positions of the batch that count, (positions, vocabulary)
+    student_logits   at the positions of the batch that count, (positions, vocabulary)
     """
-    total = settings.logits_weight * apart
+    total = settings.logits_weight * divergence_sum
     if not settings.label_weight:  # there may be no targets
         return total
-    return total + settings.label_weight * cross_entropy(told, batch.targets, reduction="sum")
+    return total + settings.label_weight * cross_entropy(student_logits, batch.targets, reduction="sum")
 
 
 def _kl(p: Tensor, q: Tensor) -> Tensor:

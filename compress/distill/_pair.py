@@ -1,4 +1,4 @@
-"""Teacher and student: found, and held against each other before anything is trained."""
+"""Teacher and student: located, and checked against each other before anything is trained."""
 
 import difflib
 from contextlib import suppress
@@ -33,15 +33,16 @@ def pair(bundle: Bundle, settings: DistillSettings, context: Context) -> tuple[B
     padded to may differ. Raises ModelError, and what `teacher_of` and `student_of` raise.
     """
     teacher, student = teacher_of(settings, context), student_of(bundle, settings, context)
-    known, mine = teacher.tokenizer.get_vocab(), student.tokenizer.get_vocab()
-    if mine != known:
-        same = len(mine.items() & known.items())
+    teacher_tokens, student_tokens = teacher.tokenizer.get_vocab(), student.tokenizer.get_vocab()
+    if student_tokens != teacher_tokens:
+        same = len(student_tokens.items() & teacher_tokens.items())
         way_out = "with any two, `distill: sequence` passes text and `distill: universal` compares sorted probabilities"
         if not student.model.can_generate():
             way_out = "a student with the teacher's tokenizer is wanted"
         raise ModelError(
-            f"the teacher {teacher.source.id} has {len(known):,} tokens, the student {student.source.id} has {len(mine):,}, and {same:,}"
-            f" have the same id in both, so their distributions can't be compared token by token; {way_out}"
+            f"the teacher {teacher.source.id} has {len(teacher_tokens):,} tokens, the student {student.source.id} has"
+            f" {len(student_tokens):,}, and {same:,} have the same id in both, so their distributions can't be compared token by token;"
+            f" {way_out}"
         )
     if not student.model.can_generate() and (labels := student.model.config.label2id) != teacher.config.label2id:
         raise ModelError(
@@ -75,11 +76,14 @@ def student_of(bundle: Bundle, settings: DistillSettings, context: Context) -> B
 
     Raises ModelError where its weights are packed, InputError for keys that its config doesn't have or that make no model.
     """
-    wanted, student = settings.student, bundle
-    if wanted is not None:
-        student = _other("student", settings, context) if wanted.config is None else _fresh(bundle, wanted.config, settings.seed)
+    student = bundle
+    if settings.student is not None:
+        changes = settings.student.config
+        student = _other("student", settings, context) if changes is None else _fresh(bundle, changes, settings.seed)
     if getattr(student.model.config, "quantization_config", None) is not None:
-        raise ModelError(f"{student.source.id}: packed weights can't be trained; distil first and quantise then, or use quantize: qat")
+        raise ModelError(
+            f"{student.source.id}: packed weights can't be trained; distil first and quantise afterwards, or use quantize: qat"
+        )
     return student
 
 
@@ -106,26 +110,26 @@ def _fresh(bundle: Bundle, changes: dict[str, Any], seed: int) -> Bundle:
     """The bundle with a model of the same kind in it that has a changed config and fresh weights."""
     bare: PreTrainedModel = skeleton(bundle.source)
     other_names = getattr(bare.config, "attribute_map", {})
-    changes, old = {other_names.get(key, key): value for key, value in changes.items()}, bare.config.to_dict()
+    changes, original = {other_names.get(key, key): value for key, value in changes.items()}, bare.config.to_dict()
     for key in changes:
-        if key not in old:
-            near = difflib.get_close_matches(key, old, n=3) or sorted(old)
+        if key not in original:
+            near = difflib.get_close_matches(key, original, n=3) or sorted(original)
             raise InputError(f"student.config: a {bare.config.model_type} has no {key!r}; near it are {', '.join(near)}")
         if key in FIXED:
-            raise InputError(f"student.config: {key} stays as it is, {old[key]!r}; change what says how large the model is")
-    old.pop("layer_types", None)  # says a kind for each block; worked out again for another number of blocks
+            raise InputError(f"student.config: {key} stays as it is, {original[key]!r}; change what says how large the model is")
+    original.pop("layer_types", None)  # the kind of each block, worked out anew for another number of blocks
     torch.manual_seed(seed)
     try:
-        config = type(bare.config).from_dict({**old, **changes})
+        config = type(bare.config).from_dict({**original, **changes})
         size_cache_by_decoder(config)
-        made: PreTrainedModel = type(bare)(config)
-        if not all(map(len, block_stacks(made).values())) or not block_stacks(made):
+        model: PreTrainedModel = type(bare)(config)
+        if not all(map(len, block_stacks(model).values())) or not block_stacks(model):
             raise ValueError("it would have no blocks")
-        with torch.no_grad():  # some mistakes show where it is run alone
-            made(**padded(made, [([1, 2, 3], [1, 2] if made.can_generate() else [])]))
+        with torch.no_grad():  # some mistakes show only when it is run
+            model(**padded(model, [([1, 2, 3], [1, 2] if model.can_generate() else [])]))
     except Exception as error:  # configs and models check themselves, each in its own way
         raise InputError(f"student.config: {changes} makes no {bare.config.model_type}: {error}") from None
-    if made.can_generate():
+    if model.can_generate():
         with suppress(OSError):  # a model may come without one
-            made.generation_config = GenerationConfig.from_pretrained(bundle.source.id, revision=bundle.source.revision)
-    return bundle.holding(made.to(device=bundle.device, dtype=bare.dtype).eval())
+            model.generation_config = GenerationConfig.from_pretrained(bundle.source.id, revision=bundle.source.revision)
+    return bundle.holding(model.to(device=bundle.device, dtype=bare.dtype).eval())

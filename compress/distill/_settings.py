@@ -1,4 +1,4 @@
-"""What the methods of distillation share in a recipe: who teaches, who learns, how far apart they may say to be."""
+"""What the methods of distillation share in a recipe: teacher, student, and how their distributions are compared."""
 
 from dataclasses import replace
 from typing import Annotated, Any, Literal
@@ -33,7 +33,7 @@ class Student(methods.Settings):
 
 
 class DistillSettings(methods.TuneSettings):
-    """What every method of distillation can be told."""
+    """The settings of every method of distillation."""
 
     teacher: OtherModel | None = Field(None, description="null takes the recipe's own model as it came")
     student: Student | None = Field(None, description="null takes the model as the stage finds it")
@@ -58,8 +58,8 @@ class DivergenceSettings(DistillSettings):
 
     divergence: Divergence = Field(
         "forward",
-        description="KL(teacher, student), which covers all the teacher may say; reverse is KL(student, teacher), which keeps to"
-        " its peaks; jensen-shannon is the mean of both to the distribution between",
+        description="forward is KL(teacher, student), which covers all that the teacher may write; reverse is KL(student, teacher), which"
+        " keeps to its peaks; jensen-shannon is the mean of both against their mixture",
     )
     temperature: Temperature = Field(2.0, description="logits are divided by this before they become distributions")
 
@@ -67,8 +67,10 @@ class DivergenceSettings(DistillSettings):
 class LogitsSettings(DivergenceSettings, methods.ShardSettings):
     """The teacher's distributions, the targets beside them."""
 
-    logits_weight: float = Field(1.0, ge=0, description="of the divergence")
-    label_weight: float = Field(0.5, ge=0, description="of the cross-entropy with the targets; 0 needs none but in an encoder-decoder")
+    logits_weight: float = Field(1.0, ge=0, description="weight of the divergence in the loss")
+    label_weight: float = Field(
+        0.5, ge=0, description="weight of the cross-entropy with the targets; at 0 only an encoder-decoder needs targets"
+    )
 
     def needs_targets(self, both: bool) -> bool:
         """Whether examples need a target; an encoder-decoder's, `both`, is what says how many positions there are."""

@@ -1,8 +1,8 @@
-"""What a teacher says of each position, worked out once and kept on disk for every run that learns from it.
+"""The teacher's distribution at each position, worked out once and kept on disk for every run that learns from it.
 
-Of each position that counts: the k likeliest tokens with their logits less the largest (float16), and for each of some temperatures the
-logarithm of the mass of all other tokens (float32). So at these temperatures the distribution over k tokens and "any other" is the
-teacher's own; at another it could not be told from k logits.
+Of each position that counts two things are kept. The k likeliest tokens, with their logits less the largest (float16). And for each of
+some temperatures the logarithm of the mass of all other tokens (float32). So at these temperatures the distribution over k tokens and "any
+other" is the teacher's own; at another it could not be told from k logits.
 
 A folder for each teacher, in it a file for some hundred examples, named by their tokens.
 """
@@ -44,7 +44,7 @@ LEAST = -6e4  # float16 ends at -65504; the mass of such a token is nothing at a
 
 @dataclass(frozen=True)
 class Asked:
-    """What is remembered of a position: `top_k` of the first `size` tokens, and the mass of the others at each of `temperatures`."""
+    """What is kept of a position: `top_k` of the first `size` tokens, and the mass of the others at each of `temperatures`."""
 
     top_k: int
     size: int
@@ -52,10 +52,10 @@ class Asked:
 
 
 class TeacherCache:
-    """What the teacher says of examples by their numbers, read from files as it is needed."""
+    """The teacher's distributions by the examples' numbers, read from files as they are needed."""
 
     def __init__(self, folder: Path, parts: list[list[Row]], asked: Asked):
-        self.asked, self._open = asked, dict[Path, Any]()
+        self.asked, self._open = asked, dict[Path, tuple[Any, list[int]]]()
         self.files = [folder / f"{digest([(ids, answer) for _, ids, answer in part])}.safetensors" for part in parts]
         self._places = [(file, place) for file, part in zip(self.files, parts, strict=True) for place in range(len(part))]
 
@@ -74,8 +74,7 @@ class TeacherCache:
         if file not in self._open:
             handle: Any = safe_open(file, "pt")
             self._open[file] = handle, handle.get_tensor("starts").tolist()
-        found: tuple[Any, list[int]] = self._open[file]
-        return found
+        return self._open[file]
 
     def _read(self, file: Path, place: int) -> tuple[Tensor, Tensor, Tensor]:
         handle, starts = self._file(file)
@@ -86,47 +85,45 @@ class TeacherCache:
 def teacher_cache(
     teacher: "Bundle", student: "PreTrainedModel", material: Material, top_k: int, temperature: float, context: "Context"
 ) -> TeacherCache:
-    """What the teacher says of the material, from `context.cache` what is there; the teacher is loaded only where something lacks.
+    """The teacher's distributions on the material, read from `context.cache`; the teacher is loaded only where a file is missing.
 
-    Several runs may fill the same folder at once: each goes through what lacks in an order of its own and leaves out what it finds done.
+    Several runs may fill the same folder at once: each writes the missing files in an order of its own and skips those that it finds there.
 
     material   by the student's tokenizer, whose ids mean the same to the teacher
 
-    Raises ModelError where so many tokens leave no other, NoSpace where the disk is too full.
+    Raises ModelError where `top_k` leaves no other token, NoSpace where the disk is too full.
     """
     size = min(config.get_text_config().vocab_size for config in (teacher.config, student.config))
     if not student.can_generate():
-        raise ModelError(
-            "top_k: is for models that write, whose vocabulary is large; a classifier's few labels need no such thing, leave it out"
-        )
+        raise ModelError("top_k: is for models that write, whose vocabulary is large; a classifier has few labels, leave it out")
     if top_k >= size:
         raise ModelError(
-            f"top_k: {top_k} of a vocabulary of {size} leaves no other; leave top_k out and the teacher is asked at every step"
+            f"top_k: {top_k} of a vocabulary of {size} leaves no other token; leave top_k out, and the teacher runs at every step"
         )
     asked = Asked(top_k, size, TEMPERATURES if temperature in TEMPERATURES else (*TEMPERATURES, temperature))
     assert context.cache, "a place to keep it is given by whoever runs a stage"
     folder = context.cache / f"logits-{digest([FORMAT, fingerprint(teacher.source), asdict(asked)])}"
     folder.mkdir(parents=True, exist_ok=True)
     split = [part for rows in (material.train, material.validation) for part in _parts(rows, FILE_ROWS)]
-    found = TeacherCache(folder, split, asked)
-    lacking = {file: part for file, part in zip(found.files, split, strict=True) if not _is_whole(file)}
+    cache = TeacherCache(folder, split, asked)
+    lacking = {file: part for file, part in zip(cache.files, split, strict=True) if not _is_whole(file)}
     if lacking:
         unkept = replace(teacher)  # the loaded teacher goes with it when all is filled
         _fill(lacking, asked, _pair.frozen(unkept), student, context)
-    positions, nbytes = found.size()
+    positions, nbytes = cache.size()
     context.say(
         f"the teacher's {top_k} likeliest tokens at {positions:,} positions are kept in {folder.name}: {nbytes / 2**20:.1f} MiB,"
         f" {nbytes / positions:.0f} bytes a token"
     )
-    return found
+    return cache
 
 
-def _parts(found: list[T], size: int) -> list[list[T]]:
-    return [found[start : start + size] for start in range(0, len(found), size)]
+def _parts(entries: list[T], size: int) -> list[list[T]]:
+    return [entries[start : start + size] for start in range(0, len(entries), size)]
 
 
 def _is_whole(file: Path) -> bool:
-    """Whether a file is there to be read; a damaged one goes."""
+    """Whether a file is there and whole; a damaged one is deleted."""
     try:
         list(tensor_headers(file))
     except ModelError:
@@ -161,9 +158,9 @@ def _fill(lacking: dict[Path, list[Row]], asked: Asked, teacher: "PreTrainedMode
     context.progress("the teacher's logits", len(order), len(order))
 
 
-def _look_for_room(one: Path, files: int, folder: Path, asked: Asked) -> None:
-    """Raises NoSpace, rather than after hours, where the files to come are more than the disk has room for."""
-    needed, free = one.stat().st_size * (files - 1), shutil.disk_usage(folder).free
+def _look_for_room(file: Path, files: int, folder: Path, asked: Asked) -> None:
+    """Raises NoSpace at the first file, not after hours, where the disk has no room for all of that size."""
+    needed, free = file.stat().st_size * (files - 1), shutil.disk_usage(folder).free
     if needed > free:
         raise NoSpace(
             f"the teacher's logits will take about {needed / 2**20:,.0f} MiB more, and {folder} has {free / 2**20:,.0f} MiB free;"
@@ -173,19 +170,19 @@ def _look_for_room(one: Path, files: int, folder: Path, asked: Asked) -> None:
 
 @torch.no_grad()
 def _told(rows: list[Row], asked: Asked, teacher: "PreTrainedModel", student: "PreTrainedModel") -> dict[str, Tensor]:
-    """What the teacher says of some rows; those of about a length are asked together."""
-    told: dict[int, tuple[Tensor, ...]] = {}
+    """The teacher's distributions on some rows; rows of about the same length go through it together."""
+    answers: dict[int, tuple[Tensor, ...]] = {}
     for part in _parts(sorted(range(len(rows)), key=lambda number: len(rows[number][1])), BATCH_ROWS):
-        batch = batch_of(student, [rows[number] for number in part], part, known=True)
+        batch = batch_of(student, [rows[number] for number in part], part, needs_targets=True)
         logits = batch.logits_of(teacher)[:, : asked.size]
         logits = logits - logits.max(dim=-1, keepdim=True).values
         top = logits.topk(asked.top_k, dim=-1)
         rest = logits.scatter(-1, top.indices, -torch.inf)
         others = torch.stack([(rest / temperature).logsumexp(dim=-1) for temperature in asked.temperatures], dim=-1)
         tokens = top.indices.to(torch.uint16 if asked.size <= 2**16 else torch.int32)
-        counts = (batch.wanted != IGNORED).sum(dim=-1).tolist()
+        counts = (batch.labels != IGNORED).sum(dim=-1).tolist()
         kept = [torch.split(tensor.cpu(), counts) for tensor in (tokens, top.values.clamp(min=LEAST).half(), others.clamp(min=LEAST))]
-        told.update(zip(part, zip(*kept, strict=True), strict=True))
-    tokens, values, others = (torch.cat([told[number][kind] for number in range(len(rows))]) for kind in range(3))
-    starts = [0, *itertools.accumulate(len(told[number][0]) for number in range(len(rows)))]
+        answers.update(zip(part, zip(*kept, strict=True), strict=True))
+    tokens, values, others = (torch.cat([answers[number][kind] for number in range(len(rows))]) for kind in range(3))
+    starts = [0, *itertools.accumulate(len(answers[number][0]) for number in range(len(rows)))]
     return {"tokens": tokens, "logits": values, "others": others, "starts": torch.tensor(starts)}

@@ -2,8 +2,9 @@
 
 Hinton et al. 2015, "Distilling the Knowledge in a Neural Network". At each position of the targets, the divergence of the two distributions
 times the temperature squared, plus `label_weight` times the cross-entropy. Recovers what pruning lost, or makes a smaller model of a
-larger one. Teacher and student have one vocabulary. In memory: the student as in `finetune: full`, and the teacher's weights; with `top_k`
-one after the other, and then a step takes as long as one of `finetune: full`; with `shard: true` each process has its part of both.
+larger one. Teacher and student have one vocabulary. In memory: the student as in `finetune: full`, and the teacher's weights. With `top_k`
+they are there one after the other, and then a step takes as long as one of `finetune: full`. With `shard: true` each process has its part
+of both.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -26,17 +27,17 @@ class Settings(LogitsSettings):
     top_k: int | None = Field(
         None,
         ge=1,
-        description="the teacher's likeliest tokens at each position and the mass of all others are worked out once, kept on"
-        " disk and shared by recipes; null runs the teacher at every step",
+        description="how many of the teacher's likeliest tokens are kept on disk for each position, with the mass of all others, for all"
+        " recipes; null runs the teacher at every step",
     )
 
     @model_validator(mode="after")
     def _some(self) -> "Settings":
         if not self.logits_weight:
-            raise ValueError("logits_weight is 0, so the teacher says nothing; `finetune: full` learns the targets alone")
+            raise ValueError("logits_weight is 0, so nothing is learned from the teacher; `finetune: full` learns the targets alone")
         if self.shard and self.top_k is not None:
             raise ValueError(
-                f"shard: true, and top_k is {self.top_k}, for which each process asks a whole teacher by itself; leave one of the two out"
+                f"shard: true, and top_k is {self.top_k}, for which each process needs the whole teacher; leave one of the two out"
             )
         return self
 
@@ -44,8 +45,8 @@ class Settings(LogitsSettings):
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The student, trained.
 
-    Raises ModelError where teacher and student can't be compared, InputError where there can't be such a student, DataError where there is
-    too little to learn from, RunError where the loss is no longer a number.
+    Raises ModelError where teacher and student can't be compared, and InputError for a student that can't be made. Raises DataError where
+    there is too little to learn from, and RunError where the loss is no longer a number.
     """
     import torch
 
@@ -61,9 +62,10 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         kept = teacher_cache(teacher, student.model, material, settings.top_k, settings.temperature, context)
 
         def loss_from_disk(model: Any, batch: "Batch") -> "Tensor":
-            told = batch.logits_of(model)
-            tokens, known = kept.of(batch.numbers, settings.temperature, told.device)
-            return with_targets(divergence_over(told, tokens, known, kept.asked.size, settings), told, batch, settings)
+            student_logits = batch.logits_of(model)
+            tokens, teacher_log_probabilities = kept.of(batch.numbers, settings.temperature, student_logits.device)
+            apart = divergence_over(student_logits, tokens, teacher_log_probabilities, kept.asked.size, settings)
+            return with_targets(apart, student_logits, batch, settings)
 
         train_all(student.model, material, settings, context, loss_from_disk, needed)
         return student
@@ -72,9 +74,9 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
     def loss(model: Any, batch: "Batch") -> "Tensor":
         with torch.no_grad():
-            known = batch.logits_of(taught)
-        told = batch.logits_of(model)
-        return with_targets(divergence(told, known, settings), told, batch, settings)
+            teacher_logits = batch.logits_of(taught)
+        student_logits = batch.logits_of(model)
+        return with_targets(divergence(student_logits, teacher_logits, settings), student_logits, batch, settings)
 
     with without_cache(taught):
         train_all(student.model, material, settings, context, loss, needed)

@@ -1,7 +1,7 @@
 """The teacher writes the targets, by beam search or by sampling, and the student learns them as it would learn any.
 
 Kim and Rush 2016, "Sequence-Level Knowledge Distillation". The teacher goes on from each prompt of the train split once, before the
-training; what is written outlives a kill. It passes as text, so teacher and student may have different vocabularies. Then cross-entropy,
+training; what is written survives a kill. It passes as text, so teacher and student may have different vocabularies. Then cross-entropy,
 as in `finetune: full`, the teacher being out of memory.
 """
 
@@ -27,14 +27,16 @@ WRITTEN = "written.jsonl"  # [number, text] of each example, a line each; every 
 
 
 class Settings(DistillSettings):
-    num_beams: int = Field(4, ge=1, le=1000, description="of the search that writes the targets; 1 takes the likeliest token each time")
-    sampling_temperature: Temperature | None = Field(None, description="samples at it instead of searching")
-    max_new_tokens: int = Field(128, ge=1, le=2**20, description="the longest target that the teacher writes")
+    num_beams: int = Field(
+        4, ge=1, le=1000, description="beams of the search that writes the targets; 1 takes the likeliest token each time"
+    )
+    sampling_temperature: Temperature | None = Field(None, description="the temperature to sample at; null searches instead")
+    max_new_tokens: int = Field(128, ge=1, le=2**20, description="the most tokens that the teacher writes for a target")
 
     @model_validator(mode="after")
     def _one_way(self) -> "Settings":
         if self.sampling_temperature is not None and "num_beams" in self.model_fields_set:
-            raise ValueError("num_beams is of a search, and sampling_temperature samples; one of the two is wanted")
+            raise ValueError("num_beams is for a search and sampling_temperature for sampling; one of the two is wanted")
         return self
 
     def why_not_first(self) -> None:
@@ -44,22 +46,22 @@ class Settings(DistillSettings):
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The student, trained on what the teacher wrote.
 
-    Raises ModelError where the teacher writes nothing, InputError where there can't be such a student, DataError where there is too little
-    to learn from, RunError where the loss is no longer a number.
+    Raises ModelError where the teacher writes nothing, and InputError for a student that can't be made. Raises DataError where there is too
+    little to learn from, and RunError where the loss is no longer a number.
     """
     from compress.distill._pair import student_of, teacher_of
     from compress.training.loop import train_all
     from compress.training.material import read, targets_loss
 
     student = student_of(bundle, settings, context)
-    found = written(teacher_of(settings, context), settings, context)
-    shown = [example for example in found if example.references]
-    if not shown:
-        raise DataError(f"the teacher wrote nothing on any of the {len(found)} examples; look at its generation config and data.prompt")
-    if len(shown) < len(found):
-        context.say(f"the teacher wrote nothing on {len(found) - len(shown):,} of {len(found):,} examples, which were left out")
-    material = read(student.model, student.tokenizer, replace(context, examples=shown))
-    train_all(student.model, material, settings, context, targets_loss, known=True)
+    examples = written(teacher_of(settings, context), settings, context)
+    answered = [example for example in examples if example.references]
+    if not answered:
+        raise DataError(f"the teacher wrote nothing on any of the {len(examples)} examples; look at its generation config and data.prompt")
+    if len(answered) < len(examples):
+        context.say(f"the teacher wrote nothing on {len(examples) - len(answered):,} of {len(examples):,} examples, which were left out")
+    material = read(student.model, student.tokenizer, replace(context, examples=answered))
+    train_all(student.model, material, settings, context, targets_loss, needs_targets=True)
     return student
 
 
@@ -91,8 +93,8 @@ def written(teacher: Bundle, settings: Settings, context: Context) -> list[Examp
         if all(number in texts for number in numbers):
             continue
         torch.manual_seed(seed)
-        found = write(model, [prompt_of(model, rows[n]) for n in numbers], most, beams, settings.sampling_temperature)
-        new = {n: teacher.tokenizer.decode(ids, skip_special_tokens=True) for n, ids in zip(numbers, found, strict=True)}
+        answers = write(model, [prompt_of(model, rows[n]) for n in numbers], most, beams, settings.sampling_temperature)
+        new = {n: teacher.tokenizer.decode(ids, skip_special_tokens=True) for n, ids in zip(numbers, answers, strict=True)}
         _keep(new, context)
         texts |= new
     context.progress("the teacher writes", count, count)
@@ -124,7 +126,7 @@ def _file(context: Context) -> Path | None:
 
 
 def _kept(context: Context) -> dict[int, str]:
-    """What was written before a kill; a line that was cut off goes."""
+    """What was written before a kill; a line that was cut off is deleted."""
     file = _file(context)
     if file is None or not file.exists():
         return {}

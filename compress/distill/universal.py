@@ -1,11 +1,11 @@
 """The student learns how sure the teacher is at each position; vocabularies may differ, since sorted probabilities are compared.
 
 Boizard et al. 2024, "Towards Cross-Tokenizer Distillation: the Universal Logit Distillation Loss for LLMs". Each model reads the
-examples by its own tokenizer. Position n of the student's target is held against position n of the teacher's, as far as the shorter of
-the two goes: the absolute differences of the sorted probabilities, summed, the smaller vocabulary filled up with zeros. The
-cross-entropy with the targets stands beside it. Which token is probable isn't passed, and where the tokenizers cut a target differently
-positions drift apart, so the targets do most of the teaching; the paper's are answers that the teacher wrote, here they are the train
-split's. In memory: what `distill: logits` needs, and both distributions sorted.
+examples by its own tokenizer. Position n of the student's target is compared with position n of the teacher's, up to the end of the
+shorter one. The absolute differences of the sorted probabilities are summed; the smaller vocabulary is filled up with zeros. The
+cross-entropy with the targets is added. Which token is probable isn't passed, and where the tokenizers cut a target differently positions
+drift apart. So the targets do most of the teaching. The paper's are answers that the teacher wrote; here they are the train split's. In
+memory: what `distill: logits` needs, and both distributions sorted.
 """
 
 from dataclasses import replace
@@ -28,16 +28,16 @@ ABOUT = WRITING
 
 
 class Settings(DistillSettings):
-    universal_weight: float = Field(1.5, gt=0, description="of the sorted probabilities' differences; 1.5 is the paper's")
-    label_weight: float = Field(1.0, ge=0, description="of the cross-entropy with the targets, which are needed in any case")
+    universal_weight: float = Field(1.5, gt=0, description="weight of the sorted probabilities' differences; 1.5 is the paper's")
+    label_weight: float = Field(1.0, ge=0, description="weight of the cross-entropy with the targets, which are needed in any case")
     temperature: Temperature = Field(1.0, description="logits are divided by this before they become distributions")
 
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The student, trained.
 
-    Raises ModelError for a classifier, InputError where there can't be such a student, DataError where there is too little to learn from,
-    RunError where the loss is no longer a number.
+    Raises ModelError for a classifier, and InputError for a student that can't be made. Raises DataError where there is too little to learn
+    from, and RunError where the loss is no longer a number.
     """
     import torch
     from torch.nn.functional import cross_entropy
@@ -51,34 +51,38 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     if not student.model.can_generate():
         raise ModelError(f"{student.source.id}: a classifier has no vocabulary; `distill: logits` is for classifiers")
     taught = frozen(teacher)
-    mine, theirs = matched(student, teacher, context)
-    watched, their_watched = matched(student, teacher, replace(context, examples=context.validation)) if context.validation else ([], [])
-    material, theirs = Material(mine, watched, student.tokenizer), [*theirs, *their_watched]
+    student_rows, teacher_rows = matched(student, teacher, context)
+    student_validation, teacher_validation = (
+        matched(student, teacher, replace(context, examples=context.validation)) if context.validation else ([], [])
+    )
+    material, teacher_rows = Material(student_rows, student_validation, student.tokenizer), [*teacher_rows, *teacher_validation]
 
     def loss(model: Any, batch: "Batch") -> "Tensor":
-        """Summed over positions; divided by the trainer, a mean over the student's, those beyond the teacher's target with them."""
-        shown = batch_of(taught, [theirs[number] for number in batch.numbers], batch.numbers, known=True)
+        """Summed over positions. The trainer divides by all of the student's, those beyond the teacher's target included."""
+        teacher_batch = batch_of(taught, [teacher_rows[number] for number in batch.numbers], batch.numbers, needs_targets=True)
         with torch.no_grad():
-            known = shown.logits_of(taught)
-        told = batch.logits_of(model)
-        ours, others = (torch.split(part, (side.wanted != IGNORED).sum(dim=1).tolist()) for part, side in ((told, batch), (known, shown)))
-        apart = [distance(one[: len(other)], other[: len(one)], settings.temperature) for one, other in zip(ours, others, strict=True)]
-        return settings.universal_weight * sum(apart) + settings.label_weight * cross_entropy(told, batch.targets, reduction="sum")
+            teacher_logits = teacher_batch.logits_of(taught)
+        student_logits = batch.logits_of(model)
+        sides = ((student_logits, batch), (teacher_logits, teacher_batch))
+        ours, theirs = (torch.split(logits, (side.labels != IGNORED).sum(dim=1).tolist()) for logits, side in sides)
+        apart = [distance(a[: len(b)], b[: len(a)], settings.temperature) for a, b in zip(ours, theirs, strict=True)]
+        targets_part = cross_entropy(student_logits, batch.targets, reduction="sum")
+        return settings.universal_weight * sum(apart) + settings.label_weight * targets_part
 
     with without_cache(taught):
-        train_all(student.model, material, settings, context, loss, known=True)
+        train_all(student.model, material, settings, context, loss, needs_targets=True)
         return student
 
 
-def distance(told: "Tensor", known: "Tensor", temperature: float) -> "Tensor":
+def distance(student_logits: "Tensor", teacher_logits: "Tensor", temperature: float) -> "Tensor":
     """The absolute differences of the sorted probabilities, summed over ranks and positions; at most 2 a position.
 
-    told, known   logits of the student and of the teacher, (positions, vocabulary of each)
+    student_logits, teacher_logits   (positions, vocabulary of each)
     """
     from torch.nn.functional import pad, softmax
 
-    size = max(told.shape[-1], known.shape[-1])
-    student, teacher = (softmax(logits / temperature, -1).sort(descending=True).values for logits in (told, known))
+    size = max(student_logits.shape[-1], teacher_logits.shape[-1])
+    student, teacher = (softmax(logits / temperature, -1).sort(descending=True).values for logits in (student_logits, teacher_logits))
     return (pad(student, (0, size - student.shape[-1])) - pad(teacher, (0, size - teacher.shape[-1]))).abs().sum()
 
 
@@ -92,25 +96,28 @@ def matched(student: Bundle, teacher: Bundle, context: Context) -> "tuple[list[R
     from compress.calibration.stream import encoded
 
     count = len(context.examples)
-    shown = [example for example in context.examples if any(example.references[:1])]
-    if not shown:
+    with_target = [example for example in context.examples if any(example.references[:1])]
+    if not with_target:
         raise DataError(f"training: none of the {count} examples has a target; look at data.target")
-    if lacking := count - len(shown):
+    if lacking := count - len(with_target):
         context.say(f"{lacking:,} of {count:,} examples have no target and were left out")
-    heard = replace(context, examples=shown, said=[])
-    known = {id(row[0]): row for row in encoded(teacher.model, teacher.tokenizer, heard) if _has_both(teacher, row)}
-    for said in heard.said:
-        context.say(f"by the teacher's tokenizer, {said}")
-    mine = [row for row in encoded(student.model, student.tokenizer, replace(context, examples=shown)) if _has_both(student, row)]
-    mine = [row for row in mine if id(row[0]) in known]
-    if not mine:
-        raise DataError(f"training: none of the {len(shown)} targets is one, behind a prompt, to both tokenizers; look at data.prompt")
-    if lost := len(shown) - len(mine):
-        context.say(f"{lost:,} of the {len(shown):,} targets are none, or have no prompt, to one of the two tokenizers and were left out")
-    return mine, [known[id(row[0])] for row in mine]
+    by_teacher = replace(context, examples=with_target, said=[])
+    teacher_rows = {id(row[0]): row for row in encoded(teacher.model, teacher.tokenizer, by_teacher) if _has_both(teacher, row)}
+    for sentence in by_teacher.said:
+        context.say(f"by the teacher's tokenizer, {sentence}")
+    by_student = replace(context, examples=with_target)
+    student_rows = [row for row in encoded(student.model, student.tokenizer, by_student) if _has_both(student, row)]
+    student_rows = [row for row in student_rows if id(row[0]) in teacher_rows]
+    if not student_rows:
+        raise DataError(f"training: none of the {len(with_target)} targets has tokens and a prompt by both tokenizers; look at data.prompt")
+    if lost := len(with_target) - len(student_rows):
+        context.say(
+            f"{lost:,} of the {len(with_target):,} targets have no tokens or no prompt by one of the two tokenizers and were left out"
+        )
+    return student_rows, [teacher_rows[id(row[0])] for row in student_rows]
 
 
 def _has_both(bundle: Bundle, row: "Row") -> bool:
-    """Whether a row has a target, and before a decoder's first token of it another."""
+    """Whether a row has a target, and for a decoder a token before it."""
     _, ids, answer = row
     return bool(answer) and (bundle.model.config.is_encoder_decoder or len(ids) > len(answer))

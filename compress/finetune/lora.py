@@ -1,4 +1,4 @@
-"""Small factors beside the linear layers are trained on the targets of the train split and merged into the weights: less memory than all.
+"""Small factors beside the linear layers are trained on the targets of the train split and merged into the weights, to save memory.
 
 Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models": W + alpha / rank * B A, by peft. The weights themselves stay as they
 are loaded, without gradients or states of the optimiser. Where pruning set a weight to zero, B A counts as zero there, while training and
@@ -28,15 +28,15 @@ class Settings(TuneSettings):
     learning_rate: float = Field(1e-3, gt=0, description="the highest, which the warmup ends at")
     rank: int = Field(16, ge=1, description="columns of B and rows of A")
     alpha: float = Field(32, gt=0, description="B A is multiplied by alpha / rank")
-    dropout: float = Field(0.0, ge=0, lt=1, description="of what A is given")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout of A's input")
     targets: list[str] | None = Field(None, min_length=1, description="the layers with factors; null takes all linear ones but the heads")
 
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The same model with the trained factors merged into its weights.
 
-    Raises InputError for targets that there aren't and a rank that is larger than a layer, DataError where there is too little to learn
-    from, RunError where the loss is no longer a number.
+    Raises InputError for targets that there aren't and a rank that is larger than a layer. Raises DataError where there is too little to
+    learn from, and RunError where the loss is no longer a number.
     """
     import torch
     from peft import LoraConfig, get_peft_model
@@ -122,7 +122,7 @@ def _keep(layer: Any, zero: "Tensor") -> None:
 
     def forward(states: "Tensor") -> "Tensor":
         out: Tensor = layer.base_layer(states)
-        # made again in the backward pass, so that B A of one layer alone is in memory
+        # computed again in the backward pass, so that B A of only one layer at a time is in memory
         return out.add(checkpoint(changed, states, use_reentrant=False).to(out.dtype))
 
     layer.get_delta_weight, layer.forward = kept, forward

@@ -1,9 +1,9 @@
 """Which rows and columns of which weights belong to one head, one feed-forward channel or one unit of the hidden size.
 
 transformers itself tells: a model made of the same config with twice the size has twice the rows or columns where units of it are counted.
-Where a config binds the heads to the hidden size, neither changes without the other, and which is which stands in the type's own file, if
-it has one. torch-pruning finds such groups by tracing, but hangs on grouped-query attention and does not know GPT-2's Conv1D (1.6.1); what
-it does find is what the tests compare these with.
+Where a config binds the heads to the hidden size, neither changes without the other. Which axis counts which then stands in the type's own
+file, if it has one. torch-pruning finds such groups by tracing, but hangs on grouped-query attention and does not know GPT-2's Conv1D
+(1.6.1). The groups that it does find are what the tests compare these with.
 """
 
 import copy
@@ -41,11 +41,11 @@ Group = tuple[str, str]  # a dimension, and the part of the model that shares on
 class Coupling:
     """What belongs together in one model.
 
-    keys    the config's, by the dimension that they are the size of
-    sizes   units of each dimension; a unit of the heads is a group where queries share a key and value head
-    axes    what is counted by those of every weight, by its full name, tied ones under each of their names
-    whole   the dimensions that can't be cut, and why
-    bound   heads times head size is the width, and the config has no head size of its own
+    keys    the config's, by the dimension that they are the size of.
+    sizes   units of each dimension; a unit of the heads is a group where queries share a key and value head.
+    axes    what the axes of every weight count, by its full name; tied weights stand under each of their names.
+    whole   the dimensions that can't be cut, and why.
+    bound   whether heads times head size is the width, and the config has no head size of its own.
 
     Raises ModelError for a mixture of experts.
     """
@@ -66,9 +66,9 @@ class Coupling:
         lengths = {self.size(key) * self._head_size for key in self.keys[HEADS]}
         self.bound = not any(axis and self._shapes[name][n] in lengths for name, axes in heads.items() for n, axis in enumerate(axes))
         if architecture.layers is not None:
-            self.axes, self.whole = {name: _written(model, name, architecture.layers) for name in self._shapes}, {}
+            self.axes, self.whole = {name: _written_axes(model, name, architecture.layers) for name in self._shapes}, {}
         else:
-            self.axes = self._found(model, architecture, {} if self.bound else heads)
+            self.axes = self._derived_axes(model, architecture, {} if self.bound else heads)
         self.sizes = {dimension: math.gcd(*map(self.size, keys)) if keys else 1 for dimension, keys in self.keys.items()}
         self._shared = any("relative_attention_bias" in name for name in self.axes)
         self._terms: Counter[Axes] = Counter()  # parameters by what their axes count; shared ones once
@@ -89,7 +89,7 @@ class Coupling:
         return total
 
     def describable(self, kept: Mapping[str, int]) -> bool:
-        """Whether the config's own class lets it say so; Llama's wants a width that its heads divide, whatever their size."""
+        """Whether the config's own class accepts these numbers; Llama's needs a width that its heads divide, whatever their size."""
         from huggingface_hub.errors import StrictDataclassError
 
         config = copy.copy(self.config)
@@ -109,7 +109,7 @@ class Coupling:
         return sizes
 
     def group(self, name: str, dimension: str) -> Group:
-        """With what a weight shares the choice of units: the whole model its width, a block its channels, an attention its heads.
+        """The group that a weight's dimension belongs to: the whole model shares its width, a block its channels, an attention its heads.
 
         T5's position biases are added in the first block and handed on, so all self-attention of a stack shares its heads.
         """
@@ -122,13 +122,13 @@ class Coupling:
 
     def by_unit(self, name: str, values: "Tensor") -> "dict[Group, Tensor]":
         """A weight's values summed over everything but the units of one dimension, (units,), by the group that they count for."""
-        found: dict[Group, Tensor] = {}
+        sums_by_group: dict[Group, Tensor] = {}
         for number, axis in enumerate(self.axes[name]):
             if axis:
                 parts = values.movedim(number, 0).reshape(axis.copies, self.sizes[axis.dimension], -1)
                 group, sums = self.group(name, axis.dimension), parts.sum(dim=(0, 2))
-                found[group] = found[group] + sums if group in found else sums
-        return found
+                sums_by_group[group] = sums_by_group[group] + sums if group in sums_by_group else sums
+        return sums_by_group
 
     def cut(self, name: str, weight: "Tensor", kept: "Mapping[Group, Tensor]") -> "Tensor":
         """A weight with the units (sorted numbers) that are kept of each group; groups that aren't named stay whole."""
@@ -157,8 +157,8 @@ class Coupling:
     def _head_size(self) -> int:
         return int(getattr(self.config, HEAD_SIZE, None) or self.config.hidden_size // self.config.num_attention_heads)
 
-    def _found(self, model: "PreTrainedModel", architecture: Architecture, heads: dict[str, Axes]) -> dict[str, Axes]:
-        """The axes of a type of which none are written down; what can't be told stays whole."""
+    def _derived_axes(self, model: "PreTrainedModel", architecture: Architecture, heads: dict[str, Axes]) -> dict[str, Axes]:
+        """The axes of a type that has none written down; what can't be derived stays whole."""
         parts = {key: self._probed(model, CHANNELS, (key,)) for key in self.keys[CHANNELS]}
         parts = {key: part for key, part in parts.items() if any(map(any, part.values()))}  # others have no say in this type
         self.keys[CHANNELS] = tuple(parts)
@@ -183,7 +183,7 @@ class Coupling:
         return {name: tuple(counted(name, number) for number in range(len(shape))) for name, shape in self._shapes.items()}
 
     def _probed(self, model: "PreTrainedModel", dimension: str, keys: tuple[str, ...]) -> dict[str, Axes]:
-        """What axes count a dimension, by what is twice as long in a model of twice its size; why it stays whole is noted."""
+        """The axes that count a dimension: those that are twice as long in a model of twice its size. Why it stays whole is noted."""
         if not keys:
             self.whole[dimension] = f"its config has no number of {dimension}"
             return {}
@@ -197,7 +197,7 @@ class Coupling:
         if other is None or other.keys() != self._shapes.keys():
             self.whole[dimension] = f"no model can be made of its config with other {' and '.join(keys)}"
             return {}
-        found: dict[str, Axes] = {}
+        axes_by_weight: dict[str, Axes] = {}
         for name, shape in self._shapes.items():
             axes: list[Axis | None] = []
             for now, then in zip(shape, other[name], strict=True):
@@ -212,8 +212,8 @@ class Coupling:
                     return {}
                 else:
                     axes.append(Axis(dimension, now // base))
-            found[name] = tuple(axes)
-        return found
+            axes_by_weight[name] = tuple(axes)
+        return axes_by_weight
 
 
 def _is_size(written: dict[str, Any], key: str, dimension: str) -> bool:
@@ -235,7 +235,7 @@ def _shapes_of(model: "PreTrainedModel", sizes: dict[str, int]) -> dict[str, tup
     return {name: tuple(weight.shape) for name, weight in other.state_dict().items()}
 
 
-def _written(model: "PreTrainedModel", name: str, layers: Mapping[str, Axes]) -> Axes:
+def _written_axes(model: "PreTrainedModel", name: str, layers: Mapping[str, Axes]) -> Axes:
     """The axes of a weight as a type's own file has them."""
     from transformers.pytorch_utils import Conv1D
 

@@ -32,16 +32,16 @@ class Dense:
         self.bits = {name: bits(layer.weight) for name, layer in layers.items()}
 
     def packed(self, name: str, layer: nn.Linear, solution: Pruned) -> nn.Module:
-        made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        made.weight, made.bias = nn.Parameter(layer.weight.data.cpu(), requires_grad=False), layer.bias
-        return made.cpu() if made.bias is not None else made
+        module = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        module.weight, module.bias = nn.Parameter(layer.weight.data.cpu(), requires_grad=False), layer.bias
+        return module.cpu() if module.bias is not None else module
 
     def describe(self, model: "PreTrainedModel") -> None:
         """Nothing: its config says all."""
 
 
 def bits(weight: Tensor) -> int:
-    """What one of these weights takes."""
+    """The bits that an element of this weight takes."""
     return 8 * weight.element_size()
 
 

@@ -1,4 +1,4 @@
-"""A model made anew from a smaller config and cut weights: what plain transformers will make of the saved files, by construction."""
+"""A model built anew from a smaller config and cut weights: by construction what plain transformers loads from the saved files."""
 
 from typing import TYPE_CHECKING, Any
 

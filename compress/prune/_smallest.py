@@ -17,7 +17,8 @@ class ScopeSettings(Settings):
     """Which weights compete for the zeros."""
 
     scope: Literal["layer", "global"] = Field(
-        "layer", description="whether the share holds for each layer, or for all together, which sorts all weights: 17 bytes for each"
+        "layer",
+        description="whether the share holds in each layer, or over all together; global sorts all weights at 17 bytes of memory each",
     )
 
 
@@ -43,14 +44,14 @@ def smallest(layers: "dict[str, nn.Module]", share: float, scope: str, n_of_m: t
     weights = {name: cast("Tensor", layer.weight).data for name, layer in layers.items()}
     if scope == "global":
         return _everywhere(weights, share)
-    found = {}
+    masks = {}
     for name, weight in weights.items():
         turned = isinstance(layers[name], Conv1D)  # rows are a layer's outputs; GPT-2's Conv1D has them as columns
         size = (weight.t() if turned else weight).abs()
         parts = size if n_of_m else size.reshape(1, -1)  # without a pattern the whole layer competes
         gone = lowest(parts, share, n_of_m, name).reshape(size.shape)
-        found[name] = gone.t() if turned else gone
-    return found
+        masks[name] = gone.t() if turned else gone
+    return masks
 
 
 def to_zero(layers: "dict[str, nn.Module]", gone: "dict[str, Tensor]") -> None:

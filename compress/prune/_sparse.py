@@ -20,23 +20,23 @@ DENSE = About(
 
 
 class SparsitySettings(LayerSettings):
-    """What every method that sets single weights to zero can be told."""
+    """The settings of every method that sets single weights to zero."""
 
-    sparsity: float = Field(0.5, gt=0, lt=1, description="the share of the weights of the layers worked on that are zero afterwards")
+    sparsity: float = Field(0.5, gt=0, lt=1, description="the share of zeros in the pruned layers' weights")
 
 
 class SparseSettings(SparsitySettings):
-    """What the methods that do it at once can be told."""
+    """The settings of those that do it at once."""
 
-    pattern: str | None = Field(None, description="n:m, such as 2:4: of every m weights of a row, n are kept; sparsity is then 1 - n/m")
+    pattern: str | None = Field(None, description="n:m, such as 2:4: n of every m weights of a row are kept; sparsity is then 1 - n/m")
 
     @field_validator("pattern")
     @classmethod
     def _readable(cls, pattern: str | None) -> str | None:
         if pattern is None:
             return None
-        found = re.fullmatch(r"(\d+):(\d+)", pattern)
-        if not found or not 0 < int(found[1]) < int(found[2]):
+        match = re.fullmatch(r"(\d+):(\d+)", pattern)
+        if not match or not 0 < int(match[1]) < int(match[2]):
             raise ValueError(f"{pattern!r} is not a pattern; 2:4 keeps 2 of every 4 weights, 4:8 keeps 4 of every 8")
         return pattern
 

@@ -42,12 +42,12 @@ def _loss(model: "PreTrainedModel", example: Example, ids: list[int], answer: li
     """Mean cross-entropy of the example's target, nats a token; of the whole text where it has none."""
     logits = model(**padded(model, [(ids, answer)])).logits[0].float()
     if not model.can_generate():
-        wanted = [label_number(labels_of(model.config), (example.references or [""])[0])]
+        targets = [label_number(labels_of(model.config), (example.references or [""])[0])]
         logits = logits[None]
     elif model.config.is_encoder_decoder:
-        wanted = answer
+        targets = answer
         logits = logits[: len(answer)]
     else:  # position n gives token n + 1
-        wanted = ids[-min(len(answer) or len(ids), len(ids) - 1) :]
-        logits = logits[-len(wanted) - 1 : -1]
-    return cross_entropy(logits, torch.tensor(wanted, device=logits.device))
+        targets = ids[-min(len(answer) or len(ids), len(ids) - 1) :]
+        logits = logits[-len(targets) - 1 : -1]
+    return cross_entropy(logits, torch.tensor(targets, device=logits.device))

@@ -1,7 +1,7 @@
-"""Depth: whole blocks go, those that change their input least or evenly between the others, so that every step runs through fewer.
+"""Depth: whole blocks go, those that change their input least or evenly spaced ones, so that every step runs through fewer.
 
 `by: influence`: Men et al. 2024, "ShortGPT: Layers in Large Language Models are More Redundant Than You Expect". A block's influence is 1
-minus the mean cosine similarity of the hidden states before and behind it, here over the real tokens of the calibration examples, all
+minus the mean cosine similarity of the hidden states before and behind it. Here it is over the real tokens of the calibration examples, all
 measured on the whole model. `by: spacing`: Sanh et al. 2019, "DistilBERT"; Shleifer and Rush 2020, "Pre-trained Summarization
 Distillation". Looks at no example; the first and the last block stay. On any model made of blocks; each stack of an encoder-decoder by
 itself. Best followed by some training.
@@ -55,8 +55,8 @@ class Settings(methods.Settings):
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with fewer blocks, renumbered, and a config that says so.
 
-    Raises InputError where a stack would be emptied or isn't there, ModelError where blocks or their config can't be found, DataError
-    when there is nothing to measure influence on.
+    Raises InputError where a stack would be emptied or isn't there, and ModelError where blocks or their config can't be found. Raises
+    DataError when there is nothing to measure influence on.
     """
     from compress.prune._rebuilt import rebuilt
 
@@ -87,7 +87,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
 
 def _first(kinds: list[Kind]) -> int:
-    """How many blocks of one kind stand before all others, which are of another: dense ones before those with experts, not one of each."""
+    """How many blocks of one kind stand before all others, which are of another: dense ones before those with experts. Else 0."""
     first = next((index for index, kind in enumerate(kinds) if kind != kinds[0]), 0)
     return first if len(kinds) > first + 1 and len(set(kinds[first:])) == 1 else 0
 
@@ -101,7 +101,7 @@ def _kinds(blocks: "nn.ModuleList") -> list[Kind]:
 
 
 def _kept(kinds: list[Kind], first: int, going: int, scores: list[float]) -> list[int]:
-    """The blocks without those with the lowest scores; the first ones stay, or where kinds alternate one of each."""
+    """The blocks that are kept: without those with the lowest scores. The first ones stay, or one of each kind where kinds alternate."""
     kept = list(range(len(kinds)))
     for index in sorted(range(first, len(kinds)), key=lambda index: scores[index]):
         if len(kinds) - len(kept) < going and (first or sum(kinds[other] == kinds[index] for other in kept) > 1):
@@ -110,7 +110,7 @@ def _kept(kinds: list[Kind], first: int, going: int, scores: list[float]) -> lis
 
 
 def spaced(blocks: int, left: int) -> list[int]:
-    """The numbers of the blocks that are left, evenly spaced from the first to the last; of one alone, the first.
+    """The numbers of the blocks that are left, evenly spaced from the first to the last. Where one is left, it is the first.
 
     A half is rounded to the even number. So 1, 3 and 6 of 12 are those of Shleifer and Rush's table, which spaces some others less evenly.
     """
@@ -126,19 +126,19 @@ def _stacks(model: "PreTrainedModel") -> "dict[str, tuple[str, nn.ModuleList]]":
     from compress.structure import block_stacks
 
     both = bool(model.config.is_encoder_decoder)
-    found: dict[str, tuple[str, nn.ModuleList]] = {}
+    stacks: dict[str, tuple[str, nn.ModuleList]] = {}
     for name, blocks in block_stacks(model).items():
         role = "blocks" if not both else "encoder" if is_encoder(model, blocks) else "decoder"
-        if role in found:
-            raise ModelError(f"{type(model).__name__}: {found[role][0]} and {name} both hold blocks; which are run when is not known")
-        found[role] = name, blocks
-    if not found:
+        if role in stacks:
+            raise ModelError(f"{type(model).__name__}: {stacks[role][0]} and {name} both hold blocks; in which order they run is not known")
+        stacks[role] = name, blocks
+    if not stacks:
         raise ModelError(f"{type(model).__name__} has no blocks to drop")
     if getattr(model.config, "scale_attn_by_inverse_layer_idx", False):
         raise ModelError(
             f"{type(model).__name__}: attention is scaled by a block's number (scale_attn_by_inverse_layer_idx), which changes"
         )
-    return found
+    return stacks
 
 
 def _going(role: str, name: str, blocks: "nn.ModuleList", settings: Settings, model: "PreTrainedModel") -> int:
@@ -177,8 +177,8 @@ def _influences(bundle: Bundle, stacks: "dict[str, nn.ModuleList]", context: Con
                     f"{type(model).__name__} has hidden states of {tuple(behind.shape)} for tokens of {tuple(real[role].shape)}, so the"
                     " influence of its blocks can't be measured; say by: spacing"
                 )
-            given, made = (states[real[role]].float() for states in (args[0], behind))
-            alike[role][index] += float(torch.cosine_similarity(given, made, dim=-1).double().sum())
+            before, after = (states[real[role]].float() for states in (args[0], behind))
+            alike[role][index] += float(torch.cosine_similarity(before, after, dim=-1).double().sum())
 
         return hook
 
@@ -195,14 +195,14 @@ def _influences(bundle: Bundle, stacks: "dict[str, nn.ModuleList]", context: Con
     finally:
         for handle in handles:
             handle.remove()
-    found = {role: [1 - total / tokens[role] for total in totals] for role, totals in alike.items()}
-    if any(math.isnan(score) for scores in found.values() for score in scores):
+    influences = {role: [1 - total / tokens[role] for total in totals] for role, totals in alike.items()}
+    if any(math.isnan(score) for scores in influences.values() for score in scores):
         raise BrokenPromise(f"{type(model).__name__}: hidden states are NaN on the calibration data; model.dtype: float32 may help")
-    return found
+    return influences
 
 
 def _shorten(config: Any, role: str, blocks: int, kept: list[int]) -> None:
-    """Have a config say how many blocks are left, and keep their part of what it says block by block (`layer_types`)."""
+    """Write into a config how many blocks are left, and cut its lists with an entry a block (`layer_types`) to theirs."""
     from compress.structure import size_cache_by_decoder
 
     key = _number_key(config, role, blocks)
@@ -227,7 +227,7 @@ def _number_key(config: Any, role: str, blocks: int) -> str:
 
 
 def _renumbered(state: "dict[str, Tensor]", stack: str, kept: list[int]) -> "dict[str, Tensor]":
-    """The weights of the blocks that are kept by their new numbers, and all else. T5's first block keeps the position bias of its stack."""
+    """The weights of the kept blocks by their new numbers, and all others. T5's first block keeps the position bias of its stack."""
     new = {}
     for name, weight in state.items():
         if not name.startswith(f"{stack}."):

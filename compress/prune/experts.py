@@ -1,8 +1,8 @@
-"""Experts: of every layer of a mixture the experts go that give least to what its tokens become.
+"""Experts: every layer of a mixture loses the experts that add least to its outputs.
 
-`by: activation`: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE compression". An expert's score is the mean,
-over the calibration tokens that were routed to it, of its weight there times the norm of what it gives; one that no token reached has none.
-`by: frequency`: how many tokens are routed to it. The router's rows go with the experts, and its choice is among those that are left. Every
+`by: activation`: Lasby et al. 2025, "REAP the Experts: Why Pruning Prevails for One-Shot MoE compression". An expert's score is the mean of
+its router weight times the norm of its output, over the calibration tokens that are routed to it. An expert that no token reaches scores 0.
+`by: frequency`: how many tokens are routed to it. The router's rows go with the experts, and it chooses among those that are left. Every
 layer loses as many, since a config holds one number. Best followed by some training.
 """
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from compress.experts import Experts
 
 ABOUT = About(at_run_time="each token goes to as many experts as before, so a step takes as long; weights take less", calibrated=True)
-NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # what configs call it
+NUMBERS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")  # the key of their number, as configs name it
 
 
 class Settings(methods.Settings):
@@ -36,8 +36,8 @@ class Settings(methods.Settings):
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with fewer experts, and a config that says so.
 
-    Raises ModelError for a model without experts or whose config doesn't say how many there are, InputError where too few would be left,
-    DataError when there is nothing to measure on.
+    Raises ModelError for a model without experts or whose config doesn't say how many there are. Raises InputError where too few would be
+    left, and DataError when there is nothing to measure on.
     """
     from compress.prune._rebuilt import rebuilt
 
@@ -49,9 +49,9 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         raise InputError(
             f"drop: {settings.drop} of {number} experts would leave {left}, and the model needs {least}; at most {number - least}"
         )
-    groups = getattr(config.get_text_config(), "n_group", None) or 1  # tokens are led to groups first, which stay
+    groups = getattr(config.get_text_config(), "n_group", None) or 1  # tokens are routed to groups first, and these stay
     if settings.drop % groups or (groups > 1 and left < 2 * groups):
-        raise InputError(f"drop: {settings.drop} of {number} experts: as many have to go of each of {groups} groups, and two to stay")
+        raise InputError(f"drop: {settings.drop} of {number} experts: each of the {groups} groups has to lose as many and keep two")
     scores = _scores(bundle, settings.by, context)
     state = dict(model.state_dict())
     for path, score in scores.items():
@@ -67,7 +67,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
 
 def _number(model: "PreTrainedModel") -> tuple[str, int]:
-    """How the config calls the number of a layer's experts, and the number."""
+    """The config's key for the number of a layer's experts, and the number."""
     from compress.experts import layers_of
 
     config, counts = model.config.get_text_config(), {len(fused.down_proj) for _, fused in layers_of(model)}  # type: ignore[arg-type]
@@ -80,14 +80,14 @@ def _number(model: "PreTrainedModel") -> tuple[str, int]:
 
 
 def _least(config: Any) -> int:
-    """As many as a token is led to."""
+    """The fewest experts that may be left: as many as a token is routed to."""
     text = config.get_text_config()
     chosen = next((value for key in ("num_experts_per_tok", "moe_topk", "top_k_experts") if (value := getattr(text, key, None))), 1)
     return int(chosen)
 
 
 def _beside(model: "PreTrainedModel", path: str, number: int) -> list[str]:
-    """The tensors that have a row for each expert of a layer: the experts' own, and what leads tokens to them."""
+    """The tensors that have a row for each expert of a layer: the experts' own, and the router's."""
     from compress.experts import routers
 
     around = path.rpartition(".")[0]
@@ -100,7 +100,7 @@ def _beside(model: "PreTrainedModel", path: str, number: int) -> list[str]:
 
 
 def _scores(bundle: Bundle, by: str, context: Context) -> dict[str, list[float]]:
-    """By layer the score of each of its experts; the model is as it was afterwards."""
+    """The scores of each layer's experts, by the layer's name. The model is left as it was."""
     import torch
 
     from compress import experts
@@ -116,13 +116,13 @@ def _scores(bundle: Bundle, by: str, context: Context) -> dict[str, list[float]]
             experts.leave_padding_out(model, inputs["attention_mask"].bool())
             model(**inputs)
     context.progress("measuring each expert", len(examples), len(examples))
-    found = {path: layer.scores(by) for path, layer in watched.items()}
+    scores = {path: layer.scores(by) for path, layer in watched.items()}
     experts.fuse(model)
-    return found
+    return scores
 
 
 class _Watched:
-    """Counts what a layer's experts are given and give."""
+    """Counts the tokens of each expert of a layer, and sums the norms of its weighted outputs."""
 
     def __init__(self, mixture: "Experts"):
         self._mixture = mixture

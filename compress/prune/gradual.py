@@ -1,7 +1,7 @@
 """Gradual: magnitude pruning while all weights are trained on the targets, a little more every few steps, so that they make up for it.
 
-Zhu and Gupta 2017, "To prune, or not to prune: exploring the efficacy of pruning for model compression": at step t of the n that the rise
-takes, sparsity x (1 - (1 - t / n)^3) of the weights are zero, those nearest to zero just then; many go while many can be spared, few near
+Zhu and Gupta 2017, "To prune, or not to prune: exploring the efficacy of pruning for model compression". At step t of the n that the rise
+takes, sparsity x (1 - (1 - t / n)^3) of the weights are zero: those nearest to zero just then. Many go while many can be spared, few near
 the end, and none comes back. AdamW in float32, so four times the float32 model in memory: weights, gradients, two states of the optimiser.
 """
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 ABOUT = replace(DENSE, calibrated=True, trains=True, experts=False)
-TIMES = 50  # weights are sorted so often where the recipe doesn't say how often
+TIMES = 50  # how often weights are pruned where the recipe doesn't say it
 
 
 class Settings(ScopeSettings, SparsitySettings, TrainSettings, Optimisation):
@@ -30,8 +30,8 @@ class Settings(ScopeSettings, SparsitySettings, TrainSettings, Optimisation):
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model trained, the smallest weights of its linear layers zero.
 
-    Raises InputError where a layer would be emptied, BrokenPromise where there are no linear layers, DataError where there is too little to
-    learn from, RunError where the loss is no longer a number.
+    Raises InputError where a layer would be emptied, and BrokenPromise where there are no linear layers. Raises DataError where there is
+    too little to learn from, and RunError where the loss is no longer a number.
     """
     from compress.training.loop import train
     from compress.training.material import read
@@ -49,7 +49,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
         due = is_due(done, steps, settings)
         if due:
             to_zero(layers, smallest(layers, sparsity_at(done, steps, settings), settings.scope))
-        if due or not zero:  # after a kill the weights alone know
+        if due or not zero:  # after a kill only the weights tell which
             zero.update({name: weight.data == 0 for name, weight in weights.items()})
 
     material = read(model, bundle.tokenizer, context)
@@ -60,13 +60,13 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
 
 def is_due(done: int, steps: int, settings: Settings) -> bool:
-    """Whether weights go after so many of the steps."""
+    """Whether weights are pruned after this many steps."""
     last = _last(steps, settings)
     return 0 < done <= last and (done == last or done % (settings.every or max(1, last // TIMES)) == 0)
 
 
 def sparsity_at(done: int, steps: int, settings: Settings) -> float:
-    """The share of the weights that is zero after so many of the steps, by the cubic schedule."""
+    """The share of the weights that is zero after this many steps, by the cubic schedule."""
     last = _last(steps, settings)
     return settings.sparsity * (1 - (1 - min(done, last) / last) ** 3)
 

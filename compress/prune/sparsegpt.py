@@ -1,7 +1,7 @@
-"""SparseGPT: weights are set to zero column by column, each one's loss made up for by those still to come.
+"""SparseGPT: weights are set to zero column by column, each column's error made up for in those still to come.
 
 Frantar and Alistarh 2023, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot". GPTQ's solver with zero in place of
-rounding: which weights go is decided for 128 columns at a time by what each would cost, the second moments of the inputs given.
+rounding. Which weights go is decided for 128 columns at a time, by what each would cost under the inputs' second moments.
 """
 
 from dataclasses import replace

@@ -1,10 +1,10 @@
 """Structured: whole heads, feed-forward channels or hidden units go, so that the model is smaller and faster everywhere.
 
-A unit is scored by all the weights that belong to it, in whichever layers: by their size, or by how much the loss would change
-without them to first order (Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning"). The lowest go, in every layer
-equally many, since a config has one number for all. Heads that share keys and values go together; so do the heads that share T5's
-position bias. Channels of any type whose config has their number, heads where it has their size, too, hidden units of T5, BART, Llama,
-Mistral, Qwen2 and 3, GPT-2, BERT and RoBERTa. Best followed by some training.
+A unit is scored by all the weights that belong to it, in whichever layers. The score is their size, or how much the loss would change
+without them, to first order (Molchanov et al. 2019, "Importance Estimation for Neural Network Pruning"). The lowest go, in every layer
+equally many, since a config has one number for all. Heads that share keys and values go together; so do the heads that share T5's position
+bias. Channels are cut in any type whose config has their number, heads where it has their size, too. Hidden units are cut in T5, BART,
+Llama, Mistral, Qwen2 and 3, GPT-2, BERT and RoBERTa. Best followed by some training.
 """
 
 import copy
@@ -38,19 +38,19 @@ Kept = dict[str, int]  # units by dimension
 class Settings(methods.Settings):
     keep: float = Field(0.75, gt=0, lt=1, description="the share of all parameters, embeddings included, that is left")
     cut: list[Literal["channels", "heads", "width"]] = Field(
-        ["channels", "heads"], min_length=1, description="what may go: feed-forward channels, attention heads, hidden units"
+        ["channels", "heads"], min_length=1, description="what may be cut: feed-forward channels, attention heads, hidden units"
     )
     importance: Literal["magnitude", "taylor"] = Field(
         "magnitude", description="the norm of a unit's weights, or what the loss on the targets would change by without it"
     )
-    multiple: int = Field(8, ge=1, description="channels and width are kept in multiples of this; hardware likes 8 and more")
+    multiple: int = Field(8, ge=1, description="channels and width are kept in multiples of this; hardware is fast with 8 and more")
 
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model with fewer units, and a config that says so.
 
-    Raises InputError where the share can't be reached, ModelError for an architecture that isn't known, DataError where taylor has
-    nothing to learn from, BrokenPromise where scores are not finite.
+    Raises InputError where the share can't be reached, and ModelError for an architecture that isn't known. Raises DataError where taylor
+    has nothing to learn from, and BrokenPromise where scores are not finite.
     """
     from compress.prune._rebuilt import rebuilt
 
@@ -128,7 +128,7 @@ def _choice(coupling: Coupling, settings: Settings, allowed: set[str]) -> Kept:
 
 
 def _options(coupling: Coupling, settings: Settings, allowed: set[str]) -> Iterator[Kept]:
-    """Every smaller shape that the config can describe; of the channels, which change the count evenly, only the two nearest the share.
+    """Every smaller shape that the config can describe. Channels change the count evenly, so only the two numbers nearest the share count.
 
     Raises InputError where a dimension is smaller than `multiple`.
     """
@@ -164,24 +164,24 @@ def _scores(bundle: Bundle, coupling: Coupling, settings: Settings, context: Con
     from compress.prune._taylor import changes
 
     model = bundle.model
-    found: dict[Group, Tensor] = {}
+    totals: dict[Group, Tensor] = {}
 
     def add(name: str, values: "Tensor") -> None:
         for group, sums in coupling.by_unit(name, values).items():
-            found[group] = found[group] + sums if group in found else sums
+            totals[group] = totals[group] + sums if group in totals else sums
 
     if settings.importance == "taylor":
         changes(model, bundle.tokenizer, context, add)
-        return found
+        return totals
     parameters = list(model.named_parameters())
     for done, (name, parameter) in enumerate(parameters):
         context.progress("scoring", done, len(parameters))
         add(name, parameter.detach().float().square())
-    return {group: sums.sqrt() for group, sums in found.items()}
+    return {group: sums.sqrt() for group, sums in totals.items()}
 
 
 def _same_scale(model: "PreTrainedModel", state: "dict[str, Tensor]", ratio: float) -> None:
-    """Undo what a smaller width does where a model multiplies by its root: T5's logits, BART's token embeddings."""
+    """Keep the scale of what a model multiplies by the root of its width: T5's logits, BART's token embeddings."""
     config = model.config
     if ratio == 1:
         return
@@ -195,9 +195,9 @@ def _same_scale(model: "PreTrainedModel", state: "dict[str, Tensor]", ratio: flo
 
 
 def _check(before: "PreTrainedModel", after: "PreTrainedModel", coupling: Coupling, kept: "dict[Group, Tensor]") -> None:
-    """See that what is left computes what the model did with zeros in place of the units that go, which it has afterwards, in memory.
+    """Check that the smaller model computes what the model does with zeros in place of the units that go. These zeros stay in `before`.
 
-    Raises BrokenPromise where it doesn't: something in it runs over units that stay and units that go.
+    Raises BrokenPromise where it doesn't: then something in it runs over units that stay and units that go.
     """
     import torch
 
@@ -213,8 +213,8 @@ def _check(before: "PreTrainedModel", after: "PreTrainedModel", coupling: Coupli
     if not share <= MOST_APART:
         cut = " and ".join(sorted({dimension for dimension, _ in kept}))
         raise BrokenPromise(
-            f"{coupling.config.model_type}: without some of its {cut} it doesn't compute what it does with zeros in their place, by"
-            f" {share:.2g} of its logits' mean square, so something in it runs over all of them; leave {cut} out of cut"
+            f"{coupling.config.model_type}: without some of its {cut} its logits differ from those with zeros in their place, by"
+            f" {share:.2g} of their mean square. Something in it runs over all {cut}; leave {cut} out of cut"
         )
 
 

@@ -1,8 +1,8 @@
 """How many bits each layer gets: the same for all, by patterns, or as many as it needs.
 
 `bits: auto` chooses so that the predicted rise of the loss is least and the mean over all weights is at most `average_bits`. Moving a
-layer's output by d raises the loss by half of d^T F d (F: the Fisher information at that output); rounding errors of different weights
-are as good as independent, so of the layer's Kronecker factors (Martens and Grosse 2015) the diagonals remain:
+layer's output by d raises the loss by half of d^T F d (F: the Fisher information at that output). Rounding errors of different weights
+are as good as independent. So of the layer's Kronecker factors (Martens and Grosse 2015) the diagonals remain:
 
     rise = 1/2 * sum over i, j of (W_ij - rounded W_ij)^2 * E[g_i^2] * E[x_j^2]
 
@@ -31,9 +31,9 @@ Sized = TypeVar("Sized", bound=GridSettings)
 
 
 def sized(bundle: Bundle, settings: Sized, context: Context, apart: bool = True) -> Sized:
-    """The settings with the group size that the model's layers get, which the report tells; a mixture's, with a grid that its reader knows.
+    """The settings with the group size that the model's layers get, which the report tells. A mixture's grid is one that its reader knows.
 
-    apart   experts are worked on, each for itself
+    apart   whether experts are worked on, each by itself
 
     Raises InputError for a pattern that matches no layer, ModelError for a mixture that could not be read again.
     """
@@ -57,7 +57,7 @@ def sized(bundle: Bundle, settings: Sized, context: Context, apart: bool = True)
 
 
 def _for_experts(model: "PreTrainedModel", settings: Sized, context: Context) -> Sized:
-    """The settings as a mixture's experts can be stored, where they are worked on: one by one, without zero points.
+    """The settings for storing a mixture's experts, where they are worked on: one by one, without zero points.
 
     Raises ModelError where they can't.
     """
@@ -82,25 +82,25 @@ def plan(
 ) -> dict[str, Kind]:
     """The kind of grid that each layer gets, by name; layers that no pattern names are left out and noted.
 
-    A group size that doesn't divide a layer's width gives it a scale a row, which is noted too; so are widths that can't be stored as such.
+    A group size that doesn't divide a layer's columns gives it a scale a row, which is noted too. So are bits that can't be stored as such.
 
     Raises InputError for a pattern that matches no layer, BrokenPromise where the loss can't be computed or differentiated.
     """
     if not isinstance(settings, GridSettings):
         return dict.fromkeys(layers, Kind(8, True, 0))
-    found = _widths(bundle, settings, context, layers)
+    widths = _widths(bundle, settings, context, layers)
     for name in layers:
-        if name not in found:
+        if name not in widths:
             context.leave_out(name, "no pattern of bits names it")
     kinds = {}
     alike = packs_alike(model)
-    for name, bits in found.items():
+    for name, bits in widths.items():
         columns = layers[name].in_features
         size = group_columns(columns, settings.group_size)
         kinds[name] = Kind(bits, bool(settings.symmetric), 0 if size == columns else size)
         odd = []
-        if alike and bits < max(found.values()):
-            odd.append(f"stored in {max(found.values())} bits: plain transformers reads one width for all layers of such a model")
+        if alike and bits < max(widths.values()):
+            odd.append(f"stored in {max(widths.values())} bits: plain transformers reads one width for all layers of such a model")
         if settings.group_size not in (PER_ROW, size):
             odd.append(f"group_size {settings.group_size} does not divide its {columns} columns; it has a scale a row")
         if odd:
@@ -115,15 +115,15 @@ def _widths(bundle: Bundle, settings: GridSettings, context: Context, layers: "d
         return allocate(rises, {name: layer.weight.numel() for name, layer in layers.items()}, settings.average_bits or 4.0)
     if isinstance(settings.bits, int):
         return dict.fromkeys(layers, settings.bits)
-    found: dict[str, int] = {}
+    widths: dict[str, int] = {}
     for pattern, bits in settings.bits.items():
         for name in match(pattern, layers, "bits"):
-            found.setdefault(name, bits)  # the first pattern that matches counts
-    return found
+            widths.setdefault(name, bits)  # the first pattern that matches counts
+    return widths
 
 
 def allocate(rises: dict[str, dict[int, float]], sizes: dict[str, int], average: float) -> dict[str, int]:
-    """The bits with the least sum of rises whose mean over all weights is at most `average`: a multiple-choice knapsack, solved exactly.
+    """The bits with the least sum of rises whose mean over all weights is at most `average`. A multiple-choice knapsack, solved exactly.
 
     rises   layer: bits: predicted rise of the loss
     sizes   layer: number of weights

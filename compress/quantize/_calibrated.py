@@ -1,4 +1,4 @@
-"""The calibration pass as quantisation goes through it: the kinds of grid planned before it, the solved layers packed behind it."""
+"""The calibration pass of quantisation: the kinds of grid are planned before it, and the solved layers packed behind it."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING
@@ -38,8 +38,8 @@ def quantise(
     def prepare(model: "PreTrainedModel", layers: dict[str, nn.Linear]) -> Storage:
         if merged := put_together(model, bundle.source):
             raise ModelError(
-                f"{type(model).__name__}: its files hold {merged[0]} in parts, which transformers puts together at loading and can't where"
-                " other layers are packed; methods that don't go through the calibration pass (`compress methods`) work on it"
+                f"{type(model).__name__}: its files hold {merged[0]} in parts, which transformers can't put together where other layers are"
+                " packed; methods that don't go through the calibration pass (`compress methods`) work on it"
             )
         if not isinstance(settings, GridSettings):  # whose formats hold inputs, too, and no experts
             for path, mixture in experts.parted(model):

@@ -1,9 +1,9 @@
 """Scales moved from an input to what makes it, exactly: y = W x = (W s) (x / s), where x / s comes of scaled weights before.
 
-What can be scaled is found by trying, whatever the architecture is: a norm whose output the layers are given, or a linear layer whose
-output reaches them unmixed (up before down in a gated feed-forward, value before output in attention, fc1 before fc2 around a ReLU). A
-candidate is right if the block's output stays the same to the last bits under random powers of two, which scale without rounding. So
-a norm that feeds a residual too (BART) or computes with 1 + weight (Gemma) is left alone, as is GELU.
+What can be scaled is found by trying, whatever the architecture is. It may be a norm whose output is the layers' input, or a linear layer
+whose output reaches them unmixed. Such are up before down in a gated feed-forward, value before output in attention, and fc1 before fc2
+around a ReLU. A candidate is right if the block's output stays the same to the last bits under random powers of two, which scale without
+rounding. So a norm that feeds a residual too (BART) or computes with 1 + weight (Gemma) is left as it is, and so is GELU.
 """
 
 from dataclasses import dataclass

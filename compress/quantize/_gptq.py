@@ -25,7 +25,7 @@ def solve_block(block: Block, settings: GridSettings, damping: float) -> None:
 
 
 def _solve_alike(block: Block, names: list[str], moments: Tensor, settings: GridSettings, bits: int, damping: float) -> None:
-    """Set layers with one input and as many bits, at once: rows don't know of each other."""
+    """Set layers with one input and as many bits, at once: rows don't depend on each other."""
     weight = torch.cat([block.weights[name].float() for name in names])
     solution = solve_layer(weight, moments, settings, bits, damping, names[0])
     start = 0
@@ -38,9 +38,9 @@ def _solve_alike(block: Block, names: list[str], moments: Tensor, settings: Grid
 def solve_layer(weight: Tensor, moments: Tensor, settings: GridSettings, bits: int, damping: float, name: str = "") -> Quantised:
     """Integers for a weight (rows, columns) that keep its outputs, given its inputs' second moments (columns, columns).
 
-    Ranges are searched by what they cost the outputs, not the weights: a text's first tokens make states so large that a few columns carry
-    them, and ranges by weights alone lose those (SmolLM2 at 3 bits: a divergence of 3.3 at first tokens, 0.06 with this; 0.54 and 0.44 in
-    the mean). Once the integers stand, the scales that suit them best are a least-squares problem with a closed solution, which is taken.
+    Ranges are searched by what they cost the outputs, not the weights. A text's first tokens make states so large that a few columns carry
+    them, and ranges by weights alone lose those. On SmolLM2 at 3 bits the divergence at first tokens is 3.3 by weights and 0.06 by outputs,
+    and in the mean 0.54 and 0.44. Once the integers stand, the scales that suit them best solve a least-squares problem in closed form.
 
     Raises BrokenPromise when the Hessian can't be factored at any damping.
     """
@@ -50,7 +50,7 @@ def solve_layer(weight: Tensor, moments: Tensor, settings: GridSettings, bits: i
 
 
 def _refitted(weight: Tensor, grid: Grid, integers: Tensor, moments: Tensor) -> Tensor:
-    """The scales (rows, groups) with which these integers lose least of the outputs; a row whose answer is far off keeps its own."""
+    """The scales (rows, groups) with which these integers lose least of the outputs; a row whose solution is far off keeps its own."""
     rows, groups = grid.scale.shape
     steps = integers - grid.columns(weight.shape[1])[1]
     size = weight.shape[1] // groups
@@ -58,10 +58,10 @@ def _refitted(weight: Tensor, grid: Grid, integers: Tensor, moments: Tensor) -> 
     for group in range(groups):
         part = slice(group * size, (group + 1) * size)
         products[:, group] = ((steps[:, part] @ moments[part]) * steps).view(rows, groups, size).sum(dim=2)
-    wanted = (aim * steps).view(rows, groups, size).sum(dim=2)
+    right_hand_side = (aim * steps).view(rows, groups, size).sum(dim=2)
     ridge = 1e-6 * products.diagonal(dim1=1, dim2=2).mean(dim=1).clamp(min=1e-12)
     products.diagonal(dim1=1, dim2=2).add_(ridge[:, None])
-    scale, failed = torch.linalg.solve_ex(products, wanted)
+    scale, failed = torch.linalg.solve_ex(products, right_hand_side)
     times = scale / grid.scale
     near = (times > 0.5) & (times < 2) & (failed == 0)[:, None]
     return torch.where(near.all(dim=1, keepdim=True), scale, grid.scale)

@@ -1,11 +1,11 @@
 """Packed layers as GPTQ's own files have them, which gptqmodel's and vLLM's fused kernels read: nothing is unpacked at loading.
 
-    qweight  (columns / 32 * bits, rows) int32: the integers of a row one after the other as a stream of bits, lowest first
-    qzeros   (groups, rows / 32 * bits) int32: the zero points, streamed likewise
-    scales   (groups, rows) float16
-    g_idx    (columns,) int32: each column's group
+    qweight  (columns / 32 * bits, rows) int32: the integers of a row one after the other as a stream of bits, lowest first.
+    qzeros   (groups, rows / 32 * bits) int32: the zero points, streamed likewise.
+    scales   (groups, rows) float16.
+    g_idx    (columns,) int32: each column's group.
 
-Symmetric grids are written in the format's first version, which has every zero point less one and so can't say 0; others in the second.
+Symmetric grids are written in the format's first version, which stores every zero point less one and so can't hold 0; others in the second.
 """
 
 from typing import TYPE_CHECKING
@@ -29,8 +29,8 @@ WAY_OUT = "leave out format: gptq"
 class GptqFiles:
     """The format for a model whose layers have these kinds of grid, by name.
 
-    Raises ModelError for what it can't hold: encoder-decoders, layers of unlike kinds, widths that aren't multiples of 32, blocks of which
-    not the same layers are packed.
+    Raises ModelError for what it can't hold: encoder-decoders, layers of different kinds, widths that aren't multiples of 32, blocks of
+    which not the same layers are packed.
     """
 
     def __init__(self, model: "PreTrainedModel", kinds: dict[str, Kind]):
@@ -42,7 +42,9 @@ class GptqFiles:
             if rows % 32 or columns % 32:
                 raise ModelError(f"format: gptq packs by 32, and {name} is {rows} x {columns}; name it under ignore, or {WAY_OUT}")
         if len(by_kind := {kind: name for name, kind in kinds.items()}) > 1:
-            raise ModelError(f"format: gptq holds one kind of grid; unlike would be {', '.join(sorted(by_kind.values()))}; {WAY_OUT}")
+            raise ModelError(
+                f"format: gptq holds one kind of grid, and these would differ: {', '.join(sorted(by_kind.values()))}; {WAY_OUT}"
+            )
         (self._stack, blocks), *more = block_stacks(model).items()
         if more:
             raise ModelError(f"format: gptq knows one stack of blocks, and {type(model).__name__} has more; {WAY_OUT}")

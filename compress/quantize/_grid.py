@@ -1,9 +1,9 @@
 """The integer grid that weights are rounded to: ranges per row or per group of columns, rounding, and its way back.
 
-A weight W of shape (rows, columns) has a scale and a zero point of shape (rows, groups); w is stored as the integer
+A weight W of shape (rows, columns) has a scale and a zero point of shape (rows, groups). An element w is stored as the integer
 q = clamp(round(w / scale) + zero, 0, 2^bits - 1) and read as scale (q - zero). Symmetric grids have their zero in the middle, from which
-one level more lies below than above: where the largest weight is positive, the scale is negative, so that it has that level (llama.cpp's
-Q4_0 and AutoRound do so). On SmolLM2 that takes 13 % off the mean square of what rounding to 4 bits changes, 14 % at 3 and 2.
+one level more lies below than above. Where the largest weight is positive, the scale is negative, so that this weight has that level, as
+in llama.cpp's Q4_0 and AutoRound. On SmolLM2 that takes 13 % off the mean square of what rounding to 4 bits changes, 14 % at 3 and 2.
 """
 
 from collections.abc import Mapping
@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 PER_ROW = -1
 SIZES = (128, 64, 32)  # columns; what fused kernels (vLLM's Marlin, gptqmodel's) know
 WIDTHS = (2, 3, 4, 8)
-CACHED = 2**16  # weights
+CACHED = 2**16  # weights that stay in a CPU's cache
 FULL, COARSE, FINE = (100,), range(100, 20, -4), (-2, -1, 1, 2)  # percent of a full range that are tried; the fine ones around the best
 Width = Literal[2, 3, 4, 8]
 IN_INT8 = (
-    "products are in int8, which torchao does more slowly than float32 on a CPU, with int8 instructions (VNNI, AMX) or without;"
-    " benchmark.runtime.cpu_int8 takes kernels that are faster, and bnb_nf4 takes less memory"
+    "products are in int8, which torchao computes more slowly than float32 on a CPU, even with int8 instructions (VNNI, AMX);"
+    " benchmark.runtime.cpu_int8 takes faster kernels, and bnb_nf4 takes less memory"
 )
 PACKED = methods.About(
     at_run_time="transformers unpacks the weights at loading, so it gains on disk only; servers with fused kernels (vLLM) keep them packed,"
@@ -39,23 +39,26 @@ PACKED = methods.About(
 
 
 class GridSettings(methods.LayerSettings):
-    """What every method that stores weights on an integer grid can be told."""
+    """The settings of every method that stores weights on an integer grid."""
 
     bits: Width | Annotated[dict[str, Width], Field(min_length=1)] | Literal["auto"] = Field(
-        4, description="for all layers; by patterns, the first that matches counting, others left out; or auto, as each layer needs"
+        4,
+        description="for all layers; or by patterns of layers, of which the first that matches counts and others are left out; or auto, as"
+        " each layer needs",
     )
-    average_bits: float | None = Field(None, ge=2, le=8, description="with bits: auto, the mean over all weights; 4 where not given")
+    average_bits: float | None = Field(None, ge=2, le=8, description="the mean over all weights with bits: auto; null is 4")
     group_size: Literal[32, 64, 128, -1] | None = Field(
         None, description="columns that share a scale; -1 is a scale a row; null takes the largest that divides every layer worked on"
     )
     symmetric: bool | None = Field(
         None,
-        description="zero in the middle of every range, whose longer end has the level more; false gives each range a zero of its own;"
-        " null is false, and true for a mixture, of whose experts plain transformers reads no zeros",
+        description="zero in the middle of every range; false gives each range its own zero point; null is false, but true for mixtures,"
+        " whose experts' zero points plain transformers can't read",
     )
     format: Literal["compressed-tensors", "gptq"] = Field(
         "compressed-tensors",
-        description="of the files; gptq is for decoders and encoders, and runs packed in vLLM, and in transformers by gptqmodel's kernels",
+        description="the format of the files; gptq is for decoders and encoders; it runs packed in vLLM, and in transformers with"
+        " gptqmodel's kernels",
     )
 
     keep_zeros: bool = Field(True, description="weights that pruning made zero stay zero")
@@ -69,11 +72,13 @@ class GridSettings(methods.LayerSettings):
         return self
 
     def sized(self, weights: Mapping[int, int]) -> Self:
-        """These settings with a group size for layers of these shapes; `weights` has how many there are by their layer's columns.
+        """These settings with a group size for layers of these shapes.
 
-        There is one size for the model, since many read no more: plain transformers of encoder-decoders, GPTQ's files, fused kernels.
-        Where none divides every layer, it is the one that divides most weights, and in GPTQ's files, which hold one kind of grid, a scale
-        a row.
+        There is one size for the model, since many readers know no more: plain transformers for encoder-decoders, GPTQ's files, fused
+        kernels. Where none divides every layer, it is the one that divides most weights. GPTQ's files, which hold one kind of grid, then
+        get a scale a row.
+
+        weights   how many weights there are, by the columns of their layer
         """
         if self.group_size is not None:
             return self
@@ -104,13 +109,13 @@ class GridSettings(methods.LayerSettings):
 
 
 class TunedSettings(GridSettings):
-    """What every method can be told that solves layers by themselves."""
+    """The settings of every method that solves layers one by one."""
 
     tune: int = Field(
         0,
         ge=0,
-        description=f"steps, each of {methods.TUNE_BATCH} calibration examples, in which scales, norms and biases then learn end to end to"
-        " give the distributions that the model gave before; integers stay. The whole model is in memory meanwhile",
+        description=f"steps, each of {methods.TUNE_BATCH} calibration examples, in which scales, norms and biases then learn end to end the"
+        " distributions that the model gave before; integers stay. The whole model is in memory meanwhile",
     )
 
     def needs_examples(self) -> bool:
@@ -128,7 +133,7 @@ def _listed(columns: list[int]) -> str:
 
 @dataclass(frozen=True, order=True)
 class Kind:
-    """What a grid is like. `size` is the columns that share a scale, 0 for a whole row."""
+    """The properties of a grid. `size` is the number of columns that share a scale, 0 for a whole row."""
 
     bits: int
     symmetric: bool
@@ -161,7 +166,7 @@ class Grid:
         return (weight.float() / scale + zero).round().clamp(0, self.top).to(torch.uint8)
 
     def values(self, integers: "Tensor") -> "Tensor":
-        """What integers stand for, float32."""
+        """The values of integers, float32."""
         scale, zero = self.columns(integers.shape[-1])
         return (integers - zero) * scale
 
@@ -180,7 +185,7 @@ class PerToken:
 
 
 def group_columns(columns: int, group_size: int | None) -> int:
-    """The group size in columns that a layer gets: the wanted one where it divides the layer's width, else the whole row."""
+    """The group size in columns that a layer gets: the one asked for where it divides the layer's columns, else the whole row."""
     return group_size if group_size not in (None, PER_ROW) and columns % group_size == 0 else columns
 
 
@@ -189,9 +194,10 @@ def fit(
 ) -> Grid:
     """The grid of each group, its range searched: of shrinkings of the full range the one with the least error.
 
-    moments   (columns, columns), the inputs' second moments: the error is then that of the group's share of the output; else the weights'
-    search    False takes the full range
-    signed    False keeps the scales of symmetric grids positive, for kernels that compute with the integers
+    moments   (columns, columns), the inputs' second moments: the error is that of the group's share of the output. Without them it is the
+              weights'.
+    search    False takes the full range.
+    signed    False keeps the scales of symmetric grids positive, for kernels that compute with the integers.
 
     Shrinking the range costs the largest weights some clipping and gives all others a finer step (Frantar et al. 2022 search so). 20
     coarse steps and 4 fine ones come within 0.1 % of the error of 80.
@@ -201,12 +207,12 @@ def fit(
     rows, columns = weight.shape
     size = group_columns(columns, settings.group_size)
     blocks = None if moments is None else torch.stack([moments[i : i + size, i : i + size] for i in range(0, columns, size)])
-    # on a CPU by so many rows at a time as stay in its cache
+    # on a CPU as many rows at a time as stay in its cache
     parts = weight.split(max(CACHED // columns, 1) if weight.device.type == "cpu" else rows)  # type: ignore[no-untyped-call]
     groups = (part.float().reshape(len(part), columns // size, size) for part in parts)
     symmetric = bool(settings.symmetric)
-    found = [_searched(part, blocks, bits, symmetric, search, signed) for part in groups]
-    return Grid(bits, symmetric, torch.cat([scale for scale, _ in found]), torch.cat([zero for _, zero in found]))
+    grids = [_searched(part, blocks, bits, symmetric, search, signed) for part in groups]
+    return Grid(bits, symmetric, torch.cat([scale for scale, _ in grids]), torch.cat([zero for _, zero in grids]))
 
 
 def _searched(groups: "Tensor", blocks: "Tensor | None", bits: int, symmetric: bool, search: bool, signed: bool) -> "tuple[Tensor, Tensor]":

@@ -1,10 +1,10 @@
-"""Observers: the range [low, high] that a grid should cover, from the histogram of what was seen.
+"""Observers: the range [low, high] that a grid should cover, from the histogram of the observed values.
 
-    minmax      all of it
-    percentile  all but the outermost 0.01 %
-    mse         the range with the least mean squared error of rounding and clipping
-    entropy     the range whose rounded distribution has the least Kullback-Leibler divergence from the seen one (Migacz 2017,
-                "8-bit Inference with TensorRT")
+    minmax      all of them.
+    percentile  all but the outermost 0.01 %.
+    mse         the range with the least mean squared error of rounding and clipping.
+    entropy     the range whose rounded distribution has the least Kullback-Leibler divergence from the observed one (Migacz 2017,
+                "8-bit Inference with TensorRT").
 
 Values come in rows, one a range: a single row for a range a tensor, a row a channel, a row a group.
 """
@@ -23,8 +23,8 @@ SHRINKINGS = [1 - step / 100 for step in range(90)]
 class Histogram:
     """Counts of values in equal bins over all that was seen, (rows, BINS); it widens as larger values come.
 
-    Bins are a power of two wide and begin at multiples of it, so that wider ones are made of whole narrower ones: in which pieces the
-    values come makes no difference.
+    Bins are a power of two wide and begin at multiples of it, so that wider ones are made of whole narrower ones. So it makes no difference
+    in which pieces the values come.
     """
 
     def __init__(self, values: "Tensor"):
@@ -63,13 +63,13 @@ class Histogram:
         if observer == "minmax":
             return low, high
         lost = self._error if observer == "mse" else self._divergence
-        best = torch.full_like(low, float("inf"))
-        found = torch.ones_like(low)
+        least = torch.full_like(low, float("inf"))
+        factor = torch.ones_like(low)
         for shrink in SHRINKINGS:
             error = lost(low * shrink, high * shrink, bits)
-            found = torch.where(error < best, shrink, found)
-            best = torch.minimum(error, best)
-        return low * found, high * found
+            factor = torch.where(error < least, shrink, factor)
+            least = torch.minimum(error, least)
+        return low * factor, high * factor
 
     def _bins(self) -> "tuple[Tensor, Tensor]":
         """Where the first bin begins, and the bins' width, (rows,) each."""

@@ -3,11 +3,11 @@
 Names and meaning are that format's: `weight_packed`, `weight_scale`, `weight_zero_point` (asymmetric grids), `weight_shape`. What plain
 transformers reads of it (5.23 with compressed-tensors 0.20) decides which of three layouts a model gets:
 
-    one kind of grid   every layer alike; unpacked at loading. The layout that vLLM knows
-    kinds apart        each kind (bits, symmetry, group size) with its own description; unpacked at the first step. Its reader stumbles over
-                       asymmetric grids with packed zero points, so those have them as bytes, under the name of blocks of one row
-    kinds as one       for models that can't be read so (encoder-decoders, GPTBigCode): all layers are written in the finest groups and the
-                       widest bits that any has
+    one kind of grid   every layer alike; unpacked at loading. The layout that vLLM knows.
+    kinds apart        each kind (bits, symmetry, group size) with its own description; unpacked at the first step. Its reader fails on
+                       asymmetric grids with packed zero points. So those have them as bytes, and are declared as blocks of one row.
+    kinds as one       for models that can't be read so (encoder-decoders, GPTBigCode). All layers are written in the finest groups and the
+                       widest bits that any has.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -86,12 +86,12 @@ class Packed:
 
 def holder(parts: dict[str, Tensor], layer: nn.Linear) -> nn.Module:
     """A module with these tensors, in main memory, and the layer's bias."""
-    made = nn.Module()
+    module = nn.Module()
     for name, tensor in parts.items():
-        made.register_parameter(name, nn.Parameter(tensor.cpu(), requires_grad=False))
+        module.register_parameter(name, nn.Parameter(tensor.cpu(), requires_grad=False))
     if layer.bias is not None:
-        made.register_parameter("bias", nn.Parameter(layer.bias.data.cpu(), requires_grad=False))
-    return made
+        module.register_parameter("bias", nn.Parameter(layer.bias.data.cpu(), requires_grad=False))
+    return module
 
 
 def describe(model: "PreTrainedModel", form: str, groups: list[dict[str, Any]], dequantize: bool) -> None:

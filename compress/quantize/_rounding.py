@@ -12,9 +12,9 @@ from compress.quantize._solution import Quantised
 class LearnedRounding:
     """A weight, (rows, columns) in float32, as it is read back from integers that learn (Cheng et al. 2023).
 
-    travel   the furthest that steps should take either parameter, were they all one way and as long as the first
-    offset   added before rounding, (rows, groups, size); starts as the least that gives the solution it begins from
-    reach    factors on the low and high end of each range, (2, rows, groups)
+    travel   the furthest that steps should take either parameter, were they all one way and as long as the first.
+    offset   added before rounding, (rows, groups, size); starts as the least that gives the solution it begins from.
+    reach    factors on the low and high end of each range, (2, rows, groups).
     """
 
     def __init__(self, weight: Tensor, start: Quantised, keep_zeros: bool):

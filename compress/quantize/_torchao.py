@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class Int8:
-    """Linear layers with int8 weights by row, whose inputs are rounded token by token as they come."""
+    """Linear layers with int8 weights by row, whose inputs are rounded token by token at run time."""
 
     def __init__(self, model: "PreTrainedModel", kinds: dict[str, Kind]):
         self.bits = {name: kind.bits for name, kind in kinds.items()}
@@ -41,12 +41,12 @@ class Int8:
             act_pre_scale=divide,
             act_quant_kwargs=QuantizeTensorToInt8Kwargs(PerRow()),
         )
-        made = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-        made.bias, made.weight = layer.bias, nn.Parameter(weight, requires_grad=False)
-        return made
+        module = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        module.bias, module.weight = layer.bias, nn.Parameter(weight, requires_grad=False)
+        return module
 
     def describe(self, model: "PreTrainedModel") -> None:
-        """Write into the model's config that its layers are torchao's. What each is like stands with its tensors."""
+        """Write into the model's config that its layers are torchao's. How each is quantised stands with its tensors."""
         left_out = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and name not in self._names]
         make_serializable(model, Int8DynamicActivationInt8WeightConfig(), left_out)
 
@@ -75,7 +75,9 @@ def convert(
 
 
 def convert_experts(model: "PreTrainedModel", settings: LayerSettings, context: Context, scheme: Any, method: str) -> bool:
-    """Give the experts of a mixture, held together, weights of a scheme of torchao's, in place; all of a layer's or none. Whether any were.
+    """Give the experts of a mixture, held together, weights of a scheme of torchao's, in place: all of a layer's or none.
+
+    Returns whether any were converted.
 
     torchao has no grouped product of such weights, so the config asks transformers to run experts one by one.
 
@@ -119,10 +121,10 @@ def _parted(model: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def make_serializable(model: "PreTrainedModel", scheme: Any, left_out: list[str]) -> None:
-    """Tell transformers that the model is torchao's, so that it is saved and found again as such.
+    """Tell transformers that the model is torchao's, so that it is saved and loaded as such.
 
-    torchao's reader takes every name in the file's list of tensors apart at its last dot and stumbles over BART's
-    `final_logits_bias`, which has none. Such a tensor is stored all the same and read as any plain one, so it is left off the list.
+    torchao's reader splits every name in the file's list of tensors at its last dot, and fails on BART's `final_logits_bias`, which has
+    none. Such a tensor is stored all the same and read as any plain one, so it is left off the list.
     """
     from transformers import TorchAoConfig
     from transformers.quantizers import AutoHfQuantizer

@@ -1,4 +1,4 @@
-"""No method may pass over a model in silence."""
+"""No method may leave a model as it is without a word."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -20,7 +20,7 @@ def require_touched(model: Any, is_touched: Callable[[Any], bool], method: str) 
 
 
 def note_layers(context: Context, touched: list[str], left_out: list[str], bits: int, why: str) -> None:
-    """Tell the report what became of each layer where a library did all of them alike, and why some were left out."""
+    """Note for the report the bits of the layers that a library quantised all alike, and why the others were left out."""
     for name in touched:
         context.note(name, bits)
     for name in left_out:
@@ -28,19 +28,19 @@ def note_layers(context: Context, touched: list[str], left_out: list[str], bits:
 
 
 def called(model: "PreTrainedModel", layers: "Mapping[str, nn.Module]") -> set[str]:
-    """Which of a model's layers a forward pass calls; of experts a few tokens don't reach all, so they count as called."""
+    """Which of a model's layers a forward pass calls. Experts count as called, since a few tokens don't reach all of them."""
     import torch
 
-    found = {name for name in layers if ".experts." in name}
-    handles = [layer.register_forward_hook(partial(_note, found, name)) for name, layer in layers.items()]
+    reached = {name for name in layers if ".experts." in name}
+    handles = [layer.register_forward_hook(partial(_note, reached, name)) for name, layer in layers.items()]
     try:
         with torch.no_grad():
             model(**trial_inputs(model))
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return reached
 
 
-def _note(found: set[str], name: str, *_: Any) -> None:
-    found.add(name)
+def _note(reached: set[str], name: str, *_: Any) -> None:
+    reached.add(name)

@@ -1,9 +1,9 @@
-"""Quantisation with a last phase end to end, in which integers stay and what is real beside them learns: scales, norms and biases.
+"""Quantisation with a last phase end to end, in which integers stay and the real numbers beside them learn: scales, norms and biases.
 
 The second phase of Chen et al. 2024, "EfficientQAT: Efficient Quantization-Aware Training for Large Language Models", on the
-uncompressed model's distributions in place of targets. A layer's error is made up for by layers that no solver of single blocks has in
-view, at no bit more in the files. The whole model is in memory twice, as it was and with a byte a weight, without optimiser states worth
-the name.
+uncompressed model's distributions in place of targets. A layer's error is made up for by layers that a solver of single blocks doesn't
+see, without a bit more in the files. The whole model is in memory twice, as it was and with a byte a weight. Optimiser states take next to
+nothing.
 """
 
 from collections.abc import Callable
@@ -104,7 +104,7 @@ class _Scaled(nn.Module):
         return Quantised(self.grid(), self.integers)
 
     def layer(self) -> nn.Linear:
-        """What it stands for, without weights."""
+        """The layer that it stands for, without weights."""
         layer = nn.Linear(self.in_features, self.out_features, bias=False, device="meta", dtype=self._dtype)
         layer.bias = self.bias
         return layer
@@ -151,7 +151,7 @@ def _tune(bundle: Bundle, model: "PreTrainedModel", settings: TunedSettings, con
         part.requires_grad_(part.ndim == 1 or name.endswith(".factor"))
     how = Optimisation(steps=settings.tune, batch_size=min(TUNE_BATCH, len(context.examples)), learning_rate=LEARNING_RATE)
     with without_cache(original):
-        train(model, read(model, bundle.tokenizer, context), how, 0, context, divergence_from(original), known=False)
+        train(model, read(model, bundle.tokenizer, context), how, 0, context, divergence_from(original), needs_targets=False)
     for name, part in model.to("cpu").named_parameters():
         if not name.endswith(".factor"):
             part.data = part.data.to(stored[name])

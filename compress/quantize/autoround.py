@@ -1,9 +1,9 @@
 """AutoRound: learn for every weight whether it is rounded up or down, and every range, block by block by signed gradients.
 
-Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs". Each block learns to give what the
-uncompressed model has at its place, from the inputs that the solved blocks before it make; GPTQ's solution is the start, from which it goes
-the less far the finer the grid is: further than that it learns the examples by heart. The best at 2 to 4 bits; takes a few hundred
-forward and backward passes a block.
+Cheng et al. 2023, "Optimize Weight Rounding via Signed Gradient Descent for the Quantization of LLMs". Each block learns the outputs of the
+uncompressed model at its place, from the inputs that the solved blocks before it make. It starts from GPTQ's solution, and moves less far
+from it the finer the grid is: further away it would overfit the examples. The best at 2 to 4 bits; takes a few hundred forward and backward
+passes a block.
 """
 
 from typing import TYPE_CHECKING, cast
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from compress.calibration.block import Block
 
 ABOUT = PACKED
-FEW = 50  # steps; fewer are as long as these
+FEW = 50  # steps; where there are fewer, each is no longer than with so many
 
 
 class Settings(TunedSettings):
@@ -61,12 +61,12 @@ def _learn(block: "Block", settings: Settings) -> None:
             order = torch.randperm(count, generator=generator).tolist()
         batch = order[step % count]
         with torch.enable_grad():
-            made = {
+            weights = {
                 f"{name[len(block.name) + 1 :]}.weight": learner.value().to(block.weights[name].dtype) for name, learner in learners.items()
             }
             experts.leave_padding_out(block.module, block.given.real[batch])
             out = block.given.through(
-                lambda *args, made=made, **kwargs: functional_call(block.module, made, args, kwargs), batch, block.device
+                lambda *args, weights=weights, **kwargs: functional_call(block.module, weights, args, kwargs), batch, block.device
             )
             target = block.targets[batch].to(block.device)
             loss = (block.given.rows(out, batch).float() - block.given.rows(target, batch).float()).square().mean()

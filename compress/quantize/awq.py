@@ -1,9 +1,9 @@
 """AWQ: input columns with large activations are scaled up before rounding, ranges clipped by what the outputs lose.
 
 Lin et al. 2023, "AWQ: Activation-aware Weight Quantization for LLM Compression and Acceleration". The scale of a column is a power of its
-activations' root mean square, the exponent searched for each set of layers with one input; it is folded into the norm or the layer before,
-on any architecture where that changes nothing (T5's RMSNorm included), so that the artifact is an ordinary one. Where it can't be
-folded (GELU before, an encoder's states in cross attention) the layer is clipped only. Faster than gptq, and between rtn and it.
+activations' root mean square, the exponent searched for each set of layers with one input. It is folded into the norm or the layer before,
+on any architecture where that changes nothing (T5's RMSNorm included). So the artifact is an ordinary one. Where it can't be folded (GELU
+before, an encoder's states in cross attention) the layer is clipped only. Faster than gptq; in quality between rtn and gptq.
 """
 
 from typing import TYPE_CHECKING

@@ -45,12 +45,12 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     if kept and len(odd) == len(kept):
         raise BrokenPromise(f"quantize: bnb_nf4: would touch no layer: {bnb.ODD}, and this model has none such; use rtn or bnb_int8")
     stored = bare.config.dtype if bundle.source.dtype == "auto" else bundle.source.dtype
-    wanted = stored if settings.compute_dtype == "auto" else settings.compute_dtype
+    compute_dtype = stored if settings.compute_dtype == "auto" else settings.compute_dtype
     config = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=settings.double_quant,
-        bnb_4bit_compute_dtype=getattr(torch, str(wanted or "float32").removeprefix("torch.")),
+        bnb_4bit_compute_dtype=getattr(torch, str(compute_dtype or "float32").removeprefix("torch.")),
         llm_int8_skip_modules=[*left_out, *odd, *asked],
     )
     model = load_model(bundle.source, bundle.device, config)

@@ -1,7 +1,7 @@
 """Store every weight in 16 bits: bfloat16, or float16.
 
-Halves a float32 model. T5's `wo` layers overflow in float16 (huggingface/transformers issue 20287), so transformers keeps
-them in float32 in such an artifact, here and wherever it is loaded; bfloat16 has float32's range and needs no such care.
+Halves a float32 model. T5's `wo` layers overflow in float16 (huggingface/transformers issue 20287). So transformers keeps
+them in float32 in such an artifact, here and wherever it is loaded. bfloat16 has float32's range and needs no such care.
 """
 
 from dataclasses import replace

@@ -1,4 +1,4 @@
-"""Weights and inputs in 8-bit floating point (e4m3), weights scaled by row, inputs by token as they come (torchao). No calibration.
+"""Weights and inputs in 8-bit floating point (e4m3), weights scaled by row, inputs by token at run time (torchao). No calibration.
 
 Micikevicius et al. 2022, "FP8 Formats for Deep Learning". Products run in fp8 on GPUs that have it (NVIDIA from compute capability 8.9 on:
 Ada, Hopper, Blackwell), which is where it is made too; elsewhere it is refused. GPT-2's Conv1D layers become linear ones first.
@@ -30,10 +30,12 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """
     import torch
 
-    found = torch.cuda.get_device_capability()
-    if found < CAPABILITY:
+    capability = torch.cuda.get_device_capability()
+    if capability < CAPABILITY:
         name = torch.cuda.get_device_name()
-        raise DeviceError(f"quantize: fp8 needs compute capability 8.9 or more; {name} has {found[0]}.{found[1]}. int8_dynamic runs there")
+        raise DeviceError(
+            f"quantize: fp8 needs compute capability 8.9 or more; {name} has {capability[0]}.{capability[1]}. int8_dynamic runs there"
+        )
     from torchao.quantization import Float8DynamicActivationFloat8WeightConfig, Float8Tensor, PerRow
 
     from compress.quantize._torchao import convert

@@ -2,8 +2,8 @@
 
 Frantar et al. 2022, "GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers". On every linear layer of any
 model's blocks, encoder-decoders included. Columns go in the order of their inputs' size (activation order) on grids fixed before, so that
-the packed weights need no index. The layers of a block are solved in the order they run, each on what the solved ones give it. Beyond the
-paper, the scales are refitted to the integers that were found.
+the packed weights need no index. The layers of a block are solved in the order they run, each on the inputs that the solved ones make.
+Beyond the paper, the scales are refitted to the solved integers.
 """
 
 from pydantic import Field

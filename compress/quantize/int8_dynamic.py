@@ -1,4 +1,4 @@
-"""Weights in 8 bits by row, activations in 8 bits by token as they come (torchao). No calibration.
+"""Weights in 8 bits by row, activations in 8 bits by token at run time (torchao). No calibration.
 
 The plain absolute-maximum scheme of torchao's Int8DynamicActivationInt8WeightConfig; symmetric on both sides. Matrix products run in
 int8: fast on GPU tensor cores, slow on a CPU unless FBGEMM's kernels are taken (compress.use_cpu_int8, compress/runtime.py).

@@ -2,7 +2,7 @@
 
 Jacob et al. 2017, "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference". The range is found
 by an observer: min-max, percentile, mean squared error or entropy. Cheapest at run time, for servers that read compressed-tensors in int8
-(vLLM); no plain transformers format holds fixed ranges for an encoder-decoder, which is refused: smoothquant serves those.
+(vLLM). Encoder-decoders are refused, since no format of plain transformers holds fixed ranges for them; smoothquant serves those.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -92,17 +92,17 @@ class _Static:
         from compress.quantize._pack import holder
 
         self._names.append(name)
-        given = solution.inputs
-        assert isinstance(given, Grid)
+        input_grid = solution.inputs
+        assert isinstance(input_grid, Grid)
         dtype = layer.weight.dtype
         parts = {
             "weight": (solution.integers.to(torch.int16) - 128).to(torch.int8),
             "weight_scale": solution.grid.scale.to(dtype),
-            "input_scale": given.scale.reshape(1).to(dtype).clone(),  # layers with one input share the grid, files share no tensors
+            "input_scale": input_grid.scale.reshape(1).to(dtype).clone(),  # layers with one input share the grid, files share no tensors
         }
-        if not given.symmetric:
-            parts["input_zero_point"] = (given.zero.reshape(1) - 128).to(torch.int8)
-        self._inputs = {"num_bits": 8, "type": "int", "symmetric": given.symmetric, "strategy": "tensor", "dynamic": False}
+        if not input_grid.symmetric:
+            parts["input_zero_point"] = (input_grid.zero.reshape(1) - 128).to(torch.int8)
+        self._inputs = {"num_bits": 8, "type": "int", "symmetric": input_grid.symmetric, "strategy": "tensor", "dynamic": False}
         return holder(parts, layer)
 
     def describe(self, model: "PreTrainedModel") -> None:

@@ -60,7 +60,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     for stack in stacks.values():
         stack.requires_grad_(True)
     for name, part in model.named_modules():
-        if isinstance(part, nn.Linear) and name not in kinds:  # left out, so left as it is
+        if isinstance(part, nn.Linear) and name not in kinds:  # left out, so not trained either
             part.requires_grad_(False)
     rounded = {}
     for name, kind in kinds.items():
@@ -105,8 +105,8 @@ def _rounded(grid: Grid, kept: "Tensor") -> Any:
             share = (grid.scale.numel() / (weight.numel() * grid.top)) ** 0.5
             scale = (self.scale * share + (self.scale * (1 - share)).detach()).clamp(min=1e-10) * sign
             scale, zero = replace(grid, scale=scale).columns(weight.shape[1])
-            wanted = weight * kept / scale + zero
-            inside = wanted.clamp(0, grid.top)
+            levels = weight * kept / scale + zero
+            inside = levels.clamp(0, grid.top)
             return (inside + (inside.round() - inside).detach() - zero) * scale
 
     return Rounded()
@@ -115,7 +115,7 @@ def _rounded(grid: Grid, kept: "Tensor") -> Any:
 def _train(
     model: "PreTrainedModel", original: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", settings: Settings, context: Context
 ) -> None:
-    """Train what wants a gradient, in place."""
+    """Train every parameter that requires a gradient, in place."""
     from compress.calibration.stream import without_cache
     from compress.quantize._tune import divergence_from
     from compress.training.loop import train

@@ -1,8 +1,8 @@
 """SmoothQuant: weights in 8 bits by row, inputs in 8 bits by token, what is hard to round moved from inputs into weights before.
 
 Xiao et al. 2022, "SmoothQuant: Accurate and Efficient Post-Training Quantization for Large Language Models" (its O1: inputs are scaled
-token by token as they come). Columns with outliers are divided by max|x|^alpha / max|w|^(1 - alpha); the division is folded into the norm
-or the layer before where that changes nothing, and else done at run time, so that it works on post-norm and GELU models too.
+token by token at run time). Columns with outliers are divided by max|x|^alpha / max|w|^(1 - alpha). The division is folded into the norm
+or the layer before where that changes nothing. Else it is done at run time, so that it works on post-norm and GELU models too.
 """
 
 from typing import TYPE_CHECKING
@@ -29,7 +29,7 @@ ABOUT = About(
 
 
 class Settings(LayerSettings):
-    alpha: float = Field(0.5, ge=0, le=1, description="how much moves from inputs into weights; 0 nothing, 1 all")
+    alpha: float = Field(0.5, ge=0, le=1, description="how much of the scale moves from inputs into weights: 0 nothing, 1 all")
 
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:

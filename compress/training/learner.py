@@ -1,4 +1,4 @@
-"""Hugging Face's Trainer with a loss that is right when batches are accumulated or shared, and checkpoints that outlive a kill."""
+"""Hugging Face's Trainer with a loss that is right when batches are accumulated or shared, and checkpoints that survive a kill."""
 
 import math
 import shutil
@@ -21,7 +21,7 @@ from compress.training.material import Batch, Loss
 
 CHECKPOINT_SECONDS = 60.0  # what a kill costs at most, where a checkpoint is quickly written
 CHECKPOINT_SHARE = 0.05  # the share of the time that checkpoints may take where it isn't
-WHOLE = "whole"  # the file that says that a checkpoint was written to its end
+WHOLE = "whole"  # the file that marks a checkpoint as complete
 WEIGHTS = "trained.safetensors"
 BEST = "best-"  # and the steps it took
 
@@ -29,25 +29,25 @@ Step = Callable[[int, int], None]  # steps done, all steps
 
 
 class Learner(Trainer):  # type: ignore[misc]
-    """The Trainer with a loss that is right when batches are accumulated, and checkpoints of what is trained alone.
+    """The Trainer with a loss that is right when batches are accumulated, and checkpoints that hold only what is trained.
 
-    look      says how the model does on the validation split
-    patience  looks without a better value after which training ends
-    batch     makes the inputs from the numbers of the rows, this process's share of them. The loader gives numbers alone, because it runs
-              one batch ahead: what a model writes for a step is to be written by the weights of that step.
+    look      returns the metric on the validation split.
+    patience  looks without a better value after which training ends.
+    batch     makes the inputs from the numbers of the rows, this process's share of them. The loader yields only numbers, because it runs
+              one batch ahead: what a model writes for a step must be written by the weights of that step.
     """
 
     def __init__(
         self, loss: Loss, batch: Callable[[list[int]], Inputs], rows: list[Row], look: Callable[[], float], patience: int,
-        *given: Any, **named: Any,
+        *arguments: Any, **keywords: Any,
     ):  # fmt: skip
-        super().__init__(*given, **named)
+        super().__init__(*arguments, **keywords)
         self._loss, self._batch, self._rows, self._look, self._patience = loss, batch, rows, look, patience
         self._seen: list[int] = []  # the examples of this step
         self.model_accepts_loss_kwargs = True  # `compute_loss` divides by all positions of a step; the Trainer must not divide again
 
     def get_train_dataloader(self) -> Any:
-        """Batches of what all processes take together. Those that the Trainer deals out to them are filled up with repeated rows."""
+        """Batches of what all processes take together; the Trainer's own way to share them out would repeat rows to fill them up."""
         size = self.args.train_batch_size * self.args.world_size
         loader = DataLoader(self.train_dataset, size, sampler=self._get_train_sampler(), collate_fn=self.data_collator)
         return prepare_data_loader(loader, num_processes=1, process_index=0, use_seedable_sampler=True)
@@ -56,10 +56,10 @@ class Learner(Trainer):  # type: ignore[misc]
         return super().get_batch_samples(map(self._batch, epoch_iterator), num_batches, device)
 
     def compute_loss(self, model: Any, inputs: Inputs, return_outputs: bool = False, num_items_in_batch: Any = None) -> Any:
-        wanted, numbers = inputs.pop("labels"), inputs.pop("numbers")
+        labels, numbers = inputs.pop("labels"), inputs.pop("numbers")
         del inputs["shift_labels"]
         # gradients are averaged over processes, while the positions were counted over all
-        loss = self._loss(model, Batch(inputs, wanted, numbers)) / num_items_in_batch * self.args.world_size
+        loss = self._loss(model, Batch(inputs, labels, numbers)) / num_items_in_batch * self.args.world_size
         if not loss.isfinite():
             self._stop(f"the loss became {loss.item()}", numbers)
         self._seen.extend(numbers)
@@ -77,12 +77,12 @@ class Learner(Trainer):  # type: ignore[misc]
         step, ids = self.state.global_step + 1, ", ".join(self._rows[number][0].id for number in numbers)
         why = f"learning_rate {self.args.learning_rate:g} may be too high for this model, lower it"
         if step == 1:
-            why = "nothing was learned yet, so model, teacher or examples give it; a wider dtype (bfloat16, float32) may help"
+            why = "nothing was learned yet, so it comes from model, teacher or examples; a wider dtype (bfloat16, float32) may help"
         raise RunError(f"training: {what} in step {step} of {self.state.max_steps}, on the examples {ids}; {why}")
 
     @property
     def takes_part(self) -> bool:
-        """Whether this process looks at the validation split, and writes what is trained."""
+        """Whether this process evaluates on the validation split, and writes what is trained."""
         return bool(self.is_world_process_zero())
 
     def own(self, file: Path) -> Path:
@@ -93,15 +93,15 @@ class Learner(Trainer):  # type: ignore[misc]
         """What is trained, by name, as it is here."""
         return {name: parameter.detach() for name, parameter in self.model.named_parameters() if parameter.requires_grad}
 
-    def evaluate(self, *given: Any, **named: Any) -> dict[str, float]:
+    def evaluate(self, *arguments: Any, **keywords: Any) -> dict[str, float]:
         self.model.eval()
         value = torch.tensor(self._look() if self.takes_part else 0.0, dtype=torch.float64, device=self.args.device)
         if self.args.world_size > 1:
             broadcast(value, 0)
-        found = {"eval_validation": value.item()}
-        self.log(found)
+        metrics = {"eval_validation": value.item()}
+        self.log(metrics)
         self.control.should_evaluate = False
-        return found
+        return metrics
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: Any) -> bool:
         better = bool(super()._determine_best_metric(metrics, trial))
@@ -114,7 +114,7 @@ class Learner(Trainer):  # type: ignore[misc]
         return better
 
     def _best(self) -> Path:
-        """Where the weights are that the validation split liked best."""
+        """Where the weights with the best metric on the validation split are."""
         return Path(self.args.output_dir) / f"{BEST}{self.state.best_global_step}"
 
     def take_best(self) -> None:
@@ -134,7 +134,7 @@ class Learner(Trainer):  # type: ignore[misc]
 
 
 class Watch(TrainerCallback):  # type: ignore[misc]
-    """Tells the progress, and says when to write a checkpoint.
+    """Reports the progress, and decides when to write a checkpoint.
 
     folder   where checkpoints go, None for none
     """
@@ -152,8 +152,8 @@ class Watch(TrainerCallback):  # type: ignore[misc]
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         self._each_step(state.global_step, state.max_steps)
         seconds, tokens = time.monotonic() - self._since[0], state.num_input_tokens_seen - self._since[1]
-        told = f"training; {self._loss}{tokens / seconds:,.0f} tokens/s"
-        self._context.progress(told, state.global_step, state.max_steps)
+        status = f"training; {self._loss}{tokens / seconds:,.0f} tokens/s"
+        self._context.progress(status, state.global_step, state.max_steps)
         if self._folder and state.global_step < state.max_steps and self._is_due(args.device):
             control.should_save, self._begun = True, time.monotonic()
 
@@ -162,22 +162,22 @@ class Watch(TrainerCallback):  # type: ignore[misc]
             self._loss = f"loss {state.log_history[-1]['loss']:.3g}, "
 
     def _is_due(self, device: torch.device) -> bool:
-        """Whether to write a checkpoint now. The first process's clock decides for all: each writes the state of its random numbers."""
+        """Whether to write a checkpoint now. The first process's clock decides, since all write one together, each its random state."""
         due = time.monotonic() - self._last >= self._pause
         if not self._shared:
             return due
-        told = torch.tensor(due, device=device)
-        broadcast(told, 0)
-        return bool(told)
+        decision = torch.tensor(due, device=device)
+        broadcast(decision, 0)
+        return bool(decision)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **more: Any) -> None:
         assert self._folder
-        made = self._folder / f"checkpoint-{state.global_step}"
+        checkpoint = self._folder / f"checkpoint-{state.global_step}"
         if self._shared:
             barrier()  # then all have written
         if self._first:
-            (made / WHOLE).touch()
-            needed = {made, self._folder / f"{BEST}{state.best_global_step}"}
+            (checkpoint / WHOLE).touch()
+            needed = {checkpoint, self._folder / f"{BEST}{state.best_global_step}"}
             for other in [*self._folder.glob("checkpoint-*"), *self._folder.glob(f"{BEST}*")]:
                 if other not in needed:
                     shutil.rmtree(other)
@@ -186,7 +186,7 @@ class Watch(TrainerCallback):  # type: ignore[misc]
 
 
 def last_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; what a kill left half-written goes."""
+    """The newest complete checkpoint; what a kill left half-written is deleted."""
     whole: dict[int, Path] = {}
     for path in folder.glob("checkpoint-*"):
         if (path / WHOLE).exists():

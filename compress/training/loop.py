@@ -1,4 +1,4 @@
-"""Training for every family: the trainer set up, run, and what it has to say."""
+"""Training for every family: the trainer set up and run, and what the report gets of it."""
 
 import math
 import tempfile
@@ -31,27 +31,29 @@ Rewrite = Callable[[list[Row], int], list[Row]]  # the rows of a batch, steps do
 
 def train(
     model: "PreTrainedModel", material: Material, how: Optimisation, seed: int, context: Context, loss: Loss = targets_loss,
-    known: bool = True, each_step: Step = lambda done, steps: None, rewrite: Rewrite = lambda rows, done: rows,
+    needs_targets: bool = True, each_step: Step = lambda done, steps: None, rewrite: Rewrite = lambda rows, done: rows,
     stopping: EarlyStopping | None = None,
 ) -> None:  # fmt: skip
-    """Train what wants a gradient, in place; goes on from the last checkpoint in `context.scratch`, and ends as if it had never stopped.
+    """Train every parameter that requires a gradient, in place.
 
-    loss       is divided by the number of positions that count in all batches of a step, so accumulated batches are one larger batch
-    known      whether the targets are needed; without, examples that have none are learned from too
-    each_step  called before the first step, which after a kill is the one behind the checkpoint, and after each, before its checkpoint
-    rewrite    called for each batch of the train split before its step; draws no numbers from the global generators, whose state a kill
-               loses there
-    stopping   looks at the validation split now and then, ends early and keeps the best weights
+    Goes on from the last checkpoint in `context.scratch`, and ends as if it had never stopped.
 
-    The processes of `context` train together: what one alone would take as a batch of `batch_size` x processes they share.
+    loss           is divided by the number of positions that count in all batches of a step: accumulated batches are one larger batch.
+    needs_targets  whether the loss needs targets. Without them examples that have none are learned from too.
+    each_step      called before the first step, which after a kill is the one behind the checkpoint, and after each, before its checkpoint.
+    rewrite        called for each batch of the train split before its step. It draws no numbers from the global generators, whose state a
+                   kill loses there.
+    stopping       looks at the validation split now and then, ends early and keeps the best weights.
 
-    Raises DataError where there is too little to learn from, RunError where the loss is no longer a number and where not all processes are
-    there.
+    The processes of `context` train together: they share what a single one would take as a batch of `batch_size` x processes.
+
+    Raises DataError where there is too little to learn from. Raises RunError where the loss is no longer a number, and where not all
+    processes are there.
     """
-    rows, given = material.rows, range(len(material.train))
-    learnable = _learnable(model, rows, given, known)
+    rows, train_numbers = material.rows, range(len(material.train))
+    learnable = _learnable(model, rows, train_numbers, needs_targets)
     if not learnable:
-        raise DataError(f"training: none of the {len(given)} examples of the train split has a target; look at data.target")
+        raise DataError(f"training: none of the {len(train_numbers)} examples of the train split has a target; look at data.target")
     processes, together = context.processes, how.batch_size * context.processes
     size = together * how.accumulate
     if len(learnable) < size:
@@ -65,23 +67,23 @@ def train(
     def batch(shared: list[int]) -> Inputs:
         mine = shared[context.rank :: processes]
         numbers = mine or shared[:1]
-        made = batch_of(model, rewrite([rows[number] for number in numbers], learner.state.global_step), numbers, known)
-        if not mine:  # of an epoch's last rows none may be left, and all have to take part
-            made.wanted.fill_(IGNORED)
+        padded_batch = batch_of(model, rewrite([rows[number] for number in numbers], learner.state.global_step), numbers, needs_targets)
+        if not mine:  # no row of an epoch's last may be left for this process, and all have to take part
+            padded_batch.labels.fill_(IGNORED)
         # the Trainer counts shift_labels where it knows them
-        return {**made.inputs, "labels": made.wanted, "shift_labels": made.wanted, "numbers": numbers}
+        return {**padded_batch.inputs, "labels": padded_batch.labels, "shift_labels": padded_batch.labels, "numbers": numbers}
 
-    behind = range(len(given), len(rows))
-    watched = _learnable(model, rows, behind, known) if stopping else []
+    validation_numbers = range(len(train_numbers), len(rows))
+    watched = _learnable(model, rows, validation_numbers, needs_targets) if stopping else []
     if stopping and not watched:
         raise DataError(
-            f"early_stopping: the validation split gives nothing to learn from (of {len(behind)} examples); look at data.target"
+            f"early_stopping: the validation split gives nothing to learn from (of {len(validation_numbers)} examples); look at data.target"
         )
 
     def look() -> float:
         if stopping and stopping.metric == "rougeL":
             return rouge_of(model, material, watched, how.batch_size)
-        return lost(model, rows, watched, how.batch_size, loss, known)
+        return lost(model, rows, watched, how.batch_size, loss, needs_targets)
 
     with _folder(context) as folder, without_cache(model):
         arguments = _arguments(how, seed, steps, folder, model.device.type == "cuda", stopping)
@@ -97,8 +99,8 @@ def train(
         )  # fmt: skip
         learner.remove_callback(PrinterCallback)
         with arguments.main_process_first(local=False):  # which removes what is half-written
-            begun = last_checkpoint(folder)
-        learner.train(resume_from_checkpoint=begun)
+            checkpoint = last_checkpoint(folder)
+        learner.train(resume_from_checkpoint=checkpoint)
         learner.accelerator.unwrap_model(learner.model_wrapped, keep_fp32_wrapper=False)  # 16 bits were for training
         if stopping:
             learner.take_best()
@@ -107,8 +109,8 @@ def train(
     _tell(context, learner.state, f"{size} on {len(learnable):,} examples{f' in {processes} processes' if processes > 1 else ''}")
     if stopping:
         _tell_best(context, learner.state, f"{stopping.metric} on {len(watched):,} examples of the validation split")
-    if lacking := len(given) - len(learnable):
-        context.say(f"{lacking:,} of {len(given):,} examples have no target and were left out")
+    if lacking := len(train_numbers) - len(learnable):
+        context.say(f"{lacking:,} of {len(train_numbers):,} examples have no target and were left out")
 
 
 def _arguments(how: Optimisation, seed: int, steps: int, folder: Path, on_gpu: bool, stopping: EarlyStopping | None) -> TrainingArguments:
@@ -143,30 +145,30 @@ def _tell_best(context: Context, state: TrainerState, what: str) -> None:
 
 
 def train_all(
-    model: "PreTrainedModel", material: Material, settings: TuneSettings, context: Context, loss: Loss = targets_loss, known: bool = True,
-    rewrite: Rewrite = lambda rows, done: rows,
+    model: "PreTrainedModel", material: Material, settings: TuneSettings, context: Context, loss: Loss = targets_loss,
+    needs_targets: bool = True, rewrite: Rewrite = lambda rows, done: rows,
 ) -> None:  # fmt: skip
-    """Train all weights in float32, in place, zeros kept where the settings say so, split where they say that; the rest is `train`'s.
+    """Train all weights in float32, in place, as `train` does. Zeros are kept and the model is split where the settings say so.
 
-    Raises what `split` raises besides.
+    Raises what `train` and `split` raise.
     """
     model.requires_grad_(True)
     kept = pruned(model) if settings.keep_zeros else {}
     if settings.sharded():
         with split_in_float32(model, context) as parts, zeros_kept_in_parts(parts.get_submodule(name).weight for name in kept):
-            train(parts, material, settings, settings.seed, context, loss, known, rewrite=rewrite, stopping=settings.early_stopping)
+            train(parts, material, settings, settings.seed, context, loss, needs_targets, rewrite=rewrite, stopping=settings.early_stopping)
             context.say(f"weights, gradients and optimiser states were split over {context.processes} processes")
         return
     with in_float32(model), zeros_kept(kept.values()):
-        train(model, material, settings, settings.seed, context, loss, known, rewrite=rewrite, stopping=settings.early_stopping)
+        train(model, material, settings, settings.seed, context, loss, needs_targets, rewrite=rewrite, stopping=settings.early_stopping)
 
 
-def _learnable(model: "PreTrainedModel", rows: list[Row], numbers: Iterable[int], known: bool) -> list[int]:
-    """Of these examples those that say what to learn: for a decoder all, its texts are targets themselves; else those with a target.
+def _learnable(model: "PreTrainedModel", rows: list[Row], numbers: Iterable[int], needs_targets: bool) -> list[int]:
+    """Those of these examples that can be learned from: for a decoder all, since any text is a target; else those with a target.
 
-    known   whether targets are needed; without, all will do
+    needs_targets   whether the loss needs targets; without them all will do
     """
-    if not known or (model.can_generate() and not model.config.is_encoder_decoder):
+    if not needs_targets or (model.can_generate() and not model.config.is_encoder_decoder):
         return list(numbers)
     return [number for number in numbers if any(rows[number][0].references[:1])]
 
@@ -177,12 +179,12 @@ def _folder(context: Context) -> Iterator[Path]:
         context.scratch.mkdir(parents=True, exist_ok=True)
         yield context.scratch
         return
-    with tempfile.TemporaryDirectory() as made:
-        yield Path(made)
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
 
 
 def _point(entry: dict[str, Any]) -> dict[str, float | int | None]:
-    """A point of the training's curve as the report keeps it; a figure that is no number is missing."""
+    """A point of the training curve as the report keeps it; None for a figure that is not finite."""
     names = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "grad_norm", "validation": "eval_validation"}
     figures = {name: entry.get(key) for name, key in names.items()}
     tokens = int(entry["num_input_tokens_seen"]) if "num_input_tokens_seen" in entry else None

@@ -1,4 +1,4 @@
-"""What is learned from: the examples as rows, some of them as a batch, what each position should give."""
+"""What is learned from: the examples as rows, some of them as a batch, and the label of each position."""
 
 import inspect
 from collections.abc import Callable
@@ -45,29 +45,30 @@ def read(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context
 class Batch:
     """What a loss is worked out on.
 
-    inputs   what the model is called with
-    wanted   what each position of the logits should give, `IGNORED` where it counts for nothing; of a classifier one label an example
-    numbers  the examples' places among the rows of the `Material`
+    inputs   what the model is called with.
+    labels   the token that each position of the logits should predict, `IGNORED` where it counts for nothing; of a classifier one label an
+             example.
+    numbers  the examples' places among the rows of the `Material`.
     """
 
     inputs: Inputs
-    wanted: Tensor
+    labels: Tensor
     numbers: list[int]
 
     @property
     def targets(self) -> Tensor:
-        """What the positions that count should give."""
-        return self.wanted[self.wanted != IGNORED]
+        """The labels of the positions that count."""
+        return self.labels[self.labels != IGNORED]
 
     def counted(self, logits: Tensor) -> Tensor:
         """Logits in float32 of the positions that count, (positions, vocabulary); a classifier's all, (examples, labels)."""
-        return logits[self.wanted != IGNORED].float()
+        return logits[self.labels != IGNORED].float()
 
     def logits_of(self, model: Any) -> Tensor:
-        """A model's logits as `counted` gives them. The head is spared what it can be: prompts may be many times the targets."""
-        if self.wanted.ndim == 1 or not _can_leave_out(type(getattr(model, "module", model)).forward):
+        """A model's logits as `counted` gives them. The head is run on as few others as can be: prompts may be many times the targets."""
+        if self.labels.ndim == 1 or not _can_leave_out(type(getattr(model, "module", model)).forward):
             return self.counted(model(**self.inputs).logits)
-        real = self.wanted != IGNORED
+        real = self.labels != IGNORED
         places = real.any(dim=0).nonzero()[:, 0]
         logits: Tensor = model(**self.inputs, logits_to_keep=places).logits
         return logits[real[:, places]].float()
@@ -76,28 +77,28 @@ class Batch:
 Loss = Callable[[Any, Batch], Tensor]  # model, batch -> the loss summed over the positions that count
 
 
-def batch_of(model: "PreTrainedModel", part: list[Row], numbers: list[int], known: bool) -> Batch:
+def batch_of(model: "PreTrainedModel", rows: list[Row], numbers: list[int], needs_targets: bool) -> Batch:
     """Rows as a batch on the model's device."""
-    inputs = padded(model, [(ids, answer) for _, ids, answer in part])
-    return Batch(inputs, labels(model, inputs, part, known), numbers)
+    inputs = padded(model, [(ids, answer) for _, ids, answer in rows])
+    return Batch(inputs, labels(model, inputs, rows, needs_targets), numbers)
 
 
-def labels(model: "PreTrainedModel", inputs: Inputs, rows: list[Row], known: bool = True) -> Tensor:
-    """What each position of the logits should give, `IGNORED` where it counts for nothing; for classifiers one label an example."""
-    if not model.can_generate() and not known:  # any label will do to say that the position counts
+def labels(model: "PreTrainedModel", inputs: Inputs, rows: list[Row], needs_targets: bool = True) -> Tensor:
+    """The token that each position of the logits should predict, `IGNORED` where it counts for nothing; for classifiers the label."""
+    if not model.can_generate() and not needs_targets:  # any label will do to say that the position counts
         return torch.zeros(len(rows), dtype=torch.long, device=model.device)
     if not model.can_generate():
         names = labels_of(model.config)
         return torch.tensor([label_number(names, (example.references or [""])[0]) for example, _, _ in rows], device=model.device)
     both = model.config.is_encoder_decoder
-    wanted = torch.full_like(inputs["decoder_input_ids" if both else "input_ids"], IGNORED)
-    for row, (_, ids, answer) in zip(wanted, rows, strict=True):
+    token_labels = torch.full_like(inputs["decoder_input_ids" if both else "input_ids"], IGNORED)
+    for row, (_, ids, answer) in zip(token_labels, rows, strict=True):
         if both:
             row[: len(answer)] = torch.tensor(answer)
         else:  # position n gives token n + 1; plain texts are learned whole
             start = max(len(ids) - len(answer), 1) if answer else 1
             row[start - 1 : len(ids) - 1] = torch.tensor(ids[start:])
-    return wanted
+    return token_labels
 
 
 def targets_loss(model: Any, batch: Batch) -> Tensor:
@@ -107,5 +108,5 @@ def targets_loss(model: Any, batch: Batch) -> Tensor:
 
 @cache
 def _can_leave_out(forward: Callable[..., Any]) -> bool:
-    """Whether a model can be told which positions want logits."""
+    """Whether a model can be told which positions need logits."""
     return "logits_to_keep" in inspect.signature(forward).parameters

@@ -1,7 +1,8 @@
 """Models that are split over the processes: FSDP, by torch's `fully_shard`.
 
 Each process holds its part of every weight, and of its gradient and the optimiser's states. A block's weights are gathered when it is run,
-in the forward pass and in the backward one, and let go behind it; those outside of all blocks, embeddings and heads, for the whole pass.
+in the forward pass and in the backward one, and freed behind it. Those outside of all blocks, embeddings and heads, stay for the whole
+pass.
 """
 
 from collections.abc import Iterable, Iterator
@@ -29,9 +30,9 @@ OPTIMIZER = "optimizer.pt"
 
 
 def split(model: "PreTrainedModel", context: Context, dtype: torch.dtype | None = None) -> None:
-    """Leave each process its part of a model's weights, on its device; in place, and there is no way back.
+    """Leave each process its part of a model's weights, on its device. In place, and it can't be undone.
 
-    model   best in main memory, since a device then has a single block of it whole at a time
+    model   best in main memory, since a device then holds a single whole block of it at a time
     dtype   what the weights become; None leaves them
 
     Raises ModelError where the weights are packed, RunError where a process has more than its part.
@@ -49,7 +50,7 @@ def split(model: "PreTrainedModel", context: Context, dtype: torch.dtype | None 
 
 
 def _check(parameters: list[nn.Parameter], context: Context) -> None:
-    """Raises RunError where this process has more of the weights than its part, which ends at a row of each."""
+    """Raises RunError where this process has more than its part of the weights, each of which is split between rows."""
     whole, here = sum(p.numel() for p in parameters), sum(_part(p).numel() for p in parameters)
     if here > whole / context.processes + sum(p.numel() / len(p) for p in parameters):
         raise RunError(
@@ -59,7 +60,7 @@ def _check(parameters: list[nn.Parameter], context: Context) -> None:
 
 @contextmanager
 def split_in_float32(model: "PreTrainedModel", context: Context) -> Iterator["PreTrainedModel"]:
-    """A copy of the model, in float32 and split; what it is trained to is put into the model, each weight in the dtype it has there.
+    """A copy of the model, in float32 and split. Its trained weights are put into the model at the end, each in the dtype it has there.
 
     Raises what `split` raises.
     """
@@ -74,7 +75,7 @@ def split_in_float32(model: "PreTrainedModel", context: Context) -> Iterator["Pr
 
 @contextmanager
 def zeros_kept_in_parts(weights: Iterable[Tensor]) -> Iterator[None]:
-    """As `weights.zeros_kept`; a split weight's gradient comes past hooks on the gradient, so it is changed when it is there."""
+    """As `weights.zeros_kept`, after the gradient is accumulated: hooks on a gradient don't see that of a split weight."""
     hooks = [weight.register_post_accumulate_grad_hook(_without_zeros) for weight in weights]  # type: ignore[no-untyped-call]
     try:
         yield
@@ -91,8 +92,8 @@ def _without_zeros(weight: Tensor) -> None:
 class ShardedLearner(Learner):
     """The learner of a split model. All processes look at the validation split together, and each writes and reads its own part."""
 
-    def __init__(self, *given: Any, **named: Any):
-        super().__init__(*given, **named)
+    def __init__(self, *arguments: Any, **keywords: Any):
+        super().__init__(*arguments, **keywords)
         # gradients are averaged by the model itself; this makes no copies for that
         self.accelerator.prepare_model = partial(self.accelerator.prepare_model, evaluation_mode=True)
 
@@ -130,7 +131,7 @@ def is_split(model: nn.Module) -> bool:
 
 
 def _part(tensor: Tensor) -> Tensor:
-    """What this process has of a tensor, all of it where it isn't split."""
+    """This process's part of a tensor, all of it where it isn't split."""
     return tensor.to_local().detach() if isinstance(tensor, DTensor) else tensor
 
 

@@ -3,10 +3,10 @@
     python reports/memory/after_ten_steps.py FOLDER... [--report REPORT.json ...]
 
 For each folder of a causal model, in a process of its own: `from_pretrained`, ten tokens written after a prompt of 128, freed memory given
-back. Then what is resident more than before the model was loaded, of that what is mapped from files and what of it is code of libraries,
-and the bytes of all tensors that Python's garbage collector knows of, each stretch of memory once. Ten tokens again give the high-water
-mark, where it can be set back. With `--report`, in the same order, a report's candidate stands beside each: its weights, its peak while
-running, and how far off they are, code left out, which is no part of what a model takes.
+back. Printed is the resident memory that has been added since before the model was loaded. Of that, what is mapped from files, and what of
+it is code of libraries. Then the bytes of all tensors that Python's garbage collector knows of, each stretch of memory once. Ten tokens
+again give the high-water mark, where it can be set back. With `--report`, in the same order, a report's candidate stands beside each: its
+weights, its peak while running, and how far off they are. Code is left out there, since it is no part of what a model takes.
 """
 
 import argparse
@@ -34,17 +34,17 @@ def main() -> None:
         apart = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "16384", "MALLOC_TRIM_THRESHOLD_": "0"}
         run = subprocess.run([sys.executable, __file__, "--one", folder], check=True, capture_output=True, text=True, env=apart)
         lines = run.stdout.splitlines()
-        found = json.loads(lines[-1])
-        cells = [f"{found[name] / 1e6:.1f} MB" if found[name] else "-" for name in ("resident", "file", "code", "tensors", "peak")]
-        cells += ["-", "-"] if report is None else beside(report, found)
+        sizes = json.loads(lines[-1])
+        cells = [f"{sizes[name] / 1e6:.1f} MB" if sizes[name] else "-" for name in ("resident", "file", "code", "tensors", "peak")]
+        cells += ["-", "-"] if report is None else beside(report, sizes)
         print(f"| {folder.name} | {' | '.join(cells)} |", flush=True)
 
 
-def beside(report: Path, found: dict[str, int]) -> list[str]:
+def beside(report: Path, sizes: dict[str, int]) -> list[str]:
     sides = [side for side in json.loads(report.read_text())["sides"] if side["role"] == "candidate"]
     values = {m["metric"]: m["value"] for m in sides[-1]["measurements"] if m["batch_size"] is None}
-    pairs = ((values["weight_bytes"], found["tensors"]), (values["peak_run_bytes"], found["peak"] - found["code"]))
-    return [f"{said / 1e6:.1f} MB" + (f" ({100 * (said / seen - 1):+.1f} %)" if seen else "") for said, seen in pairs]
+    pairs = ((values["weight_bytes"], sizes["tensors"]), (values["peak_run_bytes"], sizes["peak"] - sizes["code"]))
+    return [f"{ours / 1e6:.1f} MB" + (f" ({100 * (ours / plain - 1):+.1f} %)" if plain else "") for ours, plain in pairs]
 
 
 def held(folder: Path) -> dict[str, int]:
@@ -62,12 +62,13 @@ def held(folder: Path) -> dict[str, int]:
     toy = transformers.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=64, num_hidden_layers=1, num_attention_heads=1, **ends)
     generate(transformers.LlamaForCausalLM(toy))
     before = resident()
-    known = {id(tensor) for tensor in tensors()}
+    tensors_before = {id(tensor) for tensor in tensors()}
     model = transformers.AutoModelForCausalLM.from_pretrained(folder)
     generate(model)
     gc.collect()
     after = resident()
-    stretches = sorted(stretch(tensor) for tensor in tensors() if id(tensor) not in known and not hasattr(tensor, "__tensor_flatten__"))
+    added = (tensor for tensor in tensors() if id(tensor) not in tensors_before)
+    stretches = sorted(stretch(tensor) for tensor in added if not hasattr(tensor, "__tensor_flatten__"))
     total, end = 0, 0
     for first, last in stretches:
         total, end = total + max(0, last - max(first, end)), max(end, last)

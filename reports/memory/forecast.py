@@ -2,9 +2,9 @@
 
     python reports/memory/forecast.py [--out reports/memory]
 
-For each model and batch size: what config.json foretells, what the harness measures (the process's own high-water mark, and samples from
-outside). For each model at the largest batch: what GNU time says of another process that does the same work and never sets a mark
-back, less what that held before the model. The models have other sizes than those that the forecast's constants were taken from.
+For each model and batch size: the forecast from config.json, and what the harness measures (the process's own high-water mark, and samples
+from outside). For each model at the largest batch: what GNU time reports of another process that does the same work and never sets a mark
+back. What that held before the model is taken off. The models have other sizes than those that the forecast's constants were taken from.
 """
 
 import argparse
@@ -95,11 +95,11 @@ def measure(name: str, folder: Path) -> dict[int, dict[str, int]]:
 
 
 def by_time(name: str, folder: Path) -> int:
-    """GNU time's maximum resident set of a process that does the same work, less what it says it held before; in bytes."""
+    """GNU time's maximum resident set of a process that does the same work, less what it held before the model; in bytes."""
     work = [sys.executable, "-c", WORK, str(folder), MODELS[name][0], ",".join(map(str, BATCHES)), str(PROMPT), str(NEW)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
-    told = subprocess.run(["/usr/bin/time", "-v", *work], env=environment, capture_output=True, text=True, check=True)
-    return int(re.search(r"Maximum resident set size \(kbytes\): (\d+)", told.stderr)[1]) * 1024 - int(told.stdout)
+    answer = subprocess.run(["/usr/bin/time", "-v", *work], env=environment, capture_output=True, text=True, check=True)
+    return int(re.search(r"Maximum resident set size \(kbytes\): (\d+)", answer.stderr)[1]) * 1024 - int(answer.stdout)
 
 
 def rows(name: str) -> list[dict[str, object]]:
@@ -110,7 +110,7 @@ def rows(name: str) -> list[dict[str, object]]:
         peaks = measure(name, folder)
         outside = by_time(name, folder)
         shape = read(read_config(folder), MODELS[name][0])
-    found = []
+    table = []
     for batch, peak in peaks.items():
         foretold = footprint(weight_bytes(shape, "FP32"), shape, 4, batch, PROMPT, NEW, "cpu")
         row = {
@@ -121,22 +121,22 @@ def rows(name: str) -> list[dict[str, object]]:
         }  # fmt: skip
         if batch == BATCHES[-1]:
             row |= {"gnu_time_bytes": outside, "harness_against_time_percent": round(100 * (peak["peak"] / outside - 1), 2)}
-        found.append(row)
+        table.append(row)
         print(row, flush=True)
-    return found
+    return table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent)
-    given = parser.parse_args()
-    found = [row for name in MODELS for row in rows(name)]
-    with (given.out / "forecast.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, max(found, key=len))
+    arguments = parser.parse_args()
+    table = [row for name in MODELS for row in rows(name)]
+    with (arguments.out / "forecast.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, max(table, key=len))
         writer.writeheader()
-        writer.writerows(found)
-    worst = max(abs(float(str(row["forecast_error_percent"]))) for row in found)
-    furthest = max(abs(float(str(row.get("harness_against_time_percent", 0)))) for row in found)
+        writer.writerows(table)
+    worst = max(abs(float(str(row["forecast_error_percent"]))) for row in table)
+    furthest = max(abs(float(str(row.get("harness_against_time_percent", 0)))) for row in table)
     print(f"the forecast is off by at most {worst} %; the harness differs from GNU time by at most {furthest} %")
 
 

@@ -3,10 +3,10 @@
     python reports/peers/compare.py MODEL CALIBRATION TEST --out FOLDER --peers autoround=PYTHON gptqmodel:searched=PYTHON [--rounds 0 1 2]
 
 CALIBRATION and TEST are JSON lines with a `text` each, or one text, of which rows are cut. Every tool runs in its own environment (a peer
-NAME is the file by_NAME.py), a fresh process for each round, grid and tool, in random order, on the same rows of token ids, drawn anew for
-each round; its dequantised weights are put into the original model here and measured by one function (outputs.py). Runs where this package
-is installed. Writes FOLDER/results.csv, a line as soon as a run ends, and FOLDER/results.md from all lines there; what stands in the file
-isn't run again, so that a table can be made in several goes: to have a run again, delete its line.
+NAME is the file by_NAME.py). Each round, grid and tool has a fresh process, in random order. All get the same rows of token ids, drawn anew
+for each round. A tool's dequantised weights are put into the original model here and measured by one function (outputs.py). Runs where this
+package is installed. Writes FOLDER/results.csv, a line as soon as a run ends, and FOLDER/results.md from all lines there. A run whose line
+is in the file isn't repeated, so a table can be made in several goes; delete the line to run it again.
 """
 
 import argparse
@@ -41,31 +41,31 @@ class Tool:
 
 
 def main() -> None:
-    given = _arguments()
-    torch.set_num_threads(given.threads)
+    arguments = _arguments()
+    torch.set_num_threads(arguments.threads)
     torch.set_grad_enabled(False)
 
-    tokenizer = AutoTokenizer.from_pretrained(given.model)
-    _, test = _rows(given.test, tokenizer, given.test_rows, given.test_tokens, None)
+    tokenizer = AutoTokenizer.from_pretrained(arguments.model)
+    _, test = _rows(arguments.test, tokenizer, arguments.test_rows, arguments.test_tokens, None)
     scratch = tempfile.TemporaryDirectory()
-    if "ForCausalLM" in AutoConfig.from_pretrained(given.model).architectures[0]:
-        original, folder, task = Decoder(given.model, test), given.model, "causal-lm"
+    if "ForCausalLM" in AutoConfig.from_pretrained(arguments.model).architectures[0]:
+        original, folder, task = Decoder(arguments.model, test), arguments.model, "causal-lm"
     else:
-        original, folder, task = Encoder(given.model, test), Path(scratch.name), "sequence-classification"
+        original, folder, task = Encoder(arguments.model, test), Path(scratch.name), "sequence-classification"
         original.model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
     print(original.about, flush=True)
 
-    tools = [Tool(f"compress {method}", given.ours, "by_us.py", method) for method in given.methods]
-    for peer in given.peers:
+    tools = [Tool(f"compress {method}", arguments.ours, "by_us.py", method) for method in arguments.methods]
+    for peer in arguments.peers:
         name, python = peer.split("=", 1)
         package, _, method = name.partition(":")
         tools.append(Tool(name.replace(":", " "), python, f"by_{package}.py", method or "plain"))
-    given.out.mkdir(parents=True, exist_ok=True)
-    file = given.out / "results.csv"
-    every = list(itertools.product(given.bits, given.grids, tools))
-    for turn in given.rounds:
-        texts, rows = _rows(given.calibration, tokenizer, given.rows, given.tokens, turn)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    file = arguments.out / "results.csv"
+    every = list(itertools.product(arguments.bits, arguments.grids, tools))
+    for turn in arguments.rounds:
+        texts, rows = _rows(arguments.calibration, tokenizer, arguments.rows, arguments.tokens, turn)
         for bits, grid, tool in random.Random(turn).sample(every, len(every)):
             run = {"bits": bits, "grid": grid, "tool": tool.name, "round": turn}
             runs = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=RUN)  # another process may have added to it
@@ -73,10 +73,10 @@ def main() -> None:
                 continue
             with tempfile.TemporaryDirectory() as out:
                 job = Job(
-                    str(folder.resolve()), task, tool.method, bits, grid == "symmetric", given.group_size, rows, texts, given.tokens,
-                    given.steps, max(1, STEP_TOKENS // given.tokens), out,
+                    str(folder.resolve()), task, tool.method, bits, grid == "symmetric", arguments.group_size, rows, texts,
+                    arguments.tokens, arguments.steps, max(1, STEP_TOKENS // arguments.tokens), out,
                 )  # fmt: skip
-                run |= _in_turn(tool, job, given.threads)
+                run |= _in_turn(tool, job, arguments.threads)
                 if "failed" not in run:
                     put(original.model, Path(out) / "weights.safetensors")
                     run |= original.figures()
@@ -85,8 +85,8 @@ def main() -> None:
             )
             runs = pd.read_csv(file) if file.exists() else pd.DataFrame(columns=RUN)
             pd.concat([runs, pd.DataFrame([run])]).to_csv(file, index=False)
-    text = "\n".join([*_header(given, original), "", *_markdown(_table(pd.read_csv(file)))])
-    (given.out / "results.md").write_text(f"{text}\n", encoding="utf-8")
+    text = "\n".join([*_header(arguments, original), "", *_markdown(_table(pd.read_csv(file)))])
+    (arguments.out / "results.md").write_text(f"{text}\n", encoding="utf-8")
     print(text)
 
 
@@ -95,24 +95,24 @@ def _arguments() -> argparse.Namespace:
     for name in ("model", "calibration", "test"):
         parser.add_argument(name, type=Path)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--methods", nargs="*", default=["gptq"], help="this package's, with settings behind a colon: gptq:tune=50")
+    parser.add_argument("--methods", nargs="*", default=["gptq"], help="this package's methods, with settings behind a colon: gptq:tune=50")
     parser.add_argument("--peers", nargs="+", default=[], metavar="NAME[:METHOD]=PYTHON")
     parser.add_argument("--ours", default=sys.executable, metavar="PYTHON")
     parser.add_argument("--bits", nargs="+", type=int, default=[4, 3])
     parser.add_argument("--grids", nargs="+", choices=["symmetric", "asymmetric"], default=["symmetric", "asymmetric"])
     parser.add_argument("--group-size", type=int, default=64)
-    parser.add_argument("--rows", type=int, default=64, help="of calibration")
-    parser.add_argument("--tokens", type=int, default=256, help="of each row of calibration, at most")
-    parser.add_argument("--steps", type=int, default=100, help=f"of methods that learn, each of {STEP_TOKENS} tokens")
+    parser.add_argument("--rows", type=int, default=64, help="calibration rows")
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of a calibration row, at most")
+    parser.add_argument("--steps", type=int, default=100, help=f"steps of methods that learn, each of {STEP_TOKENS} tokens")
     parser.add_argument("--test-rows", type=int, default=60)
-    parser.add_argument("--test-tokens", type=int, default=512, help="of each row of the test, at most")
-    parser.add_argument("--rounds", type=int, nargs="+", default=[0, 1, 2], help="each draws calibration rows of its own")
+    parser.add_argument("--test-tokens", type=int, default=512, help="tokens of a test row, at most")
+    parser.add_argument("--rounds", type=int, nargs="+", default=[0, 1, 2], help="seeds, each of which draws its own calibration rows")
     parser.add_argument("--threads", type=int, default=1)
     return parser.parse_args()
 
 
 def _rows(file: Path, tokenizer: PreTrainedTokenizerBase, count: int, tokens: int, seed: int | None) -> tuple[list[str], list[list[int]]]:
-    """So many texts and their token ids, drawn with a seed; without one the first, or evenly spread over the one text that there is."""
+    """`count` texts and their token ids, drawn with a seed; without one the first, or evenly spread over a single text."""
     if file.suffix == ".jsonl":
         texts = [json.loads(line)["text"] for line in file.read_text(encoding="utf-8").splitlines()]
         drawn = texts[:count] if seed is None else random.Random(seed).sample(texts, count)
@@ -122,7 +122,7 @@ def _rows(file: Path, tokenizer: PreTrainedTokenizerBase, count: int, tokens: in
 
 
 def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, count: int, tokens: int, seed: int | None) -> Iterator[tuple[str, list[int]]]:
-    """Pieces of so many tokens, the tokenizer's own included, that tokenise to themselves, as a tool that is given text reads them."""
+    """Pieces of `tokens` tokens, special ones included, that tokenise to themselves, so that a tool reads the same from the text."""
     ids, draw = tokenizer(text, add_special_tokens=False, verbose=False).input_ids, random.Random(seed)
     own = len(tokenizer("").input_ids)
     for number in itertools.count():
@@ -134,7 +134,7 @@ def _pieces(tokenizer: PreTrainedTokenizerBase, text: str, count: int, tokens: i
 
 
 def _in_turn(tool: Tool, job: Job, threads: int) -> dict[str, str | float]:
-    """What the worker of a tool says of itself, or the last line of its complaint."""
+    """What a tool's worker measured, or the last line of its error."""
     file = Path(job.out) / "job.json"
     file.write_text(json.dumps(asdict(job)), encoding="utf-8")
     environment = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "HF_HUB_OFFLINE": "1"}
@@ -147,7 +147,7 @@ def _in_turn(tool: Tool, job: Job, threads: int) -> dict[str, str | float]:
 
 
 def _table(runs: pd.DataFrame) -> list[dict[str, str]]:
-    """A row for each grid and tool over all rounds: means of what the test texts gave, medians of time and memory; least and most."""
+    """A row for each grid and tool over all rounds: means of the figures on the test texts, medians of time and memory; least and most."""
     order = list(dict.fromkeys(sorted(runs.tool, key=lambda tool: (not tool.startswith("compress"), tool))))
     table = []
     for (bits, grid, tool), same in runs.groupby(["bits", "grid", "tool"]):
@@ -174,15 +174,15 @@ def _table(runs: pd.DataFrame) -> list[dict[str, str]]:
 
 
 def _spread(values: pd.Series, middle: float, form: str) -> str:
-    """What stands for several rounds, with the least and the most of them."""
+    """The figure for several rounds, with the least and the most of them."""
     return f"{middle:{form}}" + (f" ({values.min():{form}} to {values.max():{form}})" if len(values) > 1 else "")
 
 
-def _header(given: argparse.Namespace, original: Original) -> list[str]:
+def _header(arguments: argparse.Namespace, original: Original) -> list[str]:
     return [
-        f"`{given.model.name}`: {original.about}. Groups of {given.group_size}. {given.rows} calibration rows of at most"
-        f" {given.tokens} tokens, drawn anew for each round. {given.steps} steps of {STEP_TOKENS:,} tokens by what learns. Threads:"
-        f" {given.threads}.",
+        f"`{arguments.model.name}`: {original.about}. Groups of {arguments.group_size}. {arguments.rows} calibration rows of at most"
+        f" {arguments.tokens} tokens, drawn anew for each round. {arguments.steps} steps of {STEP_TOKENS:,} tokens for methods that learn."
+        f" Threads: {arguments.threads}.",
     ]
 
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 class Original(Protocol):
     """The uncompressed model's outputs on test rows, from which others' are measured.
 
-    about  what is known of the model itself, for the table's head
+    about  the model and the test texts in a line, for the table's head
     """
 
     model: PreTrainedModel
@@ -65,10 +65,10 @@ class Decoder:
 class Losses:
     """What each token of the test rows lost; nats, (tokens,), and to which row it belongs.
 
-    likelihood  its negative log-likelihood
-    divergence  of the original's distribution from the model's
-    top         whether both have the same likeliest token
-    first       whether it is predicted from a row's first token alone
+    likelihood  its negative log-likelihood.
+    divergence  of the original's distribution from the model's.
+    top         whether both have the same likeliest token.
+    first       whether it is predicted from only a row's first token.
     """
 
     likelihood: Tensor
@@ -85,7 +85,7 @@ class Losses:
 class Encoder:
     """Mean distance (one less the cosine) of a text's embedding, its last hidden states' mean, from the original's.
 
-    The tools are given the encoder in a classifier, since not all take it alone; its head, drawn at random, is not looked at.
+    The tools get the encoder in a classifier, since not all take a bare one; its head, drawn at random, is not looked at.
     """
 
     def __init__(self, folder: Path, rows: list[list[int]]):

@@ -1,4 +1,4 @@
-"""What every worker does alike: read the job, warm up, quantise with a clock and a look at memory, write the weights down.
+"""What every worker does alike: read the job, warm up, quantise while time and memory are measured, write the weights.
 
     python by_TOOL.py JOB.json
 
@@ -26,12 +26,12 @@ WARM_UP = 4  # rows, and steps
 class Job:
     """What is to be quantised, and how; the fields of JOB.json.
 
-    task    causal-lm or sequence-classification
-    method  the tool's own, where it has several
-    rows    the calibration rows as token ids
-    texts   the same rows as text, for a tool that wants to tokenise by itself
-    steps   of methods that learn, each of them `batch` rows
-    out     a folder for `result.json` and `weights.safetensors`
+    task    causal-lm or sequence-classification.
+    method  the tool's own, where it has several.
+    rows    the calibration rows as token ids.
+    texts   the same rows as text, for a tool that tokenises by itself.
+    steps   of methods that learn, each of them `batch` rows.
+    out     a folder for `result.json` and `weights.safetensors`.
     """
 
     model: str
@@ -51,11 +51,11 @@ class Job:
 def work(quantise: Callable[[Job], Any], weights: Callable[[Any], dict[str, Tensor]], package: str) -> None:
     """Do the job that the command line names.
 
-    quantise  from the model's folder to its quantised form in memory
-    weights   what the quantised linear layers stand for, by the names of the original's parameters
-    package   the distribution whose version is noted
+    quantise  from the model's folder to its quantised form in memory.
+    weights   the dequantised weights of the linear layers, by the names of the original's parameters.
+    package   the distribution whose version is noted.
 
-    The whole is done once on a few rows before the clock starts: imports inside functions and compiled extensions are then there.
+    It is all done once on a few rows before the clock starts, so that imports inside functions and compiled extensions are there.
     """
     job = Job(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     quantise(replace(job, rows=job.rows[:WARM_UP], texts=job.texts[:WARM_UP], steps=min(job.steps, WARM_UP), batch=min(job.batch, WARM_UP)))

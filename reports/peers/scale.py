@@ -2,8 +2,9 @@
 
     python reports/peers/scale.py WORK_FOLDER [--width 2048 --layers 22] [--samples 16 --tokens 128]
 
-Prints a line for every depth asked for: seconds of the calibration pass, and the highest resident memory while it ran above that of the
-process with all libraries imported, beside what the packed model, one block in float32 and the hidden states of all examples take.
+Prints a line for every depth asked for. It has the seconds of the calibration pass and the highest resident memory while it ran, above that
+of the process with all libraries imported. Beside it stands what the packed model, a block in float32 and the hidden states of all examples
+take.
 """
 
 import argparse
@@ -71,12 +72,12 @@ def solve(folder: Path, samples: int, tokens: int) -> None:
         + 2 * config.hidden_size * 64 * config.num_key_value_heads
         + 3 * config.hidden_size * config.intermediate_size
     )
-    found = {
+    figures = {
         "layers": layers, "parameters": sum(t.numel() for t in bundle.model.parameters()), "seconds": seconds, "seconds_by_block": marks,
         "grown_bytes": peak - before, "packed_bytes": weight_bytes(bundle.model), "block_bytes": block,
         "activation_bytes": 4 * samples * tokens * config.hidden_size,
     }  # fmt: skip
-    print(json.dumps(found))
+    print(json.dumps(figures))
 
 
 def main() -> None:
@@ -87,20 +88,20 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=16)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--solve", action="store_true", help=argparse.SUPPRESS)
-    given = parser.parse_args()
-    if given.solve:
-        solve(given.work, given.samples, given.tokens)
+    arguments = parser.parse_args()
+    if arguments.solve:
+        solve(arguments.work, arguments.samples, arguments.tokens)
         return
-    for layers in given.layers:
-        folder = given.work / f"llama-{given.width}-{layers}"
+    for layers in arguments.layers:
+        folder = arguments.work / f"llama-{arguments.width}-{layers}"
         shutil.rmtree(folder, ignore_errors=True)
-        command = [sys.executable, __file__, "--samples", str(given.samples), "--tokens", str(given.tokens)]
+        command = [sys.executable, __file__, "--samples", str(arguments.samples), "--tokens", str(arguments.tokens)]
         subprocess.run([sys.executable, "-c", f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path; "
-                        f"import scale; scale.make(Path({str(folder)!r}), {given.width}, {layers})"], check=True)  # fmt: skip
+                        f"import scale; scale.make(Path({str(folder)!r}), {arguments.width}, {layers})"], check=True)  # fmt: skip
         done = subprocess.run([*command, "--solve", str(folder)], check=True, stdout=subprocess.PIPE, text=True)
-        found = json.loads(done.stdout.splitlines()[-1])
-        sizes = {key: f"{value / 2**20:,.0f} MiB" for key, value in found.items() if key.endswith("_bytes")}
-        print(f"{layers} layers of width {given.width}: {found['seconds']:.1f} s, {sizes}", flush=True)
+        figures = json.loads(done.stdout.splitlines()[-1])
+        sizes = {key: f"{value / 2**20:,.0f} MiB" for key, value in figures.items() if key.endswith("_bytes")}
+        print(f"{layers} layers of width {arguments.width}: {figures['seconds']:.1f} s, {sizes}", flush=True)
         shutil.rmtree(folder)
 
 

@@ -11,8 +11,8 @@ def losses(monkeypatch):
     """The loss of every batch as the Trainer has it."""
     seen, plain = [], Learner.compute_loss
 
-    def compute_loss(self, *given, **named):
-        seen.append((loss := plain(self, *given, **named)).item())
+    def compute_loss(self, *arguments, **keywords):
+        seen.append((loss := plain(self, *arguments, **keywords)).item())
         return loss
 
     monkeypatch.setattr(Learner, "compute_loss", compute_loss)

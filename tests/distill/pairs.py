@@ -15,17 +15,17 @@ def source(folder, kind, dtype="float32"):
     return Source(str(folder), TASKS[kind], dtype)
 
 
-def distil(method, made, original, told=None, **settings):
+def distil(method, stage_model, original, told=None, **settings):
     """The bundle after `distill: method`, and what was told meanwhile.
 
     original   a folder; what the recipe's own model is
     """
-    found, task = find("distill", method), made.source.task
-    chosen = found.Settings(**settings)
+    module, task = find("distill", method), stage_model.source.task
+    chosen = module.Settings(**settings)
     told = told or context(examples=examples(label=task == "sequence-classification"))
     told.models["original"] = Source(str(original), task, "float32")
     told.models.update({role: Source(other.id, task, other.dtype, bits=other.bits) for role, other in chosen.models().items()})
-    return found.apply(made, chosen, told), told
+    return module.apply(stage_model, chosen, told), told
 
 
 def outlives_a_kill(distilled, scratch, step, max_tokens=32):
@@ -45,8 +45,8 @@ def outlives_a_kill(distilled, scratch, step, max_tokens=32):
     with pytest.raises(Killed):
         run(scratch, step)
     left = checkpoints(scratch)
-    found, steps = run(scratch)
-    assert all(torch.equal(found[name], whole[name]) for name in whole)
+    resumed, steps = run(scratch)
+    assert all(torch.equal(resumed[name], whole[name]) for name in whole)
     return left, steps
 
 
@@ -54,25 +54,25 @@ def two(kind, folder, **changes):
     """Folders of a lively teacher and of another student without dropout; `changes` are of the student's config."""
     teacher = calm(kind, folder / "teacher")
     student = calm(kind, folder / "student", **changes)
-    made = bundle(student, kind).model
+    model = bundle(student, kind).model
     torch.manual_seed(7)
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
-    made.tie_weights()
-    return teacher, saved(made, folder / "student" / kind)
+    model.tie_weights()
+    return teacher, saved(model, folder / "student" / kind)
 
 
 def speaker(kind, folder):
     """A folder with a model that says words of the tokenizer, and not the same to everybody."""
-    made = bundle(calm(kind, folder, vocab_size=23), kind).model
+    model = bundle(calm(kind, folder, vocab_size=23), kind).model
     with torch.no_grad():
-        for parameter in made.parameters():
+        for parameter in model.parameters():
             if kind == "t5" and len(parameter) == 23:
                 parameter.mul_(0.1)  # else it has two favourites
             elif kind != "t5" and parameter.ndim > 1:
                 parameter.mul_(4 if kind == "llama" else 8)
-    return saved(made, folder / kind)
+    return saved(model, folder / kind)
 
 
 def inputs_of(model, tokenizer, example):
@@ -83,8 +83,8 @@ def inputs_of(model, tokenizer, example):
         return {"input_ids": torch.tensor([[*ids, end]])}, None, torch.tensor([int(answer)])
     target = [*tokenizer(answer, add_special_tokens=False).input_ids, end]
     if model.config.is_encoder_decoder:
-        said = torch.tensor([[model.config.decoder_start_token_id, *target[:-1]]])
-        return {"input_ids": torch.tensor([[*ids, end]]), "decoder_input_ids": said}, slice(None), torch.tensor(target)
+        decoder_ids = torch.tensor([[model.config.decoder_start_token_id, *target[:-1]]])
+        return {"input_ids": torch.tensor([[*ids, end]]), "decoder_input_ids": decoder_ids}, slice(None), torch.tensor(target)
     return {"input_ids": torch.tensor([[*ids, *target]])}, slice(len(ids) - 1, -1), torch.tensor(target)
 
 
@@ -102,8 +102,8 @@ def kl(p, q):
     return float((p * (p / q).log()).sum())
 
 
-def divergence(told, known, kind, temperature):
+def divergence(student, teacher, kind, temperature):
     """The textbook's sums over the vocabulary, in float64, of all positions."""
-    q, p = softened(told.double(), temperature), softened(known.double(), temperature)
+    q, p = softened(student.double(), temperature), softened(teacher.double(), temperature)
     apart = {"forward": kl(p, q), "reverse": kl(q, p), "jensen-shannon": (kl(p, (p + q) / 2) + kl(q, (p + q) / 2)) / 2}
     return temperature**2 * apart[kind]

@@ -36,19 +36,19 @@ def logits(model):
 @pytest.mark.parametrize(("bits", "tolerance"), [(8, 0.04), (4, 0.30)])
 @pytest.mark.parametrize("kind", TASKS)
 def test_linear_weights_lie_packed_and_logits_stay_near(toys, caplog, kind, bits, tolerance):
-    whole, found = load_model(source(toys[kind], kind), "cpu"), packed(toys[kind], kind, bits)
+    whole, quantised = load_model(source(toys[kind], kind), "cpu"), packed(toys[kind], kind, bits)
     layers = {name: layer.weight for name, layer in whole.named_modules() if isinstance(layer, torch.nn.Linear | Conv1D)}
     saved = 0
     for name, weight in layers.items():
-        held = found.get_submodule(name).weight
+        held = quantised.get_submodule(name).weight
         if name.rsplit(".", 1)[-1] in FULL[kind] | (ODD if (kind, bits) == ("llama", 4) else set()):
             assert torch.equal(held, weight)
             continue
         assert not held.dtype.is_floating_point
         assert held.numel() * held.element_size() * 8 == weight.numel() * bits
         saved += weight.numel() * (4 - bits / 8)
-    assert 0.85 * saved < weight_bytes(whole) - weight_bytes(found) < saved  # the rest are scales
-    expected, near = logits(whole), logits(found)
+    assert 0.85 * saved < weight_bytes(whole) - weight_bytes(quantised) < saved  # the rest are scales
+    expected, near = logits(whole), logits(quantised)
     assert 0 < float((near - expected).norm() / expected.norm()) < tolerance
     assert not [record for record in caplog.records if record.name.startswith("bitsandbytes")]
 
@@ -57,9 +57,9 @@ def test_linear_weights_lie_packed_and_logits_stay_near(toys, caplog, kind, bits
 def test_it_teaches_as_the_whole_one_does(tmp_path, monkeypatch, losses, kind, bits):
     teacher, student = two(kind, tmp_path)
     seen, plain = [], _pair.teacher_of
-    monkeypatch.setattr(_pair, "teacher_of", lambda *given: seen.append(plain(*given)) or seen[-1])
+    monkeypatch.setattr(_pair, "teacher_of", lambda *arguments: seen.append(plain(*arguments)) or seen[-1])
     how = {"steps": 15, "batch_size": 6, "learning_rate": 1e-2, "label_weight": 0}
-    made, _ = distil("logits", bundle(student, kind), teacher, teacher={"id": str(teacher), "bits": bits}, **how)
+    trained, _ = distil("logits", bundle(student, kind), teacher, teacher={"id": str(teacher), "bits": bits}, **how)
     assert losses[-1] < 0.7 * losses[0]
     again = packed(teacher, kind, bits).state_dict()
     scales = ("absmax", "quant_map", "quant_state")  # a CPU with AVX-512 BF16 keeps those of 4 bits in bfloat16
@@ -68,7 +68,7 @@ def test_it_teaches_as_the_whole_one_does(tmp_path, monkeypatch, losses, kind, b
         for name, tensor in seen[0].model.state_dict().items()
         if bits == 8 or not any(s in name for s in scales)
     )
-    assert all(parameter.dtype == torch.float32 for parameter in made.model.parameters()), "the student is an ordinary model"
+    assert all(parameter.dtype == torch.float32 for parameter in trained.model.parameters()), "the student is an ordinary model"
     distil("logits", bundle(student, kind), teacher, **{**how, "steps": 1})
     assert losses[0] == pytest.approx(losses[-1], rel=0.3 if bits == 4 else 0.05) and losses[0] != losses[-1]
 
@@ -83,7 +83,7 @@ def test_every_method_takes_one(tmp_path, method):
 def test_bits_are_a_part_of_what_a_model_is(toys):
     for id in (str(toys["llama"]), "some/model"):
         seen = [fingerprint(Source(id, "causal-lm", bits=bits)) for bits in (None, 4, 8)]
-        assert all(one != other for n, one in enumerate(seen) for other in seen[:n])
+        assert all(later != earlier for n, later in enumerate(seen) for earlier in seen[:n])
 
 
 def test_packed_weights_are_not_packed_again(toys, tmp_path):
@@ -106,13 +106,13 @@ def test_without_bitsandbytes_it_is_refused_with_a_line_that_installs_it(toys, r
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"student": {"id": "x", "bits": 8}}, "unknown key 'bits'"),
         ({"teacher": {"id": "x", "bits": 5}}, r"teacher\.bits: 5 is not one of 4, 8"),
     ],
 )
-def test_mistakes_are_named_where_they_stand(toys, rows, write_recipe, settings, said):
+def test_mistakes_are_named_where_they_stand(toys, rows, write_recipe, settings, message):
     path = write_recipe(recipe_for("llama", toys["llama"], rows, stages=[{"distill": "logits", **settings}]))
-    with pytest.raises(RecipeError, match=said):
+    with pytest.raises(RecipeError, match=message):
         recipe.load(path)

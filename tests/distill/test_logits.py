@@ -22,52 +22,54 @@ from tests.test_training import STEPS, until
 KINDS = ("forward", "reverse", "jensen-shannon")
 
 
-def settings(**given):
-    return find("distill", "logits").Settings(**given)
+def settings(**keywords):
+    return find("distill", "logits").Settings(**keywords)
 
 
 @pytest.mark.parametrize("temperature", [1, 2, 4])
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_divergence_is_the_textbooks(kind, temperature):
     torch.manual_seed(0)
-    told, known = 3 * torch.randn(7, 50), 3 * torch.randn(7, 50)
-    expected = pairs.divergence(told, known, kind, temperature) / 7
-    found = divergence(told, known, settings(divergence=kind, temperature=temperature)) / 7
-    assert float(found) == pytest.approx(expected, abs=1e-6)
+    student, teacher = 3 * torch.randn(7, 50), 3 * torch.randn(7, 50)
+    expected = pairs.divergence(student, teacher, kind, temperature) / 7
+    loss = divergence(student, teacher, settings(divergence=kind, temperature=temperature)) / 7
+    assert float(loss) == pytest.approx(expected, abs=1e-6)
     assert expected > 0.1
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_by_hand_over_two_tokens(kind):
     """Teacher 3/4 and 1/4, student 1/2 and 1/2."""
-    told, known = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3), 0.0]])
+    student, teacher = torch.tensor([[0.0, 0.0]]), torch.tensor([[math.log(3), 0.0]])
     mixed = (
         0.5 * (0.75 * math.log(0.75 / 0.625) + 0.25 * math.log(0.25 / 0.375)) + 0.25 * math.log(0.5 / 0.625) + 0.25 * math.log(0.5 / 0.375)
     )
     expected = {
         "forward": 0.75 * math.log(1.5) + 0.25 * math.log(0.5), "reverse": 0.5 * math.log(2 / 3) + 0.5 * math.log(2), "jensen-shannon": mixed,
     }[kind]  # fmt: skip
-    assert float(divergence(told, known, settings(divergence=kind, temperature=1))) == pytest.approx(expected, abs=1e-7)
+    assert float(divergence(student, teacher, settings(divergence=kind, temperature=1))) == pytest.approx(expected, abs=1e-7)
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_gradients_keep_their_size_at_any_temperature(kind):
     """At a high temperature the loss of small logits is half the squared difference over the vocabulary, whatever the temperature (Hinton)."""
     torch.manual_seed(0)
-    told, known = torch.randn(3, 20).requires_grad_(), torch.randn(3, 20)
+    student, teacher = torch.randn(3, 20).requires_grad_(), torch.randn(3, 20)
     sizes = []
     for temperature in (50, 100):
-        (slope,) = torch.autograd.grad(divergence(told, known, settings(divergence=kind, temperature=temperature)), told)
+        (slope,) = torch.autograd.grad(divergence(student, teacher, settings(divergence=kind, temperature=temperature)), student)
         sizes.append(float(slope.norm()))
     assert sizes[0] == pytest.approx(sizes[1], rel=0.05)
 
 
 def test_what_an_embedding_is_padded_with_is_left_out():
     torch.manual_seed(0)
-    told, known = torch.randn(3, 20), torch.randn(3, 24)
-    expected = pairs.divergence(told, known[:, :20], "forward", 2)
-    assert float(divergence(told, known, settings())) == pytest.approx(expected, rel=1e-6)
-    assert float(divergence(known, told, settings())) == pytest.approx(pairs.divergence(known[:, :20], told, "forward", 2), rel=1e-6)
+    student, teacher = torch.randn(3, 20), torch.randn(3, 24)
+    expected = pairs.divergence(student, teacher[:, :20], "forward", 2)
+    assert float(divergence(student, teacher, settings())) == pytest.approx(expected, rel=1e-6)
+    assert float(divergence(teacher, student, settings())) == pytest.approx(
+        pairs.divergence(teacher[:, :20], student, "forward", 2), rel=1e-6
+    )
 
 
 @pytest.mark.parametrize(
@@ -81,12 +83,12 @@ def test_a_step_is_the_mean_over_the_positions_that_count(tmp_path, losses, kind
     """The reference reads one example at a time, so it has no padding; batches of two and steps of six are the method's own."""
     teacher, student = two(kind, tmp_path)
     seen = examples(label=kind == "bert")
-    told, known = (load_model(source(folder, kind), "cpu").double() for folder in (student, teacher))
+    student_model, teacher_model = (load_model(source(folder, kind), "cpu").double() for folder in (student, teacher))
     apart, hard, count = 0.0, 0.0, 0
     with torch.no_grad():
         for example in seen:
-            inputs, where, target = inputs_of(told, make_tokenizer(), example)
-            mine, theirs = (counted(model(**inputs).logits, where) for model in (told, known))
+            inputs, where, target = inputs_of(student_model, make_tokenizer(), example)
+            mine, theirs = (counted(model(**inputs).logits, where) for model in (student_model, teacher_model))
             apart += pairs.divergence(mine, theirs, how, temperature)
             hard += float(cross_entropy(mine, target, reduction="sum"))
             count += len(target)
@@ -103,15 +105,15 @@ def test_a_step_is_the_mean_over_the_positions_that_count(tmp_path, losses, kind
 def test_the_student_comes_nearer_and_the_teacher_stays(tmp_path, monkeypatch, losses, kind):
     teacher, student = two(kind, tmp_path)
     seen, plain = [], _pair.frozen
-    monkeypatch.setattr(_pair, "frozen", lambda *given: seen.append(plain(*given)) or seen[-1])
-    made, _ = distil("logits", bundle(student, kind), teacher, steps=30, batch_size=6, learning_rate=1e-2, label_weight=0)
+    monkeypatch.setattr(_pair, "frozen", lambda *arguments: seen.append(plain(*arguments)) or seen[-1])
+    trained, _ = distil("logits", bundle(student, kind), teacher, steps=30, batch_size=6, learning_rate=1e-2, label_weight=0)
     assert losses[-1] < 0.5 * losses[0]
-    (found,) = seen
+    (teacher_model,) = seen
     whole = load_model(source(teacher, kind), "cpu").state_dict()
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in found.state_dict().items())
-    assert not found.training
-    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in found.parameters())
-    assert not made.model.training
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in teacher_model.state_dict().items())
+    assert not teacher_model.training
+    assert not any(parameter.requires_grad or parameter.grad is not None for parameter in teacher_model.parameters())
+    assert not trained.model.training
 
 
 def test_a_teacher_that_is_the_student_teaches_nothing(tmp_path, losses):
@@ -123,10 +125,10 @@ def test_a_teacher_that_is_the_student_teaches_nothing(tmp_path, losses):
 def test_zeros_stay(tmp_path):
     teacher, student = two("llama", tmp_path)
     for keep, expected in ((True, 0.5), (False, 0.0)):
-        made = bundle(student, "llama")
-        weight = made.model.model.layers[0].mlp.up_proj.weight
+        toy = bundle(student, "llama")
+        weight = toy.model.model.layers[0].mlp.up_proj.weight
         weight.data[::2] = 0
-        after, _ = distil("logits", made, teacher, steps=3, batch_size=3, learning_rate=1e-2, keep_zeros=keep)
+        after, _ = distil("logits", toy, teacher, steps=3, batch_size=3, learning_rate=1e-2, keep_zeros=keep)
         assert float((after.model.model.layers[0].mlp.up_proj.weight == 0).double().mean()) == expected
 
 
@@ -141,9 +143,9 @@ def test_a_killed_distillation_ends_as_if_it_had_not_been(tmp_path, often, kind)
 
 def test_a_student_that_is_another_model_is_trained_in_its_stead(tmp_path):
     teacher, student = two("llama", tmp_path, num_hidden_layers=1)
-    made, _ = distil("logits", bundle(teacher, "llama"), teacher, student={"id": str(student)}, steps=1, batch_size=2)
-    assert len(made.model.model.layers) == 1
-    made.save(tmp_path / "made")
+    trained, _ = distil("logits", bundle(teacher, "llama"), teacher, student={"id": str(student)}, steps=1, batch_size=2)
+    assert len(trained.model.model.layers) == 1
+    trained.save(tmp_path / "made")
     assert load_model(source(tmp_path / "made", "llama"), "cpu").config.num_hidden_layers == 1
 
 
@@ -169,7 +171,7 @@ def test_a_student_with_fresh_weights(toys, tmp_path, kind, changes):
 
 
 def test_a_config_that_there_is_not_is_refused(toys):
-    for kind, changes, said in (
+    for kind, changes, message in (
         ("t5", {"num_layer": 1}, "has no 'num_layer'; near it are num_layers"),
         ("t5", {"d_model": "wide"}, "makes no t5"),
         ("llama", {"num_key_value_heads": 3}, "makes no llama"),
@@ -177,14 +179,14 @@ def test_a_config_that_there_is_not_is_refused(toys):
         ("llama", {"vocab_size": 10}, "vocab_size stays as it is"),
         ("bert", {"id2label": {0: "a"}}, "id2label stays as it is"),
     ):
-        with pytest.raises(InputError, match=re.escape(said)):
+        with pytest.raises(InputError, match=re.escape(message)):
             distil("logits", bundle(toys[kind], kind), toys[kind], student={"config": changes})
 
 
 @pytest.mark.parametrize("kind", ["bart", "gpt2"])
 def test_keys_go_by_the_names_that_most_configs_give_them(toys, kind):
-    made, _ = distil("logits", bundle(toys[kind], kind), toys[kind], student={"config": {"num_hidden_layers": 1}}, steps=1, batch_size=2)
-    assert made.model.config.num_hidden_layers == 1
+    trained, _ = distil("logits", bundle(toys[kind], kind), toys[kind], student={"config": {"num_hidden_layers": 1}}, steps=1, batch_size=2)
+    assert trained.model.config.num_hidden_layers == 1
 
 
 def other_words(folder, kind, count):
@@ -245,7 +247,7 @@ def test_examples_are_cut_to_the_teachers_context_too(tmp_path):
     short.n_positions = 8
     folder = saved(type(make_model("gpt2"))(short), tmp_path / "short")
     _, told = distil("logits", bundle(student, "gpt2"), folder, steps=1, batch_size=2)
-    assert any(said.endswith("were longer than 8 tokens and were cut at an end") for said in told.said)
+    assert any(sentence.endswith("were longer than 8 tokens and were cut at an end") for sentence in told.said)
 
 
 def test_a_loss_that_is_no_number_stops_at_once_and_names_step_and_examples(tmp_path):
@@ -263,7 +265,7 @@ def test_a_loss_that_is_no_number_stops_at_once_and_names_step_and_examples(tmp_
 
 
 @pytest.mark.parametrize(
-    ("given", "said"),
+    ("options", "message"),
     [
         ({"student": {}}, "either id or config is wanted"),
         ({"student": {"id": "x", "config": {"n": 1}}}, "either id or config is wanted"),
@@ -274,6 +276,6 @@ def test_a_loss_that_is_no_number_stops_at_once_and_names_step_and_examples(tmp_
         ({"divergence": "backward"}, "'forward', 'reverse' or 'jensen-shannon'"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(given, said):
-    with pytest.raises(ValidationError, match=said):
-        settings(**given)
+def test_settings_that_make_no_sense_are_refused(options, message):
+    with pytest.raises(ValidationError, match=message):
+        settings(**options)

@@ -40,8 +40,8 @@ def by_hand(student, teacher, prompts, texts, kind, temperature):
         else:
             inputs = {"input_ids": torch.tensor([[*prompt, *text[:-1]]])}
         with torch.no_grad():
-            told, known = (model(**inputs).logits[0, -len(text) :] for model in (student, teacher))
-        apart += pairs.divergence(told, known, kind, temperature)
+            student_logits, teacher_logits = (model(**inputs).logits[0, -len(text) :] for model in (student, teacher))
+        apart += pairs.divergence(student_logits, teacher_logits, kind, temperature)
         positions += len(text)
     return apart / positions
 
@@ -54,22 +54,24 @@ def test_the_loss_is_the_divergence_on_what_the_student_wrote(tmp_path, losses, 
     prompts, texts = ([row for batch in wrote for row in batch[part]] for part in (0, 1))
     assert len(prompts) == 6
     assert max(map(len, texts)) <= 5
-    told, known = (load_model(source(folder, kind), "cpu").double() for folder in (student, teacher))
-    assert sum(losses) == pytest.approx(by_hand(told, known, prompts, texts, "reverse", 2), abs=1e-6, rel=1e-6)
+    student_model, teacher_model = (load_model(source(folder, kind), "cpu").double() for folder in (student, teacher))
+    assert sum(losses) == pytest.approx(by_hand(student_model, teacher_model, prompts, texts, "reverse", 2), abs=1e-6, rel=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_the_student_writes_with_the_weights_of_the_step(tmp_path, wrote, kind):
     """Batches are made one ahead elsewhere; what is written must not be."""
     teacher, student = two(kind, tmp_path)
-    made, _ = distil("on_policy", bundle(student, kind), teacher, steps=4, batch_size=1, accumulate=2, student_share=1, learning_rate=1e-2)
+    trained, _ = distil(
+        "on_policy", bundle(student, kind), teacher, steps=4, batch_size=1, accumulate=2, student_share=1, learning_rate=1e-2
+    )
     name = "lm_head.weight" if kind == "t5" else "model.norm.weight"
     weights = [state[name] for _, _, state in wrote]
     assert len(weights) == 8
     assert all(torch.equal(weights[n], weights[n + 1]) for n in range(0, 8, 2)), "accumulated batches are of one step"
     assert not any(torch.equal(weights[n], weights[n + 2]) for n in range(6))
     assert torch.equal(weights[0], load_model(source(student, kind), "cpu").state_dict()[name])
-    assert not torch.equal(weights[-1], made.model.state_dict()[name])
+    assert not torch.equal(weights[-1], trained.model.state_dict()[name])
 
 
 @pytest.mark.parametrize(("share", "least", "most"), [(0, 0, 0), (0.5, 30, 66), (1, 96, 96)])
@@ -90,11 +92,11 @@ def test_it_is_drawn_anew_at_every_step(tmp_path, wrote):
 def test_without_the_students_share_it_is_distill_logits(tmp_path):
     teacher, student = two("t5", tmp_path)
     how = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "divergence": "jensen-shannon", "temperature": 1}
-    one, other = (
+    on_policy, logits = (
         distil(method, bundle(student, "t5"), teacher, **how, **more)[0].model.state_dict()
         for method, more in (("on_policy", {"student_share": 0}), ("logits", {"label_weight": 0}))
     )
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert all(torch.equal(on_policy[name], logits[name]) for name in on_policy)
 
 
 @pytest.mark.parametrize("kind", GENERATIVE)

@@ -18,31 +18,31 @@ from tests.test_training import Killed
 GENERATIVE = ("t5", "bart", "llama", "gpt2")
 
 
-def chosen(**given):
-    return find("distill", "sequence").Settings(**{"max_new_tokens": 5, "batch_size": 2, **given})
+def chosen(**keywords):
+    return find("distill", "sequence").Settings(**{"max_new_tokens": 5, "batch_size": 2, **keywords})
 
 
 @pytest.mark.parametrize("kind", GENERATIVE)
 @pytest.mark.parametrize("beams", [1, 3])
 def test_the_targets_are_what_the_teacher_alone_makes_of_each_prompt(tmp_path, kind, beams):
     teacher = speaker(kind, tmp_path)
-    made = bundle(teacher, kind)
-    found = sequence.written(made, chosen(num_beams=beams), context())
-    for example, now in zip(examples(), found, strict=True):
-        ids = torch.tensor([made.tokenizer(example.prompt, add_special_tokens=made.model.config.is_encoder_decoder).input_ids])
-        out = made.model.generate(
+    toy = bundle(teacher, kind)
+    targets = sequence.written(toy, chosen(num_beams=beams), context())
+    for example, now in zip(examples(), targets, strict=True):
+        ids = torch.tensor([toy.tokenizer(example.prompt, add_special_tokens=toy.model.config.is_encoder_decoder).input_ids])
+        out = toy.model.generate(
             input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, num_beams=beams, do_sample=False, pad_token_id=0
         )
-        out = out[0, 0 if made.model.config.is_encoder_decoder else ids.shape[1] :]
+        out = out[0, 0 if toy.model.config.is_encoder_decoder else ids.shape[1] :]
         assert now.prompt == example.prompt
-        assert now.references == ([text] if (text := made.tokenizer.decode(out, skip_special_tokens=True)).strip() else [])
-    assert sum(bool(example.references) for example in found) >= 3
+        assert now.references == ([text] if (text := toy.tokenizer.decode(out, skip_special_tokens=True)).strip() else [])
+    assert sum(bool(example.references) for example in targets) >= 3
 
 
 def test_samples_are_drawn_with_the_seed(tmp_path):
     teacher = speaker("llama", tmp_path)
-    found = [sequence.written(bundle(teacher, "llama"), chosen(sampling_temperature=1.5, seed=seed), context()) for seed in (0, 0, 1)]
-    assert found[0] == found[1] != found[2]
+    draws = [sequence.written(bundle(teacher, "llama"), chosen(sampling_temperature=1.5, seed=seed), context()) for seed in (0, 0, 1)]
+    assert draws[0] == draws[1] != draws[2]
 
 
 @pytest.mark.parametrize("kind", GENERATIVE)
@@ -50,10 +50,10 @@ def test_what_is_trained_is_what_fine_tuning_on_those_targets_makes(tmp_path, ki
     _, student = two(kind, tmp_path / "pair")
     teacher = speaker(kind, tmp_path)
     how = {"steps": 3, "batch_size": 2, "learning_rate": 1e-2, "seed": 5}
-    found, _ = distil("sequence", bundle(student, kind), teacher, **how, max_new_tokens=5)
+    trained, _ = distil("sequence", bundle(student, kind), teacher, **how, max_new_tokens=5)
     targets = sequence.written(bundle(teacher, kind), chosen(num_beams=4), context())
     expected = tune(bundle(student, kind), "full", context(examples=[e for e in targets if e.references]), **how)
-    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in found.model.state_dict().items())
+    assert all(torch.equal(tensor, expected.state_dict()[name]) for name, tensor in trained.model.state_dict().items())
 
 
 def test_a_teacher_of_another_vocabulary_teaches_by_text(toys, tmp_path):
@@ -83,7 +83,7 @@ class Stops:
 def test_what_was_written_before_a_kill_is_not_written_again(tmp_path, monkeypatch, temperature, half):
     teacher = speaker("llama", tmp_path)
     settings, scratch, calls, plain = chosen(sampling_temperature=temperature), tmp_path / "scratch", [], writing.write
-    monkeypatch.setattr(writing, "write", lambda *given: calls.append(given[1]) or plain(*given))
+    monkeypatch.setattr(writing, "write", lambda *arguments: calls.append(arguments[1]) or plain(*arguments))
     whole = sequence.written(bundle(teacher, "llama"), settings, Context("cpu", quiet, examples(), 32))
     assert len(calls) == 3
     with pytest.raises(Killed):
@@ -107,7 +107,7 @@ def test_where_the_teacher_writes_nothing_nothing_is_learned(toys, tmp_path, mon
     told = context()
     distil("sequence", bundle(toys[kind], kind), teacher, told, num_beams=1, max_new_tokens=5, batch_size=3, steps=1)
     assert "the teacher wrote nothing on 2 of 6 examples, which were left out" in told.said
-    assert any("steps of 3 on 4 examples" in said for said in told.said)
+    assert any("steps of 3 on 4 examples" in sentence for sentence in told.said)
     monkeypatch.setattr(writing, "write", lambda model, prompts, *how: [[1]] * len(prompts))
     with pytest.raises(DataError, match="the teacher wrote nothing on any of the 6 examples"):
         distil("sequence", bundle(toys[kind], kind), teacher, num_beams=1, max_new_tokens=5)

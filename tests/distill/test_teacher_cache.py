@@ -36,10 +36,10 @@ def told(folder, kind, tokenizer, example):
         return counted(model(**inputs).logits, where)
 
 
-def together(known, mine, k):
+def together(teacher, student, k):
     """Probabilities of the teacher's k likeliest tokens and of all others together, as each of the two has them."""
-    top = known.topk(k).indices
-    return [torch.cat([p.gather(-1, top), 1 - p.gather(-1, top).sum(-1, keepdim=True)], -1) for p in (known, mine)]
+    top = teacher.topk(k).indices
+    return [torch.cat([p.gather(-1, top), 1 - p.gather(-1, top).sum(-1, keepdim=True)], -1) for p in (teacher, student)]
 
 
 @pytest.mark.parametrize(("kind", "how", "temperature"), [
@@ -50,10 +50,10 @@ def test_the_loss_is_over_the_likeliest_tokens_and_any_other(tmp_path, losses, k
     distil("logits", bundle(student, kind), teacher, seen(tmp_path / "c"), top_k=5, divergence=how, temperature=temperature, **ONE)
     tokenizer, total, count = bundle(student, kind).tokenizer, 0.0, 0
     for example in examples():
-        known, mine = (softened(told(folder, kind, tokenizer, example), temperature) for folder in (teacher, student))
-        known, mine = together(known, mine, 5)
-        total += divergence(mine.log(), known.log(), how, 1) * temperature**2
-        count += len(known)
+        teacher_shares, student_shares = (softened(told(folder, kind, tokenizer, example), temperature) for folder in (teacher, student))
+        teacher_shares, student_shares = together(teacher_shares, student_shares, 5)
+        total += divergence(student_shares.log(), teacher_shares.log(), how, 1) * temperature**2
+        count += len(teacher_shares)
     assert losses == [pytest.approx(total / count, rel=2e-3)], "logits are kept in float16"
 
 
@@ -62,25 +62,25 @@ def test_the_loss_is_over_the_likeliest_tokens_and_any_other(tmp_path, losses, k
 def test_its_slope_is_that_of_the_sums(how, temperature):
     """Of a vocabulary of 9 in an embedding of 11 rows, by differences of the loss."""
     torch.manual_seed(0)
-    known, told = 3 * torch.randn(4, 9, dtype=torch.float64), torch.randn(4, 11, dtype=torch.float64, requires_grad=True)
-    tokens, settings = known.topk(3).indices, find("distill", "logits").Settings(divergence=how, temperature=temperature)
-    shares, _ = together(softened(known, temperature), softened(known, temperature), 3)
-    assert torch.autograd.gradcheck(lambda logits: divergence_over(logits, tokens, shares.log(), 9, settings), (told,))
+    teacher_logits, student_logits = 3 * torch.randn(4, 9, dtype=torch.float64), torch.randn(4, 11, dtype=torch.float64, requires_grad=True)
+    tokens, settings = teacher_logits.topk(3).indices, find("distill", "logits").Settings(divergence=how, temperature=temperature)
+    shares, _ = together(softened(teacher_logits, temperature), softened(teacher_logits, temperature), 3)
+    assert torch.autograd.gradcheck(lambda logits: divergence_over(logits, tokens, shares.log(), 9, settings), (student_logits,))
 
 
 @pytest.mark.parametrize("temperature", [1, 3])
 def test_the_mass_of_all_others_is_exact(tmp_path, temperature):
     teacher, student = two("bart", tmp_path)
     place = seen(tmp_path / "c")
-    made, tokenizer = bundle(student, "bart"), bundle(student, "bart").tokenizer
-    material = read(made.model, tokenizer, place)
-    kept = _teacher_cache.teacher_cache(bundle(teacher, "bart"), made.model, material, 4, temperature, place)
-    tokens, known = kept.of([2, 0], temperature, torch.device("cpu"))
+    toy, tokenizer = bundle(student, "bart"), bundle(student, "bart").tokenizer
+    material = read(toy.model, tokenizer, place)
+    kept = _teacher_cache.teacher_cache(bundle(teacher, "bart"), toy.model, material, 4, temperature, place)
+    tokens, log_shares = kept.of([2, 0], temperature, torch.device("cpu"))
     logits = torch.cat([told(teacher, "bart", tokenizer, examples()[number]) for number in (2, 0)])
     assert torch.equal(tokens, logits.topk(4).indices)
     expected = softened(logits, temperature)
-    assert known.exp().sum(-1).tolist() == pytest.approx([1.0] * len(known), abs=1e-6)
-    assert torch.allclose(known[:, -1].double().exp(), 1 - expected.gather(-1, tokens).sum(-1), rtol=1e-3)
+    assert log_shares.exp().sum(-1).tolist() == pytest.approx([1.0] * len(log_shares), abs=1e-6)
+    assert torch.allclose(log_shares[:, -1].double().exp(), 1 - expected.gather(-1, tokens).sum(-1), rtol=1e-3)
 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
@@ -101,11 +101,11 @@ def test_what_is_there_is_used_again_without_the_teacher(tmp_path, monkeypatch, 
     teacher, student = two("llama", tmp_path)
     first = seen(tmp_path / "c")
     distil("logits", bundle(student, "llama"), teacher, first, top_k=5, temperature=2, **ONE)
-    (said,) = (sentence for sentence in first.said if "likeliest" in sentence)
-    assert "the teacher's 5 likeliest tokens at" in said
-    assert said.endswith("bytes a token")
+    (line,) = (sentence for sentence in first.said if "likeliest" in sentence)
+    assert "the teacher's 5 likeliest tokens at" in line
+    assert line.endswith("bytes a token")
     loaded, plain = [], _pair.frozen
-    monkeypatch.setattr(_pair, "frozen", lambda given: loaded.append(given) or plain(given))
+    monkeypatch.setattr(_pair, "frozen", lambda teacher_bundle: loaded.append(teacher_bundle) or plain(teacher_bundle))
     distil("logits", bundle(student, "llama"), teacher, seen(tmp_path / "c"), top_k=5, temperature=4, **ONE)
     assert loaded == [], "the usual temperatures are all there"
     for change in ({"top_k": 6}, {"top_k": 5, "temperature": 2.5}):
@@ -121,7 +121,7 @@ def test_what_is_there_is_used_again_without_the_teacher(tmp_path, monkeypatch, 
 def test_the_teacher_is_gone_when_the_student_is_trained(tmp_path, monkeypatch, losses):
     teacher, student = two("t5", tmp_path)
     loaded, plain, alive = [], _pair.frozen, []
-    monkeypatch.setattr(_pair, "frozen", lambda given: loaded.append(weakref.ref(plain(given))) or loaded[-1]())
+    monkeypatch.setattr(_pair, "frozen", lambda teacher_bundle: loaded.append(weakref.ref(plain(teacher_bundle))) or loaded[-1]())
     told = seen(tmp_path / "c")
     there = replace(told, progress=lambda what, *_: alive.append(loaded[0]() is not None) if what.startswith("training") else gc.collect())
     distil("logits", bundle(student, "t5"), teacher, there, top_k=5, **ONE)
@@ -137,28 +137,28 @@ def small_files(monkeypatch):
 def test_a_damaged_file_is_made_again(tmp_path, small_files, losses):
     teacher, student = two("t5", tmp_path)
     distil("logits", bundle(student, "t5"), teacher, seen(tmp_path / "c"), top_k=5, **ONE)
-    one, *others = sorted((tmp_path / "c").rglob("*.safetensors"))
+    damaged, *others = sorted((tmp_path / "c").rglob("*.safetensors"))
     assert len(others) == 2
-    whole = one.read_bytes()
-    one.write_bytes(whole[:-7])
+    whole = damaged.read_bytes()
+    damaged.write_bytes(whole[:-7])
     distil("logits", bundle(student, "t5"), teacher, seen(tmp_path / "c"), top_k=5, **ONE)
-    assert one.read_bytes() == whole
+    assert damaged.read_bytes() == whole
     assert losses[0] == losses[1]
 
 
 def test_two_runs_that_begin_together_share_the_work(tmp_path, small_files, monkeypatch, losses):
     teacher, student = two("t5", tmp_path)
-    made, plain = [], _teacher_cache._told
+    calls, plain = [], _teacher_cache._told
 
-    def and_another_run(*given):
-        made.append(len(made))
-        if len(made) == 1:  # the other run does all while this one is at its first file
+    def and_another_run(*arguments):
+        calls.append(len(calls))
+        if len(calls) == 1:  # the other run does all while this one is at its first file
             distil("logits", bundle(student, "t5"), teacher, seen(tmp_path / "c"), top_k=5, **ONE)
-        return plain(*given)
+        return plain(*arguments)
 
     monkeypatch.setattr(_teacher_cache, "_told", and_another_run)
     distil("logits", bundle(student, "t5"), teacher, seen(tmp_path / "c"), top_k=5, **ONE)
-    assert len(made) == 1 + 3
+    assert len(calls) == 1 + 3
     assert losses[0] == losses[1]
     assert all(file.suffix == ".safetensors" for file in (tmp_path / "c").rglob("*.*"))
 

@@ -29,12 +29,12 @@ def halves(end=True):
     """A tokenizer that cuts words into pieces of two letters, with other numbers for them and for the end."""
     pieces = sorted({word[at : at + 2] for word in WORDS for at in range(0, len(word), 2)})
     vocabulary = {piece: number for number, piece in enumerate(["<pad>", "</s>", "<unk>", *pieces])}
-    made = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     cut = pre_tokenizers.Split(Regex(".."), "isolated")
-    made.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), cut])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Whitespace(), cut])
     if end:
-        made.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
-    return PreTrainedTokenizerFast(tokenizer_object=made, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
+        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>")
 
 
 def unlike(kind, folder, end=True):
@@ -44,11 +44,11 @@ def unlike(kind, folder, end=True):
     return whole, other
 
 
-def by_hand(told, known, temperature):
+def by_hand(student_logits, teacher_logits, temperature):
     """The sums over ranks in float64, of positions one by one, as far as both go; and how many that are."""
-    total, shared = 0.0, min(len(told), len(known))
-    for one, other in zip(told[:shared].double(), known[:shared].double(), strict=True):
-        p, q = (sorted(softened(logits, temperature).tolist(), reverse=True) for logits in (one, other))
+    total, shared = 0.0, min(len(student_logits), len(teacher_logits))
+    for ours, theirs in zip(student_logits[:shared].double(), teacher_logits[:shared].double(), strict=True):
+        p, q = (sorted(softened(logits, temperature).tolist(), reverse=True) for logits in (ours, theirs))
         p, q = p + [0.0] * (len(q) - len(p)), q + [0.0] * (len(p) - len(q))
         total += sum(abs(a - b) for a, b in zip(p, q, strict=True))
     return total, shared
@@ -56,14 +56,14 @@ def by_hand(told, known, temperature):
 
 def summed(student, teacher, seen, temperature):
     """Over examples one by one in float64: the distance, the cross-entropy, the student's positions, and those that both have."""
-    told, known = (copy.deepcopy(side.model).double() for side in (student, teacher))
+    student_model, teacher_model = (copy.deepcopy(side.model).double() for side in (student, teacher))
     apart, hard, count, shared = 0.0, 0.0, 0, 0
     with torch.no_grad():
         for example in seen:
-            inputs, where, target = inputs_of(told, student.tokenizer, example)
-            mine = counted(told(**inputs).logits, where)
-            inputs, where, _ = inputs_of(known, teacher.tokenizer, example)
-            theirs = counted(known(**inputs).logits, where)
+            inputs, where, target = inputs_of(student_model, student.tokenizer, example)
+            mine = counted(student_model(**inputs).logits, where)
+            inputs, where, _ = inputs_of(teacher_model, teacher.tokenizer, example)
+            theirs = counted(teacher_model(**inputs).logits, where)
             here, both = by_hand(mine, theirs, temperature)
             assert len(mine) != len(theirs) and mine.shape[1] != theirs.shape[1]
             apart, shared = apart + here, shared + both
@@ -76,22 +76,22 @@ def summed(student, teacher, seen, temperature):
 @pytest.mark.parametrize(("mine", "theirs"), [(50, 50), (50, 64), (64, 50)])
 def test_the_distance_is_the_papers_written_out(mine, theirs, temperature):
     torch.manual_seed(0)
-    told, known = 3 * torch.randn(7, mine), 2 * torch.randn(7, theirs)
-    expected, _ = by_hand(told, known, temperature)
-    assert float(distance(told, known, temperature)) == pytest.approx(expected, rel=1e-6)
+    student_logits, teacher_logits = 3 * torch.randn(7, mine), 2 * torch.randn(7, theirs)
+    expected, _ = by_hand(student_logits, teacher_logits, temperature)
+    assert float(distance(student_logits, teacher_logits, temperature)) == pytest.approx(expected, rel=1e-6)
     assert expected / 7 > 0.05
 
 
 def test_by_hand_over_two_tokens_and_three():
     """Teacher 3/4 and 1/4, student 1/4, 1/2 and 1/4: 1/4 + 0 + 1/4."""
-    told, known = torch.tensor([[0.25, 0.5, 0.25]]).log(), torch.tensor([[0.25, 0.75]]).log()
-    assert float(distance(told, known, 1)) == pytest.approx(0.5, abs=1e-6)
+    student_logits, teacher_logits = torch.tensor([[0.25, 0.5, 0.25]]).log(), torch.tensor([[0.25, 0.75]]).log()
+    assert float(distance(student_logits, teacher_logits, 1)) == pytest.approx(0.5, abs=1e-6)
 
 
 def test_which_token_is_probable_does_not_matter():
     torch.manual_seed(0)
-    told = torch.randn(3, 20)
-    assert float(distance(told, told[:, torch.randperm(20)], 2)) == pytest.approx(0, abs=1e-6)
+    student_logits = torch.randn(3, 20)
+    assert float(distance(student_logits, student_logits[:, torch.randperm(20)], 2)) == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("longer", ["teacher", "student"])
@@ -112,13 +112,13 @@ def test_a_step_is_the_mean_over_the_positions_of_the_student(tmp_path, losses, 
 def test_the_student_comes_nearer_and_the_teacher_stays(tmp_path, monkeypatch, losses, kind):
     student, teacher = unlike(kind, tmp_path)
     seen, plain = [], _pair.teacher_of
-    monkeypatch.setattr(_pair, "teacher_of", lambda *given: seen.append(plain(*given)) or seen[-1])
+    monkeypatch.setattr(_pair, "teacher_of", lambda *arguments: seen.append(plain(*arguments)) or seen[-1])
     distil("universal", bundle(student, kind), teacher, context(**LONG), steps=30, batch_size=6, learning_rate=1e-2, label_weight=0)
     assert losses[-1] < 0.5 * losses[0]
-    (found,) = seen
+    (teacher_bundle,) = seen
     whole = load_model(source(teacher, kind), "cpu").state_dict()
-    assert all(torch.equal(tensor, whole[name]) for name, tensor in found.model.state_dict().items())
-    assert not found.model.training
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in teacher_bundle.model.state_dict().items())
+    assert not teacher_bundle.model.training
 
 
 def test_a_teacher_that_is_the_student_teaches_nothing(tmp_path, losses):
@@ -145,9 +145,9 @@ def test_early_stopping_looks_at_the_validation_split_by_both_tokenizers(tmp_pat
     others = [*examples(10)[6:8], Example("odd", "the red cat", []), *examples(10)[8:]]
     told = context(examples=examples(), max_tokens=64, validation=others)
     how = {"early_stopping": {"every": 2, "patience": 9}, "learning_rate": 1e-2, "batch_size": 2, "universal_weight": 0.7}
-    made, _ = distil("universal", bundle(student, "llama"), teacher, told, steps=6, **how)
+    trained, _ = distil("universal", bundle(student, "llama"), teacher, told, steps=6, **how)
     best = min(point["validation"] for point in told.curve if point["validation"] is not None)
-    apart, hard, count, _ = summed(made, bundle(teacher, "llama"), [example for example in others if example.references], 1)
+    apart, hard, count, _ = summed(trained, bundle(teacher, "llama"), [example for example in others if example.references], 1)
     assert best == pytest.approx((0.7 * apart + hard) / count, rel=1e-5)
 
 
@@ -163,10 +163,10 @@ def test_rows_are_matched_by_their_example(tmp_path, losses):
         ids for _, ids, _ in encoded(load_model(source(teacher, "t5"), "cpu"), halves(False), context(**LONG))
     ]
     assert "by the teacher's tokenizer, 1 of the 7 examples had fewer than two tokens and were left out" in told.said
-    assert "1 of the 7 targets are none, or have no prompt, to one of the two tokenizers and were left out" in told.said
+    assert "1 of the 7 targets have no tokens or no prompt by one of the two tokenizers and were left out" in told.said
     how = {"steps": 1, "batch_size": 6}
-    for given in (odd, seen):
-        distil("universal", bundle(student, "t5"), teacher, context(examples=given, max_tokens=64), **how)
+    for rows in (odd, seen):
+        distil("universal", bundle(student, "t5"), teacher, context(examples=rows, max_tokens=64), **how)
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
 
 
@@ -175,10 +175,10 @@ def test_plain_texts_and_targets_behind_no_prompt_are_left_out(tmp_path):
     odd = [Example("6", "the red cat", []), Example("7", "", ["the cat"]), *examples()]
     _, told = distil("universal", bundle(student, "llama"), teacher, context(examples=odd, max_tokens=64), steps=1, batch_size=6)
     assert "1 of 8 examples have no target and were left out" in told.said
-    assert "1 of the 7 targets are none, or have no prompt, to one of the two tokenizers and were left out" in told.said
-    assert any("steps of 6 on 6 examples" in said for said in told.said)
-    for few, said in ((odd[:1], "none of the 1 examples has a target"), (odd[1:2], "none of the 1 targets is one")):
-        with pytest.raises(DataError, match=said):
+    assert "1 of the 7 targets have no tokens or no prompt by one of the two tokenizers and were left out" in told.said
+    assert any("steps of 6 on 6 examples" in message for message in told.said)
+    for few, message in ((odd[:1], "none of the 1 examples has a target"), (odd[1:2], "none of the 1 targets has tokens and a prompt")):
+        with pytest.raises(DataError, match=message):
             distil("universal", bundle(student, "llama"), teacher, context(examples=few))
 
 
@@ -189,10 +189,10 @@ def test_a_classifier_and_another_task_are_refused(toys):
         distil("universal", bundle(toys["llama"], "llama"), toys["llama"], teacher={"id": str(toys["bart"])})
 
 
-@pytest.mark.parametrize("given", [{"universal_weight": 0}, {"label_weight": -1}, {"temperature": 0}, {"divergence": "forward"}])
-def test_settings_that_make_no_sense_are_refused(given):
-    with pytest.raises(ValidationError, match=next(iter(given))):
-        find("distill", "universal").Settings(**given)
+@pytest.mark.parametrize("options", [{"universal_weight": 0}, {"label_weight": -1}, {"temperature": 0}, {"divergence": "forward"}])
+def test_settings_that_make_no_sense_are_refused(options):
+    with pytest.raises(ValidationError, match=next(iter(options))):
+        find("distill", "universal").Settings(**options)
 
 
 def test_the_toys_tokenizers_cut_targets_differently():

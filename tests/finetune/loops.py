@@ -23,11 +23,11 @@ def calm(kind, folder, **changes):
     return saved(lively(kind, change), folder / kind)
 
 
-def tune(made, method, told=None, **settings):
+def tune(toy, method, told=None, **settings):
     """The model after `finetune: method`."""
-    found = find("finetune", method)
-    seen = examples(label=made.source.task == "sequence-classification")
-    return found.apply(made, found.Settings(**settings), told or context(examples=seen)).model
+    module = find("finetune", method)
+    seen = examples(label=toy.source.task == "sequence-classification")
+    return module.apply(toy, module.Settings(**settings), told or context(examples=seen)).model
 
 
 def halved(folder, kind, dtype="float32", **settings):
@@ -44,8 +44,8 @@ def lost(model, tokenizer, example):
         return cross_entropy(model(input_ids=torch.tensor([[*ids, end]])).logits, torch.tensor([int(answer)]), reduction="sum"), 1
     target = [*tokenizer(answer, add_special_tokens=False).input_ids, end] if answer is not None else None
     if model.config.is_encoder_decoder:
-        said = torch.tensor([[model.config.decoder_start_token_id, *target[:-1]]])
-        logits = model(input_ids=torch.tensor([[*ids, end]]), decoder_input_ids=said).logits[0]
+        decoder_ids = torch.tensor([[model.config.decoder_start_token_id, *target[:-1]]])
+        logits = model(input_ids=torch.tensor([[*ids, end]]), decoder_input_ids=decoder_ids).logits[0]
     else:
         whole = [*ids, end] if target is None else [*ids, *target]
         target = whole[1:] if target is None else target
@@ -79,8 +79,8 @@ def adamw(model, tokenizer, rows, how, trained, gone=None):
         parts = [lost(model, tokenizer, row) for row in rows]
         loss = sum(part for part, _ in parts) / sum(count for _, count in parts)
         losses.append(loss.item())
-        found = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
-        slopes = {name: torch.zeros_like(t) if g is None else g for (name, t), g in zip(trained.items(), found, strict=True)}
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        slopes = {name: torch.zeros_like(t) if g is None else g for (name, t), g in zip(trained.items(), gradients, strict=True)}
         if step:
             slopes = {name: slope.masked_fill(gone[name], 0) if gone else slope for name, slope in slopes.items()}
         norm = math.sqrt(sum(float((slope**2).sum()) for slope in slopes.values()))
@@ -99,6 +99,6 @@ def adamw(model, tokenizer, rows, how, trained, gone=None):
     return losses, least
 
 
-def doubled(made):
+def doubled(toy):
     """The bundle's model as it lies in its folder, in float64, to be trained by hand."""
-    return load_model(made.source, "cpu").double().train().requires_grad_(True)
+    return load_model(toy.source, "cpu").double().train().requires_grad_(True)

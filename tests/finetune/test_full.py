@@ -35,17 +35,17 @@ def test_every_step_is_one_of_adamw_over_all_that_counts(tmp_path, kind, seen, s
     seen = seen or examples(label=kind == "bert")
     folder = calm(kind, tmp_path)
     how = {"learning_rate": 1e-2, "steps": 3, "warmup": 0.34, **settings}
-    told, made = context(examples=seen), bundle(folder, kind)
-    found = dict(tune(made, "full", told, **how).named_parameters())
-    model = doubled(made)
+    told, toy = context(examples=seen), bundle(folder, kind)
+    trained = dict(tune(toy, "full", told, **how).named_parameters())
+    model = doubled(toy)
     start = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
-    losses, least = adamw(model, made.tokenizer, seen, Optimisation(**how), dict(model.named_parameters()))
+    losses, least = adamw(model, toy.tokenizer, seen, Optimisation(**how), dict(model.named_parameters()))
     assert f"loss {losses[0]:.3g} to {losses[-1]:.3g}" in told.said[0]
     compared = 0
     for name, expected in model.named_parameters():
         sure = least[name] > 1e-5
         way = (expected - start[name]).detach().abs().max()
-        apart = (found[name].double() - expected).detach().abs()
+        apart = (trained[name].double() - expected).detach().abs()
         assert (apart[sure] <= 1e-2 * way).all(), name
         compared += int(sure.sum())
     assert compared > 0.3 * sum(tensor.numel() for tensor in start.values())  # the rest: tokens and positions that no example has
@@ -57,11 +57,11 @@ def zeros_of(model):
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_what_pruning_made_zero_stays_zero(toys, kind):
-    made = halved(toys[kind], kind)
-    before = {name: weight.clone() for name, weight in made.model.state_dict().items()}
-    zeros = zeros_of(made.model)
+    toy = halved(toys[kind], kind)
+    before = {name: weight.clone() for name, weight in toy.model.state_dict().items()}
+    zeros = zeros_of(toy.model)
     assert sum(0.4 < zero.double().mean() < 0.6 for zero in zeros.values()) >= 8
-    after = tune(made, "full", steps=4, batch_size=3, learning_rate=1e-2, weight_decay=0.1)
+    after = tune(toy, "full", steps=4, batch_size=3, learning_rate=1e-2, weight_decay=0.1)
     assert not after.training
     assert all(parameter.grad is None for parameter in after.parameters())
     for name, zero in zeros.items():
@@ -72,19 +72,19 @@ def test_what_pruning_made_zero_stays_zero(toys, kind):
 
 
 def test_zeros_are_filled_where_the_recipe_says_so(toys):
-    made = halved(toys["gpt2"], "gpt2")
-    assert len(zeros_of(made.model)) == 8
-    assert zeros_of(tune(made, "full", steps=3, batch_size=3, learning_rate=1e-2, keep_zeros=False)) == {}
+    toy = halved(toys["gpt2"], "gpt2")
+    assert len(zeros_of(toy.model)) == 8
+    assert zeros_of(tune(toy, "full", steps=3, batch_size=3, learning_rate=1e-2, keep_zeros=False)) == {}
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("t5", "float16"), ("llama", "bfloat16")])
 def test_weights_come_back_in_the_dtypes_they_came_in(toys, tmp_path, kind, dtype):
     """Steps that are below the resolution of 16 bits add up, because they are made in float32."""
-    made = bundle(toys[kind], kind, dtype)
-    before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
+    toy = bundle(toys[kind], kind, dtype)
+    before = {name: tensor.clone() for name, tensor in toy.model.state_dict().items()}
     folder = tmp_path / "made"
-    tune(made, "full", steps=40, batch_size=3, learning_rate=2e-5, schedule="constant", warmup=0)
-    made.save(folder)
+    tune(toy, "full", steps=40, batch_size=3, learning_rate=2e-5, schedule="constant", warmup=0)
+    toy.save(folder)
     after = load_model(Source(str(folder), TASKS[kind]), "cpu").state_dict()
     assert {name: tensor.dtype for name, tensor in after.items()} == {name: tensor.dtype for name, tensor in before.items()}
     assert {str(tensor.dtype) for tensor in after.values()} >= {f"torch.{dtype}"}
@@ -99,20 +99,20 @@ def test_weights_come_back_in_the_dtypes_they_came_in(toys, tmp_path, kind, dtyp
 )
 def test_so_many_steps_are_trained(toys, settings, steps):
     """Six examples, two a batch."""
-    said: list = []
+    progress: list = []
     told = context()
-    told = type(told)("cpu", lambda *line: said.append(line), told.examples, 32)
+    told = type(told)("cpu", lambda *line: progress.append(line), told.examples, 32)
     tune(bundle(toys["llama"], "llama"), "full", told, batch_size=2, **settings)
-    lines = [line for line in said if line[0].startswith("training")]
+    lines = [line for line in progress if line[0].startswith("training")]
     assert [line[1:] for line in lines] == [(n + 1, steps) for n in range(steps)]
     assert re.fullmatch(r"training; loss [\d.]+, [\d,]+ tokens/s", lines[-1][0])
     assert told.said[0].startswith(f"trained {steps} steps of {2 * settings.get('accumulate', 1)} on 6 examples, ")
 
 
 def test_the_same_seed_gives_the_same_model_and_another_another(toys):
-    found = [tune(bundle(toys["t5"], "t5"), "full", steps=3, batch_size=2, seed=seed).state_dict() for seed in (0, 0, 1)]
-    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
-    assert not torch.equal(found[0]["lm_head.weight"], found[2]["lm_head.weight"])
+    states = [tune(bundle(toys["t5"], "t5"), "full", steps=3, batch_size=2, seed=seed).state_dict() for seed in (0, 0, 1)]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+    assert not torch.equal(states[0]["lm_head.weight"], states[2]["lm_head.weight"])
 
 
 @pytest.mark.parametrize("kind", ["t5", "bert"])

@@ -32,9 +32,9 @@ def factors(monkeypatch):
                 seen[when][name] = (a.detach().double().clone(), b.detach().double().clone())
 
     def begun(model, *rest):
-        made = begin(model, *rest)
+        wrapped = begin(model, *rest)
         look(model, "begun")
-        return made
+        return wrapped
 
     def merged(self, *rest, **named):
         look(self.model, "merged")
@@ -63,28 +63,28 @@ class Adapted(nn.Module):
 def test_training_and_merging_are_as_written_out(tmp_path, factors, kind, keep_zeros):
     calm(kind, tmp_path)
     halved(tmp_path / kind, kind).save(tmp_path / "halved")
-    made = bundle(tmp_path / "halved", kind)
-    seen, before = examples(label=kind == "bert"), {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
+    toy = bundle(tmp_path / "halved", kind)
+    seen, before = examples(label=kind == "bert"), {name: tensor.clone() for name, tensor in toy.model.state_dict().items()}
     told = context(examples=seen)
-    after = tune(made, "lora", told, rank=4, alpha=6, keep_zeros=keep_zeros, **HOW).state_dict()
+    after = tune(toy, "lora", told, rank=4, alpha=6, keep_zeros=keep_zeros, **HOW).state_dict()
 
-    model = doubled(made).requires_grad_(False)
+    model = doubled(toy).requires_grad_(False)
     trained = {}
     for name, begun in factors["begun"].items():
         layer = model.get_submodule(name)
         part = Adapted(layer.weight, begun, 6 / 4, isinstance(layer, Conv1D), keep_zeros)
         parametrize.register_parametrization(layer, "weight", part)
         trained |= {f"{name}.a": part.a, f"{name}.b": part.b}
-    losses, _ = adamw(model, made.tokenizer, seen, Optimisation(**HOW), trained)
+    losses, _ = adamw(model, toy.tokenizer, seen, Optimisation(**HOW), trained)
     assert f"loss {losses[0]:.3g} to {losses[-1]:.3g}" in told.said[0]
     assert len(factors["begun"]) == {"t5": 36, "bart": 32, "llama": 14, "gpt2": 8, "bert": 13}[kind]
     for name in factors["begun"]:
-        start, found, layer = before[f"{name}.weight"].double(), after[f"{name}.weight"].double(), model.get_submodule(name)
+        start, weight, layer = before[f"{name}.weight"].double(), after[f"{name}.weight"].double(), model.get_submodule(name)
         way = (layer.weight - start).detach().norm()
-        assert (found - layer.weight).norm() <= 0.03 * way, name
+        assert (weight - layer.weight).norm() <= 0.03 * way, name
         a, b = factors["merged"][name]
         change = 6 / 4 * (b @ a).t() if isinstance(layer, Conv1D) else 6 / 4 * b @ a
-        assert torch.allclose(found, start + change * (start != 0) if keep_zeros else start + change, rtol=1e-6, atol=1e-7), name
+        assert torch.allclose(weight, start + change * (start != 0) if keep_zeros else start + change, rtol=1e-6, atol=1e-7), name
     same = after.keys() - {f"{name}.weight" for name in factors["begun"]}
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in same), "only weights of layers with factors change"
@@ -93,11 +93,11 @@ def test_training_and_merging_are_as_written_out(tmp_path, factors, kind, keep_z
 @pytest.mark.parametrize(("kind", "dtype", "computed"), [("gpt2", "float16", "float32"), ("t5", "bfloat16", "bfloat16")])
 def test_what_pruning_made_zero_stays_zero_in_the_dtypes_it_came_in(toys, kind, dtype, computed):
     """Small gradients vanish in float16, not in bfloat16."""
-    made, seen = halved(toys[kind], kind, dtype), set()
-    zeros = {name: weight == 0 for name, weight in pruned(made.model).items()}
-    dtypes = {name: tensor.dtype for name, tensor in made.model.state_dict().items()}
-    told = Context("cpu", lambda *_: seen.add(made.model.dtype), examples(), 32)
-    after = tune(made, "lora", told, rank=4, steps=4, batch_size=3, learning_rate=1e-2, dropout=0.1)
+    toy, seen = halved(toys[kind], kind, dtype), set()
+    zeros = {name: weight == 0 for name, weight in pruned(toy.model).items()}
+    dtypes = {name: tensor.dtype for name, tensor in toy.model.state_dict().items()}
+    told = Context("cpu", lambda *_: seen.add(toy.model.dtype), examples(), 32)
+    after = tune(toy, "lora", told, rank=4, steps=4, batch_size=3, learning_rate=1e-2, dropout=0.1)
     assert seen == {getattr(torch, computed)}
     assert {name: tensor.dtype for name, tensor in after.state_dict().items()} == dtypes
     assert {name: weight == 0 for name, weight in pruned(after).items()}.keys() == zeros.keys()
@@ -109,28 +109,28 @@ def test_what_pruning_made_zero_stays_zero_in_the_dtypes_it_came_in(toys, kind, 
 
 @pytest.mark.parametrize("kind", ["t5", "gpt2", "bert"])
 def test_the_artifact_is_an_ordinary_model(toys, tmp_path, kind):
-    made, found = bundle(toys[kind], kind), bundle(toys[kind], kind)
-    names = made.model.state_dict().keys()
-    tuned = tune(found, "lora", rank=4, steps=2, batch_size=3, learning_rate=1e-2)
-    assert type(tuned) is type(made.model)
+    toy, tuned_bundle = bundle(toys[kind], kind), bundle(toys[kind], kind)
+    names = toy.model.state_dict().keys()
+    tuned = tune(tuned_bundle, "lora", rank=4, steps=2, batch_size=3, learning_rate=1e-2)
+    assert type(tuned) is type(toy.model)
     assert not tuned.training
     assert not any(isinstance(module, peft.tuners.tuners_utils.BaseTunerLayer) for module in tuned.modules())
-    found.holding(tuned).save(tmp_path)
+    tuned_bundle.holding(tuned).save(tmp_path)
     loaded, info = getattr(transformers, AUTO[TASKS[kind]]).from_pretrained(tmp_path, output_loading_info=True)
     assert not any(info[key] for key in ("missing_keys", "unexpected_keys", "mismatched_keys")), info
     assert loaded.state_dict().keys() == names
     ids = torch.arange(3, 23)[None]
     extra = {"decoder_input_ids": ids[:, :8]} if tuned.config.is_encoder_decoder else {}
     with torch.no_grad():
-        logits = [model(input_ids=ids, **extra).logits for model in (made.model, tuned, loaded)]
+        logits = [model(input_ids=ids, **extra).logits for model in (toy.model, tuned, loaded)]
     assert torch.equal(logits[1], logits[2])
     assert (logits[0] - logits[1]).abs().max() > 1e-3
 
 
 def test_a_tied_head_is_not_touched(toys):
-    made = bundle(toys["llama"], "llama")
-    embedding = made.model.model.embed_tokens.weight.clone()
-    after = tune(made, "lora", rank=4, steps=2, batch_size=3, learning_rate=1e-2)
+    toy = bundle(toys["llama"], "llama")
+    embedding = toy.model.model.embed_tokens.weight.clone()
+    after = tune(toy, "lora", rank=4, steps=2, batch_size=3, learning_rate=1e-2)
     assert torch.equal(after.model.embed_tokens.weight, embedding)
     assert after.lm_head.weight is after.model.embed_tokens.weight
     with pytest.raises(InputError, match="targets: lm_head shares its weights with the embedding, which factors would change too"):
@@ -139,9 +139,9 @@ def test_a_tied_head_is_not_touched(toys):
 
 def test_layers_named_as_targets_get_factors_and_no_others(tmp_path):
     """The head of this model is a weight of its own."""
-    made, told = bundle(calm("llama", tmp_path, tie_word_embeddings=False), "llama"), context()
-    before = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
-    after = tune(made, "lora", told, targets=["lm_head", "re:.*v_proj"], rank=2, batch_size=3).state_dict()
+    toy, told = bundle(calm("llama", tmp_path, tie_word_embeddings=False), "llama"), context()
+    before = {name: tensor.clone() for name, tensor in toy.model.state_dict().items()}
+    after = tune(toy, "lora", told, targets=["lm_head", "re:.*v_proj"], rank=2, batch_size=3).state_dict()
     changed = {name for name in after if not torch.equal(after[name], before[name])}
     assert changed == {"lm_head.weight", *(f"model.layers.{n}.self_attn.v_proj.weight" for n in (0, 1))}
     assert told.said[1] == f"factors of rank 2 on 3 layers: {2 * (64 + 64) + 2 * 2 * (32 + 64):,} weights were trained"
@@ -149,20 +149,20 @@ def test_layers_named_as_targets_get_factors_and_no_others(tmp_path):
 
 def test_all_weights_can_be_trained_afterwards(toys):
     """What peft froze is free again."""
-    found = tune(bundle(toys["llama"], "llama"), "lora", rank=2, batch_size=3)
-    assert all(parameter.requires_grad for parameter in found.parameters())
+    model = tune(bundle(toys["llama"], "llama"), "lora", rank=2, batch_size=3)
+    assert all(parameter.requires_grad for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"targets": ["q_prj"]}, r"targets: 'q_prj' matches no linear layer of this model; near it are .*q_proj"),
         ({"targets": ["q_proj", "attn"]}, r"targets: 'attn' matches no linear layer"),
         ({"rank": 33}, r"rank: 33 is larger than model\.layers\.0\.self_attn\.k_proj, which is 32 x 64; at most 32"),
     ],
 )
-def test_targets_and_ranks_that_there_are_not_are_refused(toys, settings, said):
-    with pytest.raises(InputError, match=said):
+def test_targets_and_ranks_that_there_are_not_are_refused(toys, settings, message):
+    with pytest.raises(InputError, match=message):
         tune(bundle(toys["llama"], "llama"), "lora", **settings)
 
 

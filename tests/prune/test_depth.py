@@ -63,13 +63,13 @@ def pruned(folder, kind, drop):
 @pytest.mark.parametrize("place", [0, 1, -1])
 def test_blocks_that_do_nothing_are_the_ones_that_go(tmp_path, kind, place):
     """The first of T5's stacks is among them: its position bias has to stay."""
-    made = wide(kind)
+    model = wide(kind)
     if kind in ("bart", "bert"):
-        still_norms(made)
-    stacks = block_stacks(made)
+        still_norms(model)
+    stacks = block_stacks(model)
     for blocks in stacks.values():
         plant(blocks[place])
-    folder = stored(made, tmp_path / "whole")
+    folder = stored(model, tmp_path / "whole")
     new, context = pruned(folder, kind, 1)
     if kind in ("bart", "bert"):
         still_norms(new)
@@ -77,25 +77,25 @@ def test_blocks_that_do_nothing_are_the_ones_that_go(tmp_path, kind, place):
     for name, blocks in stacks.items():
         assert len(left[name]) == len(blocks) - 1
         number = place % len(blocks)
-        said = next(said for said in context.said if name in said)
-        assert f"{number} " in said.split(": ")[1].split(" (dropped)")[0].split(", ")[-1]
-    assert alike(logits(new), logits(made))
+        sentence = next(sentence for sentence in context.said if name in sentence)
+        assert f"{number} " in sentence.split(": ")[1].split(" (dropped)")[0].split(", ")[-1]
+    assert alike(logits(new), logits(model))
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_influence_is_the_papers_written_out(tmp_path, kind):
     """1 - cosine, in float64 from transformers' own hidden states, each example by itself without padding."""
-    made = bundle(stored(wide(kind), tmp_path / "whole"), kind)
+    toy = bundle(stored(wide(kind), tmp_path / "whole"), kind)
     context = Context("cpu", quiet, [Example(**row) for row in SEEN], 32)
-    stacks = {role: blocks for role, (_, blocks) in depth._stacks(made.model).items()}
-    found = depth._influences(made, stacks, context)
+    stacks = {role: blocks for role, (_, blocks) in depth._stacks(toy.model).items()}
+    influences = depth._influences(toy, stacks, context)
     fields = {"encoder": "encoder_hidden_states", "decoder": "decoder_hidden_states", "blocks": "hidden_states"}
-    for role, scores in found.items():
+    for role, scores in influences.items():
         total, tokens = torch.zeros(len(scores) - 1, dtype=torch.float64), 0
         for row in SEEN:
-            (inputs,) = batches(made.model, made.tokenizer, Context("cpu", quiet, [Example(**row)], 32))
+            (inputs,) = batches(toy.model, toy.tokenizer, Context("cpu", quiet, [Example(**row)], 32))
             with torch.no_grad():
-                out = made.model(**inputs, output_hidden_states=True)
+                out = toy.model(**inputs, output_hidden_states=True)
             mask = inputs["decoder_attention_mask" if role == "decoder" else "attention_mask"].bool()
             states = [states[mask].double() for states in out[fields[role]][:-1]]  # the last is behind a norm
             total += torch.stack([torch.nn.functional.cosine_similarity(a, b, dim=-1).sum() for a, b in pairwise(states)])
@@ -106,21 +106,21 @@ def test_influence_is_the_papers_written_out(tmp_path, kind):
 def test_they_load_without_this_package_and_say_the_same(tmp_path):
     """Also with fewer blocks in T5's encoder than in its decoder, whose cache transformers would make too short."""
     drops = {"t5": {"encoder": 2}, "bart": {"encoder": 1, "decoder": 3}, "llama": 2, "gpt2": 2, "bert": 3}
-    made, targets = {}, {}
+    models, targets = {}, {}
     for kind in KINDS:
         folder = stored(wide(kind), tmp_path / f"{kind}-whole")
         targets[kind] = run("depth", kind, folder, tmp_path / kind, drop=drops[kind])
-        made[kind], _ = pruned(folder, kind, drops[kind])
-        said = json.loads((targets[kind] / NOTES).read_text())["said"]
-        wanted = drops[kind] if isinstance(drops[kind], dict) else {"blocks": drops[kind]}
-        assert " ".join(said).count("(dropped)") == sum(wanted.values())
-    assert {name: len(blocks) for name, blocks in block_stacks(made["bart"]).items()} == {
+        models[kind], _ = pruned(folder, kind, drops[kind])
+        sentences = json.loads((targets[kind] / NOTES).read_text())["said"]
+        dropped = drops[kind] if isinstance(drops[kind], dict) else {"blocks": drops[kind]}
+        assert " ".join(sentences).count("(dropped)") == sum(dropped.values())
+    assert {name: len(blocks) for name, blocks in block_stacks(models["bart"]).items()} == {
         "model.encoder.layers": 2,
         "model.decoder.layers": 1,
     }
-    for kind, (found, tokens) in elsewhere(targets).items():
-        assert alike(found, logits(made[kind])), kind
-        assert tokens == greedy(made[kind]), kind
+    for kind, (outside, tokens) in elsewhere(targets).items():
+        assert alike(outside, logits(models[kind])), kind
+        assert tokens == greedy(models[kind]), kind
 
 
 @pytest.mark.parametrize(
@@ -147,20 +147,20 @@ def test_spacing_is_even():
 @pytest.mark.parametrize("kind", KINDS)
 def test_spaced_blocks_stay_and_no_example_is_looked_at(tmp_path, kind):
     """What goes are blocks that do nothing, so the logits stay."""
-    made = wide(kind, **{key: 5 for key in SHAPES[kind] if "layer" in key})
+    model = wide(kind, **{key: 5 for key in SHAPES[kind] if "layer" in key})
     if kind in ("bart", "bert"):
-        still_norms(made)
-    for blocks in block_stacks(made).values():
+        still_norms(model)
+    for blocks in block_stacks(model).values():
         for place in (1, 3):
             plant(blocks[place])
-    folder = stored(made, tmp_path / "whole")
+    folder = stored(model, tmp_path / "whole")
     target = run("depth", kind, folder, tmp_path / "made", seen=[], drop=2, by="spacing")
     new = bundle(target, kind).model
     if kind in ("bart", "bert"):
         still_norms(new)
-    assert alike(logits(new), logits(made))
-    said = json.loads((target / NOTES).read_text())["said"]
-    assert said == [f"blocks evenly spaced in {name}, 5 -> 3 blocks: 0, 2, 4 are kept" for name in block_stacks(made)]
+    assert alike(logits(new), logits(model))
+    sentences = json.loads((target / NOTES).read_text())["said"]
+    assert sentences == [f"blocks evenly spaced in {name}, 5 -> 3 blocks: 0, 2, 4 are kept" for name in block_stacks(model)]
 
 
 def test_generation_with_a_cache_says_what_it_says_without(tmp_path):
@@ -177,12 +177,12 @@ def test_lists_that_have_an_entry_a_block_are_cut_alike(tmp_path):
         vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
         max_position_embeddings=64, use_sliding_window=True, sliding_window=4, max_window_layers=2, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
-    made = transformers.AutoModelForCausalLM.from_config(config)
+    model = transformers.AutoModelForCausalLM.from_config(config)
     for block in (1, 2):
-        plant(made.model.layers[block])
-    new, _ = pruned(stored(made, tmp_path / "whole"), "llama", 2)
+        plant(model.model.layers[block])
+    new, _ = pruned(stored(model, tmp_path / "whole"), "llama", 2)
     assert new.config.layer_types == ["full_attention", "sliding_attention"]
-    torch.testing.assert_close(logits(new), logits(made), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits(new), logits(model), rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -238,7 +238,7 @@ def test_models_with_a_block_that_none_can_stand_for_lose_others(name, tmp_path)
     """ModernBERT's first block has no norm; LFM2 has one attention among convolutions."""
     folder, kind = architectures.made(name, tmp_path / "whole"), architectures.task_of(name)
     told = context(examples=examples(label=name in architectures.CLASSIFIERS))
-    made = depth.apply(Bundle(Source(str(folder), kind), "cpu"), depth.Settings(drop=1), told).model
-    assert len(next(iter(block_stacks(made).values()))) == 2
+    model = depth.apply(Bundle(Source(str(folder), kind), "cpu"), depth.Settings(drop=1), told).model
+    assert len(next(iter(block_stacks(model).values()))) == 2
     with pytest.raises(InputError, match=r"of its kinds of blocks|would leave none"):
         depth.apply(Bundle(Source(str(folder), kind), "cpu"), depth.Settings(drop=2 if name.startswith("Lfm2") else 3), told)

@@ -17,28 +17,28 @@ def bundle(folder):
     return Bundle(Source(str(folder), "causal-lm", "float32"), "cpu")
 
 
-def by_hand(made, told):
+def by_hand(toy, told):
     """For each layer and expert, of every token that was routed to it, its weight times the norm of its output."""
-    found = {}
+    norms = {}
 
     def note(path, module, states, chosen, weights):
         for number in range(len(module.down_proj)):
             tokens, place = torch.where(chosen == number)
             gate, up = (states[tokens] @ module.gate_up_proj[number].T).chunk(2, dim=-1)
             out = (module.act_fn(gate) * up) @ module.down_proj[number].T
-            found.setdefault((path, number), []).append(weights[tokens, place] * out.norm(dim=-1))
+            norms.setdefault((path, number), []).append(weights[tokens, place] * out.norm(dim=-1))
 
-    routed(made, told, note)
-    return {key: torch.cat(rows) for key, rows in found.items()}
+    routed(toy, told, note)
+    return {key: torch.cat(rows) for key, rows in norms.items()}
 
 
 @pytest.mark.parametrize("by", ["activation", "frequency"])
 @pytest.mark.parametrize("name", ["MixtralForCausalLM", "DeepseekV3ForCausalLM"])
 def test_those_go_that_give_least(name, by, tmp_path):
-    made, told = bundle(saved(mixture(name), tmp_path / "m")), context(examples=examples(40))
-    scores = {key: float(rows.mean()) if by == "activation" else len(rows) for key, rows in by_hand(made, told).items()}
-    before = {key: value.clone() for key, value in made.model.state_dict().items()}
-    smaller = method.apply(made, method.Settings(drop=1, by=by), told).model
+    toy, told = bundle(saved(mixture(name), tmp_path / "m")), context(examples=examples(40))
+    scores = {key: float(rows.mean()) if by == "activation" else len(rows) for key, rows in by_hand(toy, told).items()}
+    before = {key: value.clone() for key, value in toy.model.state_dict().items()}
+    smaller = method.apply(toy, method.Settings(drop=1, by=by), told).model
     for path in {path for path, _ in scores}:
         numbers = sorted(range(4), key=lambda number, path=path: scores[path, number])
         kept = sorted(numbers[1:])
@@ -59,9 +59,9 @@ def test_what_is_left_reloads_as_its_config_says(name, tmp_path):
 
 
 def test_too_few_would_be_left(tmp_path):
-    made = bundle(saved(mixture("MixtralForCausalLM"), tmp_path / "m"))
+    toy = bundle(saved(mixture("MixtralForCausalLM"), tmp_path / "m"))
     with pytest.raises(InputError, match=r"drop: 3 of 4 experts would leave 1, and the model needs 2; at most 2"):
-        method.apply(made, method.Settings(drop=3), context())
+        method.apply(toy, method.Settings(drop=3), context())
 
 
 def test_a_model_without_experts_is_refused(toys):
@@ -74,10 +74,10 @@ def test_as_many_go_of_each_group(tmp_path):
     model = mixture("DeepseekV3ForCausalLM")
     config = type(model.config)(**{**model.config.to_dict(), "n_routed_experts": 8, "n_group": 2})
     torch.manual_seed(0)
-    made, told = bundle(saved(type(model)(config), tmp_path / "m")), context(examples=examples(20))
-    with pytest.raises(InputError, match="as many have to go of each of 2 groups"):
-        method.apply(made, method.Settings(drop=1), told)
-    before = made.model.state_dict()["model.layers.1.mlp.gate.weight"].clone()
-    left = method.apply(made, method.Settings(drop=2), told).model.state_dict()["model.layers.1.mlp.gate.weight"]
+    toy, told = bundle(saved(type(model)(config), tmp_path / "m")), context(examples=examples(20))
+    with pytest.raises(InputError, match="each of the 2 groups has to lose as many and keep two"):
+        method.apply(toy, method.Settings(drop=1), told)
+    before = toy.model.state_dict()["model.layers.1.mlp.gate.weight"].clone()
+    left = method.apply(toy, method.Settings(drop=2), told).model.state_dict()["model.layers.1.mlp.gate.weight"]
     places = [next(index for index, row in enumerate(before) if torch.equal(row, kept)) for kept in left]
     assert sum(place < 4 for place in places) == 3

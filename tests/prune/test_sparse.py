@@ -26,17 +26,17 @@ def weights(model):
     """Every linear layer's weight, rows being outputs, float64."""
     from transformers.pytorch_utils import Conv1D
 
-    found = {}
+    matrices = {}
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear | Conv1D):
             weight = module.weight.detach().double().numpy()
-            found[name] = weight.T if isinstance(module, Conv1D) else weight
-    return found
+            matrices[name] = weight.T if isinstance(module, Conv1D) else weight
+    return matrices
 
 
 def pruned(folder, kind, method, told=None, **chosen):
-    made = find("prune", method)
-    return made.apply(bundle(folder, kind), made.Settings(**chosen), told or context(examples=examples(label=kind == "bert"))).model
+    module = find("prune", method)
+    return module.apply(bundle(folder, kind), module.Settings(**chosen), told or context(examples=examples(label=kind == "bert"))).model
 
 
 def layer(rows=24, columns=256, tokens=2048, seed=0):
@@ -66,7 +66,7 @@ def test_magnitude_takes_the_smallest_of_each_layer(toys, kind, sparsity):
     before = weights(load_model(Source(str(toys[kind]), TASKS[kind], "float32"), "cpu"))
     told = context()
     after = weights(pruned(toys[kind], kind, "magnitude", told, sparsity=sparsity))
-    noted = {one["name"]: one["sparsity"] for one in told.layers}
+    noted = {row["name"]: row["sparsity"] for row in told.layers}
     for name, weight in before.items():
         if noted[name] is None:  # a head
             assert (after[name] == weight).all()
@@ -83,12 +83,12 @@ def test_magnitude_over_all_layers_takes_the_smallest_of_all(toys):
     before = weights(load_model(Source(str(toys["t5"]), "seq2seq", "float32"), "cpu"))
     told = context()
     after = weights(pruned(toys["t5"], "t5", "magnitude", told, sparsity=0.4, scope="global"))
-    inside = [one["name"] for one in told.layers if one["sparsity"] is not None]
+    inside = [row["name"] for row in told.layers if row["sparsity"] is not None]
     sizes = np.sort(np.concatenate([np.abs(before[name]).ravel() for name in inside]))
     limit = sizes[round(0.4 * len(sizes)) - 1]
     for name in inside:
         assert (after[name] == np.where(np.abs(before[name]) <= limit, 0, before[name])).all()
-    assert len({round(one["sparsity"], 3) for one in told.layers if one["sparsity"] is not None}) > 2
+    assert len({round(row["sparsity"], 3) for row in told.layers if row["sparsity"] is not None}) > 2
 
 
 def test_wanda_ranks_a_row_by_weight_times_input_norm(toys):
@@ -110,8 +110,8 @@ def test_wanda_ranks_a_row_by_weight_times_input_norm(toys):
     expected = weight.copy()
     for row, order in zip(expected, np.argsort(score, axis=1), strict=True):
         row[order[: weight.shape[1] // 2]] = 0
-    found = weights(pruned(toys["llama"], "llama", "wanda", told))[name]
-    assert (found == expected).mean() > 0.999  # ties of rounding
+    sparse = weights(pruned(toys["llama"], "llama", "wanda", told))[name]
+    assert (sparse == expected).mean() > 0.999  # ties of rounding
 
 
 @pytest.mark.parametrize("pattern", [None, "2:4"])
@@ -119,7 +119,7 @@ def test_sparsegpt_is_optimal_brain_surgery_column_by_column(pattern):
     """Reference in float64: no blocks, the inverse Hessian of the columns still to come made anew at each column."""
     weight, moments = layer(rows=6, columns=64)
     chosen = sparsegpt.Settings(pattern=pattern, columns=32) if pattern else sparsegpt.Settings(columns=32)
-    found = sparsegpt.solve_layer(weight, moments, chosen).double().numpy()
+    solved = sparsegpt.solve_layer(weight, moments, chosen).double().numpy()
     left, hessian = weight.double().numpy().copy(), moments.double().numpy()
     hessian = hessian + 0.01 * np.diag(hessian).mean() * np.eye(64)
     width = 4 if pattern else 32
@@ -138,14 +138,14 @@ def test_sparsegpt_is_optimal_brain_surgery_column_by_column(pattern):
             if gone[row, j % width]:
                 left[row, j:] -= left[row, j] / inverse[0, 0] * inverse[0]
                 left[row, j] = 0
-    assert np.abs(found - left).max() < 2e-3
-    assert ((found == 0) == (left == 0)).all()
+    assert np.abs(solved - left).max() < 2e-3
+    assert ((solved == 0) == (left == 0)).all()
 
 
 def test_sparsegpt_holds_a_pattern_that_does_not_divide_its_blocks():
     weight, moments = layer(rows=6, columns=300)
-    found = sparsegpt.solve_layer(weight, moments, sparsegpt.Settings(pattern="3:6"))
-    assert ((found.reshape(-1, 6) == 0).sum(1) == 3).all()
+    solved = sparsegpt.solve_layer(weight, moments, sparsegpt.Settings(pattern="3:6"))
+    assert ((solved.reshape(-1, 6) == 0).sum(1) == 3).all()
 
 
 @pytest.mark.parametrize("pattern", [None, "2:4", "4:8"])
@@ -158,14 +158,14 @@ def test_sparsegpt_loses_less_than_taking_the_smallest(pattern):
         return float(((change @ moments.double()) * change).sum())
 
     plain = weight.masked_fill(lowest(weight.abs(), 0.5, chosen.n_of_m, ""), 0)
-    found = sparsegpt.solve_layer(weight, moments, chosen)
-    assert (found == 0).double().mean() == pytest.approx(0.5)
-    assert lost(found) < 0.75 * lost(plain)
+    solved = sparsegpt.solve_layer(weight, moments, chosen)
+    assert (solved == 0).double().mean() == pytest.approx(0.5)
+    assert lost(solved) < 0.75 * lost(plain)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_the_artifacts_are_ordinary_models_with_so_many_zeros(toys, tmp_path, method):
-    made = {kind: run("prune", method, toys[kind], kind, tmp_path / kind, pattern="2:4") for kind in TASKS}
+    artifacts = {kind: run("prune", method, toys[kind], kind, tmp_path / kind, pattern="2:4") for kind in TASKS}
     read = (
         "import json, sys, transformers\n"
         "for folder, cls in json.loads(sys.argv[1]).items():\n"
@@ -173,11 +173,11 @@ def test_the_artifacts_are_ordinary_models_with_so_many_zeros(toys, tmp_path, me
         "    parts = [m.weight for n, m in model.named_modules() if type(m).__name__ in ('Linear', 'Conv1D')]\n"
         "    print(json.dumps([round(float((w == 0).double().mean()), 3) for w in parts]))\n"
     )
-    folders = json.dumps({str(folder): AUTO[TASKS[kind]] for kind, folder in made.items()})
+    folders = json.dumps({str(folder): AUTO[TASKS[kind]] for kind, folder in artifacts.items()})
     for line in plain(read, folders).splitlines():
         shares = json.loads(line)
         assert shares.count(0.5) >= 8 and all(share == 0.5 for share in shares if share > 0.1)  # a row for padding is zero
-    for kind, folder in made.items():
+    for kind, folder in artifacts.items():
         for name, weight in weights(load_model(Source(str(folder), TASKS[kind]), "cpu")).items():
             if (weight == 0).mean() > 0.4:
                 assert ((weight.reshape(-1, 4) == 0).sum(1) == 2).all(), (kind, name)
@@ -196,16 +196,16 @@ def test_a_sparsity_that_would_empty_a_layer_is_refused(toys, method):
 
 
 def test_global_magnitude_that_would_empty_a_layer_names_it(toys):
-    made = bundle(toys["llama"], "llama")
+    toy = bundle(toys["llama"], "llama")
     with torch.no_grad():
-        made.model.model.layers[1].mlp.up_proj.weight.mul_(1e-6)
+        toy.model.model.layers[1].mlp.up_proj.weight.mul_(1e-6)
     magnitude = find("prune", "magnitude")
     with pytest.raises(InputError, match=r"sparsity: 0.5 over all layers would empty model\.layers\.1\.mlp\.up_proj; use scope: layer"):
-        magnitude.apply(made, magnitude.Settings(scope="global"), context())
+        magnitude.apply(toy, magnitude.Settings(scope="global"), context())
 
 
 @pytest.mark.parametrize(
-    ("chosen", "said"),
+    ("chosen", "message"),
     [
         ({"sparsity": 0}, "greater than 0"),
         ({"sparsity": 1.0}, "less than 1"),
@@ -215,8 +215,8 @@ def test_global_magnitude_that_would_empty_a_layer_names_it(toys):
         ({"pattern": "2:4", "scope": "global"}, "scope: global has no place"),
     ],
 )
-def test_settings_that_make_no_sense_are_refused(chosen, said):
-    with pytest.raises(ValidationError, match=said):
+def test_settings_that_make_no_sense_are_refused(chosen, message):
+    with pytest.raises(ValidationError, match=message):
         find("prune", "magnitude").Settings(**chosen)
 
 
@@ -224,9 +224,9 @@ def test_sparsegpt_takes_what_only_zeros_are_multiplied_by_first():
     weight, moments = layer(rows=8, columns=128)
     dead = torch.arange(0, 128, 4)
     moments[dead] = moments[:, dead] = 0
-    found = sparsegpt.solve_layer(weight, moments * 1e-4, sparsegpt.Settings(sparsity=0.5, columns=128))
-    assert (found[:, dead] == 0).all()
-    assert (found == 0).double().mean() == pytest.approx(0.5)
+    solved = sparsegpt.solve_layer(weight, moments * 1e-4, sparsegpt.Settings(sparsity=0.5, columns=128))
+    assert (solved[:, dead] == 0).all()
+    assert (solved == 0).double().mean() == pytest.approx(0.5)
 
 
 @pytest.mark.parametrize("second", [{"pattern": "2:4"}, {"pattern": "1:4"}, {"sparsity": 0.6}, {"sparsity": 0.3}])

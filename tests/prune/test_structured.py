@@ -49,11 +49,11 @@ NAMES = {
 }  # fmt: skip
 
 
-def layers(made, kind, which):
+def layers(model, kind, which):
     ends = NAMES[kind][which].split()
     return {
         name: module
-        for name, module in made.named_modules()
+        for name, module in model.named_modules()
         if any(f".{name}".endswith(f".{end}") for end in ends) and not (which == 3 and "attention" in name)
     }
 
@@ -77,16 +77,16 @@ def block_of(name):
     return ".".join(parts[:at]), int(parts[at])
 
 
-def plant_channels(made, kind):
+def plant_channels(model, kind):
     """A quarter of the channels of each block is zero, others in each."""
-    for name, layer in layers(made, kind, 2).items():
+    for name, layer in layers(model, kind, 2).items():
         clear(layer, outputs=chosen(block_of(name), rows(layer).shape[0], rows(layer).shape[0] // 4))
-    for name, layer in layers(made, kind, 3).items():
+    for name, layer in layers(model, kind, 3).items():
         clear(layer, inputs=chosen(block_of(name), rows(layer).shape[1], rows(layer).shape[1] // 4))
 
 
-def parameters_of(made, kind, *which):
-    return sum(layer.weight.numel() for each in which for layer in layers(made, kind, each).values())
+def parameters_of(model, kind, *which):
+    return sum(layer.weight.numel() for each in which for layer in layers(model, kind, each).values())
 
 
 def chosen(key, size, count):
@@ -94,7 +94,7 @@ def chosen(key, size, count):
     return torch.randperm(size, generator=generator)[:count].tolist()
 
 
-def plant_heads(made, kind, count, heads):
+def plant_heads(model, kind, count, heads):
     """So many heads (groups of them for Llama) of each attention are zero, others in each; for T5's self-attention others in each stack."""
 
     def units(name, size, parts=1):
@@ -104,26 +104,26 @@ def plant_heads(made, kind, count, heads):
         each = size // heads // parts
         return [p * size // parts + unit * each + n for p in range(parts) for unit in chosen(key, heads, count) for n in range(each)]
 
-    for name, layer in layers(made, kind, 0).items():
+    for name, layer in layers(model, kind, 0).items():
         clear(layer, outputs=units(name, rows(layer).shape[0], 3 if kind == "gpt2" else 1))
-    for name, layer in layers(made, kind, 1).items():
+    for name, layer in layers(model, kind, 1).items():
         clear(layer, inputs=units(name, rows(layer).shape[1]))
 
 
-def plant_width(made, kind, gone):
+def plant_width(model, kind, gone):
     """These hidden units are zero everywhere; norms count the others alone."""
     left = [unit for unit in range(64) if unit not in gone]
     for which in (0, 2, 4):
-        for layer in layers(made, kind, which).values():
+        for layer in layers(model, kind, which).values():
             clear(layer, inputs=gone)
     for which in (1, 3):
-        for layer in layers(made, kind, which).values():
+        for layer in layers(model, kind, which).values():
             clear(layer, outputs=gone)
     if kind == "bert":
-        clear(made.bert.pooler.dense, outputs=gone, inputs=gone)
-    for table in layers(made, kind, 5).values():
+        clear(model.bert.pooler.dense, outputs=gone, inputs=gone)
+    for table in layers(model, kind, 5).values():
         table.weight.data[:, gone] = 0
-    for norm in layers(made, kind, 6).values():
+    for norm in layers(model, kind, 6).values():
         clear_norm(norm, gone, left)
 
 
@@ -158,42 +158,42 @@ def test_the_share_of_parameters_is_met_and_told(tmp_path, kind, cut, keep):
     target = run("structured", kind, folder, tmp_path / "made", cut=cut, keep=keep, multiple=4)
     left = parameter_count(bundle(target, kind).model)
     assert left == pytest.approx(keep * whole, rel=0.02)
-    said = " ".join(json.loads((target / NOTES).read_text())["said"])
-    assert f"kept {left / whole:.1%} of {whole:,} parameters (asked: {keep:.1%}): feed-forward channels " in said
-    assert ("so all heads stay" in said) == (cut == ["channels", "heads"] and kind in ("bart", "gpt2", "bert"))
+    sentences = " ".join(json.loads((target / NOTES).read_text())["said"])
+    assert f"kept {left / whole:.1%} of {whole:,} parameters (asked: {keep:.1%}): feed-forward channels " in sentences
+    assert ("so all heads stay" in sentences) == (cut == ["channels", "heads"] and kind in ("bart", "gpt2", "bert"))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("importance", ["magnitude", "taylor"])
 def test_channels_that_do_nothing_are_the_ones_that_go(tmp_path, kind, importance):
-    made = wide(kind)
-    plant_channels(made, kind)
-    folder = stored(made, tmp_path / "whole")
-    keep = 1 - parameters_of(made, kind, 2, 3) / 4 / parameter_count(made)
+    model = wide(kind)
+    plant_channels(model, kind)
+    folder = stored(model, tmp_path / "whole")
+    keep = 1 - parameters_of(model, kind, 2, 3) / 4 / parameter_count(model)
     new, _ = pruned(folder, kind, cut=["channels"], keep=keep, importance=importance)
-    assert parameter_count(new) == pytest.approx(keep * parameter_count(made), rel=0.005)
-    assert alike(logits(new), logits(made))
+    assert parameter_count(new) == pytest.approx(keep * parameter_count(model), rel=0.005)
+    assert alike(logits(new), logits(model))
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 @pytest.mark.parametrize("importance", ["magnitude", "taylor"])
 def test_heads_that_do_nothing_are_the_ones_that_go(tmp_path, kind, importance):
     """T5's position bias keeps its columns of the heads that stay; Llama's groups of queries go with their keys and values."""
-    made = wide(kind)
-    plant_heads(made, kind, 2, made.config.num_key_value_heads if kind == "llama" else 8)
-    folder = stored(made, tmp_path / "whole")
+    model = wide(kind)
+    plant_heads(model, kind, 2, model.config.num_key_value_heads if kind == "llama" else 8)
+    folder = stored(model, tmp_path / "whole")
     share = 2 / (4 if kind == "llama" else 8)
     new, _ = pruned(
-        folder, kind, cut=["heads"], keep=1 - parameters_of(made, kind, 0, 1) * share / parameter_count(made), importance=importance
+        folder, kind, cut=["heads"], keep=1 - parameters_of(model, kind, 0, 1) * share / parameter_count(model), importance=importance
     )
     assert new.config.num_attention_heads == (4 if kind == "llama" else 6)
-    assert alike(logits(new), logits(made))
+    assert alike(logits(new), logits(model))
 
 
 def test_t5s_self_attention_keeps_the_heads_that_its_position_bias_keeps(tmp_path):
     """One choice for each stack, whose bias is made in the first block; cross-attention chooses in each block."""
-    made = wide("t5")
-    new, _ = pruned(stored(made, tmp_path / "whole"), "t5", cut=["heads"], keep=0.82)
+    model = wide("t5")
+    new, _ = pruned(stored(model, tmp_path / "whole"), "t5", cut=["heads"], keep=0.82)
     left = new.config.num_heads
     assert left < 8
 
@@ -203,11 +203,11 @@ def test_t5s_self_attention_keeps_the_heads_that_its_position_bias_keeps(tmp_pat
 
     choices = {}
     for name in ("encoder", "decoder"):
-        stacks = getattr(made, name).block, getattr(new, name).block
+        stacks = getattr(model, name).block, getattr(new, name).block
         (choices[name],) = {tuple(heads(old.layer[0].SelfAttention, now.layer[0].SelfAttention)) for old, now in zip(*stacks, strict=True)}
         old, now = (stack[0].layer[0].SelfAttention.relative_attention_bias.weight for stack in stacks)
         assert torch.equal(now, old[:, list(choices[name])])
-    pairs = zip(made.decoder.block, new.decoder.block, strict=True)
+    pairs = zip(model.decoder.block, new.decoder.block, strict=True)
     crossing = {tuple(heads(old.layer[1].EncDecAttention, now.layer[1].EncDecAttention)) for old, now in pairs}
     assert len({*choices.values(), *crossing}) > 2
 
@@ -215,42 +215,42 @@ def test_t5s_self_attention_keeps_the_heads_that_its_position_bias_keeps(tmp_pat
 @pytest.mark.parametrize("kind", KINDS)
 def test_width_that_does_nothing_is_what_goes(tmp_path, kind):
     """With as many heads where the config binds them. Against the whole model with norms over the units that stay."""
-    made, bound = wide(kind), kind in ("bart", "gpt2", "bert")
+    model, bound = wide(kind), kind in ("bart", "gpt2", "bert")
     gone = chosen("width", 64, 16)
-    plant_width(made, kind, gone)
+    plant_width(model, kind, gone)
     if bound:
-        plant_heads(made, kind, 2, 8)
-    folder = stored(made, tmp_path / "whole")
+        plant_heads(model, kind, 2, 8)
+    folder = stored(model, tmp_path / "whole")
     keep = 0.75  # all weights but some biases have a width; where heads are bound to it, attention has it on both sides
     if bound:
-        both = parameters_of(made, kind, 0, 1) + (made.bert.pooler.dense.weight.numel() if kind == "bert" else 0)
-        keep -= 0.75 * 0.25 * both / parameter_count(made)
+        both = parameters_of(model, kind, 0, 1) + (model.bert.pooler.dense.weight.numel() if kind == "bert" else 0)
+        keep -= 0.75 * 0.25 * both / parameter_count(model)
     new, _ = pruned(folder, kind, cut=["width"], keep=keep)
     assert new.config.hidden_size == 48
-    assert parameter_count(new) == pytest.approx(keep * parameter_count(made), rel=0.01)
-    assert alike(logits(new), logits(made))
+    assert parameter_count(new) == pytest.approx(keep * parameter_count(model), rel=0.01)
+    assert alike(logits(new), logits(model))
 
 
 def test_they_load_without_this_package_and_say_the_same(tmp_path):
     settings = {"cut": ["channels", "heads", "width"], "keep": 0.5, "importance": "taylor"}
-    made, targets = {}, {}
+    models, targets = {}, {}
     for kind in KINDS:
         folder = stored(wide(kind), tmp_path / f"{kind}-whole")
         targets[kind] = run("structured", kind, folder, tmp_path / kind, **settings)
-        made[kind], _ = pruned(folder, kind, **settings)
-    for kind, (found, tokens) in elsewhere(targets).items():
-        assert alike(found, logits(made[kind])), kind
-        assert tokens == greedy(made[kind]), kind
+        models[kind], _ = pruned(folder, kind, **settings)
+    for kind, (outside, tokens) in elsewhere(targets).items():
+        assert alike(outside, logits(models[kind])), kind
+        assert tokens == greedy(models[kind]), kind
 
 
 def test_taylor_is_the_change_of_the_loss_written_out(tmp_path):
     """One channel's score on one example, against weight times gradient by autograd on transformers' own loss."""
     folder = stored(wide("llama"), tmp_path / "whole")
-    made = bundle(folder, "llama")
-    coupling = structured.Coupling(made.model)
+    toy = bundle(folder, "llama")
+    coupling = structured.Coupling(toy.model)
     context = Context("cpu", quiet, [Example("0", "the cat sat", ["on a mat"])], 32)
-    scores = structured._scores(made, coupling, structured.Settings(importance="taylor"), context)["channels", "model.layers.2"]
-    ids = made.tokenizer("the cat sat on a mat </s>", add_special_tokens=False, return_tensors="pt").input_ids
+    scores = structured._scores(toy, coupling, structured.Settings(importance="taylor"), context)["channels", "model.layers.2"]
+    ids = toy.tokenizer("the cat sat on a mat </s>", add_special_tokens=False, return_tensors="pt").input_ids
     model = bundle(folder, "llama").model
     model(input_ids=ids, labels=torch.where(torch.arange(7) < 3, -100, ids)).loss.backward()
     mlp = model.model.layers[2].mlp
@@ -260,9 +260,9 @@ def test_taylor_is_the_change_of_the_loss_written_out(tmp_path):
 
 
 def test_magnitude_is_the_norm_of_all_that_belongs_to_a_head(tmp_path):
-    made = bundle(stored(wide("llama"), tmp_path / "whole"), "llama")
-    scores = structured._scores(made, structured.Coupling(made.model), structured.Settings(), Context("cpu", quiet))
-    attention = made.model.model.layers[1].self_attn
+    toy = bundle(stored(wide("llama"), tmp_path / "whole"), "llama")
+    scores = structured._scores(toy, structured.Coupling(toy.model), structured.Settings(), Context("cpu", quiet))
+    attention = toy.model.model.layers[1].self_attn
     second = [
         attention.q_proj.weight[16:32],
         attention.k_proj.weight[8:16],
@@ -282,20 +282,20 @@ def test_relatives_are_cut_alike(tmp_path):
     }  # fmt: skip
     grouped = {"num_key_value_heads": 4, "head_dim": 8}
     settings = {"cut": ["channels", "heads", "width"], "keep": 0.6}
-    made, targets = {}, {}
+    models, targets = {}, {}
     for name in ("mistral", "qwen2", "qwen3", "roberta"):
         kind = "bert" if name == "roberta" else "llama"
         config = transformers.AutoConfig.for_model(name, **sizes, **(grouped if kind == "llama" else {}))
         folder = stored(getattr(transformers, AUTO[TASKS[kind]]).from_config(config), tmp_path / f"{name}-whole")
-        made[name], _ = pruned(folder, kind, **settings)
+        models[name], _ = pruned(folder, kind, **settings)
         whole = parameter_count(bundle(folder, kind).model)
-        assert parameter_count(made[name]) == pytest.approx(0.6 * whole, rel=0.02)
+        assert parameter_count(models[name]) == pytest.approx(0.6 * whole, rel=0.02)
         targets[name] = run("structured", kind, folder, tmp_path / name, **settings)
-    for name, (found, tokens) in elsewhere(targets).items():
-        torch.testing.assert_close(found, logits(made[name]), rtol=1e-5, atol=1e-5)
-        assert tokens == greedy(made[name])
+    for name, (outside, tokens) in elsewhere(targets).items():
+        torch.testing.assert_close(outside, logits(models[name]), rtol=1e-5, atol=1e-5)
+        assert tokens == greedy(models[name])
         if name != "roberta":
-            config = made[name].config
+            config = models[name].config
             assert (config.num_attention_heads / config.num_key_value_heads, config.head_dim) == (2, 8)
 
 
@@ -321,7 +321,9 @@ def test_what_goes_together_is_what_torch_pruning_finds_by_tracing(kind, changes
         if axis is None or (dimension := axis.dimension) == WIDTH:
             continue
         steps = [step for step, _ in traced.get_pruning_group(module, torch_pruning.prune_linear_out_channels, idxs=[5])]
-        found = {(names[one.target.module], one.handler.__name__) for one in steps if one.target.module in names}
+        theirs = {
+            (names[dependency.target.module], dependency.handler.__name__) for dependency in steps if dependency.target.module in names
+        }
         group = coupling.group(f"{name}.weight", dimension)
         ours = {
             (other, f"prune_{side}_channels")
@@ -329,7 +331,7 @@ def test_what_goes_together_is_what_torch_pruning_finds_by_tracing(kind, changes
             for counted, side in zip(coupling.axes[f"{other}.weight"], ("out", "in"), strict=True)
             if counted and coupling.group(f"{other}.weight", counted.dimension) == group
         }
-        assert found == ours, name
+        assert theirs == ours, name
         checked += 1
     assert checked >= 16
 
@@ -393,8 +395,8 @@ def test_channels_go_from_types_of_which_nothing_is_written_down(name, tmp_path)
     model.save_pretrained(folder)
     whole, whole_logits = parameter_count(model), model(**trial_inputs(model)).logits.detach()
     keep = 1 - sum(layer.weight.numel() for layer in (*inner.values(), *outer.values())) / 4 / whole
-    made = Bundle(Source(str(folder), architectures.task_of(name), "float32"), "cpu")
-    new = structured.apply(made, structured.Settings(keep=keep, cut=["channels"]), Context("cpu", quiet, [], 32)).model
+    toy = Bundle(Source(str(folder), architectures.task_of(name), "float32"), "cpu")
+    new = structured.apply(toy, structured.Settings(keep=keep, cut=["channels"]), Context("cpu", quiet, [], 32)).model
     assert parameter_count(new) == pytest.approx(keep * whole, rel=0.01)
     torch.testing.assert_close(new(**trial_inputs(new)).logits, whole_logits, rtol=1e-4, atol=1e-5)
 
@@ -436,7 +438,7 @@ def test_a_cut_that_leaves_something_else_is_found_out(tmp_path, monkeypatch):
         return {name: tuple(axis and replace(axis, copies=1) for axis in row) for name, row in axes.items()}
 
     monkeypatch.setattr(Coupling, "_probed", in_one_run)
-    with pytest.raises(BrokenPromise, match="phi3: without some of its channels it doesn't compute what it does with zeros in their place"):
+    with pytest.raises(BrokenPromise, match="phi3: without some of its channels its logits differ from those with zeros in their place"):
         structured.apply(Bundle(Source(str(folder), "causal-lm"), "cpu"), structured.Settings(keep=0.9), Context("cpu", quiet, [], 32))
 
 

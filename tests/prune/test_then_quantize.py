@@ -27,14 +27,14 @@ def dense(folder, kind):
     ids = torch.arange(3, 23)[None]
     with torch.no_grad():  # some formats unpack at the first step
         loaded(ids, **({"decoder_input_ids": ids[:, :8]} if loaded.config.is_encoder_decoder else {}))
-    found = {}
+    weights = {}
     for name, module in loaded.named_modules():
         weight = getattr(module, "weight", None)
         if isinstance(module, torch.nn.Linear) and weight is not None:
             if hasattr(weight, "quant_state"):
                 weight = bnb.unpacked(module)
-            found[name] = weight.dequantize() if hasattr(weight, "dequantize") else weight
-    return found
+            weights[name] = weight.dequantize() if hasattr(weight, "dequantize") else weight
+    return weights
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
@@ -42,8 +42,8 @@ def dense(folder, kind):
 def test_zeros_stay_zero(toys, tmp_path, method, kind):
     pruned = run("prune", "magnitude", toys[kind], kind, tmp_path / "pruned")
     grid = {} if method in ("smoothquant", "int8_dynamic", "bnb_nf4") else {"bits": 4, "group_size": 32}
-    made = run("quantize", method, pruned, kind, tmp_path / "made", **grid, **SETTINGS[method])
-    before, after = dense(pruned, kind), dense(made, kind)
+    quantised = run("quantize", method, pruned, kind, tmp_path / "made", **grid, **SETTINGS[method])
+    before, after = dense(pruned, kind), dense(quantised, kind)
     sparse = [name for name, weight in before.items() if 0.4 < (weight == 0).double().mean() < 0.6]
     assert len(sparse) >= 12
     for name in sparse:
@@ -54,7 +54,7 @@ def test_zeros_stay_zero(toys, tmp_path, method, kind):
 @pytest.mark.parametrize("method", ["gptq", "autoround", "qat"])
 def test_zeros_are_filled_where_the_recipe_says_so(toys, tmp_path, method):
     pruned = run("prune", "magnitude", toys["llama"], "llama", tmp_path / "pruned")
-    made = run("quantize", method, pruned, "llama", tmp_path / "made", bits=4, group_size=32, keep_zeros=False, **SETTINGS[method])
+    quantised = run("quantize", method, pruned, "llama", tmp_path / "made", bits=4, group_size=32, keep_zeros=False, **SETTINGS[method])
     name = "model.layers.0.self_attn.q_proj"
-    before, after = dense(pruned, "llama")[name], dense(made, "llama")[name]
+    before, after = dense(pruned, "llama")[name], dense(quantised, "llama")[name]
     assert after[before == 0].any()

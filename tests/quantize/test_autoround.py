@@ -12,9 +12,9 @@ from compress.quantize._solution import Quantised
 from tests.blocks import bundle, context, lively, saved
 
 
-def weight(made, folder, method, seen, **settings):
+def weight(toy, folder, method, seen, **settings):
     """Of the first layer, as it is read."""
-    method.apply(made, method.Settings(bits=3, group_size=32, **settings), seen).save(folder)
+    method.apply(toy, method.Settings(bits=3, group_size=32, **settings), seen).save(folder)
     model = load_model(bundle(folder, "llama").source, "cpu")
     return model.model.layers[0].self_attn.q_proj.weight.detach()
 
@@ -22,17 +22,17 @@ def weight(made, folder, method, seen, **settings):
 def test_a_few_steps_turn_few_roundings(tmp_path):
     """Steps of a whole rounding each would turn most of them, by the sign of whatever noise there is."""
     model = lively("llama", lambda config: setattr(config, "intermediate_size", 160))
-    made, seen = bundle(saved(model, tmp_path / "toy"), "llama"), context()
-    original = made.model.model.layers[0].self_attn.q_proj.weight.detach()
-    start, learned = weight(made, tmp_path / "start", gptq, seen), weight(made, tmp_path / "learned", autoround, seen, steps=3)
+    toy, seen = bundle(saved(model, tmp_path / "toy"), "llama"), context()
+    original = toy.model.model.layers[0].self_attn.q_proj.weight.detach()
+    start, learned = weight(toy, tmp_path / "start", gptq, seen), weight(toy, tmp_path / "learned", autoround, seen, steps=3)
     assert 0 < (learned - start).norm() < 0.8 * (start - original).norm()
 
 
 def test_examples_too_few_for_the_layers_are_said(tmp_path):
-    made, seen = bundle(saved(lively("llama"), tmp_path / "toy"), "llama"), context()
-    tokens = sum(len(made.tokenizer(example.prompt).input_ids) + 1 + len(example.references[0].split()) for example in seen.examples)
+    toy, seen = bundle(saved(lively("llama"), tmp_path / "toy"), "llama"), context()
+    tokens = sum(len(toy.tokenizer(example.prompt).input_ids) + 1 + len(example.references[0].split()) for example in seen.examples)
     assert tokens < 172, "the width of its widest layer"
-    gptq.apply(made, gptq.Settings(), seen)
+    gptq.apply(toy, gptq.Settings(), seen)
     assert any("tokens, fewer than the 172 inputs of its widest layer" in sentence for sentence in seen.said)
 
 
@@ -59,9 +59,9 @@ def test_gradients_are_those_that_autograd_finds(symmetric):
     value = ((integers - zero[..., None]) * scale[..., None]).flatten(1)
     assert_close(rounding.value(), value.float())
     assert_close(rounding.solution().weight(), value.float())
-    wanted = torch.randn(12, 128, generator=generator)
-    made = torch.autograd.grad(rounding.value(), [rounding.offset, rounding.reach], wanted)
-    assert_close(made, tuple(part.float() for part in torch.autograd.grad(value, [offset, reach], wanted.double())))
+    upstream = torch.randn(12, 128, generator=generator)
+    gradients = torch.autograd.grad(rounding.value(), [rounding.offset, rounding.reach], upstream)
+    assert_close(gradients, tuple(part.float() for part in torch.autograd.grad(value, [offset, reach], upstream.double())))
 
 
 def through(values):

@@ -53,12 +53,12 @@ def best_by_force(rises, sizes, average):
 @settings(max_examples=60)
 def test_bits_are_given_out_as_well_as_any_assignment_does(puzzle):
     rises, sizes, average = puzzle
-    found = allocate(rises, sizes, average)
-    assert set(found) == set(rises)
-    assert sum(sizes[name] * bits for name, bits in found.items()) / sum(sizes.values()) <= average * (1 + 1e-6)
-    cost = sum(rises[name][bits] for name, bits in found.items())
+    widths = allocate(rises, sizes, average)
+    assert set(widths) == set(rises)
+    assert sum(sizes[name] * bits for name, bits in widths.items()) / sum(sizes.values()) <= average * (1 + 1e-6)
+    cost = sum(rises[name][bits] for name, bits in widths.items())
     best = best_by_force(rises, sizes, average)
-    assert cost <= best * (1 + 1e-3) + 1e-6 * max(rise for one in rises.values() for rise in one.values())
+    assert cost <= best * (1 + 1e-3) + 1e-6 * max(rise for of_layer in rises.values() for rise in of_layer.values())
 
 
 def test_at_the_ends_every_layer_gets_the_same():
@@ -83,70 +83,70 @@ def test_average_bits_is_bounded_and_only_counts_with_auto():
             GridSettings(bits=wrong)
 
 
-def layers_of(made):
-    model = as_linear(made.model)
+def layers_of(toy):
+    model = as_linear(toy.model)
     return {n: m for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and any(part.isdigit() for part in n.split("."))}
 
 
-def planned(made, told, **settings):
-    return plan(made, as_linear(made.model), GridSettings(**settings), told, layers_of(made))
+def planned(toy, told, **settings):
+    return plan(toy, as_linear(toy.model), GridSettings(**settings), told, layers_of(toy))
 
 
 def test_the_first_pattern_that_matches_a_layer_counts(toys):
-    made, told = bundle(toys["llama"], "llama"), context()
+    toy, told = bundle(toys["llama"], "llama"), context()
     bits = {"down_proj": 8, "*.layers.0.*": 2, "re:.*proj": 3}
-    found = planned(made, told, bits=bits, group_size=-1)
-    assert len(found) == 14
-    for name, kind in found.items():
+    kinds = planned(toy, told, bits=bits, group_size=-1)
+    assert len(kinds) == 14
+    for name, kind in kinds.items():
         expected = 8 if name.endswith("down_proj") else 2 if ".layers.0." in name else 3
         assert kind == Kind(expected, False, 0), name
     assert told.layers == []
 
 
 def test_layers_that_no_pattern_names_are_left_out_and_noted(toys):
-    made, told = bundle(toys["llama"], "llama"), context()
-    found = planned(made, told, bits={"*.mlp.*": 3, "q_proj": 8}, group_size=32)
-    assert {name.rsplit(".", 1)[1] for name in found} == {"gate_proj", "up_proj", "down_proj", "q_proj"}
-    assert {one["name"].rsplit(".", 1)[1] for one in told.layers} == {"k_proj", "v_proj", "o_proj"}
+    toy, told = bundle(toys["llama"], "llama"), context()
+    kinds = planned(toy, told, bits={"*.mlp.*": 3, "q_proj": 8}, group_size=32)
+    assert {name.rsplit(".", 1)[1] for name in kinds} == {"gate_proj", "up_proj", "down_proj", "q_proj"}
+    assert {row["name"].rsplit(".", 1)[1] for row in told.layers} == {"k_proj", "v_proj", "o_proj"}
     assert len(told.layers) == 6
-    assert {(one["bits"], one["remark"]) for one in told.layers} == {(None, "left out: no pattern of bits names it")}
+    assert {(row["bits"], row["remark"]) for row in told.layers} == {(None, "left out: no pattern of bits names it")}
 
 
 def test_what_is_odd_about_a_layers_storage_is_told(awkward):
     for kind, alike in (("llama", False), ("t5", True), ("gpt2", True), ("bert", False)):
         told = context()
-        found = planned(bundle(awkward[kind], kind), told, bits={"*.0.*": 3, "*": 8}, group_size=32)
-        for name, one in found.items():
+        kinds = planned(bundle(awkward[kind], kind), told, bits={"*.0.*": 3, "*": 8}, group_size=32)
+        for name, grid in kinds.items():
             remark = told.remarks.get(name, "")
-            assert ("stored in 8 bits" in remark) == (alike and one.bits == 3), name
-            assert ("group_size 32 does not divide its 172 columns; it has a scale a row" in remark) == (one.size == 0), name
-        assert any(one.size == 0 for one in found.values())
+            assert ("stored in 8 bits" in remark) == (alike and grid.bits == 3), name
+            assert ("group_size 32 does not divide its 172 columns; it has a scale a row" in remark) == (grid.size == 0), name
+        assert any(grid.size == 0 for grid in kinds.values())
 
 
 @pytest.mark.parametrize(("wrong", "near"), [("donw_proj", "down_proj"), ("model.layers.O.mlp.up_proj", r"model\.layers\.0\.mlp\.up_proj")])
 def test_a_pattern_that_names_nothing_is_refused_with_the_nearest_names(toys, wrong, near):
-    made = bundle(toys["llama"], "llama")
+    toy = bundle(toys["llama"], "llama")
     with pytest.raises(InputError, match=f"bits: '{wrong}' matches no linear layer.*{near}"):
-        planned(made, context(), bits={"*": 4, wrong: 8})
+        planned(toy, context(), bits={"*": 4, wrong: 8})
 
 
 def test_a_broken_regular_expression_is_said(toys):
-    made = bundle(toys["llama"], "llama")
+    toy = bundle(toys["llama"], "llama")
     with pytest.raises(InputError, match="not a regular expression"):
-        planned(made, context(), bits={"re:(": 4})
+        planned(toy, context(), bits={"re:(": 4})
 
 
 @pytest.mark.parametrize("average", [2.0, 2.6, None, 5.5])
 @pytest.mark.parametrize("kind", ["llama", "t5", "bert", "gpt2"])
 def test_auto_spends_the_bits_it_may_and_no_more(toys, kind, average):
-    made = bundle(toys[kind], kind)
-    layers = layers_of(made)
-    found = planned(made, context(), bits="auto", average_bits=average, group_size=-1)
-    assert set(found) == set(layers)
+    toy = bundle(toys[kind], kind)
+    layers = layers_of(toy)
+    kinds = planned(toy, context(), bits="auto", average_bits=average, group_size=-1)
+    assert set(kinds) == set(layers)
     sizes = {name: layer.weight.numel() for name, layer in layers.items()}
-    mean = sum(found[name].bits * size for name, size in sizes.items()) / sum(sizes.values())
+    mean = sum(kinds[name].bits * size for name, size in sizes.items()) / sum(sizes.values())
     assert (average or 4) - 0.4 < mean <= (average or 4) + 1e-6
-    assert average in (2, None) or len({kind.bits for kind in found.values()}) > 1
+    assert average in (2, None) or len({kind.bits for kind in kinds.values()}) > 1
 
 
 def wide(config):
@@ -193,19 +193,19 @@ def check_artifact(source, kind, folder, solutions):
     ids = torch.arange(3, 17)[None]
     extra = {"decoder_input_ids": ids[:, :5]} if expected.config.is_encoder_decoder else {}
     if expected.can_generate():
-        said = [
+        texts = [
             model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0).tolist()
             for model in (expected, loaded, loaded)
         ]
-        assert said[0] == said[1] == said[2]
+        assert texts[0] == texts[1] == texts[2]
     with torch.no_grad():
-        wanted = expected(input_ids=ids, **extra).logits
+        expected_logits = expected(input_ids=ids, **extra).logits
         for _ in range(2):
-            assert torch.allclose(loaded(input_ids=ids, **extra).logits, wanted, rtol=1e-4, atol=1e-5)
+            assert torch.allclose(loaded(input_ids=ids, **extra).logits, expected_logits, rtol=1e-4, atol=1e-5)
     for name, solution in solutions.items():
         values = solution.grid.values(solution.integers)
-        found = weight_of(loaded.get_submodule(name), values.shape[1])
-        assert torch.allclose(found, values, rtol=1e-6, atol=1e-6 * float(values.abs().max())), name
+        weight = weight_of(loaded.get_submodule(name), values.shape[1])
+        assert torch.allclose(weight, values, rtol=1e-6, atol=1e-6 * float(values.abs().max())), name
 
 
 @pytest.mark.parametrize("group_size", [32, -1])
@@ -217,7 +217,7 @@ def test_artifacts_of_mixed_bits_hold_exactly_the_grids_weights(awkward, tmp_pat
     bits = {name: widths[number % len(widths)] for number, name in enumerate(names)}
     solutions, told = made_with(awkward[kind], kind, tmp_path / "made", monkeypatch, bits=bits, symmetric=symmetric, group_size=group_size)
     assert {name: solution.grid.bits for name, solution in solutions.items()} == bits
-    assert {one["name"]: one["bits"] for one in told.layers if one["bits"]} == bits
+    assert {row["name"]: row["bits"] for row in told.layers if row["bits"]} == bits
     groups = json.loads((tmp_path / "made" / "config.json").read_text())["quantization_config"]["config_groups"].values()
     stored = {group["weights"]["num_bits"] for group in groups}
     assert stored == ({max(widths)} if kind in ("t5", "bart", "gpt2") else set(widths))
@@ -229,7 +229,7 @@ def test_an_artifact_of_auto_bits_holds_what_it_says(awkward, tmp_path, monkeypa
     solutions, told = made_with(awkward[kind], kind, tmp_path / "made", monkeypatch, bits="auto", average_bits=3.5, group_size=32)
     sizes = {name: solution.integers.numel() for name, solution in solutions.items()}
     assert set(sizes) == set(layers_of(bundle(awkward[kind], kind)))
-    bits = {one["name"]: one["bits"] for one in told.layers if one["bits"]}
+    bits = {row["name"]: row["bits"] for row in told.layers if row["bits"]}
     assert bits == {name: solution.grid.bits for name, solution in solutions.items()}
     mean = sum(bits[name] * size for name, size in sizes.items()) / sum(sizes.values())
     assert 3.3 < mean <= 3.5 + 1e-6
@@ -239,12 +239,12 @@ def test_an_artifact_of_auto_bits_holds_what_it_says(awkward, tmp_path, monkeypa
 
 def test_the_predicted_rise_is_the_formula_written_out(awkward):
     """One example, the same draws, a gradient at a time in float64."""
-    made, told = bundle(awkward["llama"], "llama"), context(examples=examples(1))
+    toy, told = bundle(awkward["llama"], "llama"), context(examples=examples(1))
     name = "model.layers.1.mlp.down_proj"
-    found = sensitivity(made, GridSettings(bits="auto", group_size=-1), told, [name])[name]
+    rises = sensitivity(toy, GridSettings(bits="auto", group_size=-1), told, [name])[name]
 
-    model = load_model(made.source, "cpu").double()
-    (batch,) = batches(model, made.tokenizer, told)
+    model = load_model(toy.source, "cpu").double()
+    (batch,) = batches(model, toy.tokenizer, told)
     caught = {}
     layer = model.get_submodule(name)
     layer.register_forward_hook(lambda module, args, out: caught.update(x=args[0], out=out))
@@ -256,32 +256,32 @@ def test_the_predicted_rise_is_the_formula_written_out(awkward):
     for bits in WIDTHS:
         change = (fit(weight.float(), GridSettings(group_size=-1), bits).rounded(weight) - weight).numpy()
         expected = sum(change[i, j] ** 2 * (g[:, i] ** 2).mean() * (x[:, j] ** 2).mean() for i in range(64) for j in range(172)) / 2
-        assert found[bits] == pytest.approx(expected, rel=1e-3)
+        assert rises[bits] == pytest.approx(expected, rel=1e-3)
 
 
 def test_the_predicted_rise_ranks_layers_as_the_measured_divergence_does():
     recipe = load("quickstart")
     told = Context("cpu", quiet, data.examples(recipe.data, recipe.folder, "train", 4, 0), 96)
-    made = Bundle(Source(str(BUILTIN), "seq2seq", "float32"), "cpu")
-    model, grid = made.model, GridSettings(bits="auto", group_size=-1)
+    toy = Bundle(Source(str(BUILTIN), "seq2seq", "float32"), "cpu")
+    model, grid = toy.model, GridSettings(bits="auto", group_size=-1)
     names = [
-        name for name in layers_of(made) if ".layer.0.SelfAttention." in name or "EncDec" in name or name.endswith("0.DenseReluDense.wo")
+        name for name in layers_of(toy) if ".layer.0.SelfAttention." in name or "EncDec" in name or name.endswith("0.DenseReluDense.wo")
     ]
-    predicted = sensitivity(made, grid, told, names)
-    inputs = batches(model, made.tokenizer, told)
+    predicted = sensitivity(toy, grid, told, names)
+    inputs = batches(model, toy.tokenizer, told)
 
-    def said():
+    def log_probabilities():
         with torch.no_grad():
             return torch.cat([model(**batch).logits[batch["decoder_attention_mask"].bool()] for batch in inputs]).double().log_softmax(-1)
 
-    before, measured = said(), {}
+    before, measured = log_probabilities(), {}
     for name in names:
         layer = model.get_submodule(name)
         kept = layer.weight.data
         layer.weight.data = fit(kept, grid, 3).rounded(kept)
-        measured[name] = float((before.exp() * (before - said())).sum(dim=-1).mean())
+        measured[name] = float((before.exp() * (before - log_probabilities())).sum(dim=-1).mean())
         layer.weight.data = kept
-    assert all(found[2] > found[3] > found[4] > found[8] > 0 for found in predicted.values())
+    assert all(rises[2] > rises[3] > rises[4] > rises[8] > 0 for rises in predicted.values())
     assert spearmanr([predicted[name][3] for name in names], [measured[name] for name in names]).statistic > 0.5
 
 
@@ -289,6 +289,6 @@ def test_auto_bits_of_a_model_that_overflows_are_refused_with_the_reason(tmp_pat
     sick = lively("llama")
     with torch.no_grad():
         sick.model.norm.weight[0] = float("inf")
-    made = bundle(saved(sick, tmp_path / "sick"), "llama")
+    toy = bundle(saved(sick, tmp_path / "sick"), "llama")
     with pytest.raises(BrokenPromise, match="bits: auto: LlamaForCausalLM gives NaN or infinite logits"):
-        planned(made, context(), bits="auto", group_size=-1)
+        planned(toy, context(), bits="auto", group_size=-1)

@@ -79,13 +79,13 @@ def test_odd_shapes_are_left_whole_by_name(tmp_path, repacking, change):
     config.update(change)
     folder = saved(type(model)(config), tmp_path / "odd")
     seen = context()
-    made = stage.methods.find("quantize", "bnb_nf4").apply(
+    quantised = stage.methods.find("quantize", "bnb_nf4").apply(
         bundle(folder, "llama"), stage.methods.find("quantize", "bnb_nf4").Settings(), seen
     )
     odd = {row["name"] for row in seen.layers if row["remark"] == f"left out: {bnb.ODD}"}
     assert {name.rsplit(".", 1)[-1] for name in odd} == ({"down_proj"} if change else {"gate_proj", "up_proj", "down_proj"})
-    assert torch.isfinite(run(made.model)).all()
-    assert odd.isdisjoint(linear4bit(made.model)) and odd.isdisjoint(linear4bit(packed(folder, "llama")))
+    assert torch.isfinite(run(quantised.model)).all()
+    assert odd.isdisjoint(linear4bit(quantised.model)) and odd.isdisjoint(linear4bit(packed(folder, "llama")))
 
 
 def test_a_model_of_odd_shapes_alone_is_refused_before_the_work(tmp_path, monkeypatch):

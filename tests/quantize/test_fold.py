@@ -71,11 +71,11 @@ CASES = ["llama", "t5", "bart", "gpt2", *CHANGES]
 
 @pytest.fixture(scope="module")
 def lively_toys(tmp_path_factory):
-    made = {}
+    bundles = {}
     for case in CASES:
         kind, change = CHANGES.get(case, (case, lambda config: None))
-        made[case] = bundle(saved(lively(kind, change), tmp_path_factory.mktemp("lively") / "toy"), kind)
-    return made
+        bundles[case] = bundle(saved(lively(kind, change), tmp_path_factory.mktemp("lively") / "toy"), kind)
+    return bundles
 
 
 def short(block, names):
@@ -85,8 +85,8 @@ def short(block, names):
 
 
 def folds(block):
-    found = {short(block, group): fold_before(block, group) for group in in_order(block)}
-    return {layers: fold and fold.before for layers, fold in found.items()}
+    by_layers = {short(block, group): fold_before(block, group) for group in in_order(block)}
+    return {layers: fold and fold.before for layers, fold in by_layers.items()}
 
 
 def stack_of(case, block):
@@ -96,19 +96,19 @@ def stack_of(case, block):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("case", ["llama", "t5", "bart", "gpt2"])
 def test_the_folds_of_each_architecture_are_found(lively_toys, case, dtype):
-    found = []
-    visit(bundle(lively_toys[case].source.id, case, dtype), lambda block: found.append((stack_of(case, block), folds(block))))
-    assert len(found) == (4 if case in ("t5", "bart") else 2)
-    for stack, one in found:
-        assert one == FOLDS[stack]
+    folded = []
+    visit(bundle(lively_toys[case].source.id, case, dtype), lambda block: folded.append((stack_of(case, block), folds(block))))
+    assert len(folded) == (4 if case in ("t5", "bart") else 2)
+    for stack, before in folded:
+        assert before == FOLDS[stack]
 
 
 @pytest.mark.parametrize("case", ["llama", "bart", "gpt2"])
 def test_no_wrong_fold_is_found_in_float16_whose_smallest_numbers_round(lively_toys, case):
-    found = []
-    visit(bundle(lively_toys[case].source.id, case, "float16"), lambda block: found.append((stack_of(case, block), folds(block))))
-    for stack, one in found:
-        assert all(before in (None, FOLDS[stack][layers]) for layers, before in one.items())
+    folded = []
+    visit(bundle(lively_toys[case].source.id, case, "float16"), lambda block: folded.append((stack_of(case, block), folds(block))))
+    for stack, by_layers in folded:
+        assert all(before in (None, FOLDS[stack][layers]) for layers, before in by_layers.items())
 
 
 @pytest.mark.parametrize(
@@ -120,10 +120,10 @@ def test_no_wrong_fold_is_found_in_float16_whose_smallest_numbers_round(lively_t
     ],
 )
 def test_a_layer_is_folded_to_where_the_config_lets_its_input_through(lively_toys, case, layer, before):
-    found = []
-    visit(lively_toys[case], lambda block: found.extend((key, b) for key, b in folds(block).items() if key.endswith(layer)))
-    assert found
-    assert all(b is not None and b.endswith(before) for _, b in found)
+    folded = []
+    visit(lively_toys[case], lambda block: folded.extend((key, b) for key, b in folds(block).items() if key.endswith(layer)))
+    assert folded
+    assert all(b is not None and b.endswith(before) for _, b in folded)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -151,15 +151,15 @@ def test_folding_any_scale_divides_the_input_and_keeps_the_output(lively_toys, c
             if (fold := fold_before(block, group)) is None:
                 continue
             scale = torch.exp(torch.randn(block.layers[group[0]].in_features, generator=generator))
-            given, weights = torch.cat(list(inputs(block, group[0]))), {name: block.weights[name] for name in group}
+            states, weights = torch.cat(list(inputs(block, group[0]))), {name: block.weights[name] for name in group}
             fold.apply(scale)
             applied.append(fold.before)
-            assert torch.allclose(torch.cat(list(inputs(block, group[0]))) * scale, given, rtol=1e-4, atol=1e-5)
+            assert torch.allclose(torch.cat(list(inputs(block, group[0]))) * scale, states, rtol=1e-4, atol=1e-5)
             for name in group:
                 assert torch.allclose(block.weights[name], weights[name] * scale)
                 assert torch.equal(block.weights[name], block.layers[name].weight)
-        for batch, wanted in enumerate(expected):
-            assert (block.output(batch).double() - wanted).norm() <= 1e-5 * wanted.norm()
+        for batch, output in enumerate(expected):
+            assert (block.output(batch).double() - output).norm() <= 1e-5 * output.norm()
 
     visit(lively_toys[case], look)
     assert applied

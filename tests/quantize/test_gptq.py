@@ -31,13 +31,13 @@ def least_squares(weight, grid, integers, moments):
     root = np.linalg.cholesky(moments.double().numpy()).T
     groups, columns = grid.scale.shape[1], weight.shape[1]
     steps = (integers.float() - grid.columns(columns)[1]).double().numpy()
-    found = []
+    scales = []
     for row in range(len(weight)):
         spread = np.zeros((columns, groups))
         for column in range(columns):
             spread[column, column * groups // columns] = steps[row, column]
-        found.append(np.linalg.lstsq(root @ spread, root @ weight[row].double().numpy(), rcond=None)[0])
-    return np.array(found)
+        scales.append(np.linalg.lstsq(root @ spread, root @ weight[row].double().numpy(), rcond=None)[0])
+    return np.array(scales)
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -79,18 +79,18 @@ def test_a_row_whose_best_scale_is_far_off_keeps_its_own():
     integers = _gptq._columns(weight, grid, moments, 0.01, True, "layer")
     off = grid.scale.clone()
     off[3] *= 3
-    found = _gptq._refitted(weight, with_scale(grid, off), integers, moments)
-    assert torch.equal(found[3], off[3])
+    refitted = _gptq._refitted(weight, with_scale(grid, off), integers, moments)
+    assert torch.equal(refitted[3], off[3])
     rest = [row for row in range(len(weight)) if row != 3]
-    assert torch.allclose(found[rest], _gptq._refitted(weight, grid, integers, moments)[rest])
+    assert torch.allclose(refitted[rest], _gptq._refitted(weight, grid, integers, moments)[rest])
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_the_solver_hands_out_the_refitted_scales(bits):
     weight, moments = layer(columns=160)
     settings = Settings(group_size=32, symmetric=bits == 3)
-    found = _gptq.solve_layer(weight, moments, settings, bits, 0.01)
+    solution = _gptq.solve_layer(weight, moments, settings, bits, 0.01)
     grid = _grid.fit(weight, settings, bits)
-    assert np.allclose(found.grid.scale.double().numpy(), least_squares(weight, grid, found.integers, moments), rtol=2e-4)
-    assert torch.equal(found.grid.zero, grid.zero)
-    assert lost(weight, found.grid, found.integers, moments).sum() < lost(weight, grid, found.integers, moments).sum()
+    assert np.allclose(solution.grid.scale.double().numpy(), least_squares(weight, grid, solution.integers, moments), rtol=2e-4)
+    assert torch.equal(solution.grid.zero, grid.zero)
+    assert lost(weight, solution.grid, solution.integers, moments).sum() < lost(weight, grid, solution.integers, moments).sum()

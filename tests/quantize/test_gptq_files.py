@@ -22,16 +22,16 @@ from tests.quantize.test_methods import make
 
 def unpacked(words, bits):
     """(n, m) int32 words as (n, m * 32 / bits) integers: the definition, with Python's whole numbers."""
-    found = []
+    integers = []
     for row in words.tolist():
         stream = sum((word % 2**32) << (32 * place) for place, word in enumerate(row))
-        found.append([(stream >> (bits * place)) % 2**bits for place in range(32 * len(row) // bits)])
-    return np.array(found)
+        integers.append([(stream >> (bits * place)) % 2**bits for place in range(32 * len(row) // bits)])
+    return np.array(integers)
 
 
 def written(kind, method="gptq", **settings):
     """The tensors of a model packed in this format, its config, and what the pass said its layers became."""
-    made = bundle(kind, "bert")
+    toy = bundle(kind, "bert")
     told, became = context(), {}
     from compress.quantize import _tune
 
@@ -43,7 +43,7 @@ def written(kind, method="gptq", **settings):
     chosen = find("quantize", method).Settings(format="gptq", **settings)
     original, _tune.files_of = _tune.files_of, lambda _: Watched
     try:
-        model = find("quantize", method).apply(made, chosen, told).model
+        model = find("quantize", method).apply(toy, chosen, told).model
     finally:
         _tune.files_of = original
     return model, became
@@ -65,10 +65,10 @@ def test_words_hold_the_integers_and_zeros_that_the_method_found(toys, method, b
         zeros = unpacked(layer.qzeros.numpy(), bits) + less_one
         group = layer.g_idx.numpy()
         assert (np.diff(group) >= 0).all() and np.bincount(group).tolist() == [32] * (len(integers) // 32)
-        found = layer.scales.double().numpy()[group] * (integers - zeros[group])
+        weight = layer.scales.double().numpy()[group] * (integers - zeros[group])
         expected = solution.grid.values(solution.integers).double().numpy().T
-        assert found.shape == expected.shape
-        assert np.abs(found - expected).max() <= 2**-10 * np.abs(expected).max()  # scales are in float16
+        assert weight.shape == expected.shape
+        assert np.abs(weight - expected).max() <= 2**-10 * np.abs(expected).max()  # scales are in float16
 
 
 def test_a_scale_a_row_is_one_group(toys):
@@ -89,17 +89,17 @@ def test_layers_left_out_are_named_to_the_reader(toys):
 
 
 @pytest.mark.parametrize(
-    ("kind", "settings", "said"),
+    ("kind", "settings", "message"),
     [
         ("t5", {}, "reads no encoder-decoder"),
         ("llama", {}, r"packs by 32, and .*gate_proj is 172 x 64; name it under ignore, or leave out format: gptq"),
-        ("bert", {"bits": {"query": 4, "re:.*": 8}}, "holds one kind of grid; unlike would be"),
+        ("bert", {"bits": {"query": 4, "re:.*": 8}}, "holds one kind of grid, and these would differ"),
         ("bert", {"ignore": ["*.layer.0.output.dense"]}, r"every block; not packed is bert\.encoder\.layer\.0\.output\.dense"),
     ],
 )
-def test_what_the_format_cannot_hold_is_refused(toys, monkeypatch, kind, settings, said):
+def test_what_the_format_cannot_hold_is_refused(toys, monkeypatch, kind, settings, message):
     rtn = find("quantize", "rtn")
-    with pytest.raises(ModelError, match=said):
+    with pytest.raises(ModelError, match=message):
         rtn.apply(bundle(toys[kind], kind), rtn.Settings(format="gptq", group_size=32, **settings), context())
 
 
@@ -111,15 +111,15 @@ def test_auto_bits_are_refused_when_the_recipe_is_read():
 @pytest.mark.parametrize(("bits", "symmetric"), [(2, True), (3, False), (4, True), (8, False)])
 def test_it_is_written_and_looked_at_where_nothing_reads_it(toys, tmp_path, monkeypatch, bits, symmetric):
     monkeypatch.setattr(gptq, "lacking", list)
-    made = make(toys["bert"], "bert", "rtn", tmp_path / "made", format="gptq", bits=bits, group_size=32, symmetric=symmetric)
-    said = json.loads((made / NOTES).read_text())["said"]
-    assert any("gptqmodel, optimum, by which transformers reads them, aren't installed here" in sentence for sentence in said)
-    dense = gptq.unpacked(Source(str(made), "sequence-classification"), tmp_path / "dense")
+    folder = make(toys["bert"], "bert", "rtn", tmp_path / "made", format="gptq", bits=bits, group_size=32, symmetric=symmetric)
+    sentences = json.loads((folder / NOTES).read_text())["said"]
+    assert any("gptqmodel, optimum, by which transformers reads them, aren't installed here" in sentence for sentence in sentences)
+    dense = gptq.unpacked(Source(str(folder), "sequence-classification"), tmp_path / "dense")
     _, became = written(toys["bert"], "rtn", bits=bits, group_size=32, symmetric=symmetric)
-    found = load_model(dense, "cpu")
+    model = load_model(dense, "cpu")
     for name, solution in became.items():
         expected = solution.grid.values(solution.integers).double()
-        assert (found.get_submodule(name).weight - expected).abs().max() <= 2**-10 * expected.abs().max()  # scales are in float16
+        assert (model.get_submodule(name).weight - expected).abs().max() <= 2**-10 * expected.abs().max()  # scales are in float16
 
 
 READER = """
@@ -150,5 +150,5 @@ def test_plain_transformers_reads_it_through_gptqmodel(tmp_path, kind, bits, sym
     auto = {"llama": "AutoModelForCausalLM", "bert": "AutoModelForSequenceClassification"}[kind]
     for name in ("plain", "gptq"):
         subprocess.run([sys.executable, "-c", READER, str(tmp_path / name), auto], check=True, capture_output=True)
-    expected, found = (torch.load(tmp_path / name / "logits.pt") for name in ("plain", "gptq"))
-    assert ((found - expected).norm() / expected.norm()).item() < 0.01
+    expected, through_gptq = (torch.load(tmp_path / name / "logits.pt") for name in ("plain", "gptq"))
+    assert ((through_gptq - expected).norm() / expected.norm()).item() < 0.01

@@ -47,8 +47,8 @@ def test_the_searched_grid_is_no_worse_than_the_full_range(bits, symmetric):
 
 def test_gptq_loses_less_than_rounding():
     w, x = weight(), inputs()
-    found = _gptq.solve_layer(w, x.t() @ x / len(x), Settings(group_size=32), 3, 0.01)
-    solved, rounded = found.grid.values(found.integers), found.grid.rounded(w)
+    solution = _gptq.solve_layer(w, x.t() @ x / len(x), Settings(group_size=32), 3, 0.01)
+    solved, rounded = solution.grid.values(solution.integers), solution.grid.rounded(w)
 
     def lost(v):
         return ((x.double() @ (v - w).double().t()) ** 2).sum() / ((x.double() @ w.double().t()) ** 2).sum()
@@ -72,15 +72,15 @@ def test_a_range_searched_for_the_outputs_loses_less_there():
 def test_gptq_on_white_inputs_is_round_to_nearest():
     """With a diagonal Hessian no column can make up for another."""
     w = weight()
-    found = _gptq.solve_layer(w, torch.eye(64), Settings(group_size=-1), 4, 0.01)
-    assert torch.equal(found.integers, found.grid.integers(w))
+    solution = _gptq.solve_layer(w, torch.eye(64), Settings(group_size=-1), 4, 0.01)
+    assert torch.equal(solution.integers, solution.grid.integers(w))
 
 
 def test_one_column_at_a_time_as_the_paper_has_it():
     """The update of Frantar et al. 2022, equation 2, in float64 without blocks and Cholesky, against the blocked solver."""
     w, x = weight(rows=4, columns=16), inputs(columns=16)
     moments = x.t() @ x / len(x)
-    found = _gptq.solve_layer(w, moments, Settings(group_size=-1), 3, 0.01)
+    solution = _gptq.solve_layer(w, moments, Settings(group_size=-1), 3, 0.01)
     h = moments.double() + 0.01 * moments.diagonal().double().mean() * torch.eye(16)
     left, done, order = w.double().clone(), torch.zeros(4, 16), torch.argsort(moments.diagonal(), descending=True).tolist()
     # what the integers were found on; the scales are refitted after
@@ -92,15 +92,15 @@ def test_one_column_at_a_time_as_the_paper_has_it():
         done[:, column] = q
         error = (left[:, column] - (q - zero[:, column]) * scale[:, column]) / inverse[0, 0]
         left[:, rest] -= error[:, None] * inverse[0]
-    assert torch.equal(found.integers.float(), done)
+    assert torch.equal(solution.integers.float(), done)
 
 
 def test_a_dead_input_is_harmless_and_an_impossible_hessian_is_said():
     w, x = weight(), inputs()
     x[:, 5] = 0
     moments = x.t() @ x / len(x)
-    found = _gptq.solve_layer(w, moments, Settings(group_size=-1), 4, 0.01)
-    assert torch.equal(found.integers[:, 5], _grid.fit(w, Settings(group_size=-1), 4, moments).integers(w)[:, 5])
+    solution = _gptq.solve_layer(w, moments, Settings(group_size=-1), 4, 0.01)
+    assert torch.equal(solution.integers[:, 5], _grid.fit(w, Settings(group_size=-1), 4, moments).integers(w)[:, 5])
     with pytest.raises(BrokenPromise, match=r"mlp\.fc1: its Hessian is not positive definite"):
         _gptq.solve_layer(w, torch.full((64, 64), float("nan")), Settings(group_size=-1), 4, 0.01, "mlp.fc1")
 
@@ -124,7 +124,7 @@ def test_packed_layers_are_unpacked_to_the_same_values_by_the_formats_own_librar
 
 
 @pytest.mark.parametrize(
-    ("weights", "given", "size", "said"),
+    ("weights", "group_size", "size", "message"),
     [
         ({576: 75, 1536: 25}, None, 64, "group_size is 64, the largest of 128, 64 and 32 that divides every layer's columns"),
         ({576: 75, 1536: 25}, 32, 32, None),
@@ -135,12 +135,12 @@ def test_packed_layers_are_unpacked_to_the_same_values_by_the_formats_own_librar
         ({100: 1, 172: 1}, None, -1, "group_size is -1, a scale a row: 128, 64 and 32 do not divide the layers' 100, 172 columns"),
     ],
 )
-def test_the_group_size_is_what_divides_and_the_rest_is_said(weights, given, size, said):
-    settings = Settings(group_size=given)
+def test_the_group_size_is_what_divides_and_the_rest_is_said(weights, group_size, size, message):
+    settings = Settings(group_size=group_size)
     assert settings.sized(weights).group_size == size
     sentences = settings.about_shapes(weights)
-    assert len(sentences) == (said is not None)
-    assert said is None or re.search(said, sentences[0])
+    assert len(sentences) == (message is not None)
+    assert message is None or re.search(message, sentences[0])
 
 
 def test_gptqs_files_hold_one_kind_of_grid_and_get_one():
@@ -154,7 +154,7 @@ def test_a_search_in_coarse_and_fine_steps_is_as_good_as_one_of_all_ranges(bits,
     """All 80 ranges tried one by one, in float64; some groups are zeros, some of one sign, some with one large weight."""
     w = weight(rows=40)
     w[0], w[1], w[2, 5] = 0, w[1].abs(), 9
-    found = _grid.fit(w, Settings(group_size=32, symmetric=symmetric), bits)
+    grid = _grid.fit(w, Settings(group_size=32, symmetric=symmetric), bits)
     w64 = w.double().reshape(40, 2, 32)
     low, high = w64.amin(dim=2).clamp(max=0), w64.amax(dim=2).clamp(min=0)
     errors = []
@@ -165,9 +165,9 @@ def test_a_search_in_coarse_and_fine_steps_is_as_good_as_one_of_all_ranges(bits,
         values = ((w64 / scale + zero).round().clamp(0, 2**bits - 1) - zero) * scale
         errors.append(((values - w64) ** 2).sum(dim=2))
     least = torch.stack(errors).amin(dim=0)
-    made = ((found.rounded(w).double().reshape(40, 2, 32) - w64) ** 2).sum(dim=2)
-    assert made.sum() < 1.003 * least.sum()
-    assert torch.allclose(made, least, rtol=0.1, atol=1e-9)
+    errors_of_grid = ((grid.rounded(w).double().reshape(40, 2, 32) - w64) ** 2).sum(dim=2)
+    assert errors_of_grid.sum() < 1.003 * least.sum()
+    assert torch.allclose(errors_of_grid, least, rtol=0.1, atol=1e-9)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
@@ -175,8 +175,8 @@ def test_the_longer_end_of_a_symmetric_grid_has_the_level_more(bits):
     """A group that is all levels of such a grid, turned either way, is read as it was; with a positive scale alone one of them isn't."""
     levels = torch.arange(-(2 ** (bits - 1)), 2 ** (bits - 1)).float()
     w = torch.stack([levels, -levels]).repeat(1, max(1, 32 // len(levels)))[:, :256] * 0.25
-    found = _grid.fit(w, Settings(group_size=-1, symmetric=True), bits)
-    assert found.scale.sign().flatten().tolist() == [1, -1]
-    assert (found.rounded(w) - w).abs().max() < 0.02 * w.abs().max(), "but for the hundredths by which ranges shrink"
+    grid = _grid.fit(w, Settings(group_size=-1, symmetric=True), bits)
+    assert grid.scale.sign().flatten().tolist() == [1, -1]
+    assert (grid.rounded(w) - w).abs().max() < 0.02 * w.abs().max(), "but for the hundredths by which ranges shrink"
     plain = _grid.fit(w, Settings(group_size=-1, symmetric=True), bits, signed=False)
-    assert (plain.rounded(w) - w)[1].square().mean() > 2 * (found.rounded(w) - w)[1].square().mean()
+    assert (plain.rounded(w) - w)[1].square().mean() > 2 * (grid.rounded(w) - w)[1].square().mean()

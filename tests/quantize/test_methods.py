@@ -53,8 +53,8 @@ def logits(folder, kind, dtype="auto"):
 
 def told(loaded):
     """What a model's generation config says, but for who wrote it."""
-    said = loaded.generation_config.to_dict()
-    return {key: value for key, value in said.items() if key not in ("transformers_version", "_from_model_config")}
+    settings = loaded.generation_config.to_dict()
+    return {key: value for key, value in settings.items() if key not in ("transformers_version", "_from_model_config")}
 
 
 def test_every_method_is_tested_here():
@@ -80,9 +80,9 @@ def test_the_artifact_is_near_the_original_and_smaller(toys, tmp_path, kind, met
     settings, tolerance = CASES[method]
     target = make(toys[kind], kind, method, tmp_path / "made", **settings)
     before, expected = logits(toys[kind], kind, "float32")
-    after, found = logits(target, kind)
-    assert ((found - expected).norm() / expected.norm()).item() < tolerance
-    assert (found - expected).norm() > 0, "nothing was changed"
+    after, actual = logits(target, kind)
+    assert ((actual - expected).norm() / expected.norm()).item() < tolerance
+    assert (actual - expected).norm() > 0, "nothing was changed"
     assert parameter_count(after) == parameter_count(before)
     if before.can_generate():
         assert told(after) == told(before), "the artifact generates as its model does"
@@ -102,9 +102,9 @@ def test_the_same_on_a_gpu(toys, tmp_path, kind, method):
     ids = torch.arange(3, 23, device="cuda")[None]
     extra = {"decoder_input_ids": ids[:, :8]} if loaded.config.is_encoder_decoder else {}
     with torch.no_grad():
-        found = loaded(input_ids=ids, **extra).logits.float().cpu()
+        actual = loaded(input_ids=ids, **extra).logits.float().cpu()
     _, expected = logits(toys[kind], kind, "float32")
-    assert ((found - expected).norm() / expected.norm()).item() < tolerance
+    assert ((actual - expected).norm() / expected.norm()).item() < tolerance
 
 
 @pytest.mark.parametrize(
@@ -200,9 +200,9 @@ def test_t5_with_large_activations_survives_float16(tmp_path):
     make_tokenizer().save_pretrained(tmp_path / "huge")
     target = make(tmp_path / "huge", "t5", "cast", tmp_path / "made", dtype="float16")
     _, expected = logits(tmp_path / "huge", "t5", "float32")
-    _, found = logits(target, "t5")
-    assert torch.isfinite(found).all()
-    assert ((found - expected).norm() / expected.norm()).item() < 0.05
+    _, actual = logits(target, "t5")
+    assert torch.isfinite(actual).all()
+    assert ((actual - expected).norm() / expected.norm()).item() < 0.05
 
 
 def test_casting_to_the_same_dtype_is_refused(toys, tmp_path):
@@ -227,7 +227,9 @@ def test_nan_weights_fail_the_stage_and_leave_nothing(toys, tmp_path):
 @pytest.mark.parametrize("kind", ["t5", "gpt2"])
 def test_a_transformers_that_would_not_read_them_is_named_before_the_work(toys, tmp_path, monkeypatch, kind):
     monkeypatch.setattr("transformers.__version__", "5.22.0")
-    said = r"packed weights of a (t5|gpt_bigcode) need transformers 5\.23 or newer, and here is 5\.22\.0; pip install 'transformers>=5\.23'"
-    with pytest.raises(MissingPackage, match=said):
+    message = (
+        r"packed weights of a (t5|gpt_bigcode) need transformers 5\.23 or newer, and here is 5\.22\.0; pip install 'transformers>=5\.23'"
+    )
+    with pytest.raises(MissingPackage, match=message):
         make(toys[kind], kind, "rtn", tmp_path / "made")
     make(toys["llama"], "llama", "rtn", tmp_path / "other")

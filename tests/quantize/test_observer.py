@@ -71,10 +71,10 @@ def test_mse_is_near_the_best_candidate_by_brute_force_on_the_raw_values(shape, 
     if symmetric:
         high = max(high, -low)
         low = -high
-    found = lost(raw, *(end[0] for end in ends(values, "mse", bits, symmetric)), bits)
-    assert found <= lost(raw, low, high, bits) * 1.001
+    error = lost(raw, *(end[0] for end in ends(values, "mse", bits, symmetric)), bits)
+    assert error <= lost(raw, low, high, bits) * 1.001
     best = min(lost(raw, low * shrink, high * shrink, bits) for shrink in SHRINKINGS)
-    assert found <= best * 1.02
+    assert error <= best * 1.02
 
 
 def test_at_few_bits_mse_clips():
@@ -138,28 +138,28 @@ def test_entropy_takes_the_candidate_with_the_least_divergence(symmetric):
 )
 @settings(max_examples=150)
 def test_values_in_pieces_count_as_if_they_came_at_once(pieces):
-    found = Histogram(torch.tensor([pieces[0]]))
+    histogram = Histogram(torch.tensor([pieces[0]]))
     for piece in pieces[1:]:
-        found.add(torch.tensor([piece]))
+        histogram.add(torch.tensor([piece]))
     values = torch.tensor([[value for piece in pieces for value in piece]])
     whole = Histogram(values)
-    assert torch.equal(found.counts, whole.counts)
-    assert float(found.counts.sum()) == values.numel()
+    assert torch.equal(histogram.counts, whole.counts)
+    assert float(histogram.counts.sum()) == values.numel()
     for observer in ("minmax", "percentile"):
-        assert found.range(observer, 8, False) == whole.range(observer, 8, False)
+        assert histogram.range(observer, 8, False) == whole.range(observer, 8, False)
     # every value stands within half a bin of the centre of its bin
-    centres = np.repeat(found.centres()[0].numpy(), found.counts[0].int().numpy())
+    centres = np.repeat(histogram.centres()[0].numpy(), histogram.counts[0].int().numpy())
     raw = np.sort(values.double().numpy()[0])
     assert np.abs(centres - raw).max() <= max((raw[-1] - raw[0]) / (BINS - 1), 2e-6 * np.abs(raw).max(), 1e-35)
 
 
 def test_a_range_that_grows_by_a_hair_each_time_does_not_carry_values_along():
     values = torch.rand(1, 10_000, generator=torch.Generator().manual_seed(0))
-    found = Histogram(values)
+    histogram = Histogram(values)
     tops = [1.0002**step for step in range(500)]
     for top in tops:
-        found.add(torch.tensor([[top]]))
-    median = found.centres()[0][(found.counts[0].cumsum(0) * 2 > found.counts.sum()).int().argmax()]
+        histogram.add(torch.tensor([[top]]))
+    median = histogram.centres()[0][(histogram.counts[0].cumsum(0) * 2 > histogram.counts.sum()).int().argmax()]
     everything = np.concatenate([values.double().numpy()[0], tops])
     assert float(median) == pytest.approx(np.median(everything), abs=2 * max(tops) / BINS)
 
@@ -171,8 +171,8 @@ def test_rows_know_nothing_of_each_other(observer, symmetric):
     values[1, :2] = torch.tensor([-20.0, 70.0])
     low, high = ends(values, observer, 4, symmetric)
     for row in range(3):
-        alone = ends(values[row : row + 1], observer, 4, symmetric)
-        assert (low[row], high[row]) == (alone[0][0], alone[1][0])
+        single = ends(values[row : row + 1], observer, 4, symmetric)
+        assert (low[row], high[row]) == (single[0][0], single[1][0])
 
 
 @pytest.mark.parametrize("observer", OBSERVERS)

@@ -62,30 +62,30 @@ def test_rounding_and_its_gradients_are_those_of_the_paper(bits, group_size, sym
     assert torch.allclose(rounding.solution(weight).weight(), out.detach(), rtol=1e-5, atol=1e-6), "trained as it is stored"
 
 
-def apply(made, method, told, **settings):
-    found = methods.find("quantize", method)
-    return found.apply(made, found.Settings(**settings), told)
+def apply(toy, method, told, **settings):
+    module = methods.find("quantize", method)
+    return module.apply(toy, module.Settings(**settings), told)
 
 
-def answers(model, made, told):
+def answers(model, toy, told):
     """Log-probabilities at every real position of what the model says, one example at a time."""
-    found = []
+    parts = []
     with torch.no_grad():
-        for _, ids, answer in encoded(model, made.tokenizer, told):
-            found.append(model(**padded(model, [(ids, answer)])).logits.double().log_softmax(-1).reshape(-1, model.config.vocab_size))
-    return torch.cat(found)
+        for _, ids, answer in encoded(model, toy.tokenizer, told):
+            parts.append(model(**padded(model, [(ids, answer)])).logits.double().log_softmax(-1).reshape(-1, model.config.vocab_size))
+    return torch.cat(parts)
 
 
-def divergence(folder, kind, made, told):
-    before, after = load_model(made.source, "cpu"), load_model(Source(str(folder), TASKS[kind]), "cpu")
-    whole = answers(before, made, told)
-    return float((whole.exp() * (whole - answers(after, made, told))).sum(dim=-1).mean())
+def divergence(folder, kind, toy, told):
+    before, after = load_model(toy.source, "cpu"), load_model(Source(str(folder), TASKS[kind]), "cpu")
+    whole = answers(before, toy, told)
+    return float((whole.exp() * (whole - answers(after, toy, told))).sum(dim=-1).mean())
 
 
 @pytest.fixture(scope="module")
 def lively_toys(tmp_path_factory):
     """Random models sure enough of what they say that rounding shows."""
-    made = {}
+    folders = {}
     for kind in ("llama", "t5", "bert"):
         model = lively(kind)
         with torch.no_grad():
@@ -94,102 +94,102 @@ def lively_toys(tmp_path_factory):
                     parameter.mul_(4)
                 if parameter.ndim == 2 and "embed" in name:
                     parameter.mul_(5)
-        made[kind] = saved(model, tmp_path_factory.mktemp("lively") / kind)
-    return made
+        folders[kind] = saved(model, tmp_path_factory.mktemp("lively") / kind)
+    return folders
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5"])
 def test_training_brings_two_bits_nearer_to_the_original_than_rounding(lively_toys, tmp_path, kind):
-    made, told = bundle(lively_toys[kind], kind), context()
-    apply(made, "rtn", told, bits=2, group_size=-1).save(tmp_path / "rounded")
-    made = bundle(lively_toys[kind], kind)
-    apply(made, "qat", told, bits=2, group_size=-1, steps=20, batch_size=6, learning_rate=3e-3).save(tmp_path / "trained")
-    made = bundle(lively_toys[kind], kind)
-    rounded, trained = (divergence(tmp_path / name, kind, made, told) for name in ("rounded", "trained"))
+    toy, told = bundle(lively_toys[kind], kind), context()
+    apply(toy, "rtn", told, bits=2, group_size=-1).save(tmp_path / "rounded")
+    toy = bundle(lively_toys[kind], kind)
+    apply(toy, "qat", told, bits=2, group_size=-1, steps=20, batch_size=6, learning_rate=3e-3).save(tmp_path / "trained")
+    toy = bundle(lively_toys[kind], kind)
+    rounded, trained = (divergence(tmp_path / name, kind, toy, told) for name in ("rounded", "trained"))
     assert trained < 0.5 * rounded
 
 
-def entropy_of_targets(folder, kind, dtype, made, told):
+def entropy_of_targets(folder, kind, dtype, toy, told):
     """The mean cross-entropy of what should be said, written out position by position."""
     model, lost = load_model(Source(str(folder), TASKS[kind], dtype), "cpu"), []
-    for example, ids, answer in encoded(model, made.tokenizer, told):
+    for example, ids, answer in encoded(model, toy.tokenizer, told):
         with torch.no_grad():
-            said = model(**padded(model, [(ids, answer)])).logits[0].double().log_softmax(-1)
+            logs = model(**padded(model, [(ids, answer)])).logits[0].double().log_softmax(-1)
         if kind == "bert":
-            lost.append(-float(said[int(example.references[0])]))
+            lost.append(-float(logs[int(example.references[0])]))
         elif kind == "t5":
-            lost += [-float(said[n, token]) for n, token in enumerate(answer)]
+            lost += [-float(logs[n, token]) for n, token in enumerate(answer)]
         else:
             first = len(ids) - len(answer) if answer else 1
-            lost += [-float(said[n - 1, ids[n]]) for n in range(first, len(ids))]
+            lost += [-float(logs[n - 1, ids[n]]) for n in range(first, len(ids))]
     return np.mean(lost)
 
 
 @pytest.mark.parametrize("case", ["llama", "llama on plain text", "t5", "bert"])
 def test_training_on_targets_learns_them(lively_toys, tmp_path, case):
     kind = case.split(" ", maxsplit=1)[0]
-    found = examples(label=kind == "bert")
+    seen = examples(label=kind == "bert")
     if "text" in case:
-        found = [Example(e.id, e.prompt, []) for e in found]
-    made, told = bundle(lively_toys[kind], kind), context(examples=found)
-    before = entropy_of_targets(lively_toys[kind], kind, "float32", made, told)
+        seen = [Example(e.id, e.prompt, []) for e in seen]
+    toy, told = bundle(lively_toys[kind], kind), context(examples=seen)
+    before = entropy_of_targets(lively_toys[kind], kind, "float32", toy, told)
     settings = {"bits": 4, "group_size": -1, "steps": 30, "batch_size": 6, "learning_rate": 3e-3}
-    apply(made, "qat", told, loss="targets", **settings).save(tmp_path / "made")
-    after = entropy_of_targets(tmp_path / "made", kind, "auto", made, told)
+    apply(toy, "qat", told, loss="targets", **settings).save(tmp_path / "made")
+    after = entropy_of_targets(tmp_path / "made", kind, "auto", toy, told)
     assert after < (0.9 if kind == "bert" else 0.7) * before
 
 
 def test_labels_stand_where_the_logits_should_give_them(toys):
     """By hand: position n of a decoder gives token n + 1, of an answer and its end alone; plain text is learned whole."""
-    made = bundle(toys["llama"], "llama")
-    model, tokenizer = made.model, made.tokenizer
+    toy = bundle(toys["llama"], "llama")
+    model, tokenizer = toy.model, toy.tokenizer
     cat, dog, red, end = (tokenizer.convert_tokens_to_ids(word) for word in ("cat", "dog", "red", "</s>"))
     rows = encoded(model, tokenizer, context(examples=[Example("0", "cat cat dog", ["red dog"]), Example("1", "dog red", [])]))
     inputs = padded(model, [(ids, answer) for _, ids, answer in rows])
     assert inputs["input_ids"].tolist() == [[cat, cat, dog, red, dog, end], [dog, red, end, 0, 0, 0]]
     assert labels(model, inputs, rows).tolist() == [[-100, -100, red, dog, end, -100], [red, end, -100, -100, -100, -100]]
 
-    made = bundle(toys["t5"], "t5")
-    rows = encoded(made.model, tokenizer, context(examples=[Example("0", "cat", ["red dog"]), Example("1", "dog red cat", ["cat"])]))
-    inputs = padded(made.model, [(ids, answer) for _, ids, answer in rows])
+    toy = bundle(toys["t5"], "t5")
+    rows = encoded(toy.model, tokenizer, context(examples=[Example("0", "cat", ["red dog"]), Example("1", "dog red cat", ["cat"])]))
+    inputs = padded(toy.model, [(ids, answer) for _, ids, answer in rows])
     assert inputs["decoder_input_ids"].tolist() == [[0, red, dog], [0, cat, end]]
-    assert labels(made.model, inputs, rows).tolist() == [[red, dog, end], [cat, end, -100]]
+    assert labels(toy.model, inputs, rows).tolist() == [[red, dog, end], [cat, end, -100]]
 
-    made = bundle(toys["bert"], "bert")
-    rows = encoded(made.model, tokenizer, context(examples=[Example("0", "cat", ["1"]), Example("1", "dog red", ["LABEL_0"])]))
-    assert labels(made.model, {}, rows).tolist() == [1, 0]
+    toy = bundle(toys["bert"], "bert")
+    rows = encoded(toy.model, tokenizer, context(examples=[Example("0", "cat", ["1"]), Example("1", "dog red", ["LABEL_0"])]))
+    assert labels(toy.model, {}, rows).tolist() == [1, 0]
 
 
 def test_a_classifier_learns_from_the_original_without_labels(toys):
     told = context(examples=[Example(e.id, e.prompt, []) for e in examples()])
     apply(bundle(toys["bert"], "bert"), "qat", told, bits=4, group_size=-1, steps=2, batch_size=6)
-    assert sum(one["bits"] == 4 for one in told.layers) == 12
+    assert sum(row["bits"] == 4 for row in told.layers) == 12
 
 
 def test_progress_is_told_and_every_layer_is_noted(toys, tmp_path):
-    said: list = []
-    told = Context("cpu", lambda *line: said.append(line), examples(), 32)
+    progress: list = []
+    told = Context("cpu", lambda *line: progress.append(line), examples(), 32)
     apply(bundle(toys["llama"], "llama"), "qat", told, bits=3, group_size=32, steps=4, batch_size=3)
-    assert [line[1:] for line in said if line[0].startswith("training")] == [(n, 4) for n in (1, 2, 3, 4)]
-    noted = {one["name"]: one for one in told.layers if one["bits"]}
+    assert [line[1:] for line in progress if line[0].startswith("training")] == [(n, 4) for n in (1, 2, 3, 4)]
+    noted = {row["name"]: row for row in told.layers if row["bits"]}
     assert len(noted) == 14
-    assert all(one["bits"] == 3 and 0 < one["error"] < 1 for one in noted.values())
-    assert {one["name"] for one in told.layers if not one["bits"]} == {"lm_head"}
+    assert all(row["bits"] == 3 and 0 < row["error"] < 1 for row in noted.values())
+    assert {row["name"] for row in told.layers if not row["bits"]} == {"lm_head"}
 
 
 @pytest.mark.parametrize("kind", ["llama", "t5", "bert"])
 def test_the_artifact_is_an_ordinary_one_on_a_grid(toys, tmp_path, kind):
     told = Context("cpu", quiet, examples(label=kind == "bert"), 32)
-    made = bundle(toys[kind], kind)
-    kept = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
-    apply(made, "qat", told, bits=2, group_size=-1, steps=3, batch_size=2).save(tmp_path / "made")
+    toy = bundle(toys[kind], kind)
+    kept = {name: tensor.clone() for name, tensor in toy.model.state_dict().items()}
+    apply(toy, "qat", told, bits=2, group_size=-1, steps=3, batch_size=2).save(tmp_path / "made")
     loaded = load_model(Source(str(tmp_path / "made"), TASKS[kind]), "cpu")
-    for one in told.layers:
-        weight = loaded.get_submodule(one["name"]).weight
-        if one["bits"]:
-            assert all(len(row.unique()) <= 4 for row in weight), one["name"]
+    for layer in told.layers:
+        weight = loaded.get_submodule(layer["name"]).weight
+        if layer["bits"]:
+            assert all(len(row.unique()) <= 4 for row in weight), layer["name"]
         else:
-            assert torch.equal(weight, kept[f"{one['name']}.weight"])
+            assert torch.equal(weight, kept[f"{layer['name']}.weight"])
     outside = [name for name in kept if "embed" in name or name == "shared.weight"]
     assert outside
     assert all(torch.equal(loaded.state_dict()[name], kept[name]) for name in outside), "what stands outside the blocks stays as it is"
@@ -197,22 +197,22 @@ def test_the_artifact_is_an_ordinary_one_on_a_grid(toys, tmp_path, kind):
 
 @pytest.mark.parametrize("settings", [{"ignore": ["lm_head", "down_proj"]}, {"bits": {"*.self_attn.*": 4, "up_proj": 4, "gate_proj": 4}}])
 def test_layers_left_out_are_not_trained(toys, tmp_path, settings):
-    made, told = bundle(toys["llama"], "llama"), context()
-    kept = {name: tensor.clone() for name, tensor in made.model.state_dict().items()}
-    apply(made, "qat", told, **settings, group_size=-1, steps=3, batch_size=2, learning_rate=1e-2).save(tmp_path / "made")
+    toy, told = bundle(toys["llama"], "llama"), context()
+    kept = {name: tensor.clone() for name, tensor in toy.model.state_dict().items()}
+    apply(toy, "qat", told, **settings, group_size=-1, steps=3, batch_size=2, learning_rate=1e-2).save(tmp_path / "made")
     loaded = load_model(Source(str(tmp_path / "made"), "causal-lm"), "cpu")
-    left_out = [one["name"] for one in told.layers if not one["bits"]]
+    left_out = [row["name"] for row in told.layers if not row["bits"]]
     assert sorted(left_out) == ["lm_head", "model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"]
     for name in left_out:
         assert torch.equal(loaded.get_submodule(name).weight, kept[f"{name}.weight"]), name
 
 
 def test_the_same_seed_gives_the_same_model_and_another_another(toys):
-    found = []
+    scales = []
     for seed in (0, 0, 1):
-        made = apply(
+        trained = apply(
             bundle(toys["llama"], "llama"), "qat", context(), bits=4, group_size=-1, steps=3, batch_size=2, seed=seed, learning_rate=1e-2
         )
-        found.append(made.model.model.layers[0].mlp.up_proj.weight_scale.clone())
-    assert torch.equal(found[0], found[1])
-    assert not torch.equal(found[0], found[2])
+        scales.append(trained.model.model.layers[0].mlp.up_proj.weight_scale.clone())
+    assert torch.equal(scales[0], scales[1])
+    assert not torch.equal(scales[0], scales[2])

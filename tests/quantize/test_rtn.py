@@ -13,14 +13,14 @@ from tests.conftest import recipe_for
 
 def test_the_weights_are_the_same_with_and_without_examples(toys, tmp_path):
     for kind in ("llama", "t5"):
-        made = []
+        states = []
         for name, told in (("with", context()), ("without", context(examples=[]))):
             rtn.apply(bundle(toys[kind], kind), rtn.Settings(group_size=-1), told).save(tmp_path / kind / name)
-            made.append(load_file(tmp_path / kind / name / "model.safetensors"))
+            states.append(load_file(tmp_path / kind / name / "model.safetensors"))
             errors = [layer["error"] for layer in told.layers if layer["bits"]]
             assert all((error is None) == (name == "without") for error in errors)
-            assert any("wasn't measured, for want of a train split" in said for said in told.said) == (name == "without")
-        assert all(torch.equal(tensor, made[1][name]) for name, tensor in made[0].items())
+            assert any("wasn't measured, for want of a train split" in sentence for sentence in told.said) == (name == "without")
+        assert all(torch.equal(tensor, states[1][name]) for name, tensor in states[0].items())
 
 
 def test_16_bits_are_stored_as_such_wherever_they_are_computed_with(tmp_path):
@@ -68,10 +68,10 @@ def test_a_group_size_that_divides_is_chosen_said_and_used(tmp_path):
         config.hidden_size, config.intermediate_size, config.head_dim = 96, 192, 24
 
     folder, scales = saved(lively("llama", narrow), tmp_path / "model"), {}
-    for given in (None, 32, 128):
+    for group_size in (None, 32, 128):
         told = context(examples=[])
-        rtn.apply(bundle(folder, "llama"), rtn.Settings(group_size=given), told).save(tmp_path / str(given))
-        made = load_file(tmp_path / str(given) / "model.safetensors")
-        scales[given] = [made[f"model.layers.0.mlp.{part}_proj.weight_scale"].shape[1] for part in ("up", "down")]
-        assert any("group_size" in said for said in told.said) == (given != 32)
+        rtn.apply(bundle(folder, "llama"), rtn.Settings(group_size=group_size), told).save(tmp_path / str(group_size))
+        tensors = load_file(tmp_path / str(group_size) / "model.safetensors")
+        scales[group_size] = [tensors[f"model.layers.0.mlp.{part}_proj.weight_scale"].shape[1] for part in ("up", "down")]
+        assert any("group_size" in sentence for sentence in told.said) == (group_size != 32)
     assert scales == {None: [3, 6], 32: [3, 6], 128: [1, 1]}

@@ -24,8 +24,8 @@ def test_gradients_are_those_of_the_unpacked_weight(symmetric):
     scaled.factor.data.uniform_(0.9, 1.1)
     states = torch.randn(2, 5, 64, requires_grad=True)
     slope = torch.randn(2, 5, 24)
-    made = scaled(states)
-    made.backward(slope)
+    out = scaled(states)
+    out.backward(slope)
 
     factor = scaled.factor.detach().double().requires_grad_()
     doubled = states.detach().double().requires_grad_()
@@ -33,26 +33,26 @@ def test_gradients_are_those_of_the_unpacked_weight(symmetric):
     weight = (steps * (grid.scale.double() * factor)[..., None]).view(24, 64)
     expected = doubled @ weight.t() + layer.bias.double()
     expected.backward(slope.double())
-    assert torch.allclose(made.double(), expected, atol=1e-5)
+    assert torch.allclose(out.double(), expected, atol=1e-5)
     assert torch.allclose(scaled.factor.grad.double(), factor.grad, atol=1e-4)
     assert torch.allclose(states.grad.double(), doubled.grad, atol=1e-5)
     assert torch.allclose(scaled.bias.grad, slope.sum(dim=(0, 1)))
 
 
-def quantised(made, folder, method=gptq, **settings):
+def quantised(toy, folder, method=gptq, **settings):
     """The files of a model in 3 bits, tuned or not."""
-    label = not made.model.can_generate()
+    label = not toy.model.can_generate()
     how = method.Settings(**{"bits": 3, "group_size": 32, **settings})
-    method.apply(made, how, context(examples=examples(12, label))).save(folder)
+    method.apply(toy, how, context(examples=examples(12, label))).save(folder)
     return folder, load_file(folder / "model.safetensors")
 
 
-def divergence(made, model):
+def divergence(toy, model):
     """On the examples that it learned from, since toys have nothing in common with others; nats a position, float64."""
-    original, apart = made.model, []
+    original, apart = toy.model, []
     for example in examples(12):
-        ids = made.tokenizer(example.prompt, return_tensors="pt").input_ids
-        answer = made.tokenizer(example.references[0], return_tensors="pt").input_ids
+        ids = toy.tokenizer(example.prompt, return_tensors="pt").input_ids
+        answer = toy.tokenizer(example.references[0], return_tensors="pt").input_ids
         if original.config.is_encoder_decoder:
             inputs = {"input_ids": ids, "decoder_input_ids": original.prepare_decoder_input_ids_from_labels(answer)}
         else:
@@ -69,9 +69,9 @@ def test_integers_and_matrices_stay_and_the_model_comes_nearer(tmp_path, kind):
     for parameter in model.parameters():
         if parameter.ndim == 2:
             parameter.data.mul_(5)  # else all it says is much alike
-    made = bundle(saved(model, tmp_path / "toy"), kind)
-    plain, before = quantised(made, tmp_path / "plain")
-    tuned, after = quantised(made, tmp_path / "tuned", tune=STEPS)
+    toy = bundle(saved(model, tmp_path / "toy"), kind)
+    plain, before = quantised(toy, tmp_path / "plain")
+    tuned, after = quantised(toy, tmp_path / "tuned", tune=STEPS)
     assert before.keys() == after.keys()
     for name, tensor in before.items():
         assert after[name].dtype == tensor.dtype
@@ -81,16 +81,16 @@ def test_integers_and_matrices_stay_and_the_model_comes_nearer(tmp_path, kind):
     scales = [name for name in before if name.endswith("weight_scale")]
     assert scales and all(not torch.equal(after[name], before[name]) for name in scales)
     models = [load_model(bundle(folder, kind).source, "cpu") for folder in (plain, tuned)]
-    far, near = (divergence(made, model) for model in models)
+    far, near = (divergence(toy, model) for model in models)
     assert near < 0.9 * far
 
 
 def test_it_goes_with_every_storage(tmp_path):
     """Widths by pattern, which are stored apart, and GPTQ's files."""
-    made = bundle(saved(lively("llama"), tmp_path / "toy"), "llama")
-    _, before = quantised(made, tmp_path / "apart", bits={"*self_attn*": 4, "*": 3}, tune=3)
-    made = bundle(saved(lively("llama", lambda config: setattr(config, "intermediate_size", 160)), tmp_path / "by-32"), "llama")
-    _, after = quantised(made, tmp_path / "as-gptq", format="gptq", symmetric=True, tune=3)
+    toy = bundle(saved(lively("llama"), tmp_path / "toy"), "llama")
+    _, before = quantised(toy, tmp_path / "apart", bits={"*self_attn*": 4, "*": 3}, tune=3)
+    toy = bundle(saved(lively("llama", lambda config: setattr(config, "intermediate_size", 160)), tmp_path / "by-32"), "llama")
+    _, after = quantised(toy, tmp_path / "as-gptq", format="gptq", symmetric=True, tune=3)
     assert any(name.endswith("weight_packed") for name in before)
     assert {tensor.dtype for name, tensor in after.items() if name.endswith(".scales")} == {torch.float16}
 
@@ -99,8 +99,8 @@ def test_zeros_of_pruning_stay_and_halves_stay_halves(tmp_path):
     model = lively("llama")
     pruned = model.model.layers[0].mlp.up_proj.weight
     pruned.data[:, ::3] = 0
-    made = bundle(saved(model.to(torch.bfloat16), tmp_path / "toy"), "llama", "bfloat16")
-    folder, tensors = quantised(made, tmp_path / "tuned", rtn, tune=3)
+    toy = bundle(saved(model.to(torch.bfloat16), tmp_path / "toy"), "llama", "bfloat16")
+    folder, tensors = quantised(toy, tmp_path / "tuned", rtn, tune=3)
     read = load_model(bundle(folder, "llama", "bfloat16").source, "cpu")
     with torch.no_grad():
         read(torch.tensor([[5, 6]]))  # weights are unpacked at the first step
