@@ -10,6 +10,8 @@ from transformers.pytorch_utils import Conv1D
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+BY_CHANCE = 0.02  # share of a model's weights that are zero without pruning: of SmolLM2's in bfloat16 0.24 % are, of one layer 1 %
+
 
 @contextmanager
 def in_float32(model: "PreTrainedModel") -> Iterator[None]:
@@ -36,14 +38,17 @@ def zeros_kept(weights: Iterable[Tensor]) -> Iterator[None]:
 
 
 def pruned(model: "PreTrainedModel") -> dict[str, Tensor]:
-    """The weights of the linear layers with at least one zero, by the layer's name.
+    """The weights of the linear layers with zeros, by the layer's name; none where the model has so few that they are there by chance.
 
     A head that is the embedding's own tensor is no layer that was pruned.
     """
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     layers = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     weights: dict[str, Tensor] = {name: layer.weight for name, layer in layers.items() if f"{name}.weight" not in tied}
-    return {name: weight for name, weight in weights.items() if (weight == 0).any()}
+    zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
+    if sum(zeros.values()) <= BY_CHANCE * sum(weight.numel() for weight in weights.values()):
+        return {}
+    return {name: weight for name, weight in weights.items() if zeros[name]}
 
 
 def _without_zeros(weight: Tensor) -> Callable[[Tensor], Tensor]:

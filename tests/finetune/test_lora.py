@@ -169,3 +169,15 @@ def test_targets_and_ranks_that_there_are_not_are_refused(toys, settings, messag
 def test_no_targets_in_the_data_are_refused(toys):
     with pytest.raises(DataError, match="has a target"):
         tune(bundle(toys["t5"], "t5"), "lora", context(examples=[type(e)(e.id, e.prompt, []) for e in examples()]))
+
+
+def test_zeros_by_chance_are_no_pruning(toys):
+    """A few of a large model's weights are zero in bfloat16; keeping them would cost LoRA its cheap products."""
+    model = bundle(toys["llama"], "llama").model
+    layer = model.model.layers[0].mlp.up_proj.weight
+    with torch.no_grad():
+        layer[:2] = 0
+    assert pruned(model) == {}
+    with torch.no_grad():
+        layer[:86] = 0
+    assert list(pruned(model)) == ["model.layers.0.mlp.up_proj"]
