@@ -17,16 +17,16 @@ Speed = tuple[str, Callable[[list[float]], float], float]  # a figure, its value
 
 
 def side(subject: Subject, common: list[Point], ceilings: dict[str, float]) -> Side:
-    found: list[Measurement] = []
+    measurements: list[Measurement] = []
     if subject.loads:
-        found += _sizes(subject)
-        found += _memory(subject, common)
+        measurements += _sizes(subject)
+        measurements += _memory(subject, common)
     if subject.compiling:  # inductor keeps on disk what it compiled, so that later rounds take less
-        found.append(_figure("compile_seconds", max(subject.compiling), samples=[[max(subject.compiling)]]))
+        measurements.append(_figure("compile_seconds", max(subject.compiling), samples=[[max(subject.compiling)]]))
     outcomes = subject.outputs.samples if subject.outputs else {}
-    found += [quality(metric, samples) for metric, samples in outcomes.items()]
+    measurements += [quality(metric, samples) for metric, samples in outcomes.items()]
     if rows := [row for row in outcomes.get("divergence", []) if isinstance(row, list)]:
-        found.append(_figure("divergence_worst", max(corpus_value("divergence", [row]) for row in rows)))
+        measurements.append(_figure("divergence_worst", max(corpus_value("divergence", [row]) for row in rows)))
     dtype = subject.loads[0].traits.dtype if subject.loads else None
     steps = {
         point: Step(batch_size=point[0], prompt_tokens=point[1], **asdict(step))
@@ -35,15 +35,15 @@ def side(subject: Subject, common: list[Point], ceilings: dict[str, float]) -> S
     for point, rounds in subject.rounds.items():
         reason = subject.reasons.get(point, "not reached on both sides")
         if not rounds:
-            found += _unmeasured(reason, *point)
+            measurements += _unmeasured(reason, *point)
             continue
-        found += _speeds(rounds, _rates(rounds, point[0]), *point)
-        found += _energy(rounds, subject.joules[point], *point)
+        measurements += _speeds(rounds, _rates(rounds, point[0]), *point)
+        measurements += _energy(rounds, subject.joules[point], *point)
         if point in steps:
-            found += _speeds(rounds, _utilisations(steps[point], ceilings, str(dtype)), *point)
+            measurements += _speeds(rounds, _utilisations(steps[point], ceilings, str(dtype)), *point)
     return Side(
-        role=subject.role, model=subject.source.id, dtype=dtype, measurements=found, steps=list(steps.values()),
-        failures=subject.failures, said=[*(subject.outputs.said if subject.outputs else []), *subject.said],
+        role=subject.role, model=subject.source.id, dtype=dtype, measurements=measurements, steps=list(steps.values()),
+        failures=subject.failures, said=[*(subject.outputs.remarks if subject.outputs else []), *subject.remarks],
     )  # fmt: skip
 
 
@@ -53,8 +53,8 @@ def quality(metric: str, samples: Sequence[Row]) -> Measurement:
     reasons = Counter(Missing(row) for row in samples if not isinstance(row, list))
     counts = {"samples": list(samples), "missing": reasons.total()}
     if not present:
-        said = ", ".join(f"{reason} in {number:,} of {len(samples):,} examples" for reason, number in reasons.items())
-        return Measurement(metric=metric, value=None, reason=f"none: {said}", **counts)
+        summary = ", ".join(f"{reason} in {number:,} of {len(samples):,} examples" for reason, number in reasons.items())
+        return Measurement(metric=metric, value=None, reason=f"none: {summary}", **counts)
     value = corpus_value(metric, present)
     if not math.isfinite(value):
         return Measurement(metric=metric, value=None, reason=f"its value is {value}", **counts)
@@ -64,8 +64,8 @@ def quality(metric: str, samples: Sequence[Row]) -> Measurement:
 def _sizes(subject: Subject) -> list[Measurement]:
     loaded, weights = subject.loads[0], subject.loads[0].weights
     sizes = {**asdict(weights), "file_bytes": loaded.file_bytes}
-    found = [_figure(metric, sizes[metric]) for metric in ("weight_bytes", "buffer_bytes", "file_bytes", "parameters")]
-    return [*found, _figure("bits_per_weight", 8 * weights.weight_bytes / weights.parameters)]
+    measurements = [_figure(metric, sizes[metric]) for metric in ("weight_bytes", "buffer_bytes", "file_bytes", "parameters")]
+    return [*measurements, _figure("bits_per_weight", 8 * weights.weight_bytes / weights.parameters)]
 
 
 def _memory(subject: Subject, common: list[Point]) -> list[Measurement]:
@@ -75,7 +75,7 @@ def _memory(subject: Subject, common: list[Point]) -> list[Measurement]:
     runs = []
     for peaks in subject.peaks:
         if common and all(point in peaks for point in common):
-            run = dict(max((peaks[point] for point in common), key=lambda found: found["peak"]))
+            run = dict(max((peaks[point] for point in common), key=lambda figures: figures["peak"]))
             for name in run.keys() & {"reserved", "process"}:  # these may be highest elsewhere
                 run[name] = max(peaks[point][name] for point in common if name in peaks[point])
             if "cache" in run:
@@ -95,7 +95,7 @@ def _memory(subject: Subject, common: list[Point]) -> list[Measurement]:
         "process_gpu_bytes": ("process", runs),
         "cuda_context_bytes": ("context", runs),
     }
-    rows = {metric: [[float(one[name])] for one in found if name in one] for metric, (name, found) in series.items()}
+    rows = {metric: [[float(figures[name])] for figures in rounds if name in figures] for metric, (name, rounds) in series.items()}
     return [_figure(metric, central(samples), samples=samples) for metric, samples in rows.items() if samples]
 
 
@@ -126,7 +126,7 @@ def _tpot(marks: list[float]) -> float:
 
 def _speeds(rounds: list[Round], figures: list[Speed], batch_size: int, prompt_tokens: int) -> list[Measurement]:
     """Speed figures of a point. Samples are a row a round: medians a turn, high percentiles over the round's timings."""
-    found = []
+    measurements = []
     for metric, of_marks, share in figures:
         raw = [[[of_marks(marks) for marks in turn] for turn in turns] for turns in rounds]
         flat = [[value for turn in turns for value in turn] for turns in raw]
@@ -135,12 +135,12 @@ def _speeds(rounds: list[Round], figures: list[Speed], batch_size: int, prompt_t
         else:
             samples = [[quantile(values, share)] for values in flat]
         keep = flat if metric in ("latency_p50", "ttft", "tpot") else []
-        found.append(
+        measurements.append(
             Measurement(
                 metric=metric, value=central(samples), batch_size=batch_size, prompt_tokens=prompt_tokens, samples=samples, raw=keep
             )
         )
-    return found
+    return measurements
 
 
 def _energy(rounds: list[Round], joules: list[list[float]], batch_size: int, prompt_tokens: int) -> list[Measurement]:

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from compress.benchmark.figures import quantile, side
-from compress.benchmark.machine import Machine, alone, facts
+from compress.benchmark.machine import Machine, exclusive, facts
 from compress.benchmark.messages import Outputs, Point
 from compress.benchmark.statistics import geometric_mean, paired_ratio
 from compress.benchmark.subject import Subject
@@ -81,7 +81,7 @@ def measure(
     A side whose process dies or runs out of memory has the reason under `failures`; what it had measured until then stays. Raises
     DeviceError where a strict execution refuses a GPU.
     """
-    with alone(execution.progress), nursery():
+    with exclusive(execution.progress), nursery():
         parties = list(dict.fromkeys(party for match in matches for party in (match.baseline, match.candidate, match.original) if party))
         original = matches[0].baseline.source if matches[0].baseline else None
         subjects = {party: Subject(party.role, party.source, recipe, execution, kept_outputs, original, party.engine) for party in parties}
@@ -100,11 +100,11 @@ def measure(
     environment["longest_input"] = next((output.longest_input for output in reversed(outputs)), None)  # the candidate's
     environment["inputs_cut"] = max((output.cut for output in outputs), default=0)
     environment["generation_config"] = next((output.generation_config for output in outputs), {})
-    found = []
+    measured = []
     for match, pair in zip(matches, pairs, strict=True):
         beyond = [subjects[match.original]] if match.original else []
-        found.append(session.measured(pair, *beyond))
-    return found, environment
+        measured.append(session.measured(pair, *beyond))
+    return measured, environment
 
 
 class Session:
@@ -126,7 +126,7 @@ class Session:
         self._starting = self._timing = 0.0  # seconds of this round
         self._again = 0
         self._began = self._aside = 0.0  # when rounds began, and seconds since that aren't theirs
-        self._known: float | None = None  # half of the widest interval of a latency, as a share of it
+        self._half_width: float | None = None  # half of the widest interval of a latency, as a share of it
         self._turns: list[tuple[Subject, Turn]] = []
 
     def run(self, examples: list[Example], clear: Clear) -> None:
@@ -147,8 +147,8 @@ class Session:
                     self._again += 1
                     self._take(number, turn, examples, last=True)
                 done += 1
-                known = "" if self._known is None else f"; latencies are known to {self._known:.1%}"
-                self._execution.progress(f"timing in turns{known}", done, max(fewest, done))
+                precision = "" if self._half_width is None else f"; latencies are known to {self._half_width:.1%}"
+                self._execution.progress(f"timing in turns{precision}", done, max(fewest, done))
             began = time.monotonic()
             self._explain()
             self._aside += time.monotonic() - began
@@ -203,7 +203,7 @@ class Session:
                 effect = paired_ratio(*series) if len(series) > 1 else geometric_mean(series[0])
                 interval = effect.interval(self._benchmark.confidence)
                 halves.append(math.inf if interval is None else math.log(interval[1] / interval[0]) / 2)
-        self._known = max(halves) if math.isfinite(max(halves)) else None
+        self._half_width = max(halves) if math.isfinite(max(halves)) else None
         return max(halves) <= (self._benchmark.precision or math.inf)
 
     @property
@@ -313,14 +313,14 @@ def _bring_up(subject: Subject, others: list[Subject]) -> bool:
 
     A point that doesn't fit alone either is no reason to measure the sides apart, nor is one that was known before.
     """
-    known, loaded = subject.short_of_memory, True
+    short_before, loaded = subject.short_of_memory, True
     try:
         subject.start()
     except OutOfMemory:
         if not others:
             raise
         loaded = False
-    if loaded and (known or not others or not subject.short_of_memory):
+    if loaded and (short_before or not others or not subject.short_of_memory):
         return False
     _stop(others)
     subject.start_alone()
@@ -339,8 +339,8 @@ def _common(subjects: list[Subject]) -> list[Point]:
 
 def _ceilings(subjects: Iterable[Subject]) -> dict[str, float]:
     """What the machine can do at best: the better where both sides measured the same, since only disturbances differ."""
-    found: dict[str, float] = {}
+    ceilings: dict[str, float] = {}
     for subject in subjects:
         for name, value in (subject.explanation.ceilings if subject.explanation else {}).items():
-            found[name] = max(value, found.get(name, 0))
-    return found
+            ceilings[name] = max(value, ceilings.get(name, 0))
+    return ceilings

@@ -92,6 +92,6 @@ def seconds(engine: Engine, rows: list[list[int]], new_tokens: int, rest: Rest |
     clock.start()
     engine.run(prepared, new_tokens, clock)
     marks = clock.seconds()
-    if len(marks) != (wanted := new_tokens if engine.traits.generates else 1):
-        raise RuntimeError(f"{wanted} tokens were forced and {len(marks)} came")
+    if len(marks) != (expected := new_tokens if engine.traits.generates else 1):
+        raise RuntimeError(f"{expected} tokens were forced and {len(marks)} came")
     return marks

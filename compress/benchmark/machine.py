@@ -78,8 +78,8 @@ class Machine:
         used = {}
         for process in {os.getpid(), pid, *ours}:
             with suppress(psutil.Error):
-                found = psutil.Process(process).cpu_times()
-                used[process] = found.user + found.system
+                process_times = psutil.Process(process).cpu_times()
+                used[process] = process_times.user + process_times.system
         return Reading(
             time.monotonic(), time.clock_gettime(time.CLOCK_BOOTTIME), time.time(), _waited(pid),
             sum(core.user + core.nice + core.system + core.irq + core.softirq for core in here), sum(core.steal for core in here), used,
@@ -88,8 +88,8 @@ class Machine:
 
     def strangers(self, ours: Sequence[int]) -> tuple[int, ...]:
         """The other processes on the GPU."""
-        found = None if self.gpu is None else gpu(self.gpu, ours)
-        return () if found is None else found.foreign
+        device = None if self.gpu is None else gpu(self.gpu, ours)
+        return () if device is None else device.foreign
 
     def between(self, before: Reading, after: Reading, ran: float | None = None) -> Conditions:
         """How it was between two readings, and what disturbed; the process `ran` for so many seconds of them, None: for all."""
@@ -100,22 +100,22 @@ class Machine:
         steal = (after.stolen - before.stolen) / (seconds * len(self.cores))
         ours = sum(used - before.used[process] for process, used in after.used.items() if process in before.used)
         others = max(0.0, (after.busy - before.busy) - ours) / seconds
-        found = []
+        disturbances = []
         if waiting is not None and waiting > WAITING:
-            found.append(f"it waited {waiting:.0%} of the time for a core, others used {others:.1f} of {len(self.cores)}")
+            disturbances.append(f"it waited {waiting:.0%} of the time for a core, others used {others:.1f} of {len(self.cores)}")
         elif waiting is None and others > 0.25 and others + self.threads > len(self.cores) + 0.25:
-            found.append(f"others used {others:.1f} of {len(self.cores)} cores")
+            disturbances.append(f"others used {others:.1f} of {len(self.cores)} cores")
         if steal > STEAL:
-            found.append(f"the hypervisor gave {steal:.0%} of the cores' time to others")
+            disturbances.append(f"the hypervisor gave {steal:.0%} of the cores' time to others")
         if slept > SLEPT_S:
-            found.append(f"the machine slept for {slept:.0f} s")
+            disturbances.append(f"the machine slept for {slept:.0f} s")
         if after.gpu is not None:
-            found += [f"the GPU was throttled by {reason}" for reason in after.gpu.throttled]
-            found += [f"process {other} worked on the GPU too" for other in after.gpu.foreign]
+            disturbances += [f"the GPU was throttled by {reason}" for reason in after.gpu.throttled]
+            disturbances += [f"process {other} worked on the GPU too" for other in after.gpu.foreign]
         return Conditions(
             seconds=ran, load=os.getloadavg()[0], waiting=waiting, steal=steal, others=others,
             clock_step=(after.wall - before.wall) - (after.awake - before.awake),
-            sm_clock_mhz=None if after.gpu is None else after.gpu.sm_clock_mhz, disturbed=found,
+            sm_clock_mhz=None if after.gpu is None else after.gpu.sm_clock_mhz, disturbed=disturbances,
         )  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def commit(folder: Path) -> str | None:
 
 
 @contextmanager
-def alone(progress: Progress) -> Iterator[None]:
+def exclusive(progress: Progress) -> Iterator[None]:
     """Two benchmarks on one machine would measure each other: the second waits. The kernel lets go where one is killed.
 
     Those that may see different GPUs only are no hindrance to each other.
@@ -167,8 +167,8 @@ def gpu(uuid: str, ours: Sequence[int]) -> Gpu | None:
 
 def _waited(pid: int) -> float | None:
     """Seconds that a process's threads have been ready to run and did not (Linux: /proc/PID/task/*/schedstat)."""
-    found = []
+    waits = []
     for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
         with suppress(OSError, IndexError, ValueError):  # a thread may end meanwhile
-            found.append(int(task.read_text().split()[1]))
-    return sum(found) / 1e9 if found else None
+            waits.append(int(task.read_text().split()[1]))
+    return sum(waits) / 1e9 if waits else None

@@ -180,9 +180,9 @@ def _give_back() -> None:
 
 def _tell_glibc(function: str, *arguments: Any) -> None:
     """Call a function that other C libraries don't have, and do without there."""
-    found = getattr(ctypes.CDLL(None), function, None)
-    if found is not None:
-        found(*arguments)
+    symbol = getattr(ctypes.CDLL(None), function, None)
+    if symbol is not None:
+        symbol(*arguments)
 
 
 def _status(key: str) -> int:

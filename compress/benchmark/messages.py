@@ -120,7 +120,7 @@ class Outputs:
     cut                prompts that were cut, to `limit` tokens
     longest_input      tokens that a prompt may have
     generation_config  what the model's own says
-    said               what there is to say of them
+    remarks            what there is to say of them
     """
 
     samples: Samples
@@ -130,7 +130,7 @@ class Outputs:
     limit: int | None = None
     longest_input: int | None = None
     generation_config: dict[str, str] = field(default_factory=dict)
-    said: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

@@ -81,11 +81,11 @@ def find(folder: Path, name: str) -> Outputs | None:
     except (ValueError, LookupError, TypeError, RecursionError):
         shutil.rmtree(file.parent, ignore_errors=True)
         return None
-    return replace(outputs, said=[f"outputs and scores were taken from a former run ({name})", *outputs.said])
+    return replace(outputs, remarks=[f"outputs and scores were taken from a former run ({name})", *outputs.remarks])
 
 
 def keep(folder: Path, name: str, outputs: Outputs) -> None:
     """Write outputs, whole or not at all."""
-    made = plain(outputs)
+    content = plain(outputs)
     with whole_folder(folder / name) as partial:
-        (partial / "outputs.json").write_text(json.dumps({"digest": digest(made), "outputs": made}), encoding="utf-8")
+        (partial / "outputs.json").write_text(json.dumps({"digest": digest(content), "outputs": content}), encoding="utf-8")

@@ -29,23 +29,23 @@ class Planted(Worker):
     def load(self, progress: Progress, request: Load) -> Loaded:
         from compress.engines.transformers.engine import Transformers
 
-        found = super().load(progress, request)
+        loaded = super().load(progress, request)
         assert isinstance(self.engine, Transformers)
         model, slowdown = self.engine.model, self._fault.slowdown
         forward = model.forward
 
         def slower(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
-            made = forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
             end = time.perf_counter()
             while time.perf_counter() < end + slowdown * (end - start):
                 pass
-            return made
+            return output
 
         if slowdown:
             model.forward = slower
         self._held = bytearray(b"\1") * self._fault.resident_bytes
-        return found
+        return loaded
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ class Reader:
         Raises DataError when nothing is left, or when a prompt has no token.
         """
         limit = None if whole else self.limit(room)
-        found = []
+        rows = []
         for number, prompt in enumerate(prompts):
             ids, cut = self.prompts.read(prompt, limit, unended)
             text = text_of(prompt)
@@ -58,8 +58,8 @@ class Reader:
                 raise DataError(f"example {number + 1} of those drawn is empty and the tokenizer adds nothing to it: {text!r}")
             if cut:
                 self.cut.add(text)
-            found.append(ids)
-        return found
+            rows.append(ids)
+        return rows
 
     def to_write(self, prompts: Sequence[Prompt], new_tokens: int) -> list[list[int]]:
         """Token ids of prompts to which so many tokens are written. Raises DataError where they leave no room."""
@@ -84,8 +84,8 @@ def likelihoods(
     pieces: list[Piece] = []
     if targets is None:
         for example, row in enumerate(reader.read(prompts, whole=stride is not None)):
-            cut = windows(row, reader.limit(), stride)
-            pieces += [Piece(example, ids, [-100] * given + ids[given:], number == 0) for number, (ids, given) in enumerate(cut)]
+            spans = windows(row, reader.limit(), stride)
+            pieces += [Piece(example, ids, [-100] * prefix + ids[prefix:], number == 0) for number, (ids, prefix) in enumerate(spans)]
     else:
         answers = [reader.prompts.target(target, special=both) for target in targets]
         most = reader.context if both or reader.context is None else reader.context // 2
@@ -118,13 +118,13 @@ def stream_likelihoods(
         raise DataError("data.join: windows are as long as the model's context, and this one has no limit; give data.max_tokens")
     ids = reader.read([text], whole=True)[0]
     if stride in (None, size):
-        found = [(ids[start : start + size], 1) for start in range(0, len(ids) - 1, size)]
+        spans = [(ids[start : start + size], 1) for start in range(0, len(ids) - 1, size)]
     else:
-        found = windows(ids, size, stride)
-    if samples is not None and samples < len(found):
-        found = [found[number] for number in sorted(random.Random(seed).sample(range(len(found)), samples))]
-    pieces = [Piece(number, window, [-100] * given + window[given:]) for number, (window, given) in enumerate(found)]
-    return _summed(pieces, len(found), read), [reader.tokenizer.decode(window[given:]) for window, given in found]
+        spans = windows(ids, size, stride)
+    if samples is not None and samples < len(spans):
+        spans = [spans[number] for number in sorted(random.Random(seed).sample(range(len(spans)), samples))]
+    pieces = [Piece(number, window, [-100] * prefix + window[prefix:]) for number, (window, prefix) in enumerate(spans)]
+    return _summed(pieces, len(spans), read), [reader.tokenizer.decode(window[prefix:]) for window, prefix in spans]
 
 
 def _summed(pieces: list[Piece], examples: int, read: Read) -> list[Likelihood]:
@@ -147,10 +147,10 @@ def windows(row: list[int], size: int | None, stride: int | None) -> list[tuple[
         return [(row, 1)]
     if stride >= size:
         raise DataError(f"data.stride: {stride} is too far for windows of {size} tokens, in which some must be given; at most {size - 1}")
-    found, start, counted = [], 0, 1
+    spans, start, counted = [], 0, 1
     while True:
         end = min(start + size, len(row))
-        found.append((row[start:end], counted - start))
+        spans.append((row[start:end], counted - start))
         if end == len(row):
-            return found
+            return spans
         start, counted = start + stride, end

@@ -280,11 +280,11 @@ def geometric_mean(samples: Sequence[Sequence[float]]) -> Effect:
 
 def holm(p_values: Sequence[float]) -> list[float]:
     """The p-values of several tests, raised so that a single one below a level is as rare as it were alone (Holm 1979)."""
-    found, least = [0.0] * len(p_values), 0.0
+    adjusted, least = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
-        found[place] = least
-    return found
+        adjusted[place] = least
+    return adjusted
 
 
 def _round_means(samples: Sequence[Sequence[float]]) -> list[float]:

@@ -59,7 +59,7 @@ class Subject:
         self.explained = False  # whether its steps were looked at, or it was tried
         self.looked_at: list[Point] = []  # at which points
         self.failures: list[str] = []
-        self.said: list[str] = []
+        self.remarks: list[str] = []
         self.foreign_gpu_bytes = 0  # the most that processes of others held of the GPU
         self.needless: set[Point] = set()  # points that need no run, since no side can be compared there
         self._marks: dict[Point, list[float]] = {}  # of a warmed-up run at each point: seconds to every token
@@ -89,14 +89,14 @@ class Subject:
                     self.reasons[point] = f"a run takes {seconds:.0f} s or more; {self._fewest_runs} of them are too many for max_minutes"
                     continue
                 with phase("warming up", self.role):
-                    found = self._warm_up(point)
-                if found.reason is None:
-                    peaks[point] = found.memory
-                    compiling += found.compile_seconds or 0.0
-                    self._marks[point] = found.marks
+                    warmed_up = self._warm_up(point)
+                if warmed_up.reason is None:
+                    peaks[point] = warmed_up.memory
+                    compiling += warmed_up.compile_seconds or 0.0
+                    self._marks[point] = warmed_up.marks
                 else:
-                    self.reasons[point] = found.reason
-                    self._lacking |= {point} if found.out_of_memory else set()
+                    self.reasons[point] = warmed_up.reason
+                    self._lacking |= {point} if warmed_up.out_of_memory else set()
             if warm:
                 self._tell("warming up", len(points), len(points))
         except BaseException:
@@ -121,11 +121,11 @@ class Subject:
 
     def _at_least(self, point: Point) -> float:
         """Seconds that a run takes at least, by smaller points: reading a prompt is arithmetic, as much as there is more of it."""
-        found = [0.0]
+        bounds = [0.0]
         for (batch, prompt), marks in self._marks.items():
             if batch <= point[0] and prompt <= point[1] and (batch, prompt) != point:
-                found.append(marks[0] * point[0] * point[1] / (batch * prompt) + marks[-1] - marks[0])
-        return max(found)
+                bounds.append(marks[0] * point[0] * point[1] / (batch * prompt) + marks[-1] - marks[0])
+        return max(bounds)
 
     def _load(self) -> Loaded:
         """Load the model in a new process."""
@@ -148,8 +148,8 @@ class Subject:
             )
         self._interpreter = loaded.interpreter
         self._note(loaded.peaks, sampler, loaded.environment["device"])
-        if not self.said:
-            self.said += _remarks(loaded)
+        if not self.remarks:
+            self.remarks += _remarks(loaded)
         return loaded
 
     def _warm_up(self, point: Point) -> WarmedUp:
@@ -158,14 +158,14 @@ class Subject:
         assert self._child is not None
         with Sampler(self._child.pid) as sampler:
             try:
-                found = self.ask(WarmUp(point, benchmark.new_tokens, self._repeats(point)))
+                warmed_up = self.ask(WarmUp(point, benchmark.new_tokens, self._repeats(point)))
             except Killed:
                 self.stop()
                 self._load()
                 return WarmedUp("out of memory: its process was killed", out_of_memory=True)
-        if found.reason is None and "slack" in found.memory:
-            self._note(found.memory, sampler, "cuda" if "reserved" in found.memory else "cpu")
-        return found
+        if warmed_up.reason is None and "slack" in warmed_up.memory:
+            self._note(warmed_up.memory, sampler, "cuda" if "reserved" in warmed_up.memory else "cpu")
+        return warmed_up
 
     def _repeats(self, point: Point) -> int:
         """Runs of a point after the first. One at least shows what the heap takes and how long compiling was; a long one does so once."""
@@ -271,7 +271,7 @@ class Subject:
         except ChildDied:
             raise
         except RunError as error:
-            self.said.append(f"where a step's time goes could not be looked at: {error}")
+            self.remarks.append(f"where a step's time goes could not be looked at: {error}")
 
     def ask(self, request: Request[T]) -> T:
         assert self._child is not None

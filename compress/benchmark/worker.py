@@ -113,10 +113,10 @@ class Worker:
         samples: scores.Samples = {}
         texts: list[str] | None = None
         windows: list[str] | None = None
-        said: list[str] = []
+        remarks: list[str] = []
         if GENERATED & set(groups):
             written = engine.write(reader.to_write(request.examples, generation.max_new_tokens), generation, progress)
-            said += written.said
+            remarks += written.remarks
             texts = [text.strip() for text in tokenizer.batch_decode(written.tokens, skip_special_tokens=True)]
             if data.shots:  # a model that goes on with the next example has answered before
                 texts = [text.split(data.shot_separator)[0].strip() for text in texts]
@@ -125,24 +125,24 @@ class Worker:
         if READ & set(groups):
             read, windows, left_out = self._read(reader, request, data, progress)
             samples.update(read)
-            said += left_out
+            remarks += left_out
         if CLASSIFIED & set(groups):
             right = [label_number(traits.labels, r[0]) for r in references]
             with phase("reading"):
                 guesses = engine.classify(reader.read(request.examples), progress)
-            found = scores.labels(guesses, right, len(traits.labels))
-            samples.update({name: rows for name, rows in found.items() if name in groups})
+            label_samples = scores.labels(guesses, right, len(traits.labels))
+            samples.update({name: rows for name, rows in label_samples.items() if name in groups})
             texts = ["" if guess is None else traits.labels[guess] for guess in guesses]
         for group in groups:
             if group.startswith(TASK):
                 with phase("tasks"):
-                    found, left_out = engine.evaluate(group.removeprefix(TASK), data.samples)
-                samples.update(found)
-                said += left_out
+                    task_samples, left_out = engine.evaluate(group.removeprefix(TASK), data.samples)
+                samples.update(task_samples)
+                remarks += left_out
         room = generation.max_new_tokens if GENERATED & set(groups) and not traits.encodes else 0
         return Outputs(
             samples=samples, texts=texts, windows=windows, cut=len(reader.cut), limit=reader.limit(), longest_input=reader.limit(room),
-            generation_config=engine.own_generation(), said=said,
+            generation_config=engine.own_generation(), remarks=remarks,
         )  # fmt: skip
 
     def _read(

@@ -165,7 +165,7 @@ class Written:
     """Token ids written to each prompt, without end tokens, and what there is to say of them."""
 
     tokens: list[list[int]]
-    said: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -316,9 +316,9 @@ def require(name: str, interpreter: Interpreter | None = None) -> EngineModule:
 
     Raises MissingPackage with the line that installs them.
     """
-    found = find(name)
-    found.ABOUT.require(name, interpreter)
-    return found
+    module = find(name)
+    module.ABOUT.require(name, interpreter)
+    return module
 
 
 def code(name: str) -> list[Path]:

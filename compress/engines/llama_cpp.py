@@ -116,10 +116,10 @@ _listener = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)(_hear)  # which mu
 @cache
 def library() -> ctypes.CDLL:
     """llama.cpp's functions. Raises ModelError for an xllamacpp that lacks one, or whose structures are others."""
-    found = find_spec("xllamacpp.xllamacpp")
-    assert found is not None
-    assert found.origin is not None
-    native = ctypes.CDLL(found.origin)
+    spec = find_spec("xllamacpp.xllamacpp")
+    assert spec is not None
+    assert spec.origin is not None
+    native = ctypes.CDLL(spec.origin)
     for name, (result, arguments) in SIGNATURES.items():
         try:
             function = getattr(native, name)
@@ -151,9 +151,9 @@ class LlamaCpp(Engine):
 
     def open(self) -> None:
         export = exports.require(self._folder, "gguf", "llama_cpp")
-        wanted = self._library.llama_model_default_params()
-        wanted.n_gpu_layers = 0
-        self._model = self._library.llama_model_load_from_file(str(self._folder / FILE).encode(), wanted)
+        model_params = self._library.llama_model_default_params()
+        model_params.n_gpu_layers = 0
+        self._model = self._library.llama_model_load_from_file(str(self._folder / FILE).encode(), model_params)
         if not self._model:
             raise ModelError(f"engine: llama_cpp: {self._folder / FILE}: {_complaint()}")
         self._parameters = export.parameters
@@ -178,12 +178,12 @@ class LlamaCpp(Engine):
             for batch in batched([len(prompt) + generation.max_new_tokens for prompt in prompts], self._most, progress, "generating"):
                 for few in (batch[first : first + SEQUENCES] for first in range(0, len(batch), SEQUENCES)):
                     rows = self._search([prompts[row] for row in few], generation.max_new_tokens, self.traits.ends, lambda: None)
-                    for row, found in zip(few, rows, strict=True):
-                        tokens[row] = found
+                    for row, answer in zip(few, rows, strict=True):
+                        tokens[row] = answer
         return Written(tokens)
 
     def read(self, pieces: list[Piece], progress: Progress, original: "Source | None" = None) -> list[Likelihood]:
-        longest, found = max((len(piece.ids) for piece in pieces), default=0), []
+        longest, likelihoods = max((len(piece.ids) for piece in pieces), default=0), []
         for number, piece in enumerate(pieces):
             progress("reading", number, len(pieces))
             self._begin(1, longest)
@@ -193,9 +193,9 @@ class LlamaCpp(Engine):
                 tokens = zip(piece.ids[first : first + AT_ONCE], labels, strict=True)
                 logits = self._decode([(token, first + place, 0, label >= 0) for place, (token, label) in enumerate(tokens)])
                 nats += sum(_nats(row, label) for row, label in zip(logits, (label for label in labels if label >= 0), strict=True))
-            found.append(Likelihood(nats, sum(label >= 0 for label in following), 0.0, 0.0, 0.0))
+            likelihoods.append(Likelihood(nats, sum(label >= 0 for label in following), 0.0, 0.0, 0.0))
         progress("reading", len(pieces), len(pieces))
-        return found
+        return likelihoods
 
     def _search(self, prompts: list[list[int]], new_tokens: int, ends: frozenset[int], watch: Callable[[], None]) -> list[list[int]]:
         """The likeliest tokens one after the other, up to one that ends a text; `watch` is called when a step's are there."""
@@ -203,7 +203,7 @@ class LlamaCpp(Engine):
         written: list[list[int]] = [[] for _ in prompts]
         rows = [(token, place, row, place == len(prompt) - 1) for row, prompt in enumerate(prompts) for place, token in enumerate(prompt)]
         for _ in range(new_tokens):
-            live = [row for _, _, row, wanted in rows if wanted]
+            live = [row for _, _, row, needs_logits in rows if needs_logits]
             best = self._decode(rows).argmax(axis=1).tolist()
             watch()
             going = [(token, row) for token, row in zip(best, live, strict=True) if token not in ends]
@@ -222,12 +222,16 @@ class LlamaCpp(Engine):
             return
         if self._context is not None:
             self._library.llama_free(self._context)
-        wanted, own = self._library.llama_context_default_params(), self._opening.settings
+        context_params, own = self._library.llama_context_default_params(), self._opening.settings
         assert isinstance(own, Settings)
-        wanted.n_ctx = wanted.n_batch = shape[0] * shape[1]
-        wanted.n_seq_max, wanted.n_threads, wanted.n_threads_batch = sequences, self._opening.threads, self._opening.threads
-        wanted.flash_attention, wanted.type_k, wanted.type_v = 0, CACHES[own.cache], CACHES[own.cache]
-        self._context, self._shape = self._library.llama_init_from_model(self._model, wanted), shape
+        context_params.n_ctx = context_params.n_batch = shape[0] * shape[1]
+        context_params.n_seq_max, context_params.n_threads, context_params.n_threads_batch = (
+            sequences,
+            self._opening.threads,
+            self._opening.threads,
+        )
+        context_params.flash_attention, context_params.type_k, context_params.type_v = 0, CACHES[own.cache], CACHES[own.cache]
+        self._context, self._shape = self._library.llama_init_from_model(self._model, context_params), shape
         if not self._context:
             self._context = None
             raise ModelError(f"engine: llama_cpp: no cache for {sequences} x {shape[1]:,} tokens: {_complaint()}; take fewer")
@@ -237,14 +241,14 @@ class LlamaCpp(Engine):
         import numpy as np
 
         tokens, positions, sequences = (np.array(column, np.int32) for column in list(zip(*rows, strict=True))[:3])
-        wanted, ones = np.array([row[3] for row in rows], np.int8), np.ones(len(rows), np.int32)
+        needs_logits, ones = np.array([row[3] for row in rows], np.int8), np.ones(len(rows), np.int32)
         places = sequences.ctypes.data + sequences.itemsize * np.arange(len(rows), dtype=np.uint64)  # of each token's list of one sequence
-        at = [array.ctypes.data for array in (tokens, positions, ones, places, wanted)]
+        at = [array.ctypes.data for array in (tokens, positions, ones, places, needs_logits)]
         if code := self._library.llama_decode(self._context, _Batch(len(rows), at[0], None, *at[1:])):
             raise ModelError(f"engine: llama_cpp: it stopped with {code}: {_complaint()}")
-        if not wanted.any():
+        if not needs_logits.any():
             return np.empty((0, self._vocabulary), np.float32)
-        return np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (int(wanted.sum()), self._vocabulary))
+        return np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (int(needs_logits.sum()), self._vocabulary))
 
 
 def _nats(logits: "NDArray[np.float32]", token: int) -> float:

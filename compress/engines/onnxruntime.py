@@ -90,12 +90,12 @@ class OnnxRuntime(Engine):
     def read(self, pieces: list[Piece], progress: Progress, original: Source | None = None) -> list[Likelihood]:
         import numpy as np
 
-        found = [Likelihood()] * len(pieces)
+        likelihoods = [Likelihood()] * len(pieces)
         for (row,) in batched([len(piece.ids) for piece in pieces], 1, progress, "reading"):
             ids, labels = pieces[row].ids, np.array([*pieces[row].labels[1:], -100])
             logits, counted = self._begin([ids], 0).get_output("logits")[0], labels >= 0
-            found[row] = Likelihood(nats(logits[counted], labels[counted]), int(counted.sum()), 0.0, 0.0, 0.0)
-        return found
+            likelihoods[row] = Likelihood(nats(logits[counted], labels[counted]), int(counted.sum()), 0.0, 0.0, 0.0)
+        return likelihoods
 
     def _begin(self, prompts: list[list[int]], new_tokens: int, least: int = 0, penalty: float = 1.0) -> Any:
         """What writes so many tokens at most, and at `least`, behind prompts of one length, which it has read then."""

@@ -154,15 +154,15 @@ class VLLM(Engine):
     def read(self, pieces: list[Piece], progress: Progress, original: "Source | None" = None) -> list[Likelihood]:
         from vllm import SamplingParams, TokensPrompt
 
-        asked, found = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False), []
+        asked, likelihoods = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False), []
         for done, piece in enumerate(pieces):
             progress("reading", done, len(pieces))
             (output,) = self._model.generate([TokensPrompt(prompt_token_ids=piece.ids)], asked, use_tqdm=False)
             logs = zip(piece.ids[1:], piece.labels[1:], output.prompt_logprobs[1:], strict=True)
             counted = [told[token].logprob for token, label, told in logs if label >= 0]
-            found.append(Likelihood(-sum(counted), len(counted), 0.0, 0.0, 0.0))
+            likelihoods.append(Likelihood(-sum(counted), len(counted), 0.0, 0.0, 0.0))
         progress("reading", len(pieces), len(pieces))
-        return found
+        return likelihoods
 
     def _begin(self, prompts: Sequence[list[int]], **how: Any) -> dict[str, list[int]]:
         """Ask it to write to each prompt, the likeliest tokens; by the request's name what there is of each, nothing yet."""

@@ -17,7 +17,7 @@ TOKENS = 64  # of each
 FLOATS, INTEGERS = 0.01, 0.2
 
 
-def check(before: Source, made: Source, form: str, device: str, context: Context) -> None:
+def check(before: Source, exported: Source, form: str, device: str, context: Context) -> None:
     """See that the engine that opens a format finds texts as likely as transformers does of the model before.
 
     Raises BrokenPromise where it doesn't, and what opening raises where the engine can't open it.
@@ -31,14 +31,14 @@ def check(before: Source, made: Source, form: str, device: str, context: Context
         return
     if not engines.find(name).ABOUT.likelihoods:
         context.say(f"{name} opened it; what it says was not compared, for it gives no likelihoods")
-        _opened(name, made, device)
+        _opened(name, exported, device)
         return
-    with gptq.readable(before, Path(made.id).parent) as read:
+    with gptq.readable(before, Path(exported.id).parent) as read:
         plain = _opened(PLAIN, read, device)
     pieces = _pieces(plain, context)
     theirs, tokens = _nats(plain, pieces)
     del plain
-    engine = _opened(name, made, device)
+    engine = _opened(name, exported, device)
     ours, _ = _nats(engine, pieces)
     rounded = "int" in engine.traits.dtype or "q" in engine.traits.dtype.lower()
     if not abs(ours - theirs) <= (INTEGERS if rounded else FLOATS) * (1 + theirs):

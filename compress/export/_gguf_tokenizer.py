@@ -104,9 +104,9 @@ def vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> Vocabulary:
 
 
 def _refusal(what: str) -> ModelError:
-    known = ", ".join(sorted(SPLITS.values()))
+    splits = ", ".join(sorted(SPLITS.values()))
     return ModelError(
-        f"export: gguf: the tokenizer is {what}; known are byte-level BPE split as {known} split it, and SentencePiece's BPE with"
+        f"export: gguf: the tokenizer is {what}; known are byte-level BPE split as {splits} split it, and SentencePiece's BPE with"
         " byte_fallback; export: ctranslate2 takes any"
     )
 
@@ -149,8 +149,8 @@ def _scores(pairs: list[tuple[str, ...]], names: dict[str, int]) -> dict[str, fl
 
     Raises ModelError where merges of one token don't follow each other, so that no score says their order.
     """
-    made = ["".join(pair) for pair in pairs]
-    turns = [token for n, token in enumerate(made) if n == 0 or made[n - 1] != token]
+    merged = ["".join(pair) for pair in pairs]
+    turns = [token for n, token in enumerate(merged) if n == 0 or merged[n - 1] != token]
     if len(turns) != len(set(turns)):
         raise _refusal("BPE with byte_fallback whose merges have no order of tokens")
     ranks = {token: -float(rank) for rank, token in enumerate(turns)}

@@ -68,7 +68,7 @@ def gptq_layers(folder: Path, config: Mapping[str, Any], form: str) -> Packed:
     """The same of a folder in GPTQ's own format. Raises ModelError for layers whose groups aren't columns that stand together."""
     import numpy as np
 
-    found: Packed = {}
+    packed: Packed = {}
     for name, layer in gptq.layers(folder, config).items():
         integers, zero, scale, groups = (tensor.numpy() for tensor in layer)
         if not np.array_equal(groups, np.arange(len(groups)) * scale.shape[1] // len(groups)):
@@ -78,8 +78,8 @@ def gptq_layers(folder: Path, config: Mapping[str, Any], form: str) -> Packed:
             matrix = Integers((integers - middle).astype(np.int16), scale, None)
         else:
             matrix = Integers(integers.astype(np.int16), scale, zero.astype(np.int16))
-        found[name] = matrix, int(config["bits"])
-    return found
+        packed[name] = matrix, int(config["bits"])
+    return packed
 
 
 def widths(config: Mapping[str, Any], form: str) -> Mapping[str, int]:

@@ -57,18 +57,18 @@ class _Decoder(nn.Module):
         self.model, self.names, self.past, self.cross = model, names, past, cross
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        given: dict[str, Any] = dict(zip(self.names, tensors, strict=False))
-        order, others = given.pop("beam_idx"), tensors[len(self.names) :]
+        arguments: dict[str, Any] = dict(zip(self.names, tensors, strict=False))
+        order, others = arguments.pop("beam_idx"), tensors[len(self.names) :]
         cross, past = others[: self.cross], others[self.cross :]
         own = cache = _cache([tensor.index_select(0, order) for tensor in past])
         if cross:
             cache = EncoderDecoderCache(own, _cache(cross))
-            ids, mask = given.pop("input_ids"), given["attention_mask"]
-            given["decoder_input_ids"] = ids
-            given["decoder_attention_mask"] = torch.ones(ids.shape[0], past[0].shape[2] + ids.shape[1], dtype=torch.int64)
+            ids, mask = arguments.pop("input_ids"), arguments["attention_mask"]
+            arguments["decoder_input_ids"] = ids
+            arguments["decoder_attention_mask"] = torch.ones(ids.shape[0], past[0].shape[2] + ids.shape[1], dtype=torch.int64)
             # its keys and values are given, so that it is asked for its shape alone
-            given["encoder_outputs"] = BaseModelOutput(torch.zeros(*mask.shape, self.model.config.hidden_size))
-        logits: Tensor = self.model(**given, **{_cache_name(self.model): cache}, use_cache=True).logits
+            arguments["encoder_outputs"] = BaseModelOutput(torch.zeros(*mask.shape, self.model.config.hidden_size))
+        logits: Tensor = self.model(**arguments, **{_cache_name(self.model): cache}, use_cache=True).logits
         return (logits, *_tensors(own))
 
 
@@ -82,8 +82,8 @@ class _Encoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         empty = [torch.zeros(input_ids.shape[0], heads, 0, columns) for heads, columns in self.shapes]  # which a graph can put together
         cache = EncoderDecoderCache(DynamicCache(), _cache(empty))
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": input_ids[:, :1]}
-        self.model(**given, **{_cache_name(self.model): cache}, use_cache=True)
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": input_ids[:, :1]}
+        self.model(**arguments, **{_cache_name(self.model): cache}, use_cache=True)
         return tuple(_tensors(cache.cross_attention_cache))
 
 

@@ -255,9 +255,9 @@ def _packed(
     kind = kind_for(layer, bits, symmetric, columns, groups) if keeps else _kind(layer, place, (rows, columns), settings)
 
     def read() -> "NDArray[Any]":
-        found = unpacked({part: _tensor(f"{layer}.{part}", file) for part, file in parts.items()}, bits, "gguf")
-        found = found if order is None else found.rows(order)
-        return blocks(layer, found, kind) if keeps else _rounded(layer, found.values(), kind)
+        integers = unpacked({part: _tensor(f"{layer}.{part}", file) for part, file in parts.items()}, bits, "gguf")
+        integers = integers if order is None else integers.rows(order)
+        return blocks(layer, integers, kind) if keeps else _rounded(layer, integers.values(), kind)
 
     return Stored(place, (rows, columns), kind, read)
 
@@ -266,15 +266,15 @@ def _kind(name: str, place: str, shape: tuple[int, ...], settings: Settings) -> 
     """The type that numbers get which are on no grid."""
     if len(shape) < 2:
         return "F32"
-    wanted = "f16" if settings.weights == "auto" else settings.weights
+    weight_type = "f16" if settings.weights == "auto" else settings.weights
     if place in TABLES:
-        wanted = settings.embeddings or ("f32" if settings.weights == "f32" else "f16")
-    if wanted.startswith("q") and shape[-1] % BLOCK:
+        weight_type = settings.embeddings or ("f32" if settings.weights == "f32" else "f16")
+    if weight_type.startswith("q") and shape[-1] % BLOCK:
         key = "embeddings" if place in TABLES else "weights"
         raise ModelError(
-            f"export: gguf: {name} has {shape[-1]} columns, which a block's {BLOCK} must divide with {key}: {wanted}; take {key}: f16"
+            f"export: gguf: {name} has {shape[-1]} columns, which a block's {BLOCK} must divide with {key}: {weight_type}; take {key}: f16"
         )
-    return wanted.upper()
+    return weight_type.upper()
 
 
 def _reader(name: str, file: Path, kind: str, order: "NDArray[np.int64] | None") -> "Callable[[], NDArray[Any]]":
@@ -290,18 +290,18 @@ def _rounded(name: str, values: "NDArray[np.float32]", kind: str) -> "NDArray[An
     import numpy as np
 
     with np.errstate(over="ignore"):
-        made: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(values), gguf.GGMLQuantizationType[kind])
-    if kind == "F16" and not np.isfinite(made).all():
+        converted: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(values), gguf.GGMLQuantizationType[kind])
+    if kind == "F16" and not np.isfinite(converted).all():
         raise ModelError(f"export: gguf: {name} has a weight of {np.abs(values).max():.3g}, beyond float16; take weights: f32")
-    return made
+    return converted
 
 
 def _tensor(name: str, file: Path) -> "Tensor":
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as tensors:
-        found: Tensor = tensors.get_tensor(name)
-    return found
+        tensor: Tensor = tensors.get_tensor(name)
+    return tensor
 
 
 def _order(layer: str, config: "PreTrainedConfig") -> "NDArray[np.int64] | None":

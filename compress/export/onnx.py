@@ -165,8 +165,8 @@ def _built(model: Path, target: Path, kind: str) -> Path:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             create_model(*place, **parse_extra_options(*place, ["fuse_qkv=false", "hf_token=false"]))
     except (NotImplementedError, AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        said = in_a_line(error).replace(str(model), kind)
-        raise ModelError(f"export: onnx: onnxruntime-genai's builder can't build a {kind}: {said}") from None
+        reason = in_a_line(error).replace(str(model), kind)
+        raise ModelError(f"export: onnx: onnxruntime-genai's builder can't build a {kind}: {reason}") from None
     return target
 
 
@@ -186,8 +186,8 @@ def _store(graph: Any, packed: Packed) -> set[str]:
             inputs.append(onnx_ir.Value(name=f"{layer}.{name}", const_value=onnx_ir.tensor(values)))
             graph.register_initializer(inputs[-1])
         attributes = {"K": columns, "N": rows, **how, "accuracy_level": 0}  # other levels round the inputs
-        made = onnx_ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name=f"{node.name}NBits")
-        onnx_ir.convenience.replace_nodes_and_values(graph, node, [node], [made], node.outputs, made.outputs)
+        replacement = onnx_ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name=f"{node.name}NBits")
+        onnx_ir.convenience.replace_nodes_and_values(graph, node, [node], [replacement], node.outputs, replacement.outputs)
         del graph.initializers[weight.name]
         met.add(layer)
     return met

@@ -35,8 +35,8 @@ def foretold(side: Side, source: Source, recipe: Recipe, device: str) -> list[Me
     else:
         weights = weight_bytes(shape, dtype) if method == "compressed-tensors" else round(on_disk)
     width, new_tokens = 4 if dtype == "FP32" else 2, recipe.benchmark.new_tokens
-    found = [footprint(weights, shape, width, batch or 1, prompt or 1, new_tokens, device) for batch, prompt in points]
-    foretold = max(one.alive for one in found)
+    estimates = [footprint(weights, shape, width, batch or 1, prompt or 1, new_tokens, device) for batch, prompt in points]
+    foretold = max(estimate.alive for estimate in estimates)
     error = Measurement(metric="forecast_error", value=100 * (foretold / peak - 1))
     return [Measurement(metric="forecast_run_bytes", value=foretold), error]
 

@@ -78,5 +78,5 @@ def _own_gpu() -> Machine | None:
         name, free = str(pynvml.nvmlDeviceGetName(device)), int(pynvml.nvmlDeviceGetMemoryInfo(device).free)
     except Exception:  # NVML isn't here, or has no device, and has an error class for each of its troubles
         return None
-    known = (gpu for gpu in GPUS.values() if gpu.name.rpartition("-")[0].replace("-", " ") in name.lower())
-    return replace(next(known, GPUS["t4-16gb"]), name=f"this machine's {name}", memory_bytes=free)
+    matches = (gpu for gpu in GPUS.values() if gpu.name.rpartition("-")[0].replace("-", " ") in name.lower())
+    return replace(next(matches, GPUS["t4-16gb"]), name=f"this machine's {name}", memory_bytes=free)

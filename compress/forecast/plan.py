@@ -74,18 +74,18 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
     """
     folder = _folder(recipe)
     config = read_config(folder)
-    said, benchmark = [], recipe.benchmark
-    known = architectures.of(str(config.get("model_type"))).shape is not None
-    if known:
+    notes, benchmark = [], recipe.benchmark
+    is_known = architectures.of(str(config.get("model_type"))).shape is not None
+    if is_known:
         shape = read(config, recipe.model.task)
     else:
         shape = _from_headers(folder, config)
-        said.append(
+        notes.append(
             f"{shape.architecture!r} isn't known here: its weights are read from its files' headers, and what else it takes can't be told"
         )
-    said += remarks(recipe)
+    notes += remarks(recipe)
     if others := [engine.name for engine in recipe.engines if not engine.is_plain]:
-        said.append(f"memory and time are foretold of plain transformers; {' and '.join(others)} takes less of both, most often")
+        notes.append(f"memory and time are foretold of plain transformers; {' and '.join(others)} takes less of both, most often")
     dtype = stored_dtype(folder, config, recipe.model.dtype)
     rows = []
     left = _left(recipe, dtype)
@@ -93,21 +93,21 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
     if left.bits:
         padded = benchmark.runtime.cpu_int8 and machine.device == "cpu" and left.pads
         sizes[f"INT{left.bits}"] = weight_bytes(shape, left.dtype, left.bits, padded), left.dtype
-        said.append(f"{left.stage} leaves INT{left.bits} in memory; what it doesn't pack stays {left.dtype}")
+        notes.append(f"{left.stage} leaves INT{left.bits} in memory; what it doesn't pack stays {left.dtype}")
     elif left.stage and any(engine.is_plain for engine in recipe.engines):
-        said.append(f"{left.stage}: plain transformers unpacks the weights, so they take what {left.dtype} takes; files alone are smaller")
+        notes.append(f"{left.stage}: plain transformers unpacks the weights, so they take what {left.dtype} takes; files alone are smaller")
     for name, (weights, stored) in sizes.items():
         for batch, prompt in benchmark.points:
             width = 4 if stored == "FP32" else 2
-            held = footprint(weights, shape, width, batch, prompt, benchmark.new_tokens, machine.device) if known else None
+            held = footprint(weights, shape, width, batch, prompt, benchmark.new_tokens, machine.device) if is_known else None
             rows.append(Row(name, batch, prompt, weights, held, (held.peak if held else weights) <= machine.memory_bytes))
     seconds = {str(stage): _stage_seconds(stage, recipe, shape, machine) for stage in recipe.stages}
     if any(isinstance(stage.settings, TuneSettings) and stage.settings.samples is None for stage in recipe.stages):
-        said.append(f"the rows of the train split weren't counted and are taken for {ROWS:,}")
+        notes.append(f"the rows of the train split weren't counted and are taken for {ROWS:,}")
     for side, name in (("baseline", dtype), ("candidate", f"INT{left.bits}" if left.bits else left.dtype)):
         seconds[f"measuring the {side}"] = _benchmark_seconds(recipe, shape, sizes[name][0], machine)
     disk = sum(_artifacts(recipe, shape, dtype))
-    return Plan(recipe.model.id, shape.architecture, shape.parameters, dtype, machine, rows, seconds, disk, said)
+    return Plan(recipe.model.id, shape.architecture, shape.parameters, dtype, machine, rows, seconds, disk, notes)
 
 
 @dataclass(frozen=True)
@@ -139,12 +139,12 @@ def _left(recipe: Recipe, dtype: str) -> Left:
 
 def remarks(recipe: Recipe) -> list[str]:
     """What its stages' settings will do to layers of the model's shapes, where its config lies on this disk and is of a known kind."""
-    columns, found = widths(recipe), list[str]()
+    columns, sentences = widths(recipe), list[str]()
     for stage in recipe.stages:
         if stage.method == "structured" or not columns:  # the shapes are others then, or not known
             break
-        found += [f"{stage}: {sentence}" for sentence in stage.settings.about_shapes(columns)]
-    return found
+        sentences += [f"{stage}: {sentence}" for sentence in stage.settings.about_shapes(columns)]
+    return sentences
 
 
 def widths(recipe: Recipe) -> Mapping[int, int]:
@@ -167,9 +167,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def stored_dtype(folder: Path, config: dict[str, Any], wanted: str) -> str:
+def stored_dtype(folder: Path, config: dict[str, Any], requested: str) -> str:
     """The dtype that a model is loaded in, by the name it has in a plan: its files' where its config names none."""
-    dtype = wanted if wanted != "auto" else config.get("dtype") or config.get("torch_dtype")
+    dtype = requested if requested != "auto" else config.get("dtype") or config.get("torch_dtype")
     return STORED.get(str(dtype or next(iter(stored_dtypes(folder)), "float32")), "FP32")
 
 
@@ -178,8 +178,8 @@ def _folder(recipe: Recipe) -> Path:
     place = recipe.folder / user_path(recipe.model.id)
     if (place / "config.json").is_file():
         return place
-    wanted = recipe.model
-    source = pinned(Source(locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
+    model = recipe.model
+    source = pinned(Source(locate(model.id, recipe.folder), model.task, model.dtype, model.revision))
     if source.is_folder:
         return Path(source.id)
     import huggingface_hub
@@ -254,12 +254,12 @@ def _stage_seconds(stage: Stage, recipe: Recipe, shape: Shape, machine: Machine)
 
 def _artifacts(recipe: Recipe, shape: Shape, dtype: str) -> list[int]:
     """Bytes of every stage's artifact; while it trains a checkpoint lies beside it: weights and two states of Adam, in float32."""
-    found, now = [], weight_bytes(shape, dtype)
+    sizes, now = [], weight_bytes(shape, dtype)
     for stage in recipe.stages:
         if stage.family == "quantize":
             bits = {"cast": 16, "bnb_nf4": 4}.get(stage.method) or getattr(stage.settings, "bits", 8)
             now = min(now, weight_bytes(shape, "BF16", None if bits == 16 else 8 if bits == 8 else 4))
         elif stage.method == "structured":
             now = round(now * float(getattr(stage.settings, "keep", 1)))
-        found.append(now + (12 * shape.parameters if isinstance(stage.settings, TuneSettings) else 0))
-    return found
+        sizes.append(now + (12 * shape.parameters if isinstance(stage.settings, TuneSettings) else 0))
+    return sizes

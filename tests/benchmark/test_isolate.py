@@ -278,7 +278,7 @@ class Unexplained(Subject):
 
 def test_a_step_that_can_not_be_looked_at_costs_no_timings(monkeypatch):
     side = Unexplained("candidate", 1.0, noisy(0))
-    side.explanation, side.explained, side.said = None, False, []
+    side.explanation, side.explained, side.remarks = None, False, []
     session([side], benchmark(precision=None, rounds=2), monkeypatch)
     assert (side.failures, len(side.rounds[POINT])) == ([], 2)
-    assert side.said == ["where a step's time goes could not be looked at: the profiler is not here"]
+    assert side.remarks == ["where a step's time goes could not be looked at: the profiler is not here"]

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from compress.benchmark import machine
-from compress.benchmark.machine import Gpu, Machine, Reading, alone
+from compress.benchmark.machine import Gpu, Machine, Reading, exclusive
 from compress.methods import quiet
 
 CALM = Reading(monotonic=100, awake=100, wall=1000, waited=5, busy=50, stolen=1, used={7: 15, 8: 5})
@@ -76,13 +76,13 @@ def test_a_process_that_shares_its_core_waits():
 
 def test_the_second_benchmark_waits_until_the_first_has_ended_or_died(tmp_path, monkeypatch):
     monkeypatch.setattr(machine.tempfile, "gettempdir", lambda: str(tmp_path))
-    holder = "import sys\nfrom compress.benchmark import machine\nmachine.tempfile.gettempdir = lambda: sys.argv[1]\nwith machine.alone(lambda *_: None): print('held', flush=True); sys.stdin.read()"
+    holder = "import sys\nfrom compress.benchmark import machine\nmachine.tempfile.gettempdir = lambda: sys.argv[1]\nwith machine.exclusive(lambda *_: None): print('held', flush=True); sys.stdin.read()"
     first = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "held\n"
     told, ran = [], threading.Event()
 
     def second():
-        with alone(lambda *line: told.append(line[0])):
+        with exclusive(lambda *line: told.append(line[0])):
             ran.set()
 
     waiting = threading.Thread(target=second)
@@ -94,9 +94,9 @@ def test_the_second_benchmark_waits_until_the_first_has_ended_or_died(tmp_path, 
     waiting.join()
     first.wait()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with alone(quiet):
+    with exclusive(quiet):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-        with alone(lambda *line: pytest.fail(f"another GPU is no hindrance: {line}")):
+        with exclusive(lambda *line: pytest.fail(f"another GPU is no hindrance: {line}")):
             pass
 
 

@@ -19,7 +19,7 @@ from compress.results.report import read_report
 from tests.conftest import recipe_for
 
 MACHINE = dict.fromkeys(outputs.MACHINE, "x")
-MADE = Outputs({"rougeL": [[1.0], [0.1 + 0.2], Missing.NAN]}, ["a", "é", ""], said=["something"])
+MADE = Outputs({"rougeL": [[1.0], [0.1 + 0.2], Missing.NAN]}, ["a", "é", ""], remarks=["something"])
 
 
 def test_they_are_named_by_all_that_they_depend_on(toys, rows, write_recipe, tmp_path, monkeypatch):
@@ -56,7 +56,7 @@ def test_they_are_named_by_all_that_they_depend_on(toys, rows, write_recipe, tmp
 def test_a_damaged_file_is_put_away(tmp_path, harm):
     outputs.keep(tmp_path, "abc", MADE)
     found = outputs.find(tmp_path, "abc")
-    assert found == replace(MADE, said=["outputs and scores were taken from a former run (abc)", "something"])
+    assert found == replace(MADE, remarks=["outputs and scores were taken from a former run (abc)", "something"])
     file = tmp_path / "abc" / "outputs.json"
     whole = file.read_text()
     file.write_text({"cut short": whole[:-20], "changed": whole.replace("[1.0]", "[2.0]")}.get(harm, harm))

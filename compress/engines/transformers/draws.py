@@ -59,16 +59,16 @@ class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
 
 def warpers(config: GenerationConfig) -> list[LogitsProcessor]:
     """What distributions are bent by before a draw. Raises ModelError for a value that can't be."""
-    found = []
+    processors = []
     for name, (kind, neutral) in WARPERS.items():
         value = getattr(config, name, None)
         if value in (None, neutral):
             continue
         try:
-            found.append(kind(value))
+            processors.append(kind(value))
         except ValueError as error:
             raise ModelError(f"{FILE}: {name}: {value}: {error}") from None
-    return found
+    return processors
 
 
 def at_edge(scores: Tensor, logits: Tensor, others: Tensor, slack: float) -> bool:

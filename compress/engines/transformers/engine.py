@@ -92,14 +92,14 @@ class Transformers(Engine):
         decoding.refuse(own.to_dict(), size, decoding.FILE, generation.do_sample and generation.temperature is None)
         with self._untimed(progress) as batches:
             writer = Writer(self.model, self.tokenizer, prompts, generation)
-            said = []
+            remarks = []
             if left_out := decoding.overruled(own):
-                said.append(f"of {decoding.FILE} {', '.join(left_out)} was left out: how fast and how often is the benchmark's to say")
+                remarks.append(f"of {decoding.FILE} {', '.join(left_out)} was left out: how fast and how often is the benchmark's to say")
             with phase("generating"), batches.stepwise(generation.max_new_tokens):
                 tokens = writer.write(batches)
             with phase("checking examples alone"):
-                said.append(writer.recheck(tokens).sentence)
-        return Written(tokens, said + _halved(batches))
+                remarks.append(writer.recheck(tokens).sentence)
+        return Written(tokens, remarks + _halved(batches))
 
     def read(self, pieces: list[Piece], progress: Progress, original: Source | None = None) -> list[Likelihood]:
         other = None if original is None or original == self.source else self._beside(original)
@@ -136,8 +136,8 @@ class Transformers(Engine):
 
     @contextmanager
     def cache_seen(self) -> Iterator[list[int]]:
-        with cache_seen(self.model) as found:
-            yield found
+        with cache_seen(self.model) as sizes:
+            yield sizes
 
     @contextmanager
     def _untimed(self, progress: Progress) -> Iterator[Batches]:
@@ -204,15 +204,15 @@ class Transformers(Engine):
 @contextmanager
 def cache_seen(model: PreTrainedModel) -> Iterator[list[int]]:
     """Bytes of keys and values that each call of the model left for the next, while the block runs."""
-    found: list[int] = []
+    sizes: list[int] = []
 
     def look(module: Any, inputs: Any, output: Any) -> None:
         cache = getattr(output, "past_key_values", None)
-        found.append(0 if cache is None else work.cache_bytes(cache))
+        sizes.append(0 if cache is None else work.cache_bytes(cache))
 
     handle = model.register_forward_hook(look)
     try:
-        yield found
+        yield sizes
     finally:
         handle.remove()
 

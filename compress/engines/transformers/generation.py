@@ -62,14 +62,14 @@ class Parting:
     """Where an example that was done once more, alone, comes out otherwise than in its batch.
 
     position  of the first token that differs, from 0 on
-    alone     the token there, and `batched` that of the batch, as they are called in messages
+    single    the token there, and `batched` that of the batch, as they are called in messages
     gap       between the scores of the two, as they are alone; `noise` is by how much the model's scores move where they mean the same
     is_tie    whether the gap is within that noise
     """
 
     example: int
     position: int
-    alone: str
+    single: str
     batched: str
     gap: float
     noise: float
@@ -79,7 +79,7 @@ class Parting:
     def sentence(self) -> str:
         return (
             f"example {self.example + 1} of those drawn comes out otherwise in a batch than alone: its token {self.position + 1} is"
-            f" {self.batched} and not {self.alone}, with scores {self.gap:.3g} apart where rounding moves them by {self.noise:.2g}"
+            f" {self.batched} and not {self.single}, with scores {self.gap:.3g} apart where rounding moves them by {self.noise:.2g}"
         )
 
 
@@ -100,12 +100,12 @@ class Recheck:
     @property
     def sentence(self) -> str:
         """What the report says."""
-        found = "all came out as in their batch"
+        outcome = "all came out as in their batch"
         if self.differ:
-            found = f"{self.differ} came out otherwise than in their batch"
+            outcome = f"{self.differ} came out otherwise than in their batch"
         if self.differ and self.ties is not None:
-            found += f", {self.ties} of them where two tokens' scores were within rounding of each other"
-        return "; ".join(filter(None, [f"{self.checked} examples were done once more, each alone: {found}", self.reason]))
+            outcome += f", {self.ties} of them where two tokens' scores were within rounding of each other"
+        return "; ".join(filter(None, [f"{self.checked} examples were done once more, each alone: {outcome}", self.reason]))
 
 
 class Writer:
@@ -167,30 +167,30 @@ class Writer:
 
     def _parting(self, example: int, batched: list[int]) -> Parting | None:
         """Where an example alone parts from what the batch gave it; None where it doesn't."""
-        given, start = self._inputs([example])
-        if self._takes_the_best and self._would_write(given, batched):
+        inputs, start = self._inputs([example])
+        if self._takes_the_best and self._would_write(inputs, batched):
             return None
         greedy = self._beams == 1
         watch = {"stopping_criteria": StoppingCriteriaList([Parted(batched, start, self._stop)])} if greedy else {}
-        found = self._generate([example], given, start, output_scores=greedy, output_logits=greedy, **watch)
-        alone = self._until_end(found.sequences[0, start:].tolist())
-        if alone == batched:
+        output = self._generate([example], inputs, start, output_scores=greedy, output_logits=greedy, **watch)
+        single = self._until_end(output.sequences[0, start:].tolist())
+        if single == batched:
             return None
-        part = next((n for n, (a, b) in enumerate(zip(alone, batched, strict=False)) if a != b), min(len(alone), len(batched)))
-        mine, theirs = (self._name(tokens[part]) if part < len(tokens) else "its end" for tokens in (alone, batched))
+        part = next((n for n, (a, b) in enumerate(zip(single, batched, strict=False)) if a != b), min(len(single), len(batched)))
+        mine, theirs = (self._name(tokens[part]) if part < len(tokens) else "its end" for tokens in (single, batched))
         if not greedy:
             return Parting(example, part, mine, theirs, 0.0, 0.0, is_tie=False)
-        scores, logits = found.scores[part][0].float(), found.logits[part][0].float()
+        scores, logits = output.scores[part][0].float(), output.logits[part][0].float()
         others = torch.tensor(batched[part : part + 1] or sorted(self._stop), device=scores.device)  # the batch's may have come to its end
         others = others[others < len(scores)]
-        noise = self._noise(given, found.sequences[:, : start + part], torch.stack([step[0] for step in found.logits[: part + 1]]))
+        noise = self._noise(inputs, output.sequences[:, : start + part], torch.stack([step[0] for step in output.logits[: part + 1]]))
         size = scores[scores.isfinite()].abs().max().item()
         slack = max(APART * noise, ROUNDING.get(self._model.dtype, ROUNDING[torch.float32]) * size)
         gap = (scores.max() - scores[others].max()).item()
         is_tie = gap <= slack or (self._warpers is not None and at_edge(scores, logits, others, slack))
         return Parting(example, part, mine, theirs, gap, noise, is_tie)
 
-    def _would_write(self, given: dict[str, Any], tokens: list[int]) -> bool:
+    def _would_write(self, inputs: dict[str, Any], tokens: list[int]) -> bool:
         """Whether each of these tokens, and the end behind them, is what the model scores highest after those before it.
 
         All are read at once, which takes a small part of writing them. What rounding alone changes may come out otherwise step by step.
@@ -199,33 +199,33 @@ class Writer:
             start = getattr(self._config, "decoder_start_token_id", None)
             if start is None:
                 return False  # transformers looks for another one
-            before = torch.tensor([[start]], device=given["input_ids"].device)
+            before = torch.tensor([[start]], device=inputs["input_ids"].device)
         else:
-            before = given["input_ids"]
+            before = inputs["input_ids"]
         ends = len(tokens) < self._new_tokens
         written = torch.cat([before, before.new_tensor([tokens])], dim=1)
-        best = self._at_once(given, written, len(tokens) + 1).argmax(dim=-1).tolist()
+        best = self._at_once(inputs, written, len(tokens) + 1).argmax(dim=-1).tolist()
         return best[: len(tokens)] == tokens and (not ends or best[-1] in self._stop)
 
-    def _at_once(self, given: dict[str, Any], written: Tensor, last: int) -> Tensor:
+    def _at_once(self, inputs: dict[str, Any], written: Tensor, last: int) -> Tensor:
         """The logits (positions, vocabulary) behind the `last` tokens of a prompt alone and what is written to it."""
         model = self._model
         if self._both:
-            inputs = {**given, "decoder_input_ids": written}
+            arguments = {**inputs, "decoder_input_ids": written}
         else:
-            inputs = {"input_ids": written, "attention_mask": torch.ones_like(written)}
+            arguments = {"input_ids": written, "attention_mask": torch.ones_like(written)}
             if "logits_to_keep" in inspect.signature(model.forward).parameters:  # of the whole prompt they may be gigabytes
-                inputs["logits_to_keep"] = last
+                arguments["logits_to_keep"] = last
         with torch.no_grad():
-            logits: Tensor = model(**inputs).logits[0, -last:]
+            logits: Tensor = model(**arguments).logits[0, -last:]
         return logits.float()
 
-    def _noise(self, given: dict[str, Any], written: Tensor, stepwise: Tensor) -> float:
+    def _noise(self, inputs: dict[str, Any], written: Tensor, stepwise: Tensor) -> float:
         """How far logits (steps, vocabulary) of the same tokens lie apart that were computed step by step and that are computed at once.
 
         Both mean the same, so what lies between them is the rounding of this model, in its dtype and with its inputs rounded or not.
         """
-        at_once = self._at_once(given, written, len(stepwise))
+        at_once = self._at_once(inputs, written, len(stepwise))
         noise = (at_once - stepwise.float()).abs().max().item() / (self._config.temperature or 1.0 if self._warpers is not None else 1.0)
         return noise if np.isfinite(noise) else 0.0
 
@@ -237,52 +237,52 @@ class Writer:
 
     def _leaving(self, examples: list[int]) -> Iterator[tuple[int, list[int]]]:
         """What is written to these prompts, as they come to their ends: whenever a part of them has, the others go on without."""
-        given, start = self._inputs(examples)
+        inputs, start = self._inputs(examples)
         if self._both:
-            given["encoder_outputs"] = BaseModelOutput(self._encode(given))
+            inputs["encoder_outputs"] = BaseModelOutput(self._encode(inputs))
         last = start + self._new_tokens
         while examples:
             ended = Ended(self._stop)
-            found = self._generate(examples, given, start, stopping_criteria=StoppingCriteriaList([ended]))
-            rows, over = found.sequences, ended.rows | (found.sequences.shape[1] >= last)
+            output = self._generate(examples, inputs, start, stopping_criteria=StoppingCriteriaList([ended]))
+            rows, over = output.sequences, ended.rows | (output.sequences.shape[1] >= last)
             for row in over.nonzero().flatten().tolist():
                 yield examples[row], rows[row, start:].tolist()
             left = (~over).nonzero().flatten()
             examples = [examples[row] for row in left.tolist()]
-            given = self._going_on(given, found.past_key_values, rows, left)
+            inputs = self._going_on(inputs, output.past_key_values, rows, left)
 
-    def _encode(self, given: dict[str, Any]) -> Tensor:
+    def _encode(self, inputs: dict[str, Any]) -> Tensor:
         """The encoder's states (rows, tokens, width), on a CPU worked out a few rows at a time, longest first; pads are zeros."""
-        ids, mask = given["input_ids"], given["attention_mask"]
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
         lengths = mask.sum(dim=1).clamp(min=1).tolist()
-        found, start = [], 0
+        parts, start = [], 0
         while start < len(ids):
             few = len(ids) if ids.is_cuda else max(1, ENCODED // lengths[start])
             rows, longest = slice(start, start + few), max(lengths[start : start + few])
             with torch.no_grad():
                 states = self._model.get_encoder()(input_ids=ids[rows, :longest], attention_mask=mask[rows, :longest])
-            found.append(torch.nn.functional.pad(states.last_hidden_state, (0, 0, 0, ids.shape[1] - longest)))
+            parts.append(torch.nn.functional.pad(states.last_hidden_state, (0, 0, 0, ids.shape[1] - longest)))
             start += few
-        return torch.cat(found)
+        return torch.cat(parts)
 
-    def _going_on(self, given: dict[str, Any], cache: Any, rows: Tensor, left: Tensor) -> dict[str, Any]:
+    def _going_on(self, inputs: dict[str, Any], cache: Any, rows: Tensor, left: Tensor) -> dict[str, Any]:
         """The inputs with which the rows that are left are continued where they are."""
         if cache is not None:
             cache.reorder_cache(left)  # as for beams, which every kind of cache knows; states of linear attention among them
-        mask = given["attention_mask"][left]
+        mask = inputs["attention_mask"][left]
         written = mask.new_ones(len(left), rows.shape[1] - (0 if self._both else mask.shape[1]))
         if not self._both:
             return {"input_ids": rows[left], "attention_mask": torch.cat([mask, written], dim=1), "past_key_values": cache}
         return {
-            "input_ids": given["input_ids"][left], "attention_mask": mask, "past_key_values": cache,
-            "encoder_outputs": BaseModelOutput(given["encoder_outputs"].last_hidden_state[left]),
+            "input_ids": inputs["input_ids"][left], "attention_mask": mask, "past_key_values": cache,
+            "encoder_outputs": BaseModelOutput(inputs["encoder_outputs"].last_hidden_state[left]),
             "decoder_input_ids": rows[left], "decoder_attention_mask": written,
         }  # fmt: skip
 
     def _rows(self, examples: list[int]) -> list[list[int]]:
         """What is written to these prompts, up to the longest's end."""
-        given, start = self._inputs(examples)
-        rows: list[list[int]] = self._generate(examples, given, start).sequences[:, start:].tolist()
+        inputs, start = self._inputs(examples)
+        rows: list[list[int]] = self._generate(examples, inputs, start).sequences[:, start:].tolist()
         return rows
 
     def _inputs(self, examples: list[int]) -> tuple[dict[str, Any], int]:
@@ -290,15 +290,15 @@ class Writer:
         inputs = padded(self._tokenizer, [self._encoded[i] for i in examples], self._model.device, left=not self._both)
         return inputs, 1 if self._both else inputs["input_ids"].shape[1]
 
-    def _generate(self, examples: list[int], given: dict[str, Any], start: int, **wanted: Any) -> Any:
+    def _generate(self, examples: list[int], inputs: dict[str, Any], start: int, **options: Any) -> Any:
         """transformers' generation of the tokens that are yet to be written."""
         model, tokenizer = self._model, self._tokenizer
         drawing = None if self._warpers is None else LogitsProcessorList([*self._warpers, GumbelNoise(self._seed, examples, start)])
-        before = given.get("decoder_input_ids", given["input_ids"]).shape[1] if "past_key_values" in given else start
+        before = inputs.get("decoder_input_ids", inputs["input_ids"]).shape[1] if "past_key_values" in inputs else start
         strings = {"tokenizer": tokenizer} if self._config.stop_strings else {}
         with torch.no_grad(), decoding.generating_by(model, self._config):
             return model.generate(
-                **given, **wanted, **strings, max_new_tokens=start + self._new_tokens - before, do_sample=False, num_beams=self._beams,
+                **inputs, **options, **strings, max_new_tokens=start + self._new_tokens - before, do_sample=False, num_beams=self._beams,
                 logits_processor=drawing, pad_token_id=tokenizer.pad_token_id, return_dict_in_generate=True,
             )  # fmt: skip
 

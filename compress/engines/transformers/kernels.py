@@ -97,8 +97,8 @@ def profiled(run: Callable[[Watch], object], device: str, steps: int) -> tuple[f
 def shares(spent: dict[str, float], whole: float) -> dict[str, float]:
     """Seconds by kind as shares of the whole; what is left of it is overhead."""
     whole = max(whole, sum(spent.values()))
-    found = {kind: spent.get(kind, 0.0) / whole for kind in KERNELS if kind != "overhead"}
-    return {**found, "overhead": 1 - sum(found.values())}
+    by_kind = {kind: spent.get(kind, 0.0) / whole for kind in KERNELS if kind != "overhead"}
+    return {**by_kind, "overhead": 1 - sum(by_kind.values())}
 
 
 def on_cpu(events: Iterable[Any], excess: float) -> dict[str, float]:

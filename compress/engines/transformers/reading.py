@@ -39,12 +39,12 @@ def likelihoods(
         with torch.no_grad():
             ours = model(**inputs).logits
             theirs = ours if original is None else original(**inputs).logits
-            found = [
+            computed = [
                 _likelihood(ours[row][real], theirs[row][real], label[real], pieces[i].begins)
                 for row, (i, label) in enumerate(zip(batch, labels, strict=True))
                 for real in [label != -100]
             ]
-        for index, likelihood in zip(batch, found, strict=True):  # all of a batch or, where memory ran out, nothing
+        for index, likelihood in zip(batch, computed, strict=True):  # all of a batch or, where memory ran out, nothing
             rows[index] = likelihood
 
     batches.each([len(piece.ids) + (len(piece.labels) if both else 0) for piece in pieces], work, "reading")

@@ -63,15 +63,15 @@ class Counter(StoppingCriteria):  # type: ignore[misc]
         self.cache_bytes = 0 if cache is None else cache_bytes(cache)
 
     def _note(self, layer: nn.Module, arguments: tuple[Any, ...], _: Any) -> None:
-        given = arguments[0] if arguments and isinstance(arguments[0], torch.Tensor) else None
+        inputs = arguments[0] if arguments and isinstance(arguments[0], torch.Tensor) else None
         if isinstance(layer, nn.Embedding):
-            rows = 0 if given is None else given.numel()
+            rows = 0 if inputs is None else inputs.numel()
             self._phase.read[id(layer)] = rows * layer.embedding_dim * layer.weight.element_size()
             return
         self._phase.read.update(storages(_own_tensors(layer)))
         self._phase.read[id(layer)] = getattr(layer, "packed_bytes", 0)
-        if given is not None:
-            self._phase.flops += 2 * _weights(layer) * given.shape[:-1].numel()
+        if inputs is not None:
+            self._phase.flops += 2 * _weights(layer) * inputs.shape[:-1].numel()
 
 
 def cache_bytes(cache: Any) -> int:
