@@ -239,7 +239,7 @@ def skeleton(source: Source) -> "PreTrainedModel":
         if buffer.device.type != "meta":
             owner, _, leaf = name.rpartition(".")
             setattr(loaded.get_submodule(owner), leaf, buffer)
-    if any(loaded.get_parameter(one) is not loaded.get_parameter(other) for one, other in loaded.all_tied_weights_keys.items()):
+    if any(loaded.get_parameter(name) is not loaded.get_parameter(twin) for name, twin in loaded.all_tied_weights_keys.items()):
         # the files hold both sides of a tie: transformers ties them where they are equal, for which it must read them
         plain = mapped(source)
         loaded.all_tied_weights_keys = dict(plain.all_tied_weights_keys)

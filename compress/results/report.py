@@ -50,14 +50,14 @@ class Agreement(Record):
 
     @property
     def sentence(self) -> str:
-        said = []
+        claims = []
         if self.equal is not None:
             where = "transformers" if self.dtype is None else f"transformers in {self.dtype}"
             how = ", both in 16 bits, where roundings part texts," if self.half else ""
-            said.append(f"writes the same as {where} in {self.equal:,} of {self.examples:,} examples{how}")
+            claims.append(f"writes the same as {where} in {self.equal:,} of {self.examples:,} examples{how}")
         if self.likelihood is not None:
-            said.append(f"has a perplexity of x{self.likelihood:.4f} of transformers'")
-        return f"With the original's weights {self.engine} {' and '.join(said).removesuffix(',')}"
+            claims.append(f"has a perplexity of x{self.likelihood:.4f} of transformers'")
+        return f"With the original's weights {self.engine} {' and '.join(claims).removesuffix(',')}"
 
 
 class Split(Record):
@@ -142,20 +142,20 @@ class Report(Record):
         if roles not in (["candidate"], ["baseline", "candidate"]):
             raise ValueError(f"a candidate is wanted, with or without a baseline before it; it has {', '.join(roles) or 'nothing'}")
         for side in self.sides:
-            for one in side.measurements:
-                if one.metric not in METRICS:
-                    raise ValueError(f"there is no metric {one.metric!r}")
+            for measurement in side.measurements:
+                if measurement.metric not in METRICS:
+                    raise ValueError(f"there is no metric {measurement.metric!r}")
                 if info.context is FIGURES_ONLY:
                     continue
-                widths = {len(row) for row in one.present}
-                if one.missing != len(one.samples) - len(one.present):
+                widths = {len(row) for row in measurement.present}
+                if measurement.missing != len(measurement.samples) - len(measurement.present):
                     raise ValueError(
-                        f"{one.metric} misses {one.missing} samples, {len(one.samples) - len(one.present)} of them are missing"
+                        f"{measurement.metric} misses {measurement.missing} samples, {len(measurement.samples) - len(measurement.present)} of them are missing"
                     )
-                if METRICS[one.metric].kind != "size" and one.value is not None and (0 in widths or not widths):
-                    raise ValueError(f"{one.metric} has no samples")
-                if METRICS[one.metric].kind == "quality" and len(widths) > 1:
-                    raise ValueError(f"{one.metric} has samples of unequal width")
+                if METRICS[measurement.metric].kind != "size" and measurement.value is not None and (0 in widths or not widths):
+                    raise ValueError(f"{measurement.metric} has no samples")
+                if METRICS[measurement.metric].kind == "quality" and len(widths) > 1:
+                    raise ValueError(f"{measurement.metric} has samples of unequal width")
         for key in ("check", "data", "generation", "benchmark"):
             if not isinstance(self.settings.get(key), dict):
                 raise ValueError(f"settings.{key} is missing")
@@ -163,7 +163,7 @@ class Report(Record):
             raise ValueError(f"settings.benchmark.confidence is {level!r}, no share between 0 and 1")
         for gate in self.settings["check"].values():
             Gate.model_validate(gate)
-        named = [self.score, *(gate.metric for gate in self.gates), *(one.metric for one in self.comparisons)]
+        named = [self.score, *(gate.metric for gate in self.gates), *(comparison.metric for comparison in self.comparisons)]
         if unknown := [name for name in named if name is not None and name not in METRICS]:
             raise ValueError(f"there is no metric {unknown[0]!r}")
         if any(set(step.shares) - set(KERNELS) for side in self.sides for step in side.steps):
@@ -202,7 +202,7 @@ class Report(Record):
     @property
     def parts(self) -> list["Report"]:
         """A report for each engine."""
-        return [self.model_copy(update={"others": []}), *(one.model_copy(update={"folder": self.folder}) for one in self.others)]
+        return [self.model_copy(update={"others": []}), *(part.model_copy(update={"folder": self.folder}) for part in self.others)]
 
     @property
     def confidence(self) -> float:
@@ -223,7 +223,7 @@ class Report(Record):
             "engine": self.engine,
             **({"original": self.original.values()} if self.original else {}),
             **({"others": [part.as_json() for part in self.others]} if self.others else {}),
-            "missing": {side.role: found for side in self.sides if (found := {m.label: m.missing for m in side.measurements if m.missing})},
+            "missing": {side.role: missing for side in self.sides if (missing := {m.label: m.missing for m in side.measurements if m.missing})},
         }  # fmt: skip
 
 
@@ -266,14 +266,14 @@ def _figures(content: bytes) -> dict[str, Any]:
         return bytes(samples).count(b"[") - 1
 
     try:
-        found: dict[str, Any] = msgspec.to_builtins(_few().decode(content), enc_hook=rows)
+        parsed: dict[str, Any] = msgspec.to_builtins(_few().decode(content), enc_hook=rows)
     except msgspec.MsgspecError:  # damaged, or of another shape; what reads it all will say how
         whole: dict[str, Any] = json.loads(content)
         return whole
-    for side in found.get("sides", []):
+    for side in parsed.get("sides", []):
         for measurement in side.get("measurements", []):
             measurement.update(rows=measurement.get("samples", 0), samples=[], raw=[])
-    return found
+    return parsed
 
 
 @cache

@@ -23,9 +23,9 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
 
 
-def require(wanted: Sequence[str]) -> None:
+def require(trackers: Sequence[str]) -> None:
     """Raise InputError for a tracker that there isn't, MissingPackage with the line that installs what one needs."""
-    for name in wanted:
+    for name in trackers:
         if name not in names():
             raise InputError(f"log: there is no tracker {name!r}; allowed are {', '.join(names())}")
         if find_spec(name) is None:

@@ -15,15 +15,15 @@ def title(report: Report) -> str:
 
 def params(report: Report) -> dict[str, str | int | float]:
     """The recipe's settings, a key a line of it: data.samples, stages.0.bits. What is null there is left out, what has parts is JSON."""
-    found: dict[str, Any] = {}
+    flat: dict[str, Any] = {}
     for block, value in report.settings.items():
         parts = {block: value}
         if isinstance(value, dict):
             parts = {f"{block}.{key}": inner for key, inner in value.items()}
         elif block == "stages":
             parts = {f"{block}.{number}.{key}": inner for number, stage in enumerate(value) for key, inner in stage.items()}
-        found.update(parts)
-    return {key: value if isinstance(value, str | int | float) else _json(value) for key, value in found.items() if value is not None}
+        flat.update(parts)
+    return {key: value if isinstance(value, str | int | float) else _json(value) for key, value in flat.items() if value is not None}
 
 
 def figures(side: Side) -> dict[str, float]:
@@ -52,8 +52,8 @@ def _json(value: Any) -> str:
     return json.dumps(kept, ensure_ascii=False)
 
 
-def _point(one: Measurement | GateResult) -> str:
-    return one.metric if one.batch_size is None else f"{one.metric} batch {one.batch_size} prompt {one.prompt_tokens}"
+def _point(figure: Measurement | GateResult) -> str:
+    return figure.metric if figure.batch_size is None else f"{figure.metric} batch {figure.batch_size} prompt {figure.prompt_tokens}"
 
 
 def _unit(unit: str) -> str:
