@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from compress.benchmark.messages import Point
+from compress.benchmark.messages import GridPoint
 from compress.benchmark.statistics import corpus_value, geometric_mean
 from compress.benchmark.subject import Round, Subject
 from compress.metrics import METRICS, Missing
@@ -16,7 +16,7 @@ from compress.scores import Row
 Speed = tuple[str, Callable[[list[float]], float], float]  # a figure, its value from the marks of one timing, the quantile over timings
 
 
-def side(subject: Subject, common: list[Point], ceilings: dict[str, float]) -> Side:
+def side(subject: Subject, common: list[GridPoint], ceilings: dict[str, float]) -> Side:
     measurements: list[Measurement] = []
     if subject.loads:
         measurements += _sizes(subject)
@@ -68,7 +68,7 @@ def _sizes(subject: Subject) -> list[Measurement]:
     return [*measurements, _figure("bits_per_weight", 8 * weights.weight_bytes / weights.parameters)]
 
 
-def _memory(subject: Subject, common: list[Point]) -> list[Measurement]:
+def _memory(subject: Subject, common: list[GridPoint]) -> list[Measurement]:
     """Peaks a round; while running, those of the most demanding point that both sides can run, and what holds them."""
     loads = [load.peaks for load in subject.loads]
     held, rest = subject.loads[0].weights.weight_bytes, subject.loads[0].rest

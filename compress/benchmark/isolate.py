@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from compress.benchmark.figures import quantile, side
 from compress.benchmark.machine import Machine, exclusive, facts
-from compress.benchmark.messages import Outputs, Point
+from compress.benchmark.messages import GridPoint, Outputs
 from compress.benchmark.statistics import geometric_mean, paired_ratio
 from compress.benchmark.subject import Subject
 from compress.errors import DeviceError, OutOfMemory, RunError
@@ -302,7 +302,7 @@ class Session:
             )
         return (yield from subject.take_turn(machine, self._points(subject), ours))
 
-    def _points(self, subject: Subject) -> list[Point]:
+    def _points(self, subject: Subject) -> list[GridPoint]:
         """Those that it and one that it is compared with are not known to fail at."""
         pairs = [pair for pair in [*self._pairs, *self._beside] if subject in pair]
         return [point for point in subject.rounds if any(point in _common(pair) for pair in pairs)]
@@ -332,7 +332,7 @@ def _stop(subjects: Iterable[Subject]) -> None:
         subject.stop()
 
 
-def _common(subjects: list[Subject]) -> list[Point]:
+def _common(subjects: list[Subject]) -> list[GridPoint]:
     """The points that no side is known to fail at."""
     return [point for point in subjects[0].rounds if all(point not in subject.reasons for subject in subjects)]
 

@@ -9,7 +9,7 @@ from compress.methods import Example
 from compress.model.source import Source
 from compress.scores import Samples
 
-Point = tuple[int, int]  # batch size, prompt tokens
+GridPoint = tuple[int, int]  # batch size, prompt tokens
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ class WarmUp(Request[WarmedUp]):
 
     answer = WarmedUp
 
-    point: Point
+    point: GridPoint
     new_tokens: int
     repeats: int
 
@@ -95,7 +95,7 @@ class Time(Request[Timings]):
 
     answer = Timings
 
-    points: list[Point]
+    points: list[GridPoint]
     new_tokens: int
     iterations: int
 
@@ -106,7 +106,7 @@ class Explain(Request[Explained | None]):
 
     answer = Explained | None
 
-    points: list[Point]
+    points: list[GridPoint]
     new_tokens: int
 
 

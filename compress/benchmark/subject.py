@@ -10,7 +10,7 @@ from typing import TypeVar
 from compress import border
 from compress.benchmark import outputs as kept
 from compress.benchmark.machine import Machine
-from compress.benchmark.messages import Answer, Explain, Load, Loaded, Outputs, Point, Score, Time, WarmedUp, WarmUp
+from compress.benchmark.messages import Answer, Explain, GridPoint, Load, Loaded, Outputs, Score, Time, WarmedUp, WarmUp
 from compress.benchmark.sampler import Sampler
 from compress.border import Request
 from compress.engines import Explained
@@ -47,22 +47,22 @@ class Subject:
         self._kept = outputs
         self._child: Child | None = None
         self.loads: list[Loaded] = []
-        self.peaks: list[dict[Point, dict[str, int]]] = []
+        self.peaks: list[dict[GridPoint, dict[str, int]]] = []
         self.compiling: list[float] = []  # seconds a round, where steps are compiled
-        self.reasons: dict[Point, str] = {}
-        self._lacking: set[Point] = set()  # points that could not be run for want of memory
-        self.rounds: dict[Point, list[Round]] = {point: [] for point in recipe.benchmark.points}
-        self._taken: dict[Point, tuple[list[list[float]], float | None]] = {}
-        self.joules: dict[Point, list[list[float]]] = {point: [] for point in self.rounds}  # rounds x turns; nothing without NVML
+        self.reasons: dict[GridPoint, str] = {}
+        self._lacking: set[GridPoint] = set()  # points that could not be run for want of memory
+        self.rounds: dict[GridPoint, list[Round]] = {point: [] for point in recipe.benchmark.points}
+        self._taken: dict[GridPoint, tuple[list[list[float]], float | None]] = {}
+        self.joules: dict[GridPoint, list[list[float]]] = {point: [] for point in self.rounds}  # rounds x turns; nothing without NVML
         self.outputs: Outputs | None = None
         self.explanation: Explained | None = None
         self.explained = False  # whether its steps were looked at, or it was tried
-        self.looked_at: list[Point] = []  # at which points
+        self.looked_at: list[GridPoint] = []  # at which points
         self.failures: list[str] = []
         self.remarks: list[str] = []
         self.foreign_gpu_bytes = 0  # the most that processes of others held of the GPU
-        self.needless: set[Point] = set()  # points that need no run, since no side can be compared there
-        self._marks: dict[Point, list[float]] = {}  # of a warmed-up run at each point: seconds to every token
+        self.needless: set[GridPoint] = set()  # points that need no run, since no side can be compared there
+        self._marks: dict[GridPoint, list[float]] = {}  # of a warmed-up run at each point: seconds to every token
         self._interpreter = 0
 
     @property
@@ -75,7 +75,7 @@ class Subject:
         return self._child is not None
 
     @property
-    def usable(self) -> list[Point]:
+    def usable(self) -> list[GridPoint]:
         return [point for point in self.rounds if point not in self.reasons]
 
     def start(self, warm: bool = True) -> None:
@@ -119,7 +119,7 @@ class Subject:
         warmup = self._recipe.benchmark.warmup
         return 3 * (2 + warmup) + (not warmup)
 
-    def _at_least(self, point: Point) -> float:
+    def _at_least(self, point: GridPoint) -> float:
         """Seconds that a run takes at least, by smaller points: reading a prompt is arithmetic, as much as there is more of it."""
         bounds = [0.0]
         for (batch, prompt), marks in self._marks.items():
@@ -152,7 +152,7 @@ class Subject:
             self.remarks += _remarks(loaded)
         return loaded
 
-    def _warm_up(self, point: Point) -> WarmedUp:
+    def _warm_up(self, point: GridPoint) -> WarmedUp:
         """Run a point for the first times; one that the kernel kills the process at has no place in memory, and a new process goes on."""
         benchmark = self._recipe.benchmark
         assert self._child is not None
@@ -167,7 +167,7 @@ class Subject:
             self._note(warmed_up.memory, sampler, "cuda" if "reserved" in warmed_up.memory else "cpu")
         return warmed_up
 
-    def _repeats(self, point: Point) -> int:
+    def _repeats(self, point: GridPoint) -> int:
         """Runs of a point after the first. One at least shows what the heap takes and how long compiling was; a long one does so once."""
         benchmark = self._recipe.benchmark
         short = point not in self._marks or self._marks[point][-1] < LONG_S
@@ -194,7 +194,7 @@ class Subject:
         self._lacking = set()
         self.start()
 
-    def take_turn(self, machine: Machine, usable: list[Point], ours: list[int]) -> Generator[float, None, Conditions]:
+    def take_turn(self, machine: Machine, usable: list[GridPoint], ours: list[int]) -> Generator[float, None, Conditions]:
         """Time every point once more, in slices: gives the share that is done after each, when other sides may have theirs.
 
         Returns how the machine was meanwhile. The timings count once they are kept.
@@ -261,7 +261,7 @@ class Subject:
         with phase("scoring", self.role), Child("compress.benchmark.scorer", self._execution.log, self._tell, start=copied) as child:
             return border.ask(child, score, self._limit_s)
 
-    def explain(self, usable: list[Point]) -> None:
+    def explain(self, usable: list[GridPoint]) -> None:
         """Look at what a step does at every point, after the last timing of a process. What can't be looked at is said; timings stand."""
         self.explained = True
         try:

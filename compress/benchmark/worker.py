@@ -10,7 +10,7 @@ import psutil
 
 from compress import engines, scores
 from compress.benchmark import latency, memory, nvml, quality
-from compress.benchmark.messages import Answer, Explain, Load, Loaded, Outputs, Point, Time, Timings, WarmedUp, WarmUp
+from compress.benchmark.messages import Answer, Explain, GridPoint, Load, Loaded, Outputs, Time, Timings, WarmedUp, WarmUp
 from compress.benchmark.quality import Reader
 from compress.border import Handler, answering
 from compress.engines import Engine, Explained, Opening
@@ -188,7 +188,7 @@ class Worker:
             return f"{needed} tokens don't fit the model's context of {traits.context}"
         return None
 
-    def _try(self, point: Point, new_tokens: int, times: int) -> list[list[float]]:
+    def _try(self, point: GridPoint, new_tokens: int, times: int) -> list[list[float]]:
         """Run a point so many times: each run's seconds to every token; nothing where memory runs out."""
         try:
             return [self._time(point, new_tokens) for _ in range(times)]
@@ -198,7 +198,7 @@ class Worker:
         memory.release(self.device)  # not while the error is held, whose traceback holds the tensors
         return []
 
-    def _time(self, point: Point, new_tokens: int, rest: latency.Rest | None = None) -> list[float]:
+    def _time(self, point: GridPoint, new_tokens: int, rest: latency.Rest | None = None) -> list[float]:
         return latency.seconds(self.engine, latency.prompts(self.engine.traits, *point), new_tokens, rest)
 
 

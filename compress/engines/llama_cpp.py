@@ -225,11 +225,8 @@ class LlamaCpp(Engine):
         context_params, own = self._library.llama_context_default_params(), self._opening.settings
         assert isinstance(own, Settings)
         context_params.n_ctx = context_params.n_batch = shape[0] * shape[1]
-        context_params.n_seq_max, context_params.n_threads, context_params.n_threads_batch = (
-            sequences,
-            self._opening.threads,
-            self._opening.threads,
-        )
+        context_params.n_seq_max = sequences
+        context_params.n_threads = context_params.n_threads_batch = self._opening.threads
         context_params.flash_attention, context_params.type_k, context_params.type_v = 0, CACHES[own.cache], CACHES[own.cache]
         self._context, self._shape = self._library.llama_init_from_model(self._model, context_params), shape
         if not self._context:

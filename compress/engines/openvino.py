@@ -126,11 +126,11 @@ class OpenVINO(Engine):
         import openvino
 
         element_type, file = TYPES[precision], self._folder / FOLDER / f"{name}.xml"
-        exact = {
+        exact = {  # else it rounds
             "INFERENCE_PRECISION_HINT": element_type,
             "KV_CACHE_PRECISION": element_type,
             "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
-        }  # else it rounds
+        }
         try:
             model = openvino.Core().compile_model(file, "CPU", {**exact, "INFERENCE_NUM_THREADS": self._opening.threads, "NUM_STREAMS": 1})
         except RuntimeError as error:

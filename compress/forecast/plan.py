@@ -29,7 +29,7 @@ BATCH_TOKENS = 16384  # of the evaluation that are read together, where nothing 
 
 
 @dataclass(frozen=True)
-class Row:
+class Forecast:
     """One dtype at one grid point; INT8 and INT4 are what the stages leave packed.
 
     `held` is None where the architecture isn't known; `weights` are told then.
@@ -56,7 +56,7 @@ class Plan:
     parameters: int
     dtype: str
     machine: Machine
-    rows: list[Row]
+    rows: list[Forecast]
     seconds: dict[str, float]
     disk_bytes: int
     said: list[str]
@@ -100,7 +100,7 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
         for batch, prompt in benchmark.points:
             width = 4 if stored == "FP32" else 2
             held = footprint(weights, shape, width, batch, prompt, benchmark.new_tokens, machine.device) if is_known else None
-            rows.append(Row(name, batch, prompt, weights, held, (held.peak if held else weights) <= machine.memory_bytes))
+            rows.append(Forecast(name, batch, prompt, weights, held, (held.peak if held else weights) <= machine.memory_bytes))
     seconds = {str(stage): _stage_seconds(stage, recipe, shape, machine) for stage in recipe.stages}
     if any(isinstance(stage.settings, TuneSettings) and stage.settings.samples is None for stage in recipe.stages):
         notes.append(f"the rows of the train split weren't counted and are taken for {ROWS:,}")

@@ -148,10 +148,8 @@ class Report(Record):
                 if info.context is FIGURES_ONLY:
                     continue
                 widths = {len(row) for row in measurement.present}
-                if measurement.missing != len(measurement.samples) - len(measurement.present):
-                    raise ValueError(
-                        f"{measurement.metric} misses {measurement.missing} samples, {len(measurement.samples) - len(measurement.present)} of them are missing"
-                    )
+                if measurement.missing != (missing := len(measurement.samples) - len(measurement.present)):
+                    raise ValueError(f"{measurement.metric} misses {measurement.missing} samples, {missing} of them are missing")
                 if METRICS[measurement.metric].kind != "size" and measurement.value is not None and (0 in widths or not widths):
                     raise ValueError(f"{measurement.metric} has no samples")
                 if METRICS[measurement.metric].kind == "quality" and len(widths) > 1:
@@ -223,7 +221,9 @@ class Report(Record):
             "engine": self.engine,
             **({"original": self.original.values()} if self.original else {}),
             **({"others": [part.as_json() for part in self.others]} if self.others else {}),
-            "missing": {side.role: missing for side in self.sides if (missing := {m.label: m.missing for m in side.measurements if m.missing})},
+            "missing": {
+                side.role: missing for side in self.sides if (missing := {m.label: m.missing for m in side.measurements if m.missing})
+            },
         }  # fmt: skip
 
 
