@@ -1,4 +1,4 @@
-"""From what was timed and read to the figures of a side."""
+"""From timings and readings to the figures of a side."""
 
 import math
 import statistics
@@ -48,7 +48,7 @@ def side(subject: Subject, common: list[GridPoint], ceilings: dict[str, float]) 
 
 
 def quality(metric: str, samples: Sequence[Row]) -> Measurement:
-    """A figure of a side's outputs from an example's statistics a row; examples without are left out, and counted."""
+    """A figure of a side's outputs, from statistics with an example a row. Examples without any are left out, and counted."""
     present = [row for row in samples if isinstance(row, list)]
     reasons = Counter(Missing(row) for row in samples if not isinstance(row, list))
     counts = {"samples": list(samples), "missing": reasons.total()}
@@ -69,7 +69,7 @@ def _sizes(subject: Subject) -> list[Measurement]:
 
 
 def _memory(subject: Subject, common: list[GridPoint]) -> list[Measurement]:
-    """Peaks a round; while running, those of the most demanding point that both sides can run, and what holds them."""
+    """Peaks by round: while loading, and while running the most demanding point that both sides can run; with their parts."""
     loads = [load.peaks for load in subject.loads]
     held, rest = subject.loads[0].weights.weight_bytes, subject.loads[0].rest
     runs = []
@@ -100,7 +100,7 @@ def _memory(subject: Subject, common: list[GridPoint]) -> list[Measurement]:
 
 
 def _rates(rounds: list[Round], batch_size: int) -> list[Speed]:
-    """The speed figures of a point: their names, their values from the marks of one timing, and the quantile over timings."""
+    """The speed figures of a point: their names, how they come from the marks of one timing, and the quantile over timings."""
     generated = len(rounds[0][0][0])
 
     def rate(marks: list[float]) -> float:
@@ -113,7 +113,7 @@ def _rates(rounds: list[Round], batch_size: int) -> list[Speed]:
 
 
 def _utilisations(step: Step, ceilings: dict[str, float], dtype: str) -> list[Speed]:
-    """What a model must read and compute, over the time it took, as shares of what the machine can; see `compress.metrics`."""
+    """What a model must read and compute over the time it took, as shares of what the machine can do; see `compress.metrics`."""
     read, bandwidth = step.weight_bytes + step.cache_bytes, ceilings["copy_bytes_per_second"]
     flops, rate = step.flops if step.prefill_flops is None else step.prefill_flops, ceilings[f"{dtype}_flops_per_second"]
     prefill: Speed = ("mfu", lambda marks: flops / marks[0] / rate, 0.5)
@@ -144,7 +144,7 @@ def _speeds(rounds: list[Round], figures: list[Speed], batch_size: int, prompt_t
 
 
 def _energy(rounds: list[Round], joules: list[list[float]], batch_size: int, prompt_tokens: int) -> list[Measurement]:
-    """Joules a token written, a row a round with a number a turn; nothing where a turn lacks them or nothing is written."""
+    """Joules for each token written, a row a round with a number a turn. Empty where a turn lacks them, or for a classifier."""
     generated = len(rounds[0][0][0])
     if generated == 1 or any(len(drawn) != len(turns) for drawn, turns in zip(joules, rounds, strict=True)):
         return []
@@ -155,8 +155,10 @@ def _energy(rounds: list[Round], joules: list[list[float]], batch_size: int, pro
 
 
 def central(samples: list[list[float]]) -> float:
-    """The value that stands for samples, a row a round: their geometric mean, of which the ratio between two sides is the one that is
-    judged (`statistics.paired_ratio`). Where one is zero the median."""
+    """The central value of samples, a row a round: their geometric mean; where one is zero the median.
+
+    The ratio of two sides' geometric means is the one that gates judge (`statistics.paired_ratio`).
+    """
     flat = [sample for row in samples for sample in row]
     if min(flat) <= 0 or min(flat) == max(flat):  # without a logarithm, or exact without one
         return statistics.median(flat)
@@ -164,7 +166,7 @@ def central(samples: list[list[float]]) -> float:
 
 
 def _unmeasured(reason: str, batch_size: int, prompt_tokens: int) -> list[Measurement]:
-    """What stands in the place of a point's figures."""
+    """The figures of a point that was not measured: empty, with the reason."""
     names = [name for name, metric in METRICS.items() if metric.kind == "speed"]
     return [Measurement(metric=n, value=None, batch_size=batch_size, prompt_tokens=prompt_tokens, reason=reason) for n in names]
 

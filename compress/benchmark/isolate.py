@@ -1,12 +1,14 @@
-"""The harness seen from the parent: both models in fresh processes, measured in turns, so that a machine that slows down slows both.
+"""The harness as the parent process runs it: both models in fresh processes, measured in turns.
 
-A round starts new processes; within it the sides take turns, a block of timings each, slice by slice on a CPU. Memory is read once a
-round, speed every turn, quality in the first round. Rounds follow until the latencies are known as precisely as is wanted. Nothing here
+So a machine that slows down slows both.
+
+A round starts new processes. Within it the sides take turns, a block of timings each, slice by slice on a CPU. Memory is read once a
+round, speed every turn, quality in the first round. Rounds follow until the latencies are as precise as the recipe asks. Nothing here
 needs torch.
 
-How many turns a round is best to have depends on how much of the noise lies between turns and how much between processes (Cochran 1977,
-chapter 10), which is not known before. A round that takes turns for as long as its processes took to start is never more than twice
-as long as the best one for the same precision.
+The best number of turns a round depends on the noise between turns and the noise between processes (Cochran 1977, chapter 10). Neither is
+known beforehand. So a round takes turns for as long as its processes took to start. For the same precision that takes at most twice as
+long as the best number would.
 """
 
 import itertools
@@ -35,10 +37,10 @@ from compress.results.record import Role
 from compress.results.sides import Conditions, Side, Turn
 
 T = TypeVar("T")
-# of each candidate, with its baseline before it: whether nothing that could still be measured would change what the gates on speed say
+# takes the sides of each pair, the baseline first; whether the gates on speed are decided, whatever else could be measured
 Clear = Callable[[list[list[Side]]], bool]
-FEWEST = 3  # rounds, below which no gate is clear
-AGAIN = 0.5  # of the turns, how many may be taken again, each once
+FEWEST = 3  # rounds; with fewer no gate is clear
+AGAIN = 0.5  # the share of the turns that may be taken again, each once
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Party:
 
 @dataclass(frozen=True)
 class Match:
-    """A candidate, its baseline in the same engine, and what both came from in plain transformers, where there are such."""
+    """A candidate and, where there are such, its baseline in the same engine and the original of both in plain transformers."""
 
     candidate: Party
     baseline: Party | None = None
@@ -60,7 +62,7 @@ class Match:
 
 
 class Measured(NamedTuple):
-    """What was found of a match: the sides, their outputs on the examples, how each turn went; the original's side and outputs."""
+    """What was measured of a match: the sides, their outputs on the examples, how each turn went; the original's side and outputs."""
 
     sides: list[Side]
     outputs: dict[Role, Outputs]
@@ -73,13 +75,16 @@ def measure(
     matches: Sequence[Match], recipe: Recipe, examples: list[Example], execution: Execution, kept_outputs: Path,
     clear: Clear = lambda _: False,
 ) -> tuple[list[Measured], dict[str, Any]]:  # fmt: skip
-    """Measure models alike, those that are the same in several matches once. Returns what was found of each match, and the environment.
+    """Measure all models in the same way; one that is in several matches is measured once.
+
+    Returns what was measured of each match, and the environment.
 
     kept_outputs   a folder where outputs are kept for later runs
     clear          may end the rounds early
 
-    A side whose process dies or runs out of memory has the reason under `failures`; what it had measured until then stays. Raises
-    DeviceError where a strict execution refuses a GPU.
+    A side whose process dies or runs out of memory has the reason under `failures`. What was measured of it until then stays.
+
+    Raises DeviceError where a strict execution refuses a GPU.
     """
     with exclusive(execution.progress), nursery():
         parties = list(dict.fromkeys(party for match in matches for party in (match.baseline, match.candidate, match.original) if party))
@@ -108,10 +113,10 @@ def measure(
 
 
 class Session:
-    """One benchmark: its rounds, and what is known so far.
+    """One benchmark: its rounds, and what has been measured so far.
 
-    pairs    what is compared: a baseline and a candidate, or one alone; None has the first for the baseline of all others
-    beside   pairs of which nothing is decided, and which needn't be known precisely
+    pairs    what is compared: a baseline and a candidate, or a single side; None makes the first the baseline of all others
+    beside   pairs on which no gate depends; they needn't be precise
     """
 
     def __init__(
@@ -125,7 +130,7 @@ class Session:
         self._alone = False  # whether memory holds one side at a time only
         self._starting = self._timing = 0.0  # seconds of this round
         self._again = 0
-        self._began = self._aside = 0.0  # when rounds began, and seconds since that aren't theirs
+        self._began = self._aside = 0.0  # when rounds began, and seconds since then that were spent on other work
         self._half_width: float | None = None  # half of the widest interval of a latency, as a share of it
         self._turns: list[tuple[Subject, Turn]] = []
 
@@ -163,7 +168,7 @@ class Session:
         return [self._sides(pair) for pair in self._pairs]
 
     def measured(self, pair: list[Subject], original: Subject | None = None) -> Measured:
-        """What was found of a pair, and beside it of the original."""
+        """What was measured of a pair, and of the original beside it."""
         outputs = {subject.role: subject.outputs for subject in pair if subject.outputs is not None}
         turns = [turn for subject, turn in self._turns if subject in pair]
         if original is None:
@@ -175,7 +180,7 @@ class Session:
         return [side(subject, _common(subjects), ceilings) for subject in subjects]
 
     def _is_enough(self, rounds: int, minutes: float, clear: Clear) -> bool:
-        """Whether so many rounds say what is wanted, or there is no time for another."""
+        """Whether the rounds so far suffice, or there is no time for another."""
         if rounds < min(FEWEST, self._benchmark.rounds):
             return False
         over = self._benchmark.precision is not None and minutes >= self._benchmark.max_minutes
@@ -191,11 +196,11 @@ class Session:
         return [subject for subject in self._subjects if any(subject in pair for pair in pairs)]
 
     def _within(self, subjects: list[Subject]) -> list[list[Subject]]:
-        """The pairs that are whole among these."""
+        """The pairs whose sides are all among these."""
         return [pair for pair in self._pairs if all(subject in subjects for subject in pair)]
 
     def _is_precise(self, subjects: list[Subject]) -> bool:
-        """Whether half of the interval of every latency, ratio or single one, is at most the wanted share of it."""
+        """Whether half the interval of every latency, or ratio of two, is at most the share of it that `precision` asks for."""
         halves = [0.0]
         for pair in self._within(subjects):
             for point in _common(pair):
@@ -212,7 +217,7 @@ class Session:
         return (time.monotonic() - self._began - self._aside) / 60
 
     def _is_late(self, rounds: int) -> bool:
-        """Whether the fewest rounds won't be done in time, of which so many are, unless the next turns are left out."""
+        """Whether the fewest rounds won't be done in time unless the next turns are left out; `rounds` of them are done."""
         share = (rounds + 1) / min(FEWEST, self._benchmark.rounds)
         return self._benchmark.precision is not None and self._minutes > share * self._benchmark.max_minutes
 
@@ -225,7 +230,7 @@ class Session:
         return self._timing >= self._starting
 
     def _take(self, number: int, turn: int, examples: list[Example], last: bool) -> bool:
-        """One turn of each side that has not failed. Whether it counts: where it was disturbed it doesn't, unless it is the `last` one."""
+        """One turn of each side that has not failed. Says whether it counts: a disturbed one does only as the `last`."""
         taken: list[tuple[Subject, Conditions]] = []
         left = self._random.sample(self._subjects, len(self._subjects))
         while left:
@@ -251,7 +256,7 @@ class Session:
                 self._do(subject, partial(subject.explain, self._points(subject)))
 
     def _do(self, subject: Subject, work: Callable[[], T]) -> T | None:
-        """What work with a side gives, whose process runs then; None where the side has failed, or fails now."""
+        """Start a side's process if need be, and return what `work` returns; None where the side has failed, or fails now."""
         if subject.failures:
             return None
         others = [s for s in self._subjects if s is not subject and s.running]
@@ -275,7 +280,7 @@ class Session:
             self._aside += time.monotonic() - began
 
     def _in_slices(self, subjects: list[Subject]) -> list[tuple[Subject, Conditions]]:
-        """A turn of each, in which they take slices: next is who is the furthest behind, and of several any."""
+        """A turn of each, slice by slice: next is the side that is furthest behind; of several that are, a random one."""
         turns = {subject: self._turn(subject) for subject in subjects}
         done, taken = dict.fromkeys(subjects, 0.0), list[tuple[Subject, Conditions]]()
         while turns:
@@ -303,15 +308,15 @@ class Session:
         return (yield from subject.take_turn(machine, self._points(subject), ours))
 
     def _points(self, subject: Subject) -> list[GridPoint]:
-        """Those that it and one that it is compared with are not known to fail at."""
+        """The points at which neither this side nor one that it is compared with has failed."""
         pairs = [pair for pair in [*self._pairs, *self._beside] if subject in pair]
         return [point for point in subject.rounds if any(point in _common(pair) for pair in pairs)]
 
 
 def _bring_up(subject: Subject, others: list[Subject]) -> bool:
-    """Start a side beside the others, or, where memory doesn't hold them together, without them. Says whether being alone helped.
+    """Start a side beside the others, or without them where memory doesn't hold all. Says whether running alone helped.
 
-    A point that doesn't fit alone either is no reason to measure the sides apart, nor is one that was known before.
+    A point that doesn't fit alone either is no reason to measure the sides apart. Nor is one that didn't fit before.
     """
     short_before, loaded = subject.short_of_memory, True
     try:
@@ -333,12 +338,12 @@ def _stop(subjects: Iterable[Subject]) -> None:
 
 
 def _common(subjects: list[Subject]) -> list[GridPoint]:
-    """The points that no side is known to fail at."""
+    """The points at which no side has failed."""
     return [point for point in subjects[0].rounds if all(point not in subject.reasons for subject in subjects)]
 
 
 def _ceilings(subjects: Iterable[Subject]) -> dict[str, float]:
-    """What the machine can do at best: the better where both sides measured the same, since only disturbances differ."""
+    """What the machine can do at best. Where both sides measured the same the better one counts, since only disturbances differ."""
     ceilings: dict[str, float] = {}
     for subject in subjects:
         for name, value in (subject.explanation.ceilings if subject.explanation else {}).items():

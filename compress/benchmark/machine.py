@@ -1,8 +1,8 @@
-"""What the machine did besides, while something was measured: read before and after each turn by the parent, without torch.
+"""What else the machine did during a measurement: read before and after each turn by the parent, without torch.
 
-A turn is disturbed where its process was ready to run and did not (Linux counts the nanoseconds), where the hypervisor gave the cores to
-others, where the machine slept, where a GPU was throttled or another process worked on it. Slow is not disturbed: whoever measures
-again what was slow, and not what was disturbed, chooses the result.
+A turn is disturbed where its process waited for a core, the hypervisor gave cores to others, the machine slept, or the GPU was throttled
+or shared. Linux counts the nanoseconds that a process was ready to run and did not. A slow turn is not a disturbed one: whoever measures
+again what was slow chooses the result.
 """
 
 import os
@@ -26,7 +26,7 @@ WAITING = 0.05  # shares of a turn's time from which on it is disturbed
 STEAL = 0.05
 SLEPT_S = 0.5
 CPUFREQ = Path("/sys/devices/system/cpu")
-THROTTLES = {  # NVML's nvmlClocksEventReasons that slow a GPU against its will; idle and wanted clocks are none
+THROTTLES = {  # NVML's nvmlClocksEventReasons that slow a GPU against its will; idle or chosen clocks do not count
     0x4: "its power cap", 0x8: "hardware slowdown", 0x20: "its temperature", 0x40: "its temperature", 0x80: "the power brake",
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ class Gpu:
 class Reading:
     """Clocks and counters at one moment, times in seconds.
 
-    waited   that the threads of the process have been ready to run and did not; None where the kernel doesn't count it
+    waited         while the threads of the process were ready to run and did not; None where the kernel doesn't count it
     busy, stolen   of all cores that the process may use
     used           by the processes of the benchmark, by their numbers
     """
@@ -72,7 +72,7 @@ class Machine:
     cores: list[int] = field(default_factory=lambda: sorted(os.sched_getaffinity(0)))
 
     def read(self, pid: int, ours: Sequence[int]) -> Reading:
-        """Where the counters stand; `ours` are all processes that belong to the benchmark."""
+        """The counters now; `ours` are all processes that belong to the benchmark."""
         times = psutil.cpu_times(percpu=True)
         here = [times[core] for core in self.cores if core < len(times)]
         used = {}
@@ -92,7 +92,7 @@ class Machine:
         return () if device is None else device.foreign
 
     def between(self, before: Reading, after: Reading, ran: float | None = None) -> Conditions:
-        """How it was between two readings, and what disturbed; the process `ran` for so many seconds of them, None: for all."""
+        """The conditions between two readings; the process `ran` for so many of the seconds, None: for all."""
         seconds = max(after.monotonic - before.monotonic, 1e-9)
         ran = seconds if ran is None else max(ran, 1e-9)
         slept = max(0.0, (after.awake - before.awake) - seconds)
@@ -135,15 +135,15 @@ def commit(folder: Path) -> str | None:
 
 @contextmanager
 def exclusive(progress: Progress) -> Iterator[None]:
-    """Two benchmarks on one machine would measure each other: the second waits. The kernel lets go where one is killed.
+    """Hold the machine's benchmark lock: two at once would measure each other, so the second waits. The kernel frees it if one is killed.
 
-    Those that may see different GPUs only are no hindrance to each other.
+    Benchmarks that are confined to different GPUs don't wait for each other.
     """
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace("/", "-")
     place = Path(tempfile.gettempdir()) / f"compress-benchmark-{seen}.lock"
     with suppress(OSError):
         place.touch(mode=0o666)
-        place.chmod(0o666)  # whoever makes it, all may lock it
+        place.chmod(0o666)  # whoever created it, all may lock it
     with place.open("r") as file:
         take_lock(file, "benchmark on this machine", progress)
         yield
@@ -160,7 +160,7 @@ def gpu(uuid: str, ours: Sequence[int]) -> Gpu | None:
     except Exception:  # NVML has an error class for each of its troubles; none of them may end a measurement
         return None
     strangers = sorted(there - {*ours})
-    if len(strangers) == len(there):  # in a container the numbers are the host's, and as many as we are are ours
+    if len(strangers) == len(there):  # in a container the process ids are the host's; as many as `ours` has are ours
         strangers = strangers[len(ours) :]
     return Gpu(int(clock), tuple(throttled), tuple(strangers))
 

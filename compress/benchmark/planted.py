@@ -1,4 +1,4 @@
-"""A measuring process with a fault of known size, for the selftest: what is planted must be found."""
+"""A measuring process with a fault of known size, for the selftest, which must detect it."""
 
 import time
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from compress.process import Progress
 
 @dataclass(frozen=True)
 class Plant(Request[None]):
-    """What the next `load` adds: every step of the model takes this share longer, and so many bytes stay resident."""
+    """The fault that the next `load` adds: every step takes this share longer, and this many bytes stay resident."""
 
     answer = None
 
@@ -21,7 +21,7 @@ class Plant(Request[None]):
 
 
 class Planted(Worker):
-    """A worker whose model is slower, or whose process holds more, than the same model's."""
+    """A worker whose model is slower, or whose process holds more memory, than without the fault."""
 
     def plant(self, progress: Progress, request: Plant) -> None:
         self._fault = request

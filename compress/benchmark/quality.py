@@ -1,4 +1,4 @@
-"""Examples become tokens for a model, and what it makes of those is summed by example. Scores are in scores.py."""
+"""From examples to a model's tokens, and from its likelihoods to sums by example. Scores are in scores.py."""
 
 import random
 from collections.abc import Callable, Sequence
@@ -17,13 +17,13 @@ Read = Callable[[list[Piece]], list[Likelihood]]
 
 
 class Reader:
-    """Texts become token ids for a model, cut to what it can take.
+    """Turns texts into token ids for a model, cut to what it can take.
 
     context      the most tokens that the model takes, or None
-    encodes      whether prompts go into an encoder, and not before the answer
-    max_tokens   the longest input wanted, or None
+    encodes      whether prompts go into an encoder; else they stand before the answer
+    max_tokens   the most tokens of an input, or None
     chat         texts are a user's turns, put into the tokenizer's chat template
-    keep_end     what is too long loses its start, where examples of the task stand, and not its end
+    keep_end     cut a long prompt at its start, where examples of the task stand; else at its end
     cut          the prompts that have been cut so far
     """
 
@@ -35,7 +35,7 @@ class Reader:
         self.prompts, self._max_tokens = Prompts(tokenizer, chat, keep_end), max_tokens
 
     def limit(self, room: int = 0) -> int | None:
-        """The longest input, leaving `room` in the context; None where nothing bounds it. Raises DataError when nothing is left."""
+        """The longest input that leaves `room` in the context; None where nothing bounds it. Raises DataError when no token is left."""
         limits = [x for x in (self._max_tokens, None if self.context is None else self.context - room) if x is not None]
         limit = min(limits, default=None)
         if limit is not None and limit < 1:
@@ -43,11 +43,13 @@ class Reader:
         return limit
 
     def read(self, prompts: Sequence[Prompt], room: int = 0, unended: bool = False, whole: bool = False) -> list[list[int]]:
-        """Token ids of each prompt, leaving `room` in the context; `unended` leaves off the end token that some tokenizers add.
+        """Token ids of each prompt.
 
-        whole   nothing is cut
+        room      tokens of the context that prompts leave free
+        unended   leave off the end token that some tokenizers add
+        whole     cut nothing
 
-        Raises DataError when nothing is left, or when a prompt has no token.
+        Raises DataError when no token is left for prompts, or when a prompt has no token.
         """
         limit = None if whole else self.limit(room)
         rows = []
@@ -62,7 +64,7 @@ class Reader:
         return rows
 
     def to_write(self, prompts: Sequence[Prompt], new_tokens: int) -> list[list[int]]:
-        """Token ids of prompts to which so many tokens are written. Raises DataError where they leave no room."""
+        """Token ids of prompts to which `new_tokens` tokens are written. Raises DataError where those leave no room."""
         if self.context is not None and new_tokens >= self.context:
             raise DataError(f"generation.max_new_tokens: {new_tokens} does not fit the model's context of {self.context} tokens")
         return self.read(prompts, room=0 if self.encodes else new_tokens, unended=not self.encodes)
@@ -71,12 +73,12 @@ class Reader:
 def likelihoods(
     reader: Reader, prompts: Sequence[Prompt], targets: Texts | None, read: Read, stride: int | None = None
 ) -> list[Likelihood]:  # fmt: skip
-    """The likelihood of each target given its prompt, or of each text where there are no targets.
+    """The likelihood of each target after its prompt, or of each text where there are no targets.
 
-    read   gives the likelihood of each piece of text
+    read   returns the likelihood of each piece of text
 
-    A plain text's first token is given, not predicted. Texts and targets are cut to the context; with a `stride`
-    texts are read whole, in windows.
+    The first token of a plain text is context only, not predicted. Texts and targets are cut to the context; with a `stride` texts are
+    read whole, in windows.
 
     Raises DataError when no text has a token to predict.
     """
@@ -105,11 +107,11 @@ def stream_likelihoods(
 ) -> tuple[list[Likelihood], Texts]:  # fmt: skip
     """The likelihood of each window of one long text, and the part of the text that it counts.
 
-    Without a stride, or with one of their size, windows follow each other, and the first token of each is only given, as where perplexities
-    of GPTQ were taken (Frantar et al. 2022), but for the last window, which may be shorter. Else every token but the first counts once.
+    Without a stride, or with one of their size, windows follow each other. The first token of each is context only, as in the perplexities
+    of GPTQ (Frantar et al. 2022); unlike there, the last window may be shorter. With another stride every token but the first counts once.
 
-    stride    tokens from the beginning of a window to that of the next
-    samples   so many windows are drawn with `seed`; None takes all
+    stride    tokens from the start of a window to the start of the next
+    samples   how many windows are drawn, by `seed`; None takes all
 
     Raises DataError for a stride that leaves gaps, for a model without a limit and for a text without a token to predict.
     """
@@ -128,7 +130,7 @@ def stream_likelihoods(
 
 
 def _summed(pieces: list[Piece], examples: int, read: Read) -> list[Likelihood]:
-    """The likelihood of each of so many `examples` over its pieces. Raises DataError where none has a token."""
+    """The likelihood of each example, summed over its pieces; `examples` is their number. Raises DataError where none has a token."""
     rows = [Likelihood()] * examples
     for piece, likelihood in zip(pieces, read(pieces), strict=True):
         rows[piece.example] = rows[piece.example].plus(likelihood)
@@ -138,9 +140,9 @@ def _summed(pieces: list[Piece], examples: int, read: Read) -> list[Likelihood]:
 
 
 def windows(row: list[int], size: int | None, stride: int | None) -> list[tuple[list[int], int]]:
-    """A text in windows of `size` tokens, each begun `stride` tokens after the one before, and how many tokens of each are only given.
+    """A text in windows of `size` tokens, and how many tokens of each are context only. Windows start `stride` tokens apart.
 
-    Every token but the first counts once, with at least `size` - `stride` tokens before it from the second window on (Hugging Face,
+    Every token but the first counts once. From the second window on it has at least `size` - `stride` tokens before it (Hugging Face,
     "Perplexity of fixed-length models"). Raises DataError for a stride that leaves tokens without any before them.
     """
     if stride is None or size is None:

@@ -1,12 +1,12 @@
-"""The harness measured by itself: a model against itself, faults of known size, intervals against simulated truths.
+"""The harness tested on itself: a model against itself, faults of known size, intervals against simulated truths.
 
     python -m compress.benchmark.selftest [--out reports/selftest] [--comparisons 40]
 
-Each comparison is a benchmark of the package's own model by its own processes, which take turns: the model as baseline, the same again,
-the same with every step 5 % slower, the same 10 % slower and with 8 MB more in memory. All gates have no margin, so the smallest
-regression counts. In every second comparison another process keeps one core busy. Predictions are damaged after they were made once.
+Each comparison is a benchmark of the package's own model, in processes that take turns: the model as baseline and three candidates. These
+are the same model, the same with every step 5 % slower, and the same 10 % slower with 8 MB more in memory. No gate has a margin, so the
+smallest regression counts. In every second comparison another process keeps one core busy. Predictions are made once and then damaged.
 
-Each part is written when it ends, and one that is there is not measured again; so a selftest that was stopped goes on.
+Each part is written when it ends, and a part that is there is not measured again. So a selftest that was stopped goes on.
 """
 
 import argparse
@@ -51,7 +51,7 @@ SUBJECTS: dict[str, dict[str, float]] = {
 }
 SPEED, MEMORY = {"latency_p50": Gate(max_ratio=1.0), "tokens_per_second": Gate(min_ratio=1.0)}, {"peak_run_bytes": Gate(max_ratio=1.0)}
 GATES = SPEED | MEMORY
-RAW = ("latency_p50", "peak_run_bytes")  # whose samples are kept, by round and turn: the others follow from them
+RAW = ("latency_p50", "peak_run_bytes")  # the metrics whose samples are kept, by round and turn; the others follow from them
 EXAMPLES = 500
 DAMAGED, POINTS = 0.2, 1.0  # of the examples; points of ROUGE-L that all lose together
 SIMULATIONS = 2000
@@ -89,14 +89,14 @@ def main() -> None:
 
 
 def _kept(file: Path, make: Callable[[], Any]) -> Any:
-    """What a file holds, or what is made now and put there."""
+    """What a file holds; where there is none, `make` is called and its answer written there."""
     if not file.exists():
         file.write_text(json.dumps(make()) + "\n")
     return json.loads(file.read_text())
 
 
 def comparisons(loaded: Recipe, file: Path, total: int, progress: Progress) -> list[dict[str, Any]]:
-    """`total` of them, those in the file with them; each new one is added there."""
+    """`total` comparisons, those that the file holds included; each new one is added to it."""
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     with tempfile.TemporaryDirectory() as folder, nursery():
         for number in range(len(done), total):
@@ -108,7 +108,7 @@ def comparisons(loaded: Recipe, file: Path, total: int, progress: Progress) -> l
 
 
 def comparison(loaded: Recipe, busy: bool, execution: Execution) -> dict[str, Any]:
-    """One baseline and its faulty likes in turns: of each the verdict of every gate with its interval."""
+    """A baseline and its faulty candidates in turns: for each of these the verdict of every gate, with its interval."""
     source, start = Source(str(BUILTIN), loaded.model.task, "float32"), time.monotonic()
     with another_process(busy):
         subjects = [Subject("baseline", source, loaded, execution, execution.log.parent)]
@@ -161,7 +161,7 @@ def another_process(busy: bool) -> Iterator[None]:
 
 
 def damages(loaded: Recipe, times: int, progress: Progress) -> dict[str, int]:
-    """How often damage to some examples is called a regression of ROUGE-L, and the undamaged texts are."""
+    """How often damaged texts are called a regression of ROUGE-L, and how often undamaged ones."""
     from compress.scores import rouge
 
     def scored(texts: list[str], references: list[list[str]]) -> list[list[float]]:
@@ -216,13 +216,13 @@ def _without_a_word(text: str, rng: random.Random) -> str:
 
 
 def coverage() -> list[list[str]]:
-    """How often 95 % intervals hold the truth, on data drawn from known distributions."""
+    """How often intervals of 95 % hold the truth, on simulated data."""
     import numpy as np
 
     rng = np.random.default_rng(0)
 
     def speeds(rounds: int, interval: Callable[..., tuple[float, float]]) -> float:
-        """The machine's pace is shared by a turn's sides; each process has its own luck for a round, each turn its own."""
+        """Both sides of a turn share the machine's pace; each process has noise of its own for a round, and each turn too."""
         hits = 0
         for _ in range(SIMULATIONS):
             pace = rng.lognormal(0, 0.5, (rounds, 3))
@@ -260,7 +260,7 @@ def coverage() -> list[list[str]]:
 
 
 def report(records: Sequence[dict[str, Any]], damaged: dict[str, int], covered: list[list[str]]) -> str:
-    """The selftest's findings as Markdown."""
+    """The outcome as Markdown."""
     rows = []
     for name in SUBJECTS:
         for busy in (False, True):

@@ -29,8 +29,8 @@ ABOUT = About(
     extra="ctranslate2",
 )
 WEIGHTS = "ctranslate2/model.bin"
-TOKENS, SCORES = 4096, 2**27  # of a batch of examples, where nothing is said: tokens, and numbers that they are scored by
-SPREAD = 16  # tokens, by which prompts of a batch may differ without an encoder
+TOKENS, SCORES = 4096, 2**27  # of a batch of examples by default: tokens, and scores over the vocabulary
+SPREAD = 16  # tokens by which prompts of a batch may differ without an encoder
 FOLLOWED = ("no_repeat_ngram_size", "repetition_penalty", "length_penalty")  # as transformers does, and under the same names
 
 
@@ -72,7 +72,11 @@ class CTranslate2(Engine):
             )  # fmt: skip
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"engine: ctranslate2: {str(error).splitlines()[0]}") from None
-        if compute_type not in ("default", self._model.compute_type, f"{self._model.compute_type}_float32"):  # which it replaces in silence
+        if compute_type not in (
+            "default",
+            self._model.compute_type,
+            f"{self._model.compute_type}_float32",
+        ):  # replaced in silence
             raise ModelError(f"engine: ctranslate2: compute: {compute_type} isn't done on this {self._opening.device}; leave it out")
         self.traits = Traits(
             dtype=self._model.compute_type, context=context_length(config, self.tokenizer), vocabulary=len(self.tokenizer),
@@ -82,7 +86,7 @@ class CTranslate2(Engine):
         self.run(self.prepare([[min(10, len(self.tokenizer) - 1)] * 4]), 2, lambda: None)
 
     def weights(self) -> Weights:
-        """As its file has them, in which they lie in memory."""
+        """As in its file, which has the layout of memory."""
         export = exports.require(self._folder, "ctranslate2", "ctranslate2")
         return Weights((self._folder / WEIGHTS).stat().st_size, 0, export.parameters)
 
@@ -138,7 +142,7 @@ class CTranslate2(Engine):
         return list(self._model.score_batch([self._tokens(piece.ids) for piece in pieces], [self._tokens(answer) for answer in answers]))
 
     def _search(self, prompts: list[list[str]], new_tokens: int, min_length: int = 0, **options: Any) -> list[list[int]]:
-        """Token ids written to each prompt, up to its end; without an encoder behind the prompt's own."""
+        """Token ids written to each prompt, up to its end; without an encoder the prompt's own stand before them."""
         if not self.traits.encodes:
             results = self._model.generate_batch(
                 prompts, max_length=new_tokens, min_length=min_length, sampling_topk=1,

@@ -37,8 +37,8 @@ ABOUT = About(
     extra="openvino",
 )
 FOLDER = "openvino"
-TOKENS, SCORES = 4096, 2**26  # of a batch of examples, where nothing is said: tokens, and logits that are read at once
-SPREAD = 16  # tokens, by which prompts of a batch may differ without an encoder: a row is padded before them
+TOKENS, SCORES = 4096, 2**26  # of a batch of examples by default: tokens, and logits that are read at once
+SPREAD = 16  # tokens by which prompts of a batch may differ without an encoder: padding stands before them
 TYPES = {"float32": "f32", "bfloat16": "bf16"}
 FOLLOWED = ("repetition_penalty", "forced_eos_token_id")  # of what a generation config may say
 
@@ -122,7 +122,7 @@ class OpenVINO(Engine):
         return likelihoods
 
     def _compiled(self, name: str, precision: str) -> Any:
-        """A request to the graph of that name. Raises ModelError where it can't be made, or computes in something else."""
+        """A request to the graph of that name. Raises ModelError where it can't be compiled, or computes in another precision."""
         import openvino
 
         element_type, file = TYPES[precision], self._folder / FOLDER / f"{name}.xml"
@@ -140,7 +140,7 @@ class OpenVINO(Engine):
         return model.create_infer_request()
 
     def _begin(self, prompts: list[list[int]], right: bool = False) -> "NDArray[np.int64]":
-        """Forget what was written before; gives what the decoder is given first, (rows, tokens). `right` has rows padded behind."""
+        """Forget what was written before. Returns the decoder's first input, int64 (rows, tokens); `right` pads rows at their end."""
         import numpy as np
 
         self._decoder.reset_state()
@@ -155,7 +155,10 @@ class OpenVINO(Engine):
         return np.full((len(prompts), 1), self.traits.start)
 
     def _logits(self, ids: "NDArray[np.int64]", last: int) -> "NDArray[np.float32]":
-        """Of the last so many of these tokens, which follow those before: (rows, last or more, vocabulary), until the next call."""
+        """Logits of the `last` tokens of these, which follow those of former calls: (rows, last or more, vocabulary).
+
+        They hold until the next call.
+        """
         import numpy as np
 
         if self._seen and self._encoder is None:

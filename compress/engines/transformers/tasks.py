@@ -16,12 +16,12 @@ ROWS = 8  # of a batch; lm_eval counts rows, and the longest come first there to
 def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str | dict[str, Any], limit: int | None
 ) -> tuple[Samples, list[str]]:
-    """Scores in points, an example a row, under lm_eval:task:metric, and what there is to say. A group's examples stand in a row.
+    """Scores in points, an example a row, under lm_eval:task:metric, and remarks. A group's examples follow each other.
 
-    task    a task or group of tasks by name, or a task's settings as its YAML file has them
-    limit   the first so many examples of each task; None takes all
+    task    a task or group of tasks by name, or a task's settings as in its YAML file
+    limit   how many examples of each task, the first ones; None takes all
 
-    Metrics that are no mean over examples, or better lower, are left out and named.
+    Metrics that are no means over examples, or better when lower, are left out and named.
 
     Raises DataError for an unknown task, and where its data can't be had.
     """
