@@ -209,7 +209,8 @@ def test_outputs_that_change_alone_are_counted_and_ties_told_from_others(random_
     other = (outputs[1][3] + 1) % 64
     changed = [outputs[0], [*outputs[1][:3], other, *outputs[1][4:]], outputs[2][:5], outputs[3]]
     with pytest.raises(
-        RunError, match=r"example 2 of those drawn .* its token 4 is .*; so do 2 of 4 .*quality_batch_tokens: 1 every example"
+        RunError,
+        match=r"example 2 of those drawn .* its token 4 is .* Of 4 examples that were checked 2 do so, .*quality_batch_tokens: 1 every example",
     ):
         made.recheck(changed)
     head, first = model.get_output_embeddings().weight, outputs[0][0]

@@ -168,14 +168,14 @@ def test_what_cant_be_carried_over_is_refused_before_any_work(toys, tmp_path):
     assert "rope_type: yarn; known are default, linear, llama3" in refused(decoder(tmp_path / "yarn", rope_parameters=yarn))
     window = decoder(tmp_path / "window", "mistral", sliding_window=64)
     assert "sliding_window: 64 of 256 positions" in refused(window)
-    assert "head_dim: 32; a qwen2 has hidden_size / num_attention_heads there, 16" in refused(decoder(tmp_path / "wide", "qwen2"))
+    assert "head_dim: 32; llama.cpp takes hidden_size / num_attention_heads for a qwen2, 16" in refused(decoder(tmp_path / "wide", "qwen2"))
     assert "hidden_act: gelu" in refused(decoder(tmp_path / "gelu", hidden_act="gelu"))
     assert "a token 339, and the model 300 embeddings" in refused(decoder(tmp_path / "few", vocab_size=300))
     odd = decoder(tmp_path / "odd", intermediate_size=72)
     said = refused(odd, weights="q4_0")
-    assert "down_proj.weight has 72 columns, which a block's 32 must divide with weights: q4_0; take weights: f16" in said
+    assert "down_proj.weight has 72 columns, no multiple of 32, which weights: q4_0 needs; take weights: f16" in said
     narrow = decoder(tmp_path / "narrow", hidden_size=72)
-    assert "embed_tokens.weight has 72 columns, which a block's 32 must divide with embeddings: q8_0" in refused(narrow, embeddings="q8_0")
+    assert "embed_tokens.weight has 72 columns, no multiple of 32, which embeddings: q8_0 needs" in refused(narrow, embeddings="q8_0")
 
 
 def test_integers_that_no_block_holds_are_refused(tmp_path):
@@ -185,12 +185,12 @@ def test_integers_that_no_block_holds_are_refused(tmp_path):
         return tmp_path / name
 
     model = decoder(tmp_path / "model", intermediate_size=72)
-    assert "down_proj has 72 columns, which a block's 32 must divide; name the layer under ignore" in refused(
+    assert "down_proj has 72 columns, no multiple of a block's 32; name the layer under ignore" in refused(
         packed("odd", model, group_size=32)
     )
     whole = decoder(tmp_path / "whole")
     wide = refused(packed("wide", whole, bits=8, symmetric=False, group_size=32))
-    assert "8 bits and zero points of its own, and at most 5 bits" in wide
+    assert "8 bits with zero points, which can be stored up to 5 bits" in wide
     assert "symmetric: true" in wide
     with pytest.raises(ModelError, match="it has groups of 48 columns, and multiples of 32 can be stored; quantise it with group_size: 32"):
         kind_for("it", 4, True, 96, 2)
@@ -198,7 +198,7 @@ def test_integers_that_no_block_holds_are_refused(tmp_path):
     config = json.loads((other / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (other / "config.json").write_text(json.dumps(config))
-    assert "packed by gptq, and integers are taken over from compressed-tensors' pack-quantized alone" in refused(other)
+    assert "packed by gptq. Only the integers of compressed-tensors' pack-quantized can be kept" in refused(other)
 
 
 def test_numbers_beyond_float16_are_refused(tmp_path):

@@ -142,7 +142,7 @@ def test_what_cannot_be_held_is_refused(toys, tmp_path, rows, write_recipe):
     assert "sliding_window: 8 of 256 positions" in refused(decoder(tmp_path / "window", "mistral", sliding_window=8))
     assert "the model is a gpt2; known are llama, mistral, qwen2, qwen3" in refused(toys["gpt2"])
     rounded = made(decoder(tmp_path / "model"), tmp_path / "rounded", "smoothquant", "quantize")
-    assert "packed by torchao, and integers are taken over from" in refused(rounded)
+    assert "packed by torchao. Only the integers of" in refused(rounded)
     assert export.Settings().why_not_behind("quantize: rtn", rtn.Settings(), {64, 172}) == (
         "layers of 172 columns don't fit blocks of 16; name them under ignore of `quantize: rtn`, or give weights: float32"
     )
@@ -155,5 +155,5 @@ def test_a_layer_that_the_graph_lacks_is_named(tmp_path):
     exported = export.apply(Bundle(Source(str(packed), "causal-lm"), "cpu"), export.Settings(), blocks.context())
     exported.packed["model.layers.9.mlp.up_proj"] = exported.packed.pop(UP)
     (tmp_path / "made").mkdir()
-    with pytest.raises(ModelError, match=r"model.layers.9.mlp.up_proj and 0 more packed layers are no matrices of their own"):
+    with pytest.raises(ModelError, match=r"model.layers.9.mlp.up_proj and 0 more packed layers have no matrix of their own"):
         exported.save(tmp_path / "made")

@@ -160,8 +160,8 @@ class Writer:
             reason = _why_it_may_part(self._model)
         if others and self._beams == 1 and reason is None:
             raise RunError(
-                f"{others[0].sentence}; so do {len(others)} of {len(chosen)} that were looked at. Figures of this model would depend on"
-                " the batches; with benchmark.quality_batch_tokens: 1 every example is written alone"
+                f"{others[0].sentence}. Of {len(chosen)} examples that were checked {len(others)} do so, and figures of this model would"
+                " depend on the batches; with benchmark.quality_batch_tokens: 1 every example is written alone"
             )
         return Recheck(len(chosen), len(partings), len(partings) - len(others) if self._beams == 1 else None, reason)
 
