@@ -1,4 +1,4 @@
-"""The report of a run, and how one is read."""
+"""The report of a run, and reading one."""
 
 import json
 from functools import cache
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MUCH_CUT = 0.01  # of the prompts
-LEAST_EQUAL, MOST_APART = 0.9, 1.02  # of examples that an engine answers as transformers does; of perplexities with the same weights
-MUCH_WORKED = 0.9  # of the weights that a stage could have worked on; less is said before all else
-FIGURES_ONLY = {"samples": "not read"}  # the context in which a report is validated without them
+LEAST_EQUAL, MOST_APART = 0.9, 1.02  # an engine against transformers: examples with equal answers; the ratio of perplexities
+MUCH_WORKED = 0.9  # of the weights that a stage could have worked on; less is a caution
+FIGURES_ONLY = {"samples": "not read"}  # the context for validating a report without samples
 
 
 class Agreement(Record):
-    """Whether an engine says of the original's weights what transformers says.
+    """Whether an engine and transformers agree on the original's weights.
 
-    equal        of so many `examples` the same was written or chosen
+    equal        examples, of all `examples`, in which both wrote or chose the same
     likelihood   the engine's perplexity over transformers'; None where it isn't measured
-    dtype        what transformers computes in, where the engine computes in another; then texts part by rounding
-    half         whether both compute in 16 bits, in which they part by rounding, too
+    dtype        what transformers computes in, if the engine computes in another; then rounding makes texts differ
+    half         whether both compute in 16 bits; then rounding makes texts differ, too
     """
 
     engine: str
@@ -63,12 +63,12 @@ class Agreement(Record):
 class Split(Record):
     """A split of the data as it was read before the first stage.
 
-    name       its file's, or the hub id with the split
-    path       of the file, which is no part of the report
+    name       of its file, or the hub id with the split
+    path       of the file; not stored in the report
     filtered   rows that data.where leaves out
-    empty      rows in which nothing stands; `why_empty` is of the first of them
+    empty      rows without content; `why_empty` is about the first of them
     sha256     of the file, hexadecimal
-    changed    whether the file was another one once all had been measured
+    changed    whether the file had changed when all was measured
     """
 
     name: str
@@ -94,13 +94,13 @@ class Prediction(Record):
 
 
 class Report(Record):
-    """All of a run, as report.json holds it; the examples stand in predictions.parquet too.
+    """All of a run, as report.json holds it. The examples are in predictions.parquet, too.
 
     engine            in which both sides were measured
-    original          the model as it came, in plain transformers, where the engine is another
-    against_original  how the candidate compares with it
-    agreement         whether the engine says the same of the original's weights
-    others            the same in the recipe's other engines, each with a verdict of its own
+    original          the unchanged model in plain transformers, if the engine is another
+    against_original  the candidate compared with it
+    agreement         whether the engine and transformers agree on the original's weights
+    others            reports for the recipe's other engines, each with a verdict of its own
     """
 
     format: int = FORMAT
@@ -140,7 +140,7 @@ class Report(Record):
     def _complete(self, info: ValidationInfo) -> "Report":
         roles = [side.role for side in self.sides]
         if roles not in (["candidate"], ["baseline", "candidate"]):
-            raise ValueError(f"a candidate is wanted, with or without a baseline before it; it has {', '.join(roles) or 'nothing'}")
+            raise ValueError(f"its sides are {', '.join(roles) or 'none'}; allowed are a candidate, and a baseline before it")
         for side in self.sides:
             for measurement in side.measurements:
                 if measurement.metric not in METRICS:
@@ -172,7 +172,7 @@ class Report(Record):
 
     @property
     def cautions(self) -> list[str]:
-        """What is to be known before the verdict is: much of the model was left as it was, or prompts were cut to another task."""
+        """Warnings that go before the verdict: much of the model was left out, or cut prompts made it another task."""
         little = [
             f"{record.name} worked on {record.account.share:.1%} of the weights that are no embeddings, heads, norms or biases"
             for record in self.stages
@@ -185,7 +185,7 @@ class Report(Record):
 
     @property
     def machine(self) -> str | None:
-        """What measured: the GPU, or else the CPU by name."""
+        """The name of the GPU, or else of the CPU, that was measured on."""
         return next((str(name) for key in ("gpu", "cpu", "device") if (name := self.environment.get(key))), None)
 
     @property
@@ -194,7 +194,7 @@ class Report(Record):
 
     @property
     def inside(self) -> str:
-        """What stands behind a model's name: " in ctranslate2"; nothing where it is transformers."""
+        """The suffix of a model's name: " in ctranslate2"; empty for transformers."""
         return "" if self.engine == PLAIN else f" in {self.engine}"
 
     @property
@@ -204,7 +204,7 @@ class Report(Record):
 
     @property
     def confidence(self) -> float:
-        """Of intervals and gates."""
+        """The confidence of intervals and gates."""
         return float(self.settings["benchmark"].get("confidence", Benchmark.model_fields["confidence"].default))
 
     def side(self, role: Role) -> Side | None:
@@ -230,7 +230,7 @@ class Report(Record):
 def read_report(path: str | Path, figures_only: bool = False) -> Report:
     """The report in a folder, or in a report.json.
 
-    figures_only   leave out samples, timings, steps, turns, examples, layers and curves: a tenth of the time, for tables of many
+    figures_only   leave out samples, timings, steps, turns, examples, layers and curves, which takes a tenth of the time
 
     Raises ReportError when it is missing, damaged or of another format.
     """
@@ -256,7 +256,7 @@ def read_report(path: str | Path, figures_only: bool = False) -> Report:
 
 
 def _figures(content: bytes) -> dict[str, Any]:
-    """The parts of a report.json that a table of figures needs. The rest is passed over, though its syntax is still checked.
+    """The parts of a report.json that a table of figures needs. The rest is skipped, though its syntax is still checked.
 
     Raises ValueError.
     """
@@ -267,7 +267,7 @@ def _figures(content: bytes) -> dict[str, Any]:
 
     try:
         parsed: dict[str, Any] = msgspec.to_builtins(_few().decode(content), enc_hook=rows)
-    except msgspec.MsgspecError:  # damaged, or of another shape; what reads it all will say how
+    except msgspec.MsgspecError:  # damaged, or of another shape; reading it all will tell how
         whole: dict[str, Any] = json.loads(content)
         return whole
     for side in parsed.get("sides", []):

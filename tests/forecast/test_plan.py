@@ -72,7 +72,7 @@ def test_a_config_is_enough(seven):
         (
             {"quantize": "rtn", "bits": 4},
             set(),
-            "rtn: plain transformers unpacks the weights, so they take what FP32 takes; files alone are smaller",
+            "rtn: plain transformers unpacks the weights, which then take as much as FP32; only files are smaller",
         ),
         ({"quantize": "int8_dynamic"}, {"INT8"}, "quantize: int8_dynamic leaves INT8 in memory; what it doesn't pack stays FP32"),
         ({"quantize": "cast"}, set(), ""),
@@ -117,7 +117,7 @@ def test_this_machines_own_gpu_is_found(monkeypatch):
 def test_another_architecture_is_read_from_its_headers_or_refused(seven, tmp_path):
     folder = tmp_path / "seven"
     (folder / "config.json").write_text(json.dumps({"model_type": "mamba"}))
-    with pytest.raises(ModelError, match=r"'mamba'.*With its safetensors in the folder their headers are read"):
+    with pytest.raises(ModelError, match=r"'mamba'.*With its safetensors in the folder their headers would be read"):
         plan(load(seven), machine.named("t4-16gb"))
     save_file(
         {"in_proj.weight": torch.ones(30, 20), "embed.weight": torch.ones(7, 20), "norm.weight": torch.ones(20)},
