@@ -148,7 +148,7 @@ def windows(row: list[int], size: int | None, stride: int | None) -> list[tuple[
     if stride is None or size is None:
         return [(row, 1)]
     if stride >= size:
-        raise DataError(f"data.stride: {stride} is too far for windows of {size} tokens, in which some must be given; at most {size - 1}")
+        raise DataError(f"data.stride: {stride} is too far for windows of {size} tokens, which need some context; give {size - 1} at most")
     spans, start, counted = [], 0, 1
     while True:
         end = min(start + size, len(row))

@@ -74,7 +74,7 @@ def vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> Vocabulary:
     pairs = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     names = {**model["vocab"], **{added["content"]: added["id"] for added in held["added_tokens"]}}
     if (most := max(names.values(), default=-1)) >= size:
-        raise ModelError(f"export: gguf: the tokenizer has a token {most}, and the model {size:,} embeddings; leave the tokens beyond out")
+        raise ModelError(f"export: gguf: the tokenizer has a token {most}, and the model {size:,} embeddings; remove the tokens beyond")
     tokens, types = [f"[PAD{n}]" for n in range(size)], [UNUSED] * size
     for token, number in names.items():
         tokens[number], types[number] = token, PLAIN

@@ -149,7 +149,7 @@ class Report(Record):
                     continue
                 widths = {len(row) for row in measurement.present}
                 if measurement.missing != (missing := len(measurement.samples) - len(measurement.present)):
-                    raise ValueError(f"{measurement.metric} misses {measurement.missing} samples, {missing} of them are missing")
+                    raise ValueError(f"{measurement.metric}: missing is {measurement.missing}, but {missing} samples are")
                 if METRICS[measurement.metric].kind != "size" and measurement.value is not None and (0 in widths or not widths):
                     raise ValueError(f"{measurement.metric} has no samples")
                 if METRICS[measurement.metric].kind == "quality" and len(widths) > 1:
