@@ -1,4 +1,4 @@
-"""From what was timed and read to the figures of a side."""
+"""From timings and readings to the figures of a side."""
 
 import math
 import statistics
@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
-from compress.benchmark.messages import Point
+from compress.benchmark.messages import GridPoint
 from compress.benchmark.statistics import corpus_value, geometric_mean
 from compress.benchmark.subject import Round, Subject
 from compress.metrics import METRICS, Missing
@@ -16,17 +16,17 @@ from compress.scores import Row
 Speed = tuple[str, Callable[[list[float]], float], float]  # a figure, its value from the marks of one timing, the quantile over timings
 
 
-def side(subject: Subject, common: list[Point], ceilings: dict[str, float]) -> Side:
-    found: list[Measurement] = []
+def side(subject: Subject, common: list[GridPoint], ceilings: dict[str, float]) -> Side:
+    measurements: list[Measurement] = []
     if subject.loads:
-        found += _sizes(subject)
-        found += _memory(subject, common)
+        measurements += _sizes(subject)
+        measurements += _memory(subject, common)
     if subject.compiling:  # inductor keeps on disk what it compiled, so that later rounds take less
-        found.append(_figure("compile_seconds", max(subject.compiling), samples=[[max(subject.compiling)]]))
+        measurements.append(_figure("compile_seconds", max(subject.compiling), samples=[[max(subject.compiling)]]))
     outcomes = subject.outputs.samples if subject.outputs else {}
-    found += [quality(metric, samples) for metric, samples in outcomes.items()]
+    measurements += [quality(metric, samples) for metric, samples in outcomes.items()]
     if rows := [row for row in outcomes.get("divergence", []) if isinstance(row, list)]:
-        found.append(_figure("divergence_worst", max(corpus_value("divergence", [row]) for row in rows)))
+        measurements.append(_figure("divergence_worst", max(corpus_value("divergence", [row]) for row in rows)))
     dtype = subject.loads[0].traits.dtype if subject.loads else None
     steps = {
         point: Step(batch_size=point[0], prompt_tokens=point[1], **asdict(step))
@@ -35,26 +35,26 @@ def side(subject: Subject, common: list[Point], ceilings: dict[str, float]) -> S
     for point, rounds in subject.rounds.items():
         reason = subject.reasons.get(point, "not reached on both sides")
         if not rounds:
-            found += _unmeasured(reason, *point)
+            measurements += _unmeasured(reason, *point)
             continue
-        found += _speeds(rounds, _rates(rounds, point[0]), *point)
-        found += _energy(rounds, subject.joules[point], *point)
+        measurements += _speeds(rounds, _rates(rounds, point[0]), *point)
+        measurements += _energy(rounds, subject.joules[point], *point)
         if point in steps:
-            found += _speeds(rounds, _utilisations(steps[point], ceilings, str(dtype)), *point)
+            measurements += _speeds(rounds, _utilisations(steps[point], ceilings, str(dtype)), *point)
     return Side(
-        role=subject.role, model=subject.source.id, dtype=dtype, measurements=found, steps=list(steps.values()),
-        failures=subject.failures, said=[*(subject.outputs.said if subject.outputs else []), *subject.said],
+        role=subject.role, model=subject.source.id, dtype=dtype, measurements=measurements, steps=list(steps.values()),
+        failures=subject.failures, said=[*(subject.outputs.remarks if subject.outputs else []), *subject.remarks],
     )  # fmt: skip
 
 
 def quality(metric: str, samples: Sequence[Row]) -> Measurement:
-    """A figure of a side's outputs from an example's statistics a row; examples without are left out, and counted."""
+    """A figure of a side's outputs, from statistics with an example a row. Examples without any are left out, and counted."""
     present = [row for row in samples if isinstance(row, list)]
     reasons = Counter(Missing(row) for row in samples if not isinstance(row, list))
     counts = {"samples": list(samples), "missing": reasons.total()}
     if not present:
-        said = ", ".join(f"{reason} in {number:,} of {len(samples):,} examples" for reason, number in reasons.items())
-        return Measurement(metric=metric, value=None, reason=f"none: {said}", **counts)
+        summary = ", ".join(f"{reason} in {number:,} of {len(samples):,} examples" for reason, number in reasons.items())
+        return Measurement(metric=metric, value=None, reason=f"none: {summary}", **counts)
     value = corpus_value(metric, present)
     if not math.isfinite(value):
         return Measurement(metric=metric, value=None, reason=f"its value is {value}", **counts)
@@ -64,18 +64,18 @@ def quality(metric: str, samples: Sequence[Row]) -> Measurement:
 def _sizes(subject: Subject) -> list[Measurement]:
     loaded, weights = subject.loads[0], subject.loads[0].weights
     sizes = {**asdict(weights), "file_bytes": loaded.file_bytes}
-    found = [_figure(metric, sizes[metric]) for metric in ("weight_bytes", "buffer_bytes", "file_bytes", "parameters")]
-    return [*found, _figure("bits_per_weight", 8 * weights.weight_bytes / weights.parameters)]
+    measurements = [_figure(metric, sizes[metric]) for metric in ("weight_bytes", "buffer_bytes", "file_bytes", "parameters")]
+    return [*measurements, _figure("bits_per_weight", 8 * weights.weight_bytes / weights.parameters)]
 
 
-def _memory(subject: Subject, common: list[Point]) -> list[Measurement]:
-    """Peaks a round; while running, those of the most demanding point that both sides can run, and what holds them."""
+def _memory(subject: Subject, common: list[GridPoint]) -> list[Measurement]:
+    """Peaks by round: while loading, and while running the most demanding point that both sides can run; with their parts."""
     loads = [load.peaks for load in subject.loads]
     held, rest = subject.loads[0].weights.weight_bytes, subject.loads[0].rest
     runs = []
     for peaks in subject.peaks:
         if common and all(point in peaks for point in common):
-            run = dict(max((peaks[point] for point in common), key=lambda found: found["peak"]))
+            run = dict(max((peaks[point] for point in common), key=lambda figures: figures["peak"]))
             for name in run.keys() & {"reserved", "process"}:  # these may be highest elsewhere
                 run[name] = max(peaks[point][name] for point in common if name in peaks[point])
             if "cache" in run:
@@ -95,12 +95,12 @@ def _memory(subject: Subject, common: list[Point]) -> list[Measurement]:
         "process_gpu_bytes": ("process", runs),
         "cuda_context_bytes": ("context", runs),
     }
-    rows = {metric: [[float(one[name])] for one in found if name in one] for metric, (name, found) in series.items()}
+    rows = {metric: [[float(figures[name])] for figures in rounds if name in figures] for metric, (name, rounds) in series.items()}
     return [_figure(metric, central(samples), samples=samples) for metric, samples in rows.items() if samples]
 
 
 def _rates(rounds: list[Round], batch_size: int) -> list[Speed]:
-    """The speed figures of a point: their names, their values from the marks of one timing, and the quantile over timings."""
+    """The speed figures of a point: their names, how they come from the marks of one timing, and the quantile over timings."""
     generated = len(rounds[0][0][0])
 
     def rate(marks: list[float]) -> float:
@@ -113,7 +113,7 @@ def _rates(rounds: list[Round], batch_size: int) -> list[Speed]:
 
 
 def _utilisations(step: Step, ceilings: dict[str, float], dtype: str) -> list[Speed]:
-    """What a model must read and compute, over the time it took, as shares of what the machine can; see `compress.metrics`."""
+    """What a model must read and compute over the time it took, as shares of what the machine can do; see `compress.metrics`."""
     read, bandwidth = step.weight_bytes + step.cache_bytes, ceilings["copy_bytes_per_second"]
     flops, rate = step.flops if step.prefill_flops is None else step.prefill_flops, ceilings[f"{dtype}_flops_per_second"]
     prefill: Speed = ("mfu", lambda marks: flops / marks[0] / rate, 0.5)
@@ -126,7 +126,7 @@ def _tpot(marks: list[float]) -> float:
 
 def _speeds(rounds: list[Round], figures: list[Speed], batch_size: int, prompt_tokens: int) -> list[Measurement]:
     """Speed figures of a point. Samples are a row a round: medians a turn, high percentiles over the round's timings."""
-    found = []
+    measurements = []
     for metric, of_marks, share in figures:
         raw = [[[of_marks(marks) for marks in turn] for turn in turns] for turns in rounds]
         flat = [[value for turn in turns for value in turn] for turns in raw]
@@ -135,16 +135,16 @@ def _speeds(rounds: list[Round], figures: list[Speed], batch_size: int, prompt_t
         else:
             samples = [[quantile(values, share)] for values in flat]
         keep = flat if metric in ("latency_p50", "ttft", "tpot") else []
-        found.append(
+        measurements.append(
             Measurement(
                 metric=metric, value=central(samples), batch_size=batch_size, prompt_tokens=prompt_tokens, samples=samples, raw=keep
             )
         )
-    return found
+    return measurements
 
 
 def _energy(rounds: list[Round], joules: list[list[float]], batch_size: int, prompt_tokens: int) -> list[Measurement]:
-    """Joules a token written, a row a round with a number a turn; nothing where a turn lacks them or nothing is written."""
+    """Joules for each token written, a row a round with a number a turn. Empty where a turn lacks them, or for a classifier."""
     generated = len(rounds[0][0][0])
     if generated == 1 or any(len(drawn) != len(turns) for drawn, turns in zip(joules, rounds, strict=True)):
         return []
@@ -155,8 +155,10 @@ def _energy(rounds: list[Round], joules: list[list[float]], batch_size: int, pro
 
 
 def central(samples: list[list[float]]) -> float:
-    """The value that stands for samples, a row a round: their geometric mean, of which the ratio between two sides is the one that is
-    judged (`statistics.paired_ratio`). Where one is zero the median."""
+    """The central value of samples, a row a round: their geometric mean; where one is zero the median.
+
+    The ratio of two sides' geometric means is the one that gates judge (`statistics.paired_ratio`).
+    """
     flat = [sample for row in samples for sample in row]
     if min(flat) <= 0 or min(flat) == max(flat):  # without a logarithm, or exact without one
         return statistics.median(flat)
@@ -164,7 +166,7 @@ def central(samples: list[list[float]]) -> float:
 
 
 def _unmeasured(reason: str, batch_size: int, prompt_tokens: int) -> list[Measurement]:
-    """What stands in the place of a point's figures."""
+    """The figures of a point that was not measured: empty, with the reason."""
     names = [name for name, metric in METRICS.items() if metric.kind == "speed"]
     return [Measurement(metric=n, value=None, batch_size=batch_size, prompt_tokens=prompt_tokens, reason=reason) for n in names]
 

@@ -1,12 +1,14 @@
-"""The harness seen from the parent: both models in fresh processes, measured in turns, so that a machine that slows down slows both.
+"""The harness as the parent process runs it: both models in fresh processes, measured in turns.
 
-A round starts new processes; within it the sides take turns, a block of timings each, slice by slice on a CPU. Memory is read once a
-round, speed every turn, quality in the first round. Rounds follow until the latencies are known as precisely as is wanted. Nothing here
+So a machine that slows down slows both.
+
+A round starts new processes. Within it the sides take turns, a block of timings each, slice by slice on a CPU. Memory is read once a
+round, speed every turn, quality in the first round. Rounds follow until the latencies are as precise as the recipe asks. Nothing here
 needs torch.
 
-How many turns a round is best to have depends on how much of the noise lies between turns and how much between processes (Cochran 1977,
-chapter 10), which is not known before. A round that takes turns for as long as its processes took to start is never more than twice
-as long as the best one for the same precision.
+The best number of turns a round depends on the noise between turns and the noise between processes (Cochran 1977, chapter 10). Neither is
+known beforehand. So a round takes turns for as long as its processes took to start. For the same precision that takes at most twice as
+long as the best number would.
 """
 
 import itertools
@@ -20,8 +22,8 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from compress.benchmark.figures import quantile, side
-from compress.benchmark.machine import Machine, alone, facts
-from compress.benchmark.messages import Outputs, Point
+from compress.benchmark.machine import Machine, exclusive, facts
+from compress.benchmark.messages import GridPoint, Outputs
 from compress.benchmark.statistics import geometric_mean, paired_ratio
 from compress.benchmark.subject import Subject
 from compress.errors import DeviceError, OutOfMemory, RunError
@@ -35,10 +37,10 @@ from compress.results.record import Role
 from compress.results.sides import Conditions, Side, Turn
 
 T = TypeVar("T")
-# of each candidate, with its baseline before it: whether nothing that could still be measured would change what the gates on speed say
+# takes the sides of each pair, the baseline first; whether the gates on speed are decided, whatever else could be measured
 Clear = Callable[[list[list[Side]]], bool]
-FEWEST = 3  # rounds, below which no gate is clear
-AGAIN = 0.5  # of the turns, how many may be taken again, each once
+FEWEST = 3  # rounds; with fewer no gate is clear
+AGAIN = 0.5  # the share of the turns that may be taken again, each once
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,7 @@ class Party:
 
 @dataclass(frozen=True)
 class Match:
-    """A candidate, its baseline in the same engine, and what both came from in plain transformers, where there are such."""
+    """A candidate and, where there are such, its baseline in the same engine and the original of both in plain transformers."""
 
     candidate: Party
     baseline: Party | None = None
@@ -60,7 +62,7 @@ class Match:
 
 
 class Measured(NamedTuple):
-    """What was found of a match: the sides, their outputs on the examples, how each turn went; the original's side and outputs."""
+    """What was measured of a match: the sides, their outputs on the examples, how each turn went; the original's side and outputs."""
 
     sides: list[Side]
     outputs: dict[Role, Outputs]
@@ -73,15 +75,18 @@ def measure(
     matches: Sequence[Match], recipe: Recipe, examples: list[Example], execution: Execution, kept_outputs: Path,
     clear: Clear = lambda _: False,
 ) -> tuple[list[Measured], dict[str, Any]]:  # fmt: skip
-    """Measure models alike, those that are the same in several matches once. Returns what was found of each match, and the environment.
+    """Measure all models in the same way; one that is in several matches is measured once.
+
+    Returns what was measured of each match, and the environment.
 
     kept_outputs   a folder where outputs are kept for later runs
     clear          may end the rounds early
 
-    A side whose process dies or runs out of memory has the reason under `failures`; what it had measured until then stays. Raises
-    DeviceError where a strict execution refuses a GPU.
+    A side whose process dies or runs out of memory has the reason under `failures`. What was measured of it until then stays.
+
+    Raises DeviceError where a strict execution refuses a GPU.
     """
-    with alone(execution.progress), nursery():
+    with exclusive(execution.progress), nursery():
         parties = list(dict.fromkeys(party for match in matches for party in (match.baseline, match.candidate, match.original) if party))
         original = matches[0].baseline.source if matches[0].baseline else None
         subjects = {party: Subject(party.role, party.source, recipe, execution, kept_outputs, original, party.engine) for party in parties}
@@ -100,18 +105,18 @@ def measure(
     environment["longest_input"] = next((output.longest_input for output in reversed(outputs)), None)  # the candidate's
     environment["inputs_cut"] = max((output.cut for output in outputs), default=0)
     environment["generation_config"] = next((output.generation_config for output in outputs), {})
-    found = []
+    measured = []
     for match, pair in zip(matches, pairs, strict=True):
         beyond = [subjects[match.original]] if match.original else []
-        found.append(session.measured(pair, *beyond))
-    return found, environment
+        measured.append(session.measured(pair, *beyond))
+    return measured, environment
 
 
 class Session:
-    """One benchmark: its rounds, and what is known so far.
+    """One benchmark: its rounds, and what has been measured so far.
 
-    pairs    what is compared: a baseline and a candidate, or one alone; None has the first for the baseline of all others
-    beside   pairs of which nothing is decided, and which needn't be known precisely
+    pairs    what is compared: a baseline and a candidate, or a single side; None makes the first the baseline of all others
+    beside   pairs on which no gate depends; they needn't be precise
     """
 
     def __init__(
@@ -125,8 +130,8 @@ class Session:
         self._alone = False  # whether memory holds one side at a time only
         self._starting = self._timing = 0.0  # seconds of this round
         self._again = 0
-        self._began = self._aside = 0.0  # when rounds began, and seconds since that aren't theirs
-        self._known: float | None = None  # half of the widest interval of a latency, as a share of it
+        self._began = self._aside = 0.0  # when rounds began, and seconds since then that were spent on other work
+        self._half_width: float | None = None  # half of the widest interval of a latency, as a share of it
         self._turns: list[tuple[Subject, Turn]] = []
 
     def run(self, examples: list[Example], clear: Clear) -> None:
@@ -147,8 +152,8 @@ class Session:
                     self._again += 1
                     self._take(number, turn, examples, last=True)
                 done += 1
-                known = "" if self._known is None else f"; latencies are known to {self._known:.1%}"
-                self._execution.progress(f"timing in turns{known}", done, max(fewest, done))
+                precision = "" if self._half_width is None else f"; latencies are known to {self._half_width:.1%}"
+                self._execution.progress(f"timing in turns{precision}", done, max(fewest, done))
             began = time.monotonic()
             self._explain()
             self._aside += time.monotonic() - began
@@ -163,7 +168,7 @@ class Session:
         return [self._sides(pair) for pair in self._pairs]
 
     def measured(self, pair: list[Subject], original: Subject | None = None) -> Measured:
-        """What was found of a pair, and beside it of the original."""
+        """What was measured of a pair, and of the original beside it."""
         outputs = {subject.role: subject.outputs for subject in pair if subject.outputs is not None}
         turns = [turn for subject, turn in self._turns if subject in pair]
         if original is None:
@@ -175,7 +180,7 @@ class Session:
         return [side(subject, _common(subjects), ceilings) for subject in subjects]
 
     def _is_enough(self, rounds: int, minutes: float, clear: Clear) -> bool:
-        """Whether so many rounds say what is wanted, or there is no time for another."""
+        """Whether the rounds so far suffice, or there is no time for another."""
         if rounds < min(FEWEST, self._benchmark.rounds):
             return False
         over = self._benchmark.precision is not None and minutes >= self._benchmark.max_minutes
@@ -191,11 +196,11 @@ class Session:
         return [subject for subject in self._subjects if any(subject in pair for pair in pairs)]
 
     def _within(self, subjects: list[Subject]) -> list[list[Subject]]:
-        """The pairs that are whole among these."""
+        """The pairs whose sides are all among these."""
         return [pair for pair in self._pairs if all(subject in subjects for subject in pair)]
 
     def _is_precise(self, subjects: list[Subject]) -> bool:
-        """Whether half of the interval of every latency, ratio or single one, is at most the wanted share of it."""
+        """Whether half the interval of every latency, or ratio of two, is at most the share of it that `precision` asks for."""
         halves = [0.0]
         for pair in self._within(subjects):
             for point in _common(pair):
@@ -203,7 +208,7 @@ class Session:
                 effect = paired_ratio(*series) if len(series) > 1 else geometric_mean(series[0])
                 interval = effect.interval(self._benchmark.confidence)
                 halves.append(math.inf if interval is None else math.log(interval[1] / interval[0]) / 2)
-        self._known = max(halves) if math.isfinite(max(halves)) else None
+        self._half_width = max(halves) if math.isfinite(max(halves)) else None
         return max(halves) <= (self._benchmark.precision or math.inf)
 
     @property
@@ -212,7 +217,7 @@ class Session:
         return (time.monotonic() - self._began - self._aside) / 60
 
     def _is_late(self, rounds: int) -> bool:
-        """Whether the fewest rounds won't be done in time, of which so many are, unless the next turns are left out."""
+        """Whether the fewest rounds won't be done in time unless the next turns are left out; `rounds` of them are done."""
         share = (rounds + 1) / min(FEWEST, self._benchmark.rounds)
         return self._benchmark.precision is not None and self._minutes > share * self._benchmark.max_minutes
 
@@ -225,7 +230,7 @@ class Session:
         return self._timing >= self._starting
 
     def _take(self, number: int, turn: int, examples: list[Example], last: bool) -> bool:
-        """One turn of each side that has not failed. Whether it counts: where it was disturbed it doesn't, unless it is the `last` one."""
+        """One turn of each side that has not failed. Says whether it counts: a disturbed one does only as the `last`."""
         taken: list[tuple[Subject, Conditions]] = []
         left = self._random.sample(self._subjects, len(self._subjects))
         while left:
@@ -251,7 +256,7 @@ class Session:
                 self._do(subject, partial(subject.explain, self._points(subject)))
 
     def _do(self, subject: Subject, work: Callable[[], T]) -> T | None:
-        """What work with a side gives, whose process runs then; None where the side has failed, or fails now."""
+        """Start a side's process if need be, and return what `work` returns; None where the side has failed, or fails now."""
         if subject.failures:
             return None
         others = [s for s in self._subjects if s is not subject and s.running]
@@ -275,7 +280,7 @@ class Session:
             self._aside += time.monotonic() - began
 
     def _in_slices(self, subjects: list[Subject]) -> list[tuple[Subject, Conditions]]:
-        """A turn of each, in which they take slices: next is who is the furthest behind, and of several any."""
+        """A turn of each, slice by slice: next is the side that is furthest behind; of several that are, a random one."""
         turns = {subject: self._turn(subject) for subject in subjects}
         done, taken = dict.fromkeys(subjects, 0.0), list[tuple[Subject, Conditions]]()
         while turns:
@@ -302,25 +307,25 @@ class Session:
             )
         return (yield from subject.take_turn(machine, self._points(subject), ours))
 
-    def _points(self, subject: Subject) -> list[Point]:
-        """Those that it and one that it is compared with are not known to fail at."""
+    def _points(self, subject: Subject) -> list[GridPoint]:
+        """The points at which neither this side nor one that it is compared with has failed."""
         pairs = [pair for pair in [*self._pairs, *self._beside] if subject in pair]
         return [point for point in subject.rounds if any(point in _common(pair) for pair in pairs)]
 
 
 def _bring_up(subject: Subject, others: list[Subject]) -> bool:
-    """Start a side beside the others, or, where memory doesn't hold them together, without them. Says whether being alone helped.
+    """Start a side beside the others, or without them where memory doesn't hold all. Says whether running alone helped.
 
-    A point that doesn't fit alone either is no reason to measure the sides apart, nor is one that was known before.
+    A point that doesn't fit alone either is no reason to measure the sides apart. Nor is one that didn't fit before.
     """
-    known, loaded = subject.short_of_memory, True
+    short_before, loaded = subject.short_of_memory, True
     try:
         subject.start()
     except OutOfMemory:
         if not others:
             raise
         loaded = False
-    if loaded and (known or not others or not subject.short_of_memory):
+    if loaded and (short_before or not others or not subject.short_of_memory):
         return False
     _stop(others)
     subject.start_alone()
@@ -332,15 +337,15 @@ def _stop(subjects: Iterable[Subject]) -> None:
         subject.stop()
 
 
-def _common(subjects: list[Subject]) -> list[Point]:
-    """The points that no side is known to fail at."""
+def _common(subjects: list[Subject]) -> list[GridPoint]:
+    """The points at which no side has failed."""
     return [point for point in subjects[0].rounds if all(point not in subject.reasons for subject in subjects)]
 
 
 def _ceilings(subjects: Iterable[Subject]) -> dict[str, float]:
-    """What the machine can do at best: the better where both sides measured the same, since only disturbances differ."""
-    found: dict[str, float] = {}
+    """What the machine can do at best. Where both sides measured the same the better one counts, since only disturbances differ."""
+    ceilings: dict[str, float] = {}
     for subject in subjects:
         for name, value in (subject.explanation.ceilings if subject.explanation else {}).items():
-            found[name] = max(value, found.get(name, 0))
-    return found
+            ceilings[name] = max(value, ceilings.get(name, 0))
+    return ceilings

@@ -1,12 +1,12 @@
 """How long a generation takes: to the first token, per further token, and as a whole.
 
-Prefill reads the whole prompt at once and is bound by arithmetic; decoding reads every weight for each token and is bound by
-memory bandwidth. They are timed apart in one run, by a clock that generation calls after every token. Prompts are random tokens of
-exact length and the output length is forced, so that both sides do the same work.
+Prefill reads the whole prompt at once and is bound by arithmetic. Decoding reads every weight for each token and is bound by memory
+bandwidth. Both are timed in one run, by a clock that generation calls after every token. Prompts are random tokens of exact length and
+the output length is forced, so that both sides do the same work.
 
-On a CPU a turn rests after every slice of it, so that the other sides' turns go on beside it, slice by slice. The speed of a machine
-wanders as flicker noise does: means over one second differ from those over the next by no less than means over 0.1 s do. What is compared
-within hundredths of a second is known as well in a tenth of the time.
+On a CPU a turn pauses after every slice, so that the other sides' turns go on beside it, slice by slice. The speed of a machine wanders as
+flicker noise does: means over one second differ from the next as much as means over 0.1 s do. So sides that are compared within hundredths
+of a second reach the same precision in a tenth of the time.
 """
 
 import time
@@ -15,12 +15,12 @@ from typing import Any
 
 from compress.engines import Engine, Traits, random_prompts
 
-SLICE_S = 0.05  # the caches are another side's at its begin, which costs a model of 14 MB 0.6 to 1.5 % of it (docs/measuring.md)
+SLICE_S = 0.05  # at its start the caches hold another side; that costs a model of 14 MB 0.6 to 1.5 % of it (docs/measuring.md)
 Rest = Callable[[int], None]  # is told how many tokens there are, and returns when the generation may go on
 
 
 class Pace:
-    """Has a turn `rest` whenever a slice of it is over: is told of a generation's tokens, and tells the turn's."""
+    """Calls `rest` whenever a slice of a turn is over: takes the tokens of a generation, and passes on those of the turn."""
 
     def __init__(self, rest: Rest):
         self._rest, self._since = rest, time.perf_counter()
@@ -32,8 +32,9 @@ class Pace:
 
 
 class Clock:
-    """Notes the time whenever it is called: CUDA events where tokens are queued on a GPU, so that nothing waits for the host, else a
-    monotonic clock.
+    """Notes the time whenever it is called.
+
+    Where tokens are queued on a GPU it records CUDA events, so that nothing waits for the host; else it reads a monotonic clock.
 
     rest   called on a CPU after each token; the time that it takes doesn't count
     """
@@ -81,17 +82,19 @@ class Clock:
 
 
 def prompts(traits: Traits, batch_size: int, prompt_tokens: int) -> list[list[int]]:
-    """Random tokens for a model, the same for every one of a vocabulary."""
+    """Random tokens for a model, the same for all models of one vocabulary size."""
     return random_prompts(traits.vocabulary, traits.end, batch_size, prompt_tokens)
 
 
 def seconds(engine: Engine, rows: list[list[int]], new_tokens: int, rest: Rest | None = None) -> list[float]:
-    """Seconds from the start of a greedy generation to each of its `new_tokens` tokens, the last being the whole latency; of a
-    classification a list of one. Raises RuntimeError where other than so many came."""
+    """Seconds from the start of a greedy generation to each of its `new_tokens` tokens; the last is the whole latency.
+
+    Of a classification it is a list of one. Raises RuntimeError where another number of tokens came.
+    """
     clock, prepared = Clock(engine.traits.queues, rest), engine.prepare(rows)
     clock.start()
     engine.run(prepared, new_tokens, clock)
     marks = clock.seconds()
-    if len(marks) != (wanted := new_tokens if engine.traits.generates else 1):
-        raise RuntimeError(f"{wanted} tokens were forced and {len(marks)} came")
+    if len(marks) != (expected := new_tokens if engine.traits.generates else 1):
+        raise RuntimeError(f"{expected} tokens were forced and {len(marks)} came")
     return marks

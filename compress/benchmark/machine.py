@@ -1,8 +1,8 @@
-"""What the machine did besides, while something was measured: read before and after each turn by the parent, without torch.
+"""What else the machine did during a measurement: read before and after each turn by the parent, without torch.
 
-A turn is disturbed where its process was ready to run and did not (Linux counts the nanoseconds), where the hypervisor gave the cores to
-others, where the machine slept, where a GPU was throttled or another process worked on it. Slow is not disturbed: whoever measures
-again what was slow, and not what was disturbed, chooses the result.
+A turn is disturbed where its process waited for a core, the hypervisor gave cores to others, the machine slept, or the GPU was throttled
+or shared. Linux counts the nanoseconds that a process was ready to run and did not. A slow turn is not a disturbed one: whoever measures
+again what was slow chooses the result.
 """
 
 import os
@@ -26,7 +26,7 @@ WAITING = 0.05  # shares of a turn's time from which on it is disturbed
 STEAL = 0.05
 SLEPT_S = 0.5
 CPUFREQ = Path("/sys/devices/system/cpu")
-THROTTLES = {  # NVML's nvmlClocksEventReasons that slow a GPU against its will; idle and wanted clocks are none
+THROTTLES = {  # NVML's nvmlClocksEventReasons that slow a GPU against its will; idle or chosen clocks do not count
     0x4: "its power cap", 0x8: "hardware slowdown", 0x20: "its temperature", 0x40: "its temperature", 0x80: "the power brake",
 }  # fmt: skip
 
@@ -44,7 +44,7 @@ class Gpu:
 class Reading:
     """Clocks and counters at one moment, times in seconds.
 
-    waited   that the threads of the process have been ready to run and did not; None where the kernel doesn't count it
+    waited         while the threads of the process were ready to run and did not; None where the kernel doesn't count it
     busy, stolen   of all cores that the process may use
     used           by the processes of the benchmark, by their numbers
     """
@@ -72,14 +72,14 @@ class Machine:
     cores: list[int] = field(default_factory=lambda: sorted(os.sched_getaffinity(0)))
 
     def read(self, pid: int, ours: Sequence[int]) -> Reading:
-        """Where the counters stand; `ours` are all processes that belong to the benchmark."""
+        """The counters now; `ours` are all processes that belong to the benchmark."""
         times = psutil.cpu_times(percpu=True)
         here = [times[core] for core in self.cores if core < len(times)]
         used = {}
         for process in {os.getpid(), pid, *ours}:
             with suppress(psutil.Error):
-                found = psutil.Process(process).cpu_times()
-                used[process] = found.user + found.system
+                process_times = psutil.Process(process).cpu_times()
+                used[process] = process_times.user + process_times.system
         return Reading(
             time.monotonic(), time.clock_gettime(time.CLOCK_BOOTTIME), time.time(), _waited(pid),
             sum(core.user + core.nice + core.system + core.irq + core.softirq for core in here), sum(core.steal for core in here), used,
@@ -88,11 +88,11 @@ class Machine:
 
     def strangers(self, ours: Sequence[int]) -> tuple[int, ...]:
         """The other processes on the GPU."""
-        found = None if self.gpu is None else gpu(self.gpu, ours)
-        return () if found is None else found.foreign
+        device = None if self.gpu is None else gpu(self.gpu, ours)
+        return () if device is None else device.foreign
 
     def between(self, before: Reading, after: Reading, ran: float | None = None) -> Conditions:
-        """How it was between two readings, and what disturbed; the process `ran` for so many seconds of them, None: for all."""
+        """The conditions between two readings; the process `ran` for so many of the seconds, None: for all."""
         seconds = max(after.monotonic - before.monotonic, 1e-9)
         ran = seconds if ran is None else max(ran, 1e-9)
         slept = max(0.0, (after.awake - before.awake) - seconds)
@@ -100,22 +100,22 @@ class Machine:
         steal = (after.stolen - before.stolen) / (seconds * len(self.cores))
         ours = sum(used - before.used[process] for process, used in after.used.items() if process in before.used)
         others = max(0.0, (after.busy - before.busy) - ours) / seconds
-        found = []
+        disturbances = []
         if waiting is not None and waiting > WAITING:
-            found.append(f"it waited {waiting:.0%} of the time for a core, others used {others:.1f} of {len(self.cores)}")
+            disturbances.append(f"it waited {waiting:.0%} of the time for a core, others used {others:.1f} of {len(self.cores)}")
         elif waiting is None and others > 0.25 and others + self.threads > len(self.cores) + 0.25:
-            found.append(f"others used {others:.1f} of {len(self.cores)} cores")
+            disturbances.append(f"others used {others:.1f} of {len(self.cores)} cores")
         if steal > STEAL:
-            found.append(f"the hypervisor gave {steal:.0%} of the cores' time to others")
+            disturbances.append(f"the hypervisor gave {steal:.0%} of the cores' time to others")
         if slept > SLEPT_S:
-            found.append(f"the machine slept for {slept:.0f} s")
+            disturbances.append(f"the machine slept for {slept:.0f} s")
         if after.gpu is not None:
-            found += [f"the GPU was throttled by {reason}" for reason in after.gpu.throttled]
-            found += [f"process {other} worked on the GPU too" for other in after.gpu.foreign]
+            disturbances += [f"the GPU was throttled by {reason}" for reason in after.gpu.throttled]
+            disturbances += [f"process {other} worked on the GPU too" for other in after.gpu.foreign]
         return Conditions(
             seconds=ran, load=os.getloadavg()[0], waiting=waiting, steal=steal, others=others,
             clock_step=(after.wall - before.wall) - (after.awake - before.awake),
-            sm_clock_mhz=None if after.gpu is None else after.gpu.sm_clock_mhz, disturbed=found,
+            sm_clock_mhz=None if after.gpu is None else after.gpu.sm_clock_mhz, disturbed=disturbances,
         )  # fmt: skip
 
 
@@ -134,16 +134,16 @@ def commit(folder: Path) -> str | None:
 
 
 @contextmanager
-def alone(progress: Progress) -> Iterator[None]:
-    """Two benchmarks on one machine would measure each other: the second waits. The kernel lets go where one is killed.
+def exclusive(progress: Progress) -> Iterator[None]:
+    """Hold the machine's benchmark lock: two at once would measure each other, so the second waits. The kernel frees it if one is killed.
 
-    Those that may see different GPUs only are no hindrance to each other.
+    Benchmarks that are confined to different GPUs don't wait for each other.
     """
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "all").replace("/", "-")
     place = Path(tempfile.gettempdir()) / f"compress-benchmark-{seen}.lock"
     with suppress(OSError):
         place.touch(mode=0o666)
-        place.chmod(0o666)  # whoever makes it, all may lock it
+        place.chmod(0o666)  # whoever created it, all may lock it
     with place.open("r") as file:
         take_lock(file, "benchmark on this machine", progress)
         yield
@@ -160,15 +160,15 @@ def gpu(uuid: str, ours: Sequence[int]) -> Gpu | None:
     except Exception:  # NVML has an error class for each of its troubles; none of them may end a measurement
         return None
     strangers = sorted(there - {*ours})
-    if len(strangers) == len(there):  # in a container the numbers are the host's, and as many as we are are ours
+    if len(strangers) == len(there):  # in a container the process ids are the host's; as many as `ours` has are ours
         strangers = strangers[len(ours) :]
     return Gpu(int(clock), tuple(throttled), tuple(strangers))
 
 
 def _waited(pid: int) -> float | None:
     """Seconds that a process's threads have been ready to run and did not (Linux: /proc/PID/task/*/schedstat)."""
-    found = []
+    waits = []
     for task in Path(f"/proc/{pid}/task").glob("*/schedstat"):
         with suppress(OSError, IndexError, ValueError):  # a thread may end meanwhile
-            found.append(int(task.read_text().split()[1]))
-    return sum(found) / 1e9 if found else None
+            waits.append(int(task.read_text().split()[1]))
+    return sum(waits) / 1e9 if waits else None

@@ -1,10 +1,11 @@
 """What holds the memory of the process that looks, in bytes.
 
-On a GPU from torch's allocator and, for the whole process with its CUDA context, from NVML. On the CPU from the kernel's high-water mark
-of resident memory, which can be set back to now (Linux: /proc/self/clear_refs; else from samples), less what the interpreter with its
-libraries and the tokenizer held before the model was loaded. What glibc keeps of freed memory is given back to the kernel before each
-reading starts, since what a peak finds lying there doesn't show in it. How much of a peak is the allocator's own is told by a second
-reading, in which every tensor is given memory of its own that is returned when it is freed.
+On a GPU the figures come from torch's allocator and, for the whole process with its CUDA context, from NVML. On the CPU they come from the
+kernel's high-water mark of resident memory, which can be reset (Linux: /proc/self/clear_refs). Where it can't be, samples stand for it.
+What the interpreter, its libraries and the tokenizer held before the model was loaded is subtracted.
+
+Before each reading glibc returns freed memory to the kernel: a peak that reuses it would not show. A second reading tells how much of a
+peak is the allocator's own. In it every tensor has memory of its own, returned as soon as the tensor is freed.
 """
 
 import ctypes
@@ -19,20 +20,20 @@ from compress.benchmark import nvml
 
 CLEAR_REFS = Path("/proc/self/clear_refs")
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # as malloc.h names them
-OWN = 64 << 10  # bytes from which on an allocation has memory of its own
+OWN = 64 << 10  # bytes; allocations of this size or more have memory of their own
 MADV_POPULATE_READ = 22  # as mman.h names it
 ON_A_GPU = ("cuda", "nvidia")  # in the names of libraries that are gigabytes, of which a CPU runs nothing
 
 
 def resident() -> int:
-    """Bytes resident now, freed memory given back, and all code of the libraries there, which is no part of what a model takes."""
+    """Bytes resident now, after freed memory was returned and all code of the libraries read in, which is no part of a model."""
     _give_back()
     _bring_in_code()
     return _status("VmRSS")
 
 
 def can_reset() -> bool:
-    """Set the mark of the most that was resident back to now; whether the kernel lets it be."""
+    """Reset the high-water mark of resident memory. Says whether the kernel allows it."""
     try:
         CLEAR_REFS.write_text("5")
     except OSError:
@@ -55,12 +56,12 @@ def reset_peak(device: str) -> None:
 
 
 def peak(device: str, interpreter: int) -> dict[str, int]:
-    """The high-water marks since the last reset, and what is kept now.
+    """The high-water marks since the last reset, and what is held now.
 
     peak      resident memory less the interpreter's; on a GPU what is allocated to tensors
-    reserved  GPU: what the allocator holds of the GPU
-    process   GPU: what NVML says that the process holds now; left out where NVML can't see processes
-    context   GPU: of that, what torch's allocator doesn't hold: the CUDA context with its kernels
+    reserved  On a GPU: what the allocator holds
+    process   On a GPU: what the process holds now, by NVML; left out where NVML can't see processes
+    context   On a GPU: what of that torch's allocator doesn't hold, the CUDA context with its kernels
     """
     if device == "cpu":
         return {"peak": max(0, (_Samples.end() or _status("VmHWM")) - interpreter)}
@@ -76,7 +77,7 @@ def peak(device: str, interpreter: int) -> dict[str, int]:
 
 
 def at_rest(device: str, interpreter: int) -> int:
-    """Bytes held now, freed memory given back: resident ones less the interpreter's; on a GPU what is allocated to tensors."""
+    """Bytes held now, after freed memory was returned: resident ones less the interpreter's; on a GPU those allocated to tensors."""
     gc.collect()
     if device == "cpu":
         return resident() - interpreter
@@ -86,7 +87,7 @@ def at_rest(device: str, interpreter: int) -> int:
 
 
 def release(device: str) -> None:
-    """Give the GPU back what torch holds of it and no tensor takes."""
+    """Return to the GPU what torch holds and no tensor uses."""
     if device == "cuda":
         import torch
 
@@ -95,11 +96,11 @@ def release(device: str) -> None:
 
 @contextmanager
 def apart() -> Iterator[None]:
-    """While the block runs, each tensor on the CPU has memory of its own, from the kernel and back to it: no heap, so no holes in one.
+    """While the block runs, each tensor on the CPU has memory of its own, taken from the kernel and returned to it: no heap, no holes.
 
-    A tensor would still go where a heap has room for it, and how much room importing left differs from process to process; so the heap's
-    holes are filled meanwhile. Afterwards glibc works as it does by itself once it has seen large tensors come and go (mallopt(3): its
-    thresholds grow to this).
+    A tensor would still go where the heap has room, and how much room importing left differs from process to process. So the heap's holes
+    are filled meanwhile. Afterwards glibc works as it does by itself once large tensors have come and gone (mallopt(3): its thresholds
+    grow to this).
     """
     fillings = _fill_holes()
     _tell_glibc("mallopt", M_MMAP_THRESHOLD, OWN)
@@ -113,13 +114,13 @@ def apart() -> Iterator[None]:
 
 
 def _fill_holes() -> list[int]:
-    """Take all that lies free in glibc's heap in pieces of `OWN` bytes or more, largest first; nothing is written there. Where it lies."""
+    """Take all free memory of glibc's heap in pieces of `OWN` bytes or more, largest first. Returns their addresses; nothing is written."""
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):
         return []
     libc.malloc.restype = libc.sbrk.restype = ctypes.c_void_p
     libc.malloc.argtypes, libc.sbrk.argtypes = [ctypes.c_size_t], [ctypes.c_ssize_t]
-    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # what isn't found in the heap makes it grow, which is seen
+    libc.mallopt(M_MMAP_THRESHOLD, 32 << 20)  # what the heap has no room for makes it grow, which shows
     libc.mallopt(M_TRIM_THRESHOLD, 0)
     libc.malloc_trim(0)
     fillings, size = list[int](), 16 << 20
@@ -135,7 +136,7 @@ def _fill_holes() -> list[int]:
 
 
 class _Samples(threading.Thread):
-    """The most that is resident, looked at every 2 ms, where the kernel doesn't let its own mark be set back (some containers)."""
+    """The most that is resident, sampled every 2 ms, where the kernel's own mark can't be reset (some containers)."""
 
     running: "ClassVar[_Samples | None]" = None
 
@@ -165,7 +166,7 @@ class _Samples(threading.Thread):
 
 
 def _bring_in_code() -> None:
-    """Map every page of the files that are mapped here, which costs no memory that isn't shared (Linux 5.14; older kernels refuse)."""
+    """Read in every page of the files that are mapped here; only shared memory is taken (Linux 5.14; older kernels refuse)."""
     for line in Path("/proc/self/maps").read_text().splitlines():
         where, rights, *_, file = line.split(maxsplit=5) if line.count("/") else (line, "", "")
         if rights.startswith("r") and not any(word in file for word in ON_A_GPU):
@@ -179,10 +180,10 @@ def _give_back() -> None:
 
 
 def _tell_glibc(function: str, *arguments: Any) -> None:
-    """Call a function that other C libraries don't have, and do without there."""
-    found = getattr(ctypes.CDLL(None), function, None)
-    if found is not None:
-        found(*arguments)
+    """Call a function of glibc; do nothing where the C library lacks it."""
+    symbol = getattr(ctypes.CDLL(None), function, None)
+    if symbol is not None:
+        symbol(*arguments)
 
 
 def _status(key: str) -> int:

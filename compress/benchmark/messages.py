@@ -1,4 +1,4 @@
-"""What a measuring process is asked and what it answers. Both sides have these records; none needs torch."""
+"""What a measuring process is asked, and what it answers. Parent and child share these records; none needs torch."""
 
 from dataclasses import dataclass, field
 from typing import Any
@@ -9,17 +9,17 @@ from compress.methods import Example
 from compress.model.source import Source
 from compress.scores import Samples
 
-Point = tuple[int, int]  # batch size, prompt tokens
+GridPoint = tuple[int, int]  # batch size, prompt tokens
 
 
 @dataclass(frozen=True)
 class Loaded:
     """A model is in memory and has made its first step.
 
-    peaks         bytes, as `memory.peak` has them, meanwhile
+    peaks         bytes while it was loaded, as `memory.peak` has them
     interpreter   bytes that the process held before
-    rest          bytes by which more is held than its tensors take
-    sampled_only  whether peaks are the most of samples
+    rest          bytes held beyond what the model's tensors take
+    sampled_only  whether peaks are only the highest of samples
     """
 
     traits: Traits
@@ -56,10 +56,10 @@ class Load(Request[Loaded]):
 class WarmedUp:
     """A point was run for the first times.
 
-    reason           why it can't be run; None where it can, and else nothing of the following is there
+    reason           why it can't be run, without the other fields; None where it can
     out_of_memory    whether that is for want of memory
     memory           peaks, `cache` (bytes of keys and values, where the engine tells) and the allocator's `slack`
-    compile_seconds  by which the first run was longer than the second, where steps are compiled
+    compile_seconds  how much longer the first run was than the second, where steps are compiled
     marks            the last run's seconds to each token
     """
 
@@ -76,14 +76,14 @@ class WarmUp(Request[WarmedUp]):
 
     answer = WarmedUp
 
-    point: Point
+    point: GridPoint
     new_tokens: int
     repeats: int
 
 
 @dataclass(frozen=True)
 class Timings:
-    """For each point: seconds from the start to every token, a list an iteration; joules that the GPU drew in all, where it tells."""
+    """For each point: seconds from the start to every token, a list an iteration, and the joules that the GPU drew in all, if known."""
 
     seconds: list[list[list[float]]]
     joules: list[float | None]
@@ -91,11 +91,11 @@ class Timings:
 
 @dataclass(frozen=True)
 class Time(Request[Timings]):
-    """Time each point so many times."""
+    """Time each point `iterations` times."""
 
     answer = Timings
 
-    points: list[Point]
+    points: list[GridPoint]
     new_tokens: int
     iterations: int
 
@@ -106,21 +106,21 @@ class Explain(Request[Explained | None]):
 
     answer = Explained | None
 
-    points: list[Point]
+    points: list[GridPoint]
     new_tokens: int
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """What a model made of the examples.
+    """What a model answered to the examples.
 
-    samples            metric -> an example's statistics, or the reason why there are none; a working process leaves those on texts out
+    samples            metric -> an example's statistics, or the reason why there are none; a measuring process leaves out those on texts
     texts              what it wrote, or its labels; None where it only read
     windows            the text that each window counts, with data.join
     cut                prompts that were cut, to `limit` tokens
     longest_input      tokens that a prompt may have
-    generation_config  what the model's own says
-    said               what there is to say of them
+    generation_config  what the model's own generation config says
+    remarks            for the report
     """
 
     samples: Samples
@@ -130,16 +130,16 @@ class Outputs:
     limit: int | None = None
     longest_input: int | None = None
     generation_config: dict[str, str] = field(default_factory=dict)
-    said: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Answer(Request[Outputs]):
-    """Do the examples.
+    """Answer the examples.
 
-    groups      of metrics
+    groups             of metrics
     generation, data   the recipe's blocks
-    original    the source of the model from which this one diverges, which may be itself; None where there is none
+    original           the model from which this one diverges, perhaps itself; None where there is none
     """
 
     answer = Outputs
@@ -153,10 +153,10 @@ class Answer(Request[Outputs]):
 
 @dataclass(frozen=True)
 class Score(Request[Samples]):
-    """Compare texts with their references, of which each has one or several.
+    """Compare texts with their references; each has one or several.
 
     groups      of metrics
-    tokenizers  what they cut texts with, as `scripts.Tokenizers` has them
+    tokenizers  what the metrics split texts with, as `scripts.Tokenizers` has them
     """
 
     answer = Samples

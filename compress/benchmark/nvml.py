@@ -1,6 +1,7 @@
 """What NVML says of the GPU in use: the memory this process holds, the energy the device has drawn.
 
-None where the package (nvidia-ml-py, of the extra `gpu`) or the driver's library is absent, and where the GPU or a container doesn't tell.
+Answers are None where the package (nvidia-ml-py, of the extra `gpu`) or the driver's library is absent. They are None, too, where the GPU
+or a container hides them.
 """
 
 import os
@@ -35,7 +36,7 @@ def gpu_uuid() -> str:
 
 
 def device(uuid: str) -> tuple[Any, Any]:
-    """NVML itself and its handle of a GPU; what NVML raises where it can't be had."""
+    """NVML itself and its handle of a GPU. Raises what NVML raises."""
     import pynvml
 
     pynvml.nvmlInit()

@@ -1,4 +1,4 @@
-"""What a model made of the examples, kept: the same model is asked the same only once. Times and memory are never kept."""
+"""A model's answers to the examples, kept: the same model is asked the same only once. Times and memory are never kept."""
 
 import hashlib
 import json
@@ -19,7 +19,7 @@ from compress.packages import versions
 from compress.recipe import ChosenEngine, Recipe, digest
 
 HERE = Path(__file__).parent
-CODE = (  # an engine's own stands beside it
+CODE = (  # besides the engine's own
     *(HERE / f"{part}.py" for part in ("messages", "quality", "scorer", "worker")),
     HERE.parent / "products.py",  # which imports torch
     *(Path(str(module.__file__)) for module in (decoding, rouge, scores, scripts)),
@@ -47,11 +47,11 @@ def name(
     original: Source | None = None,
     engine: ChosenEngine | None = None,
 ) -> str:
-    """Names outputs by all that they depend on: the model's content, examples, prompt, generation, code, versions, machine.
+    """A name for outputs, from all that they depend on: the model's content, examples, prompt, generation, code, versions, machine.
 
     original   the model whose distributions are compared with, if any
     engine     what the model runs in; None for the recipe's
-    loaded     of the runtime's settings those count that changed layers, and the threads of timings don't
+    loaded     only those runtime settings count that changed layers; the threads of timings don't
     """
     data, environment, chosen = recipe.data, loaded.environment, engine or recipe.engine
     packages, interpreter = [*PACKAGES, *chosen.about.packages], recipe.interpreter(chosen)
@@ -69,7 +69,7 @@ def name(
 
 
 def find(folder: Path, name: str) -> Outputs | None:
-    """The outputs of that name, with a sentence that says so; None where there are none. A damaged file is put away."""
+    """The outputs of that name, with a remark that they are of a former run; None where there are none. A damaged file is removed."""
     file = folder / name / "outputs.json"
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
@@ -81,11 +81,11 @@ def find(folder: Path, name: str) -> Outputs | None:
     except (ValueError, LookupError, TypeError, RecursionError):
         shutil.rmtree(file.parent, ignore_errors=True)
         return None
-    return replace(outputs, said=[f"outputs and scores were taken from a former run ({name})", *outputs.said])
+    return replace(outputs, remarks=[f"outputs and scores were taken from a former run ({name})", *outputs.remarks])
 
 
 def keep(folder: Path, name: str, outputs: Outputs) -> None:
-    """Write outputs, whole or not at all."""
-    made = plain(outputs)
+    """Write outputs, all or nothing."""
+    content = plain(outputs)
     with whole_folder(folder / name) as partial:
-        (partial / "outputs.json").write_text(json.dumps({"digest": digest(made), "outputs": made}), encoding="utf-8")
+        (partial / "outputs.json").write_text(json.dumps({"digest": digest(content), "outputs": content}), encoding="utf-8")

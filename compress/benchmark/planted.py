@@ -1,4 +1,4 @@
-"""A measuring process with a fault of known size, for the selftest: what is planted must be found."""
+"""A measuring process with a fault of known size, for the selftest, which must detect it."""
 
 import time
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from compress.process import Progress
 
 @dataclass(frozen=True)
 class Plant(Request[None]):
-    """What the next `load` adds: every step of the model takes this share longer, and so many bytes stay resident."""
+    """The fault that the next `load` adds: every step takes this share longer, and this many bytes stay resident."""
 
     answer = None
 
@@ -21,7 +21,7 @@ class Plant(Request[None]):
 
 
 class Planted(Worker):
-    """A worker whose model is slower, or whose process holds more, than the same model's."""
+    """A worker whose model is slower, or whose process holds more memory, than without the fault."""
 
     def plant(self, progress: Progress, request: Plant) -> None:
         self._fault = request
@@ -29,23 +29,23 @@ class Planted(Worker):
     def load(self, progress: Progress, request: Load) -> Loaded:
         from compress.engines.transformers.engine import Transformers
 
-        found = super().load(progress, request)
+        loaded = super().load(progress, request)
         assert isinstance(self.engine, Transformers)
         model, slowdown = self.engine.model, self._fault.slowdown
         forward = model.forward
 
         def slower(*args: Any, **kwargs: Any) -> Any:
             start = time.perf_counter()
-            made = forward(*args, **kwargs)
+            output = forward(*args, **kwargs)
             end = time.perf_counter()
             while time.perf_counter() < end + slowdown * (end - start):
                 pass
-            return made
+            return output
 
         if slowdown:
             model.forward = slower
         self._held = bytearray(b"\1") * self._fault.resident_bytes
-        return found
+        return loaded
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""The memory of a working process as it is seen from outside: its resident memory, and NVML's view of the GPUs, every 10 ms.
+"""The memory of a measuring process seen from outside, every 10 ms: its resident memory, and NVML's view of the GPUs.
 
-The process's own high-water marks miss nothing; samples miss what comes and goes between two of them, and come from another source. So
+The process's own high-water marks miss nothing. Samples miss what comes and goes between two of them, but come from another source. So
 one checks the other. Nothing here needs torch.
 """
 
@@ -15,11 +15,11 @@ INTERVAL_S = 0.01
 
 
 class Sampler:
-    """Looks at a process for as long as its context lasts; then its figures count.
+    """Samples a process for as long as its context lasts.
 
     resident   the most bytes that were resident
     gpu        the most bytes that the process held of a GPU; None where there is none or NVML can't see the process (containers)
-    foreign    the most that other people's processes held of that same GPU
+    foreign    the most that processes outside the benchmark held of that same GPU
     """
 
     def __init__(self, pid: int):

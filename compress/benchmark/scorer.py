@@ -1,5 +1,7 @@
-"""The scoring process: compares texts with references, alike whatever wrote them. What it imports is no part of a model's memory, and an
-engine's own environment need not have it."""
+"""The scoring process: compares texts with references, in the same way for every engine.
+
+What it imports doesn't count as a model's memory, and an engine's own environment may lack it.
+"""
 
 from compress import scores
 from compress.benchmark.messages import Score

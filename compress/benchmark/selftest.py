@@ -1,12 +1,12 @@
-"""The harness measured by itself: a model against itself, faults of known size, intervals against simulated truths.
+"""The harness tested on itself: a model against itself, faults of known size, intervals against simulated truths.
 
     python -m compress.benchmark.selftest [--out reports/selftest] [--comparisons 40]
 
-Each comparison is a benchmark of the package's own model by its own processes, which take turns: the model as baseline, the same again,
-the same with every step 5 % slower, the same 10 % slower and with 8 MB more in memory. All gates have no margin, so the smallest
-regression counts. In every second comparison another process keeps one core busy. Predictions are damaged after they were made once.
+Each comparison is a benchmark of the package's own model, in processes that take turns: the model as baseline and three candidates. These
+are the same model, the same with every step 5 % slower, and the same 10 % slower with 8 MB more in memory. No gate has a margin, so the
+smallest regression counts. In every second comparison another process keeps one core busy. Predictions are made once and then damaged.
 
-Each part is written when it ends, and one that is there is not measured again; so a selftest that was stopped goes on.
+Each part is written when it ends, and a part that is there is not measured again. So a selftest that was stopped goes on.
 """
 
 import argparse
@@ -51,7 +51,7 @@ SUBJECTS: dict[str, dict[str, float]] = {
 }
 SPEED, MEMORY = {"latency_p50": Gate(max_ratio=1.0), "tokens_per_second": Gate(min_ratio=1.0)}, {"peak_run_bytes": Gate(max_ratio=1.0)}
 GATES = SPEED | MEMORY
-RAW = ("latency_p50", "peak_run_bytes")  # whose samples are kept, by round and turn: the others follow from them
+RAW = ("latency_p50", "peak_run_bytes")  # the metrics whose samples are kept, by round and turn; the others follow from them
 EXAMPLES = 500
 DAMAGED, POINTS = 0.2, 1.0  # of the examples; points of ROUGE-L that all lose together
 SIMULATIONS = 2000
@@ -76,31 +76,31 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("reports/selftest"))
     parser.add_argument("--comparisons", type=int, default=40)
-    given = parser.parse_args()
-    given.out.mkdir(parents=True, exist_ok=True)
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
     loaded = recipe.load(RECIPE, [f"benchmark={json.dumps(BENCHMARK)}"])
     with terminal.bars() as progress:
-        damaged = _kept(given.out / "damages.json", lambda: damages(loaded, given.comparisons, progress))
-        covered = _kept(given.out / "coverage.json", coverage)
-        found = comparisons(loaded, given.out / "comparisons.jsonl", given.comparisons, progress)
-    summary = report(found, damaged, covered)
-    (given.out / "README.md").write_text(summary, encoding="utf-8")
+        damaged = _kept(arguments.out / "damages.json", lambda: damages(loaded, arguments.comparisons, progress))
+        covered = _kept(arguments.out / "coverage.json", coverage)
+        records = comparisons(loaded, arguments.out / "comparisons.jsonl", arguments.comparisons, progress)
+    summary = report(records, damaged, covered)
+    (arguments.out / "README.md").write_text(summary, encoding="utf-8")
     print(summary)
 
 
 def _kept(file: Path, make: Callable[[], Any]) -> Any:
-    """What a file holds, or what is made now and put there."""
+    """What a file holds; where there is none, `make` is called and its answer written there."""
     if not file.exists():
         file.write_text(json.dumps(make()) + "\n")
     return json.loads(file.read_text())
 
 
-def comparisons(loaded: Recipe, file: Path, wanted: int, progress: Progress) -> list[dict[str, Any]]:
-    """As many as are wanted, those in the file with them; each new one is added there."""
+def comparisons(loaded: Recipe, file: Path, total: int, progress: Progress) -> list[dict[str, Any]]:
+    """`total` comparisons, those that the file holds included; each new one is added to it."""
     done = [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
     with tempfile.TemporaryDirectory() as folder, nursery():
-        for number in range(len(done), wanted):
-            progress("comparisons", number, wanted)
+        for number in range(len(done), total):
+            progress("comparisons", number, total)
             done.append({"number": number, **comparison(loaded, number % 2 == 1, Execution("cpu", Path(folder) / "log", progress))})
             with file.open("a") as stream:
                 stream.write(json.dumps(done[-1]) + "\n")
@@ -108,7 +108,7 @@ def comparisons(loaded: Recipe, file: Path, wanted: int, progress: Progress) -> 
 
 
 def comparison(loaded: Recipe, busy: bool, execution: Execution) -> dict[str, Any]:
-    """One baseline and its faulty likes in turns: of each the verdict of every gate with its interval."""
+    """A baseline and its faulty candidates in turns: for each of these the verdict of every gate, with its interval."""
     source, start = Source(str(BUILTIN), loaded.model.task, "float32"), time.monotonic()
     with another_process(busy):
         subjects = [Subject("baseline", source, loaded, execution, execution.log.parent)]
@@ -126,20 +126,20 @@ def comparison(loaded: Recipe, busy: bool, execution: Execution) -> dict[str, An
     sides = [baseline, *others]
     if failures := [failure for side in sides for failure in side.failures]:
         raise RunError(failures[0])
-    found: dict[str, Any] = {
+    record: dict[str, Any] = {
         "busy": busy, "minutes": round((time.monotonic() - start) / 60, 2), "rounds": 1 + max(turn.round for turn in session.turns),
         "disturbed": sum(bool(turn.disturbed) for turn in session.turns), "turns": len(session.turns),
     }  # fmt: skip
     for name, side in zip(SUBJECTS, others, strict=True):
         results = verdict.gates(GATES, verdict.pairs(baseline, side, True), baseline, side, loaded.benchmark.confidence)
-        found[name] = {result.metric: [result.verdict, result.estimate, result.interval] for result in results}
+        record[name] = {result.metric: [result.verdict, result.estimate, result.interval] for result in results}
     for metric in RAW:
         samples = {
-            name: [one.present for one in side.measurements if one.metric == metric]
+            name: [measurement.present for measurement in side.measurements if measurement.metric == metric]
             for name, side in zip(["baseline", *SUBJECTS], sides, strict=True)
         }
-        found[metric] = {name: [[float(f"{value:.5g}") for value in turns] for turns in rounds] for name, (rounds,) in samples.items()}
-    return found
+        record[metric] = {name: [[float(f"{value:.5g}") for value in turns] for turns in rounds] for name, (rounds,) in samples.items()}
+    return record
 
 
 def _spin(parent: int) -> None:
@@ -161,7 +161,7 @@ def another_process(busy: bool) -> Iterator[None]:
 
 
 def damages(loaded: Recipe, times: int, progress: Progress) -> dict[str, int]:
-    """How often damage to some examples is called a regression of ROUGE-L, and the undamaged texts are."""
+    """How often damaged texts are called a regression of ROUGE-L, and how often undamaged ones."""
     from compress.scores import rouge
 
     def scored(texts: list[str], references: list[list[str]]) -> list[list[float]]:
@@ -171,7 +171,7 @@ def damages(loaded: Recipe, times: int, progress: Progress) -> dict[str, int]:
     texts = _predictions(loaded, examples, progress)
     references = [example.references for example in examples]
     before = scored(texts, references)
-    found = {"damaged": 0, "as they were": 0}
+    regressions = {"damaged": 0, "as they were": 0}
     for seed in range(times):
         rng = random.Random(seed)
         chosen = rng.sample(range(len(texts)), round(DAMAGED * len(texts)))
@@ -189,8 +189,8 @@ def damages(loaded: Recipe, times: int, progress: Progress) -> dict[str, int]:
             a = Side(role="baseline", model="as they were", measurements=[figures.quality("rougeL", before)])
             b = Side(role="candidate", model=name, measurements=[figures.quality("rougeL", rows)])
             (result,) = verdict.gates({"rougeL": Gate(max_drop=0.0)}, verdict.pairs(a, b, True), a, b, loaded.benchmark.confidence)
-            found[name] += result.verdict == "fail"
-    return found
+            regressions[name] += result.verdict == "fail"
+    return regressions
 
 
 def _predictions(loaded: Recipe, examples: list[Example], progress: Progress) -> list[str]:
@@ -216,13 +216,13 @@ def _without_a_word(text: str, rng: random.Random) -> str:
 
 
 def coverage() -> list[list[str]]:
-    """How often 95 % intervals hold the truth, on data drawn from known distributions."""
+    """How often intervals of 95 % hold the truth, on simulated data."""
     import numpy as np
 
     rng = np.random.default_rng(0)
 
     def speeds(rounds: int, interval: Callable[..., tuple[float, float]]) -> float:
-        """The machine's pace is shared by a turn's sides; each process has its own luck for a round, each turn its own."""
+        """Both sides of a turn share the machine's pace; each process has noise of its own for a round, and each turn too."""
         hits = 0
         for _ in range(SIMULATIONS):
             pace = rng.lognormal(0, 0.5, (rounds, 3))
@@ -259,26 +259,26 @@ def coverage() -> list[list[str]]:
     return rows
 
 
-def report(found: Sequence[dict[str, Any]], damaged: dict[str, int], covered: list[list[str]]) -> str:
-    """The selftest's findings as Markdown."""
+def report(records: Sequence[dict[str, Any]], damaged: dict[str, int], covered: list[list[str]]) -> str:
+    """The outcome as Markdown."""
     rows = []
     for name in SUBJECTS:
         for busy in (False, True):
-            part = [one[name] for one in found if one["busy"] == busy]
+            part = [record[name] for record in records if record["busy"] == busy]
             calls = [sum(gates[metric][0] == "fail" for gates in part) for metric in GATES]
             either = sum(any(gate[0] == "fail" for gate in gates.values()) for gates in part)
             ratios = sorted(gates["latency_p50"][1] for gates in part)
             spread = f"x{ratios[0]:.3f} to x{ratios[-1]:.3f}" if ratios else "-"
             rows.append([name, "one core busy" if busy else "alone", str(len(part)), *map(str, calls), str(either), spread])
     header = ["candidate", "machine", "comparisons", *(f"{metric} fails" for metric in GATES), "any gate fails", "latency ratios"]
-    rounds, minutes = [one["rounds"] for one in found], [one["minutes"] for one in found]
-    disturbed = sum(one["disturbed"] for one in found) / max(1, sum(one["turns"] for one in found))
+    rounds, minutes = [record["rounds"] for record in records], [record["minutes"] for record in records]
+    disturbed = sum(record["disturbed"] for record in records) / max(1, sum(record["turns"] for record in records))
     return "\n\n".join([
         "# Selftest of the benchmark",
         "A model against itself, and against itself with planted faults; gates without any margin, confidence 95 %.",
         table(header, rows),
         f"Rounds a comparison: {min(rounds)} to {max(rounds)}; minutes: {min(minutes):.1f} to {max(minutes):.1f}; {disturbed:.0%} of all"
-        " turns were disturbed." if found else "No comparison was made.",
+        " turns were disturbed." if records else "No comparison was made.",
         f"Of {EXAMPLES} predictions {DAMAGED:.0%} lost words until ROUGE-L had fallen by {POINTS:g} (of 100): called a regression"
         f" {damaged['damaged']} times; undamaged {damaged['as they were']} times.",
         "How often intervals of 95 % hold the truth, on simulated data:",

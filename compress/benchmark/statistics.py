@@ -1,11 +1,11 @@
-"""What a difference between two models is worth: estimates with intervals, without torch.
+"""How certain a difference between two models is: estimates with intervals, without torch.
 
 Every quality metric is a function of summed statistics of the examples (ROUGE: sums of scores; BLEU: n-gram counts; perplexity:
-log-likelihoods and token counts), so one paired bootstrap serves them all, corpus-level metrics included. Speeds and memory
+log-likelihoods and token counts). So one paired bootstrap serves them all, corpus-level metrics included. Speeds and memory
 are compared round by round on the log scale, where a ratio is a difference.
 
-An estimate is an `Effect`: a confidence distribution (Schweder and Hjort 2016), from which intervals, p-values and the number of further
-samples follow in the same way whatever it rests on.
+An estimate is an `Effect`: a confidence distribution (Schweder and Hjort 2016). Intervals, p-values and the number of further samples
+follow from it in the same way, whatever it rests on.
 """
 
 import math
@@ -22,16 +22,16 @@ if TYPE_CHECKING:
 
 RESAMPLES = 4000
 FEWEST = 20  # examples for an interval; the percentile bootstrap covers 74 % at 3, 81 % at 5, 91 % at 10
-POWER = 0.8  # the chance that so many more samples tell; Cohen 1988
-MOST = 1000  # times the samples there are; a limit that needs more is the estimate itself, for all that can be told
+POWER = 0.8  # the chance that the number of samples needed decides (Cohen 1988)
+MOST = 1000  # times the samples at hand; a limit that needs more can't be told from the estimate itself
 
 
 class Needed(NamedTuple):
-    """How many examples or rounds would tell.
+    """How many examples or rounds would decide.
 
-    least   were the truth as far from the limit as the interval allows
-    most    were it nearer than the estimate, so near that it is nearer still with a chance of 1 - POWER; None where it may then be
-            on the limit, so that it is too early to say
+    least   if the truth is as far from the limit as the interval allows
+    most    if the truth is so near the limit that it is nearer still only with a chance of 1 - POWER; None where it may then be on the
+            limit, so that it is too early to say
     """
 
     least: int
@@ -40,9 +40,10 @@ class Needed(NamedTuple):
 
 @dataclass(frozen=True)
 class Effect:
-    """An estimate. This one is exact, or, where it is no number or not known how far off, unknown.
+    """An estimate without an interval: exact or, where its error can't be told, unknown.
 
     samples   how many examples or rounds it rests on
+    known     whether its error can be told
     """
 
     estimate: float
@@ -50,7 +51,7 @@ class Effect:
     known: bool = True
 
     def quantile(self, share: float) -> float:
-        """Where a `share` of the confidence lies below."""
+        """The value below which a `share` of the confidence lies."""
         return self.estimate
 
     def at_most(self, limit: float) -> float:
@@ -67,10 +68,10 @@ class Effect:
         return self.quantile((1 - confidence) / 2), self.quantile((1 + confidence) / 2)
 
     def needed(self, limit: float, confidence: float) -> "Needed | None":
-        """How many examples or rounds would likely tell on which side of `limit` the truth is; None without an interval.
+        """How many examples or rounds would likely decide on which side of `limit` the truth is; None without an interval.
 
-        By the normal theory of sample sizes the interval shrinks with the root of their number, so the number goes with the inverse square
-        of the truth's distance from the limit, which is itself known only as well as the interval says.
+        By the normal theory of sample sizes the interval shrinks with the root of their number. So the number goes with the inverse square
+        of the truth's distance from the limit. That distance is known only as precisely as the interval.
         """
         interval = self.interval(confidence)
         if interval is None or not self.samples or interval[0] == interval[1]:
@@ -80,7 +81,7 @@ class Effect:
         error = self._error((high - low) / 2 / z)
 
         def number(distance: float) -> int | None:
-            """At that distance of the truth from the limit; None where it is beyond reach."""
+            """How many samples that distance of the truth from the limit takes; None where they are beyond reach."""
             times = math.inf if distance <= 0 else ((z + power) * error / distance) ** 2
             return max(self.samples + 1, math.ceil(times * self.samples + self._few(z))) if times < MOST else None
 
@@ -97,7 +98,7 @@ class Effect:
         return normal
 
     def _few(self, z: float) -> float:
-        """What is to be added where the spread is estimated from few samples."""
+        """Samples to be added because the spread is estimated from few."""
         return 0.0
 
 
@@ -137,8 +138,8 @@ class Student(Effect):
 class Bootstrapped(Effect):
     """Draws of the bootstrap, in order, with Efron's corrections for bias and for an error that depends on the value (BCa, 1987).
 
-    Draws from a sample spread less than the sample's truth does, by what Student's t is wider than the normal, and shares of them are
-    taken further out by as much (Hesterberg 2015, the expanded percentile interval).
+    Draws from a sample spread less than the truth does, by as much as the normal distribution is narrower than Student's t. So quantiles
+    are taken further out by as much (Hesterberg 2015, the expanded percentile interval).
     """
 
     draws: tuple[float, ...] = ()
@@ -163,7 +164,7 @@ class Bootstrapped(Effect):
         return 1 - self._corrected(float(np.searchsorted(self.draws, limit, side="left")) / len(self.draws))
 
     def _corrected(self, share: float) -> float:
-        """The confidence that `quantile` turns into this share of the draws."""
+        """The inverse of `quantile`: the confidence that belongs to this share of the draws."""
         from scipy import special
 
         if share in (0, 1):
@@ -177,9 +178,9 @@ class Bootstrapped(Effect):
 
 
 def combine(metric: str) -> "Callable[[Array, int], Array]":
-    """How summed statistics become the metric.
+    """The function from summed statistics to the metric.
 
-    The function takes sums of shape (..., k) over `n` examples and gives values of shape (...).
+    It takes sums of shape (..., k) over `n` examples and returns values of shape (...).
     """
     if metric == "perplexity":
         return _perplexity
@@ -209,8 +210,8 @@ def paired(
 ) -> Effect:
     """candidate - baseline, or candidate / baseline, by the paired bootstrap over examples.
 
-    Both are (examples, k) statistics of the same examples in the same order. Efron and Tibshirani 1993; for BLEU, Koehn 2004. Unknown
-    below 20 examples, where an interval would be far too narrow. Raises ValueError when the lengths differ.
+    Both are (examples, k) statistics of the same examples in the same order. Efron and Tibshirani 1993; for BLEU, Koehn 2004. With fewer
+    than 20 examples the effect is unknown: an interval would be far too narrow. Raises ValueError when the shapes differ.
     """
     import numpy as np
 
@@ -230,8 +231,8 @@ def paired(
 def mcnemar(baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]) -> tuple[int, int, float]:
     """How many examples only the baseline has right, how many only the candidate, and the probability of counts so unequal by chance.
 
-    Both are (examples, 1), above zero where right, of the same examples in the same order. The exact two-sided test (McNemar 1947): of the
-    examples that only one has right, each has either as likely where both are equally good.
+    Both are (examples, 1), above zero where right, of the same examples in the same order. The exact two-sided test (McNemar 1947): if both
+    are equally good, an example that only one side has right is as likely to be either's.
     """
     from scipy import stats
 
@@ -241,7 +242,7 @@ def mcnemar(baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[fl
 
 
 def alone(metric: str, samples: Sequence[Sequence[float]], seed: int = 0) -> Effect:
-    """One side's value over (examples, k) statistics, in the same way."""
+    """A single side's metric over (examples, k) statistics, by the same bootstrap."""
     import numpy as np
 
     return _bootstrap(np.asarray(samples, dtype=np.float64), combine(metric), seed)
@@ -250,9 +251,9 @@ def alone(metric: str, samples: Sequence[Sequence[float]], seed: int = 0) -> Eff
 def paired_ratio(baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[float]]) -> Effect:
     """candidate / baseline of speeds or memory; both are (rounds, turns) in the same rounds and turns.
 
-    Student's t over the rounds' mean log ratios. A round has processes of its own, and turns within one share their luck (memory layout,
-    a neighbour on the machine), so rounds and not turns are what is independent. There are only a handful, for which a hierarchical
-    bootstrap (rounds, then turns) is too narrow: `selftest` has both beside each other.
+    Student's t over the rounds' mean log ratios. A round has processes of its own, whose turns share their luck (memory layout, a neighbour
+    on the machine). So rounds are independent, and turns are not. With only a handful of rounds a hierarchical bootstrap (rounds, then
+    turns) is too narrow: `selftest` shows both side by side.
     """
     ours, theirs = _round_means(candidate), _round_means(baseline)
     return _student([b - a for a, b in zip(theirs, ours, strict=True)])
@@ -279,12 +280,12 @@ def geometric_mean(samples: Sequence[Sequence[float]]) -> Effect:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """The p-values of several tests, raised so that a single one below a level is as rare as it were alone (Holm 1979)."""
-    found, least = [0.0] * len(p_values), 0.0
+    """The p-values of several tests, raised so that any of them falls below a level as rarely as that of a single test (Holm 1979)."""
+    adjusted, least = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
         least = max(least, min(1.0, (len(p_values) - rank) * p_values[place]))
-        found[place] = least
-    return found
+        adjusted[place] = least
+    return adjusted
 
 
 def _round_means(samples: Sequence[Sequence[float]]) -> list[float]:
@@ -299,7 +300,7 @@ def _student(logs: list[float]) -> Effect:
 
 
 def _bootstrap(rows: "Array", value: "Callable[[Array, int], Array]", seed: int) -> Effect:
-    """What `value` makes of sums over (examples, k) rows."""
+    """The effect of a metric, `value` of sums over (examples, k) rows, by the bootstrap over examples."""
     import numpy as np
 
     n, total = len(rows), rows.sum(axis=0)
@@ -360,7 +361,7 @@ def _bleu(sums: "Array", n: int) -> "Array":
 
 
 def _chrf(sums: "Array", n: int) -> "Array":
-    """Corpus chrF2 times 100 (Popović 2015), precision and recall each a mean over the orders that both texts have n-grams of.
+    """Corpus chrF2 times 100 (Popović 2015); precision and recall are means over the orders of which both texts have n-grams.
 
     Statistics: for each order n-grams of the output, of the reference, in both.
     """

@@ -10,7 +10,7 @@ from typing import TypeVar
 from compress import border
 from compress.benchmark import outputs as kept
 from compress.benchmark.machine import Machine
-from compress.benchmark.messages import Answer, Explain, Load, Loaded, Outputs, Point, Score, Time, WarmedUp, WarmUp
+from compress.benchmark.messages import Answer, Explain, GridPoint, Load, Loaded, Outputs, Score, Time, WarmedUp, WarmUp
 from compress.benchmark.sampler import Sampler
 from compress.border import Request
 from compress.engines import Explained
@@ -29,12 +29,12 @@ from compress.scores import Samples
 
 T = TypeVar("T")
 Round = list[list[list[float]]]  # turns x iterations x tokens: seconds from the start of a generation
-LONG_S = 1.0  # a run that takes so long has nothing to gain from another one before it
-REST = 32 << 20  # bytes of objects and of code that come with a first step
+LONG_S = 1.0  # a run as long as this gains nothing from another warm-up run
+REST = 32 << 20  # bytes of objects and code that a first step brings in
 
 
 class Subject:
-    """One side."""
+    """One side: a model in an engine."""
 
     module = "compress.benchmark.worker"
 
@@ -47,22 +47,22 @@ class Subject:
         self._kept = outputs
         self._child: Child | None = None
         self.loads: list[Loaded] = []
-        self.peaks: list[dict[Point, dict[str, int]]] = []
+        self.peaks: list[dict[GridPoint, dict[str, int]]] = []
         self.compiling: list[float] = []  # seconds a round, where steps are compiled
-        self.reasons: dict[Point, str] = {}
-        self._lacking: set[Point] = set()  # points that could not be run for want of memory
-        self.rounds: dict[Point, list[Round]] = {point: [] for point in recipe.benchmark.points}
-        self._taken: dict[Point, tuple[list[list[float]], float | None]] = {}
-        self.joules: dict[Point, list[list[float]]] = {point: [] for point in self.rounds}  # rounds x turns; nothing without NVML
+        self.reasons: dict[GridPoint, str] = {}
+        self._lacking: set[GridPoint] = set()  # points that could not be run for want of memory
+        self.rounds: dict[GridPoint, list[Round]] = {point: [] for point in recipe.benchmark.points}
+        self._taken: dict[GridPoint, tuple[list[list[float]], float | None]] = {}
+        self.joules: dict[GridPoint, list[list[float]]] = {point: [] for point in self.rounds}  # rounds x turns; nothing without NVML
         self.outputs: Outputs | None = None
         self.explanation: Explained | None = None
-        self.explained = False  # whether its steps were looked at, or it was tried
-        self.looked_at: list[Point] = []  # at which points
+        self.explained = False  # whether a look at its steps was tried
+        self.looked_at: list[GridPoint] = []  # the points of those steps
         self.failures: list[str] = []
-        self.said: list[str] = []
-        self.foreign_gpu_bytes = 0  # the most that processes of others held of the GPU
-        self.needless: set[Point] = set()  # points that need no run, since no side can be compared there
-        self._marks: dict[Point, list[float]] = {}  # of a warmed-up run at each point: seconds to every token
+        self.remarks: list[str] = []
+        self.foreign_gpu_bytes = 0  # the most that processes outside the benchmark held of the GPU
+        self.needless: set[GridPoint] = set()  # points that need no run, since no side can be compared there
+        self._marks: dict[GridPoint, list[float]] = {}  # of a warmed-up run at each point: seconds to every token
         self._interpreter = 0
 
     @property
@@ -75,11 +75,11 @@ class Subject:
         return self._child is not None
 
     @property
-    def usable(self) -> list[Point]:
+    def usable(self) -> list[GridPoint]:
         return [point for point in self.rounds if point not in self.reasons]
 
     def start(self, warm: bool = True) -> None:
-        """A fresh process with the model loaded and, unless it is asked about examples alone, warmed up."""
+        """Start a fresh process and load the model; warm it up unless it only answers examples."""
         try:
             loaded, peaks, compiling = self._load(), {}, 0.0
             points = [point for point in self.usable if point not in self.needless] if warm else []
@@ -89,14 +89,14 @@ class Subject:
                     self.reasons[point] = f"a run takes {seconds:.0f} s or more; {self._fewest_runs} of them are too many for max_minutes"
                     continue
                 with phase("warming up", self.role):
-                    found = self._warm_up(point)
-                if found.reason is None:
-                    peaks[point] = found.memory
-                    compiling += found.compile_seconds or 0.0
-                    self._marks[point] = found.marks
+                    warmed_up = self._warm_up(point)
+                if warmed_up.reason is None:
+                    peaks[point] = warmed_up.memory
+                    compiling += warmed_up.compile_seconds or 0.0
+                    self._marks[point] = warmed_up.marks
                 else:
-                    self.reasons[point] = found.reason
-                    self._lacking |= {point} if found.out_of_memory else set()
+                    self.reasons[point] = warmed_up.reason
+                    self._lacking |= {point} if warmed_up.out_of_memory else set()
             if warm:
                 self._tell("warming up", len(points), len(points))
         except BaseException:
@@ -109,23 +109,23 @@ class Subject:
 
     @property
     def _budget_minutes(self) -> float:
-        """How long all rounds may take; without a precision there are so many rounds as are wanted, however long they take."""
+        """How long all rounds may take; without a precision their number is fixed, however long they take."""
         benchmark = self._recipe.benchmark
         return math.inf if benchmark.precision is None else benchmark.max_minutes
 
     @property
     def _fewest_runs(self) -> int:
-        """Of a point: in each of three rounds a first one, those that warm up, at least one in all, and one in a turn."""
+        """Runs of a point: in each of three rounds a first one, those that warm up (one in all at least), and one in a turn."""
         warmup = self._recipe.benchmark.warmup
         return 3 * (2 + warmup) + (not warmup)
 
-    def _at_least(self, point: Point) -> float:
-        """Seconds that a run takes at least, by smaller points: reading a prompt is arithmetic, as much as there is more of it."""
-        found = [0.0]
+    def _at_least(self, point: GridPoint) -> float:
+        """The least seconds of a run, from smaller points: the time to read prompts grows with their tokens."""
+        bounds = [0.0]
         for (batch, prompt), marks in self._marks.items():
             if batch <= point[0] and prompt <= point[1] and (batch, prompt) != point:
-                found.append(marks[0] * point[0] * point[1] / (batch * prompt) + marks[-1] - marks[0])
-        return max(found)
+                bounds.append(marks[0] * point[0] * point[1] / (batch * prompt) + marks[-1] - marks[0])
+        return max(bounds)
 
     def _load(self) -> Loaded:
         """Load the model in a new process."""
@@ -148,33 +148,33 @@ class Subject:
             )
         self._interpreter = loaded.interpreter
         self._note(loaded.peaks, sampler, loaded.environment["device"])
-        if not self.said:
-            self.said += _remarks(loaded)
+        if not self.remarks:
+            self.remarks += _remarks(loaded)
         return loaded
 
-    def _warm_up(self, point: Point) -> WarmedUp:
-        """Run a point for the first times; one that the kernel kills the process at has no place in memory, and a new process goes on."""
+    def _warm_up(self, point: GridPoint) -> WarmedUp:
+        """Warm up a point. Where the kernel kills the process, the point doesn't fit into memory, and a new process is started."""
         benchmark = self._recipe.benchmark
         assert self._child is not None
         with Sampler(self._child.pid) as sampler:
             try:
-                found = self.ask(WarmUp(point, benchmark.new_tokens, self._repeats(point)))
+                warmed_up = self.ask(WarmUp(point, benchmark.new_tokens, self._repeats(point)))
             except Killed:
                 self.stop()
                 self._load()
                 return WarmedUp("out of memory: its process was killed", out_of_memory=True)
-        if found.reason is None and "slack" in found.memory:
-            self._note(found.memory, sampler, "cuda" if "reserved" in found.memory else "cpu")
-        return found
+        if warmed_up.reason is None and "slack" in warmed_up.memory:
+            self._note(warmed_up.memory, sampler, "cuda" if "reserved" in warmed_up.memory else "cpu")
+        return warmed_up
 
-    def _repeats(self, point: Point) -> int:
-        """Runs of a point after the first. One at least shows what the heap takes and how long compiling was; a long one does so once."""
+    def _repeats(self, point: GridPoint) -> int:
+        """Runs of a point after the first. One at least shows the heap and the time of compiling; a long run without that needs none."""
         benchmark = self._recipe.benchmark
         short = point not in self._marks or self._marks[point][-1] < LONG_S
         return max(benchmark.warmup, int(short or benchmark.runtime.compile))
 
     def _note(self, peaks: dict[str, int], sampler: Sampler, device: str) -> None:
-        """Put what the sampler saw beside what the process itself found."""
+        """Put the sampler's figures beside those of the process itself."""
         if device == "cpu":
             peaks["sampled"] = max(0, sampler.resident - self._interpreter)
         elif sampler.gpu is not None:
@@ -188,16 +188,16 @@ class Subject:
         return bool(self._lacking)
 
     def start_alone(self) -> None:
-        """Start again, now that memory is free, and forget what had no place in it."""
+        """Start again now that memory is free, and forget which points it didn't hold."""
         self.stop()
         self.reasons = {point: reason for point, reason in self.reasons.items() if point not in self._lacking}
         self._lacking = set()
         self.start()
 
-    def take_turn(self, machine: Machine, usable: list[Point], ours: list[int]) -> Generator[float, None, Conditions]:
-        """Time every point once more, in slices: gives the share that is done after each, when other sides may have theirs.
+    def take_turn(self, machine: Machine, usable: list[GridPoint], ours: list[int]) -> Generator[float, None, Conditions]:
+        """Time every point once more, in slices. After each it yields the share that is done, and other sides may take a slice.
 
-        Returns how the machine was meanwhile. The timings count once they are kept.
+        Returns the machine's conditions meanwhile. The timings count once `keep` is called.
         """
         benchmark, ran = self._recipe.benchmark, 0.0
         before = machine.read(self.pid, ours)
@@ -221,7 +221,7 @@ class Subject:
         return machine.between(before, machine.read(self.pid, ours), ran)
 
     def keep(self, number: int) -> None:
-        """The last turn counts, in the round of that number."""
+        """Count the last turn in the round of that number."""
         for point, (block, joules) in self._taken.items():
             if number == len(self.rounds[point]):
                 self.rounds[point].append([])
@@ -231,7 +231,7 @@ class Subject:
                 self.joules[point][number].append(joules)
 
     def answer(self, examples: list[Example]) -> None:
-        """Do the examples, or take what this model has made of them before."""
+        """Answer the examples, or take this model's answers from a former run."""
         recipe = self._recipe
         name = kept.name(
             self.source, recipe, examples, self.loads[0], self._original if "divergence" in recipe.groups else None, self.engine
@@ -256,13 +256,13 @@ class Subject:
         kept.keep(self._kept, name, self.outputs)
 
     def _scored(self, texts: list[str], references: list[list[str]]) -> Samples:
-        """Statistics of the metrics that compare texts, worked out in a process of their own."""
+        """Statistics of the metrics that compare texts, computed in a separate process."""
         score = Score(texts, references, list(self._recipe.groups), asdict(self._recipe.tokenizers))
         with phase("scoring", self.role), Child("compress.benchmark.scorer", self._execution.log, self._tell, start=copied) as child:
             return border.ask(child, score, self._limit_s)
 
-    def explain(self, usable: list[Point]) -> None:
-        """Look at what a step does at every point, after the last timing of a process. What can't be looked at is said; timings stand."""
+    def explain(self, usable: list[GridPoint]) -> None:
+        """Look at a step at every point, after the last timing of a process. Where that fails a remark says so; timings stand."""
         self.explained = True
         try:
             with phase("looking at steps", self.role):
@@ -271,7 +271,7 @@ class Subject:
         except ChildDied:
             raise
         except RunError as error:
-            self.said.append(f"where a step's time goes could not be looked at: {error}")
+            self.remarks.append(f"where a step's time goes could not be looked at: {error}")
 
     def ask(self, request: Request[T]) -> T:
         assert self._child is not None
@@ -282,7 +282,7 @@ class Subject:
         return 60 * self._recipe.benchmark.limit_minutes
 
     def fail(self, error: RunError) -> None:
-        """Nothing more can be measured of it."""
+        """Note why nothing more can be measured of this side, and stop its process."""
         self.failures.append(f"{self.role}: {error}")
         self.stop()
 
@@ -296,7 +296,7 @@ class Subject:
 
 
 def _remarks(loaded: Loaded) -> list[str]:
-    """What there is to say of how a model's memory was read."""
+    """Remarks on how a model's memory was read."""
     remarks = []
     if loaded.weights.reserved:
         remarks.append(f"{loaded.weights.reserved / 1e6:,.1f} MB are kept ready for keys and values and count as peak memory")

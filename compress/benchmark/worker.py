@@ -10,7 +10,7 @@ import psutil
 
 from compress import engines, scores
 from compress.benchmark import latency, memory, nvml, quality
-from compress.benchmark.messages import Answer, Explain, Load, Loaded, Outputs, Point, Time, Timings, WarmedUp, WarmUp
+from compress.benchmark.messages import Answer, Explain, GridPoint, Load, Loaded, Outputs, Time, Timings, WarmedUp, WarmUp
 from compress.benchmark.quality import Reader
 from compress.border import Handler, answering
 from compress.engines import Engine, Explained, Opening
@@ -33,9 +33,9 @@ class Worker:
 
     engine: Engine
 
-    @memory.apart()  # what loading left in a heap, a run would fill, in each process otherwise
+    @memory.apart()  # else a run would fill the holes that loading left in the heap, which differ from process to process
     def load(self, progress: Progress, request: Load) -> Loaded:
-        """Load the model and run its first step, at which some packed weights are unpacked or laid out anew, and code comes in."""
+        """Load the model and run its first step. That unpacks or rearranges some packed weights, and brings in code."""
         progress("loading", 0, 1)
         self.device = pick_device(request.device)
         module, threads = engines.require(request.engine), request.threads or len(os.sched_getaffinity(0))
@@ -58,8 +58,8 @@ class Worker:
     def warm_up(self, progress: Progress, request: WarmUp) -> WarmedUp:
         """Run a point once and `repeats` times more.
 
-        On the CPU the peak is the first run's, whose tensors lie apart; what the others' heap takes beyond it is
-        the slack, unknown without.
+        On the CPU the peak is the first run's, in which every tensor has memory of its own. What the heap of the other runs takes beyond it
+        is the slack; without other runs it is unknown.
         """
         reason = self._why_not(*request.point, request.new_tokens)
         if reason is not None:
@@ -85,7 +85,7 @@ class Worker:
         return WarmedUp(memory=peaks, compile_seconds=compiling, marks=runs[-1])
 
     def time(self, progress: Progress, request: Time) -> Timings:
-        """Time every point. Rests in `progress` after each slice, see `compress.benchmark.latency`."""
+        """Time every point. After each slice it waits in `progress`, see `compress.benchmark.latency`."""
         seconds, joules = [], []
         each = request.iterations * request.new_tokens
         pace = latency.Pace(lambda done: progress("timing", done, len(request.points) * each))
@@ -104,7 +104,7 @@ class Worker:
         return self.engine.explain(batches, request.new_tokens, progress)
 
     def answer(self, progress: Progress, request: Answer) -> Outputs:
-        """Per-example statistics of every metric asked for or why there are none, the outputs as texts, what there is to say of them."""
+        """Statistics of every metric, an example a row or the reason why there are none, with the outputs as texts and remarks on them."""
         data, generation = Data.model_validate(request.data), Generation.model_validate(request.generation)
         engine, groups, tokenizer = self.engine, request.groups, self.engine.tokenizer
         traits = engine.traits
@@ -113,10 +113,10 @@ class Worker:
         samples: scores.Samples = {}
         texts: list[str] | None = None
         windows: list[str] | None = None
-        said: list[str] = []
+        remarks: list[str] = []
         if GENERATED & set(groups):
             written = engine.write(reader.to_write(request.examples, generation.max_new_tokens), generation, progress)
-            said += written.said
+            remarks += written.remarks
             texts = [text.strip() for text in tokenizer.batch_decode(written.tokens, skip_special_tokens=True)]
             if data.shots:  # a model that goes on with the next example has answered before
                 texts = [text.split(data.shot_separator)[0].strip() for text in texts]
@@ -125,30 +125,30 @@ class Worker:
         if READ & set(groups):
             read, windows, left_out = self._read(reader, request, data, progress)
             samples.update(read)
-            said += left_out
+            remarks += left_out
         if CLASSIFIED & set(groups):
             right = [label_number(traits.labels, r[0]) for r in references]
             with phase("reading"):
                 guesses = engine.classify(reader.read(request.examples), progress)
-            found = scores.labels(guesses, right, len(traits.labels))
-            samples.update({name: rows for name, rows in found.items() if name in groups})
+            label_samples = scores.labels(guesses, right, len(traits.labels))
+            samples.update({name: rows for name, rows in label_samples.items() if name in groups})
             texts = ["" if guess is None else traits.labels[guess] for guess in guesses]
         for group in groups:
             if group.startswith(TASK):
                 with phase("tasks"):
-                    found, left_out = engine.evaluate(group.removeprefix(TASK), data.samples)
-                samples.update(found)
-                said += left_out
+                    task_samples, left_out = engine.evaluate(group.removeprefix(TASK), data.samples)
+                samples.update(task_samples)
+                remarks += left_out
         room = generation.max_new_tokens if GENERATED & set(groups) and not traits.encodes else 0
         return Outputs(
             samples=samples, texts=texts, windows=windows, cut=len(reader.cut), limit=reader.limit(), longest_input=reader.limit(room),
-            generation_config=engine.own_generation(), said=said,
+            generation_config=engine.own_generation(), remarks=remarks,
         )  # fmt: skip
 
     def _read(
         self, reader: Reader, request: Answer, data: Data, progress: Progress
     ) -> tuple[scores.Samples, list[str] | None, list[str]]:  # fmt: skip
-        """Statistics of metrics on likelihoods, the text of each window with data.join, and what there is to say of them."""
+        """Statistics of the metrics on likelihoods, the text of each window with data.join, and remarks."""
         samples: scores.Samples = {}
         original, reason = None, None
         if "divergence" in request.groups:
@@ -188,8 +188,8 @@ class Worker:
             return f"{needed} tokens don't fit the model's context of {traits.context}"
         return None
 
-    def _try(self, point: Point, new_tokens: int, times: int) -> list[list[float]]:
-        """Run a point so many times: each run's seconds to every token; nothing where memory runs out."""
+    def _try(self, point: GridPoint, new_tokens: int, times: int) -> list[list[float]]:
+        """Run a point `times` times: each run's seconds to every token; an empty list where memory runs out."""
         try:
             return [self._time(point, new_tokens) for _ in range(times)]
         except Exception as error:
@@ -198,7 +198,7 @@ class Worker:
         memory.release(self.device)  # not while the error is held, whose traceback holds the tensors
         return []
 
-    def _time(self, point: Point, new_tokens: int, rest: latency.Rest | None = None) -> list[float]:
+    def _time(self, point: GridPoint, new_tokens: int, rest: latency.Rest | None = None) -> list[float]:
         return latency.seconds(self.engine, latency.prompts(self.engine.traits, *point), new_tokens, rest)
 
 
@@ -221,7 +221,7 @@ def _environment(device: str, threads: int, packages: tuple[str, ...]) -> dict[s
 
 
 def _of_torch(cuda: bool) -> dict[str, Any]:
-    """What torch knows of the machine; an engine's own environment need not have it."""
+    """The machine as torch describes it; an engine's own environment may lack torch."""
     if find_spec("torch") is None:
         return {"gpu": None, "gpu_memory_bytes": None, "cuda": None, "cpu_instructions": None}
     import torch
@@ -240,7 +240,7 @@ def _has_int8_instructions() -> bool:
 
 
 def serve_by(worker: Worker, more: dict[str, Any] | None = None) -> None:
-    """Answer requests by this worker until the parent ends."""
+    """Have this worker answer requests until the parent ends."""
     handlers: dict[type, Handler] = {
         Load: worker.load,
         WarmUp: worker.warm_up,

@@ -1,11 +1,11 @@
 """The builtin corpus: short dialogues with summaries, written by the grammar in scenarios.yaml.
 
-Everything in it is made up here, so it may be shipped, and every row can be written again from its seed:
+Everything in it is made up here, so it may be shipped. Every row can be written again from its seed:
 
     python -m compress.builtin.corpus            # writes train, validation and test beside this file
 
-Each dialogue is a scenario with its slots filled, small talk around it that no summary mentions, and now and then
-an ending that turns the matter round, so that a summary has to copy the right names, days and places.
+Each dialogue is a scenario with its slots filled, and small talk around it that no summary mentions. Now and then an
+ending reverses the matter. So a summary has to copy the right names, days and places.
 """
 
 import json

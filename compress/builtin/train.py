@@ -2,8 +2,8 @@
 
     python -m compress.builtin.train OUT [--steps 1800]        # about half an hour on two CPU cores
 
-The rows it learns from are written by the same grammar as the shipped ones but from a seed of their own; no shipped
-test or validation dialogue is among them. The result is stored in float16, which halves the package.
+The training rows come from the same grammar as the shipped ones, but from a seed of their own. No shipped test or
+validation dialogue is among them. The model is stored in float16, which halves the package.
 """
 
 import argparse

@@ -1,7 +1,7 @@
-"""Engines run models: one is a file or a folder here, found by its name, and the harness knows it by what stands in this file alone.
+"""Engines run models. An engine is a file or a folder here, found by its name; the harness uses only what this file declares.
 
-An engine knows token ids, and nothing of examples, clocks and verdicts. Whoever measures asks the same of each, so that what is served is
-what is measured.
+An engine knows token ids, and nothing of examples, clocks and verdicts. The harness asks the same of each, so what is served is what is
+measured.
 """
 
 import random
@@ -30,21 +30,21 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
     from transformers import PreTrainedTokenizerBase
 
-LOW = 10  # token ids below which special ones lie, most often
+LOW = 10  # most special tokens have lower ids
 
 
 @dataclass(frozen=True)
 class About:
-    """What an engine can do and needs.
+    """What an engine can do, and what it needs.
 
     reads            what it opens, in words
     opens            the `export` method whose folders it opens; None for folders of Hugging Face
-    unread           the stages whose folders it doesn't open all the same
+    unread           stages whose folders it can't open, against that rule
     tasks, devices   what it does, and where
     packages, extra  distributions that must be installed, and the extra of this package that installs them
-    apart            what pip installs into an environment of its own, by device, where the engine doesn't go together with this package
-    unwanted         what comes with that on a CPU, and doesn't go together with it there
-    likelihoods      whether it tells how likely a given text is
+    apart            by device what pip installs into a separate environment; empty where the engine works in this package's own
+    unwanted         packages that come along with that on a CPU and break it there
+    likelihoods      whether it tells how likely a text is
     """
 
     reads: str
@@ -60,7 +60,7 @@ class About:
 
     @property
     def install_line(self) -> str:
-        """The line that installs the packages; nothing where there are none."""
+        """The line that installs the packages; empty where there are none."""
         if not self.apart:
             return install_line(self.extra) if self.extra else ""
         return line_apart(self.apart["cuda"]) if has_gpu() else line_apart(self.apart["cpu"], self.unwanted)
@@ -70,7 +70,7 @@ class About:
         return lacking(self.packages)
 
     def require(self, name: str, interpreter: Interpreter | None = None) -> None:
-        """See that an engine of this name has its packages, in the environment of that interpreter where one is given.
+        """Check that an engine of this name has its packages: here, or in the interpreter's environment.
 
         Raises MissingPackage with the line that installs them.
         """
@@ -85,11 +85,11 @@ class About:
 
 @dataclass(frozen=True)
 class Opening:
-    """What is to be opened, and how.
+    """A model to open, and how.
 
     device    cpu or cuda
     threads   of the CPU
-    runtime   the recipe's, which is for transformers
+    runtime   the recipe's block, which only transformers heeds
     settings  the engine's own, as its `Settings` has them
     """
 
@@ -102,19 +102,19 @@ class Opening:
 
 @dataclass(frozen=True)
 class Traits:
-    """What an opened model is.
+    """The traits of an opened model.
 
     dtype       what it computes in
     context     the most tokens that it takes; None where nothing bounds them
-    vocabulary  how many tokens there are
-    encodes     whether a prompt goes into an encoder, and not before the answer
+    vocabulary  the number of tokens
+    encodes     whether a prompt goes into an encoder; else it stands before the answer
     generates   whether it writes; else it classifies
     start       the token that a decoder begins with
-    end         the token that an input to a classifier ends with, where it matters
+    end         the token that a classifier's input must end with, if any
     ends        the tokens that end a text
     labels      of a classifier, in its order
-    queues      whether tokens are queued on a GPU, so that they are there later than the engine says
-    changed     how many layers a setting of the runtime changed
+    queues      whether tokens are queued on a GPU, and so done later than the engine says
+    changed     how many layers each runtime setting changed
     """
 
     dtype: str
@@ -132,9 +132,9 @@ class Traits:
 
 @dataclass(frozen=True)
 class Weights:
-    """What a model holds after its first step: bytes of its weights as they lie, of buffers that no file need hold; how many numbers.
+    """What a model holds after its first step: bytes of its weights as stored in memory, bytes of buffers, and how many weights there are.
 
-    reserved   bytes that are kept ready for keys and values, whether or not there are any
+    reserved   bytes set aside for keys and values, used or not
     """
 
     weight_bytes: int
@@ -145,12 +145,12 @@ class Weights:
 
 @dataclass(frozen=True)
 class Piece:
-    """A stretch of text whose likelihood is asked for: token ids (n,), and for each the token to predict there, -100 where none is.
+    """A stretch of text whose likelihood is asked for: token ids (n,), and the tokens to predict, -100 where none is.
 
-    Without an encoder `labels` has the length of `ids`, and each is predicted from those before it; behind an encoder `ids` are its input
-    and `labels` the answer.
+    Without an encoder `labels` has the length of `ids`, and each is predicted from the tokens before it. With an encoder `ids` are its
+    input and `labels` the answer.
 
-    example  which it belongs to
+    example  the index of its example
     begins   whether it begins the example
     """
 
@@ -162,15 +162,15 @@ class Piece:
 
 @dataclass(frozen=True)
 class Written:
-    """Token ids written to each prompt, without end tokens, and what there is to say of them."""
+    """Token ids written to each prompt, without end tokens, and remarks on them."""
 
     tokens: list[list[int]]
-    said: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
 class Step:
-    """One decode step, looked at apart from the timed turns, as `compress.results.sides.Step` has it."""
+    """One decode step, inspected outside the timed turns; the fields are those of `compress.results.sides.Step`."""
 
     weight_bytes: int
     cache_bytes: int
@@ -182,28 +182,28 @@ class Step:
 
 @dataclass(frozen=True)
 class Explained:
-    """What the machine can do at best (bytes or operations a second, by name), and a step behind each batch of prompts."""
+    """What the machine can do at best (bytes or operations a second, by name), and a step after each batch of prompts."""
 
     ceilings: dict[str, float]
     steps: list[Step]
 
 
 class Engine(ABC):
-    """A model and what runs it. Making one imports what it needs and reads the tokenizer; weights come with `open`."""
+    """A model and what runs it. The constructor imports what it needs and reads the tokenizer; `open` loads the weights."""
 
     tokenizer: "PreTrainedTokenizerBase"
     traits: Traits
 
     @abstractmethod
     def open(self) -> None:
-        """Bring the weights into memory and make a first step, at which some are laid out anew; `traits` are known from then on.
+        """Load the weights and make a first step, which may rearrange some. From then on there are `traits`.
 
         Raises ModelError for what it can't run.
         """
 
     @abstractmethod
     def weights(self) -> Weights:
-        """What is held."""
+        """What the model holds in memory."""
 
     def prepare(self, prompts: list[list[int]]) -> Any:
         """Prompts of one length as `run` takes them."""
@@ -215,17 +215,17 @@ class Engine(ABC):
 
     @abstractmethod
     def write(self, prompts: list[list[int]], generation: Generation, progress: Progress) -> Written:
-        """What the model writes to each prompt, until it ends."""
+        """The model's answer to each prompt, up to its end."""
 
     def read(self, pieces: list[Piece], progress: Progress, original: Source | None = None) -> list[Likelihood]:
-        """The likelihood of each piece, with the divergence from an original's where one is given.
+        """The likelihood of each piece and, where there is an `original`, the divergence from it.
 
         Raises ModelError where the engine can't, OutOfMemory where memory doesn't hold the original beside this model.
         """
         raise ModelError(f"{type(self).__module__.rpartition('.')[-1]} gives no likelihoods")
 
     def classify(self, prompts: list[list[int]], progress: Progress) -> list[int | None]:
-        """The number of the label of each prompt; None where scores are no numbers."""
+        """The index of each prompt's label; None where scores are NaN."""
         raise ModelError(f"{type(self).__module__.rpartition('.')[-1]} classifies nothing")
 
     def why_no_divergence(self, original: Source) -> str | None:
@@ -233,20 +233,20 @@ class Engine(ABC):
         return "the engine gives no distributions"
 
     def own_generation(self) -> dict[str, str]:
-        """What the model's own generation config says; it holds where the recipe says nothing."""
+        """The model's own generation config, which holds where the recipe leaves a setting out."""
         return {}
 
     def evaluate(self, task: str, samples: int | None) -> tuple[Samples, list[str]]:
-        """Scores of a task of lm_eval, and what there is to say."""
+        """Scores of a task of lm_eval, and remarks."""
         raise ModelError("lm_eval's tasks are for transformers")
 
     def explain(self, batches: Sequence[list[list[int]]], new_tokens: int, progress: Progress) -> Explained | None:
-        """What a step behind each batch of prompts does; None where the engine doesn't tell."""
+        """What a step after each batch of prompts does; None where the engine doesn't tell."""
         return None
 
     @contextmanager
     def cache_seen(self) -> Iterator[list[int]]:
-        """Bytes of keys and values after each call of the model while the block runs; none where they aren't known."""
+        """Bytes of keys and values after each call of the model while the block runs; empty where the engine doesn't tell."""
         yield []
 
 
@@ -258,15 +258,15 @@ class EngineModule(Protocol):
     Settings: type[Settings]
 
     def make(self, opening: Opening, batch_tokens: int | None = None) -> Engine:
-        """Not open yet. `batch_tokens` bounds a batch of examples, what is to be written counted; None takes what memory holds."""
+        """An engine, not opened yet. `batch_tokens` bounds a batch of examples with its answers; None takes what memory holds."""
 
 
 def random_prompts(vocabulary: int, end: int | None, batch_size: int, prompt_tokens: int) -> list[list[int]]:
-    """Random token ids (batch_size, prompt_tokens), always the same; special ids are left out as far as they are low.
+    """Random token ids (batch_size, prompt_tokens), always the same. The lowest ids, where special tokens mostly lie, are left out.
 
-    end   what each row ends with, where it matters
+    end   the token that each row ends with, if any
 
-    Raises MemoryError where so many numbers have no place, before any is drawn.
+    Raises MemoryError where memory doesn't hold them, before any is drawn.
     """
     bytearray(8 * batch_size * prompt_tokens)
     draw, low = random.Random(0), min(LOW, vocabulary - 1)
@@ -275,9 +275,11 @@ def random_prompts(vocabulary: int, end: int | None, batch_size: int, prompt_tok
 
 
 def batched(lengths: Sequence[int], tokens: int, progress: Progress, what: str, spread: int | None = None) -> Iterator[list[int]]:
-    """Rows of so many tokens in batches of about equally long ones, longest first, which hold at most so many tokens with their padding.
+    """Batches of rows of about equal length, longest first.
 
-    spread   by how many tokens rows of a batch may differ at most
+    lengths  tokens of each row
+    tokens   the most that a batch holds, its padding included
+    spread   by how many tokens the rows of a batch may differ at most
     """
     waiting = sorted(range(len(lengths)), key=lambda row: -lengths[row])
     while waiting:
@@ -302,7 +304,7 @@ def nats(logits: "NDArray[np.float32]", labels: "NDArray[np.int64]") -> float:
 
 
 def names() -> tuple[str, ...]:
-    """The engines, by the files of this folder."""
+    """The names of the engines, from the files of this folder."""
     return methods.names("engines")
 
 
@@ -312,17 +314,17 @@ def find(name: str) -> EngineModule:
 
 
 def require(name: str, interpreter: Interpreter | None = None) -> EngineModule:
-    """The engine, its packages being there, in the environment of that interpreter where one is given.
+    """The engine, checked for its packages: here, or in the interpreter's environment.
 
     Raises MissingPackage with the line that installs them.
     """
-    found = find(name)
-    found.ABOUT.require(name, interpreter)
-    return found
+    module = find(name)
+    module.ABOUT.require(name, interpreter)
+    return module
 
 
 def code(name: str) -> list[Path]:
-    """The files that an engine is made of."""
+    """The source files of an engine."""
     module: ModuleType = cast(ModuleType, find(name))
     file = Path(str(module.__file__))
     return [Path(__file__), *(sorted(file.parent.glob("*.py")) if file.name == "__init__.py" else [file])]

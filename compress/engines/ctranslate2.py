@@ -29,8 +29,8 @@ ABOUT = About(
     extra="ctranslate2",
 )
 WEIGHTS = "ctranslate2/model.bin"
-TOKENS, SCORES = 4096, 2**27  # of a batch of examples, where nothing is said: tokens, and numbers that they are scored by
-SPREAD = 16  # tokens, by which prompts of a batch may differ without an encoder
+TOKENS, SCORES = 4096, 2**27  # of a batch of examples by default: tokens, and scores over the vocabulary
+SPREAD = 16  # tokens by which prompts of a batch may differ without an encoder
 FOLLOWED = ("no_repeat_ngram_size", "repetition_penalty", "length_penalty")  # as transformers does, and under the same names
 
 
@@ -64,16 +64,20 @@ class CTranslate2(Engine):
         assert isinstance(settings, Settings)
         encodes = bool(config.is_encoder_decoder)
         kind = ctranslate2.Translator if encodes else ctranslate2.Generator
-        wanted = "default" if settings.compute == "auto" else settings.compute
+        compute_type = "default" if settings.compute == "auto" else settings.compute
         try:
             self._model = kind(
-                str(self._folder / WEIGHTS.partition("/")[0]), device=self._opening.device, compute_type=wanted, inter_threads=1,
+                str(self._folder / WEIGHTS.partition("/")[0]), device=self._opening.device, compute_type=compute_type, inter_threads=1,
                 intra_threads=self._opening.threads,
             )  # fmt: skip
         except (RuntimeError, ValueError) as error:
             raise ModelError(f"engine: ctranslate2: {str(error).splitlines()[0]}") from None
-        if wanted not in ("default", self._model.compute_type, f"{self._model.compute_type}_float32"):  # which it replaces in silence
-            raise ModelError(f"engine: ctranslate2: compute: {wanted} isn't done on this {self._opening.device}; leave it out")
+        if compute_type not in (
+            "default",
+            self._model.compute_type,
+            f"{self._model.compute_type}_float32",
+        ):  # replaced in silence
+            raise ModelError(f"engine: ctranslate2: compute: {compute_type} isn't done on this {self._opening.device}; leave it out")
         self.traits = Traits(
             dtype=self._model.compute_type, context=context_length(config, self.tokenizer), vocabulary=len(self.tokenizer),
             encodes=encodes, generates=True, start=getattr(config, "decoder_start_token_id", None),
@@ -82,7 +86,7 @@ class CTranslate2(Engine):
         self.run(self.prepare([[min(10, len(self.tokenizer) - 1)] * 4]), 2, lambda: None)
 
     def weights(self) -> Weights:
-        """As its file has them, in which they lie in memory."""
+        """As in its file, which has the layout of memory."""
         export = exports.require(self._folder, "ctranslate2", "ctranslate2")
         return Weights((self._folder / WEIGHTS).stat().st_size, 0, export.parameters)
 
@@ -112,13 +116,13 @@ class CTranslate2(Engine):
                 # a decoder writes what the others' prompts have more of as if it chose to, a token a step
                 more = 0 if self.traits.encodes else max(map(len, few)) - min(map(len, few))
                 rows = self._search([self._tokens(prompt) for prompt in few], most + more, **options)
-                for row, prompt, found in zip(batch, few, rows, strict=True):
+                for row, prompt, answer in zip(batch, few, rows, strict=True):
                     begun = 0 if self.traits.encodes else len(prompt)
-                    tokens[row] = found[begun : begun + most]
+                    tokens[row] = answer[begun : begun + most]
         return Written(tokens)
 
     def read(self, pieces: list[Piece], progress: Progress, original: "Source | None" = None) -> list[Likelihood]:
-        found = [Likelihood()] * len(pieces)
+        likelihoods = [Likelihood()] * len(pieces)
         lengths = [len(piece.ids) + len(piece.labels) for piece in pieces]
         for batch in batched(lengths, self._most, progress, "reading"):
             few = [pieces[index] for index in batch]
@@ -128,8 +132,8 @@ class CTranslate2(Engine):
                     counted = logs[: len(piece.labels)]
                 else:
                     counted = [log for log, label in zip(logs, piece.labels[1:], strict=True) if label >= 0]
-                found[index] = Likelihood(-float(sum(counted)), len(counted), 0.0, 0.0, 0.0)
-        return found
+                likelihoods[index] = Likelihood(-float(sum(counted)), len(counted), 0.0, 0.0, 0.0)
+        return likelihoods
 
     def _score(self, pieces: Sequence[Piece]) -> list[Any]:
         if not self.traits.encodes:
@@ -138,7 +142,7 @@ class CTranslate2(Engine):
         return list(self._model.score_batch([self._tokens(piece.ids) for piece in pieces], [self._tokens(answer) for answer in answers]))
 
     def _search(self, prompts: list[list[str]], new_tokens: int, min_length: int = 0, **options: Any) -> list[list[int]]:
-        """Token ids written to each prompt, up to its end; without an encoder behind the prompt's own."""
+        """Token ids written to each prompt, up to its end; without an encoder the prompt's own stand before them."""
         if not self.traits.encodes:
             results = self._model.generate_batch(
                 prompts, max_length=new_tokens, min_length=min_length, sampling_topk=1,

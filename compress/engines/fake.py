@@ -1,4 +1,4 @@
-"""No engine: answers by rule in a time that is set, and fails as it is told; for trying a harness, a recipe or a report without a model."""
+"""A stand-in engine: answers by rule in a set time, and fails on demand; to try a harness, a recipe or a report without a model."""
 
 import os
 import signal
@@ -20,7 +20,7 @@ from compress.scores import Likelihood
 if TYPE_CHECKING:
     from compress.model.source import Source
 
-ABOUT = About(reads="any model's folder, of which it takes the tokenizer alone")
+ABOUT = About(reads="any model's folder, of which it uses only the tokenizer")
 
 
 class Settings(_Settings):

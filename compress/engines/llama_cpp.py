@@ -1,8 +1,8 @@
 """llama.cpp (Gerganov 2023): decoders on CPUs, in floats or with weights in blocks of 4 to 8 bits, whose inputs it rounds to 8 bits.
 
-It comes in the package xllamacpp, whose own server takes texts and tells no likelihoods; so the C functions in its library are called, as
-`llama.h` declares them. Their structures are compared with what the library says before any is used. Flash attention is off, nothing is
-kept from one call to the next, and keys and values are in the type that the setting `cache` says.
+It comes in the package xllamacpp, whose own server takes texts and tells no likelihoods. So the C functions of its library are called, as
+`llama.h` declares them. Their structures are checked against the library's defaults before any is used. Flash attention is off, nothing is
+kept from one call to the next, and keys and values have the type that the setting `cache` names.
 """
 
 import ctypes
@@ -42,11 +42,11 @@ ABOUT = About(
     extra="llama_cpp",
 )
 FILE = "model.gguf"
-TOKENS, SEQUENCES = 4096, 64  # of a batch of examples, where nothing is said, and at most
-PAGE = 256  # tokens, of which the engine makes a cache a multiple
-AT_ONCE = 256  # tokens whose logits are kept together while a text is read
+TOKENS, SEQUENCES = 4096, 64  # of a batch of examples: tokens by default, and sequences at most
+PAGE = 256  # tokens; the engine rounds a cache up to a multiple
+AT_ONCE = 256  # tokens whose logits are held together while a text is read
 CACHES = {"f32": 0, "f16": 1}  # as ggml numbers them
-TRIED = "install xllamacpp 2026.10.11549, which is known"
+TRIED = "install xllamacpp 2026.10.11549, which works"
 ERROR = 4  # of a message, as ggml numbers its levels
 
 
@@ -59,7 +59,7 @@ class _ModelParams(ctypes.Structure):
 
 
 class _ContextParams(ctypes.Structure):
-    """As far as it matters here. What follows is given back as it came, and there is room for more of it than there is."""
+    """The fields that matter here. What follows them is passed back as it came; `others` has room for more than there is."""
 
     _fields_ = (
         ("n_ctx", c_uint32), ("n_batch", c_uint32), ("n_ubatch", c_uint32), ("n_seq_max", c_uint32), ("n_rs_seq", c_uint32),
@@ -93,20 +93,20 @@ SIGNATURES: dict[str, tuple[Any, list[Any]]] = {
     "llama_get_logits": (POINTER(c_float), [c_void_p]),
     "llama_free": (None, [c_void_p]),
 }
-# what it says of a context that nobody set: sizes, what it finds out itself, a threshold, keys and values in float16
+# the defaults of a context in the library: sizes, choices left to it, a threshold, keys and values in float16
 DEFAULTS = (512, 2048, 512, 1, -1, -1, -1.0, CACHES["f16"], CACHES["f16"])
-_said: list[str] = []  # its complaints; the first says what is wrong, the others what can't be done for that
+_errors: list[str] = []  # its messages; the first says what is wrong, the others what follows from it
 
 
 def _hear(level: int, message: bytes, _: int | None) -> None:
     if level == ERROR:
-        _said.append(message.decode(errors="replace").strip())
+        _errors.append(message.decode(errors="replace").strip())
 
 
 def _complaint() -> str:
-    """What it complained of, told once."""
-    first = next(iter(_said), "it doesn't say why")
-    _said.clear()
+    """The first error message since the last call; the others are dropped."""
+    first = next(iter(_errors), "it doesn't say why")
+    _errors.clear()
     return first
 
 
@@ -115,11 +115,11 @@ _listener = ctypes.CFUNCTYPE(None, c_int, c_char_p, c_void_p)(_hear)  # which mu
 
 @cache
 def library() -> ctypes.CDLL:
-    """llama.cpp's functions. Raises ModelError for an xllamacpp that lacks one, or whose structures are others."""
-    found = find_spec("xllamacpp.xllamacpp")
-    assert found is not None
-    assert found.origin is not None
-    native = ctypes.CDLL(found.origin)
+    """llama.cpp's functions. Raises ModelError for an xllamacpp that lacks one or has other structures."""
+    spec = find_spec("xllamacpp.xllamacpp")
+    assert spec is not None
+    assert spec.origin is not None
+    native = ctypes.CDLL(spec.origin)
     for name, (result, arguments) in SIGNATURES.items():
         try:
             function = getattr(native, name)
@@ -130,7 +130,7 @@ def library() -> ctypes.CDLL:
     native.llama_backend_init()
     p = native.llama_context_default_params()
     if (p.n_ctx, p.n_batch, p.n_ubatch, p.n_seq_max, p.rope_scaling, p.flash_attention, p.defrag, p.type_k, p.type_v) != DEFAULTS:
-        raise ModelError(f"engine: llama_cpp: this xllamacpp has other structures than were known; {TRIED}")
+        raise ModelError(f"engine: llama_cpp: this xllamacpp has structures that aren't known here; {TRIED}")
     return native
 
 
@@ -151,9 +151,9 @@ class LlamaCpp(Engine):
 
     def open(self) -> None:
         export = exports.require(self._folder, "gguf", "llama_cpp")
-        wanted = self._library.llama_model_default_params()
-        wanted.n_gpu_layers = 0
-        self._model = self._library.llama_model_load_from_file(str(self._folder / FILE).encode(), wanted)
+        model_params = self._library.llama_model_default_params()
+        model_params.n_gpu_layers = 0
+        self._model = self._library.llama_model_load_from_file(str(self._folder / FILE).encode(), model_params)
         if not self._model:
             raise ModelError(f"engine: llama_cpp: {self._folder / FILE}: {_complaint()}")
         self._parameters = export.parameters
@@ -165,7 +165,7 @@ class LlamaCpp(Engine):
         self.run([[min(10, self._vocabulary - 1)] * 4], 2, lambda: None)
 
     def weights(self) -> Weights:
-        """As its file has them. Blocks that it lays out anew for the CPU take as many bytes."""
+        """As in its file. Blocks that are rearranged for the CPU take as many bytes."""
         return Weights(self._library.llama_model_size(self._model), 0, self._parameters)
 
     def run(self, prepared: list[list[int]], new_tokens: int, watch: Callable[[], None]) -> None:
@@ -178,12 +178,12 @@ class LlamaCpp(Engine):
             for batch in batched([len(prompt) + generation.max_new_tokens for prompt in prompts], self._most, progress, "generating"):
                 for few in (batch[first : first + SEQUENCES] for first in range(0, len(batch), SEQUENCES)):
                     rows = self._search([prompts[row] for row in few], generation.max_new_tokens, self.traits.ends, lambda: None)
-                    for row, found in zip(few, rows, strict=True):
-                        tokens[row] = found
+                    for row, answer in zip(few, rows, strict=True):
+                        tokens[row] = answer
         return Written(tokens)
 
     def read(self, pieces: list[Piece], progress: Progress, original: "Source | None" = None) -> list[Likelihood]:
-        longest, found = max((len(piece.ids) for piece in pieces), default=0), []
+        longest, likelihoods = max((len(piece.ids) for piece in pieces), default=0), []
         for number, piece in enumerate(pieces):
             progress("reading", number, len(pieces))
             self._begin(1, longest)
@@ -193,17 +193,17 @@ class LlamaCpp(Engine):
                 tokens = zip(piece.ids[first : first + AT_ONCE], labels, strict=True)
                 logits = self._decode([(token, first + place, 0, label >= 0) for place, (token, label) in enumerate(tokens)])
                 nats += sum(_nats(row, label) for row, label in zip(logits, (label for label in labels if label >= 0), strict=True))
-            found.append(Likelihood(nats, sum(label >= 0 for label in following), 0.0, 0.0, 0.0))
+            likelihoods.append(Likelihood(nats, sum(label >= 0 for label in following), 0.0, 0.0, 0.0))
         progress("reading", len(pieces), len(pieces))
-        return found
+        return likelihoods
 
     def _search(self, prompts: list[list[int]], new_tokens: int, ends: frozenset[int], watch: Callable[[], None]) -> list[list[int]]:
-        """The likeliest tokens one after the other, up to one that ends a text; `watch` is called when a step's are there."""
+        """The likeliest tokens one after the other, up to one that ends a text; `watch` is called after each step."""
         self._begin(len(prompts), max(map(len, prompts)) + new_tokens)
         written: list[list[int]] = [[] for _ in prompts]
         rows = [(token, place, row, place == len(prompt) - 1) for row, prompt in enumerate(prompts) for place, token in enumerate(prompt)]
         for _ in range(new_tokens):
-            live = [row for _, _, row, wanted in rows if wanted]
+            live = [row for _, _, row, needs_logits in rows if needs_logits]
             best = self._decode(rows).argmax(axis=1).tolist()
             watch()
             going = [(token, row) for token, row in zip(best, live, strict=True) if token not in ends]
@@ -215,36 +215,40 @@ class LlamaCpp(Engine):
         return written
 
     def _begin(self, sequences: int, tokens: int) -> None:
-        """An empty cache for so many sequences of so many tokens each; it is made anew only where the last one was another size."""
+        """Empty the cache, for `sequences` of `tokens` each; a new one is made only where the last had another size."""
         shape = (sequences, -(-tokens // PAGE) * PAGE)
         if self._context is not None and shape == self._shape:
             self._library.llama_memory_clear(self._library.llama_get_memory(self._context), False)
             return
         if self._context is not None:
             self._library.llama_free(self._context)
-        wanted, own = self._library.llama_context_default_params(), self._opening.settings
+        context_params, own = self._library.llama_context_default_params(), self._opening.settings
         assert isinstance(own, Settings)
-        wanted.n_ctx = wanted.n_batch = shape[0] * shape[1]
-        wanted.n_seq_max, wanted.n_threads, wanted.n_threads_batch = sequences, self._opening.threads, self._opening.threads
-        wanted.flash_attention, wanted.type_k, wanted.type_v = 0, CACHES[own.cache], CACHES[own.cache]
-        self._context, self._shape = self._library.llama_init_from_model(self._model, wanted), shape
+        context_params.n_ctx = context_params.n_batch = shape[0] * shape[1]
+        context_params.n_seq_max = sequences
+        context_params.n_threads = context_params.n_threads_batch = self._opening.threads
+        context_params.flash_attention, context_params.type_k, context_params.type_v = 0, CACHES[own.cache], CACHES[own.cache]
+        self._context, self._shape = self._library.llama_init_from_model(self._model, context_params), shape
         if not self._context:
             self._context = None
             raise ModelError(f"engine: llama_cpp: no cache for {sequences} x {shape[1]:,} tokens: {_complaint()}; take fewer")
 
     def _decode(self, rows: list[tuple[int, int, int, bool]]) -> "NDArray[np.float32]":
-        """Logits, float32 (wanted tokens, vocabulary), that hold until the next call. Rows: token, position, sequence, whether wanted."""
+        """Logits, float32 (tokens that need them, vocabulary), which hold until the next call.
+
+        rows   of each token: the token, its position, its sequence, whether it needs logits
+        """
         import numpy as np
 
         tokens, positions, sequences = (np.array(column, np.int32) for column in list(zip(*rows, strict=True))[:3])
-        wanted, ones = np.array([row[3] for row in rows], np.int8), np.ones(len(rows), np.int32)
+        needs_logits, ones = np.array([row[3] for row in rows], np.int8), np.ones(len(rows), np.int32)
         places = sequences.ctypes.data + sequences.itemsize * np.arange(len(rows), dtype=np.uint64)  # of each token's list of one sequence
-        at = [array.ctypes.data for array in (tokens, positions, ones, places, wanted)]
+        at = [array.ctypes.data for array in (tokens, positions, ones, places, needs_logits)]
         if code := self._library.llama_decode(self._context, _Batch(len(rows), at[0], None, *at[1:])):
             raise ModelError(f"engine: llama_cpp: it stopped with {code}: {_complaint()}")
-        if not wanted.any():
+        if not needs_logits.any():
             return np.empty((0, self._vocabulary), np.float32)
-        return np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (int(wanted.sum()), self._vocabulary))
+        return np.ctypeslib.as_array(self._library.llama_get_logits(self._context), (int(needs_logits.sum()), self._vocabulary))
 
 
 def _nats(logits: "NDArray[np.float32]", token: int) -> float:

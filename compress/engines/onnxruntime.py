@@ -30,7 +30,7 @@ ABOUT = About(
     packages=("onnxruntime", "onnxruntime-genai"),
     extra="onnxruntime",
 )
-TOKENS, SCORES = 4096, 2**26  # of a batch of examples, where nothing is said: tokens, and logits, which all tokens of a prompt get
+TOKENS, SCORES = 4096, 2**26  # of a batch of examples by default: tokens, and logits, which all tokens of a prompt get
 
 
 def make(opening: Opening, batch_tokens: int | None = None) -> Engine:
@@ -65,8 +65,8 @@ class OnnxRuntime(Engine):
             context=context_length(self._config, self.tokenizer), vocabulary=self._vocabulary, encodes=False, generates=True,
             ends=decoding.ends(self._generation, self._config.eos_token_id, self.tokenizer.pad_token_id),
         )  # fmt: skip
-        twice = 4 * self._vocabulary * self._config.hidden_size * self._config.tie_word_embeddings  # a head, turned to look tokens up in
-        self._weights = Weights(file_bytes(self._folder) + twice, twice, export.parameters)  # laid out anew they are as large
+        twice = 4 * self._vocabulary * self._config.hidden_size * self._config.tie_word_embeddings  # a tied head, transposed for look-ups
+        self._weights = Weights(file_bytes(self._folder) + twice, twice, export.parameters)  # rearranged weights are as large
         self.run([[min(10, self._vocabulary - 1)] * 4], 2, lambda: None)
 
     def weights(self) -> Weights:
@@ -90,15 +90,15 @@ class OnnxRuntime(Engine):
     def read(self, pieces: list[Piece], progress: Progress, original: Source | None = None) -> list[Likelihood]:
         import numpy as np
 
-        found = [Likelihood()] * len(pieces)
+        likelihoods = [Likelihood()] * len(pieces)
         for (row,) in batched([len(piece.ids) for piece in pieces], 1, progress, "reading"):
             ids, labels = pieces[row].ids, np.array([*pieces[row].labels[1:], -100])
             logits, counted = self._begin([ids], 0).get_output("logits")[0], labels >= 0
-            found[row] = Likelihood(nats(logits[counted], labels[counted]), int(counted.sum()), 0.0, 0.0, 0.0)
-        return found
+            likelihoods[row] = Likelihood(nats(logits[counted], labels[counted]), int(counted.sum()), 0.0, 0.0, 0.0)
+        return likelihoods
 
     def _begin(self, prompts: list[list[int]], new_tokens: int, least: int = 0, penalty: float = 1.0) -> Any:
-        """What writes so many tokens at most, and at `least`, behind prompts of one length, which it has read then."""
+        """A generator that has read prompts of one length, and will write from `least` to `new_tokens` tokens to them."""
         import numpy as np
         import onnxruntime_genai
 
@@ -112,7 +112,7 @@ class OnnxRuntime(Engine):
         return generator
 
     def _steps(self, prompts: list[list[int]], new_tokens: int, least: int = 0, penalty: float = 1.0) -> Iterator[list[int]]:
-        """The likeliest tokens, one a prompt, step by step until each has ended; what has, goes on with its end or padding."""
+        """The likeliest tokens, one a prompt, step by step until all have ended; a row that has goes on with its end or padding."""
         generator = self._begin(prompts, new_tokens, least, penalty)
         while not generator.is_done():
             generator.generate_next_token()

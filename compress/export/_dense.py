@@ -1,4 +1,4 @@
-"""A model as numbers alone: packed weights unpacked to what they stand for, all in float32."""
+"""A model with its packed weights unpacked, all in float32."""
 
 import copy
 from dataclasses import replace
@@ -37,7 +37,7 @@ def dense(source: Source) -> "PreTrainedModel":
 
 
 def _rebuilt(model: "PreTrainedModel") -> "PreTrainedModel":
-    """The same numbers in modules as transformers makes them, since what unpacks at the first step leaves its own calls behind."""
+    """The same weights in plain modules of transformers: unpacking at the first step leaves calls of its own in the old ones."""
     config, state = copy.deepcopy(model.config), model.state_dict()
     del config.quantization_config
     plain = bare(model, config)

@@ -3,8 +3,8 @@
     Q4_0, Q5_0, Q8_0   d (q - middle), the middle 8, 16 and 0 (Q8_0 has signed bytes)
     Q4_1, Q5_1         d q + m, where m = -zero d
 
-So a symmetric grid of up to 4, 5 or 8 bits is one of the first three, any other of up to 4 or 5 bits one of the last two, and a group of
-columns that is a multiple of 32 is several blocks with the same scale.
+So a symmetric grid of up to 4, 5 or 8 bits has one of the first three types, another grid of up to 4 or 5 bits one of the last two. A group
+of columns that is a multiple of 32 becomes several blocks with the same scale.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -25,7 +25,7 @@ def kind_for(layer: str, bits: int, symmetric: bool, columns: int, groups: int) 
     """The type of blocks that holds a layer's integers as they are. Raises ModelError where none does."""
     if columns % BLOCK:
         raise ModelError(
-            f"export: gguf: {layer} has {columns} columns, which a block's {BLOCK} must divide; name the layer under ignore of the stage"
+            f"export: gguf: {layer} has {columns} columns, no multiple of a block's {BLOCK}; name the layer under ignore of the stage"
             " that quantises"
         )
     if (columns // groups) % BLOCK:
@@ -36,14 +36,14 @@ def kind_for(layer: str, bits: int, symmetric: bool, columns: int, groups: int) 
     kinds = SYMMETRIC if symmetric else ASYMMETRIC
     if bits > max(kinds):
         raise ModelError(
-            f"export: gguf: {layer} has {bits} bits and zero points of its own, and at most {max(kinds)} bits can be stored so; quantise it"
+            f"export: gguf: {layer} has {bits} bits with zero points, which can be stored up to {max(kinds)} bits; quantise it"
             " with symmetric: true"
         )
     return kinds[min(most for most in kinds if bits <= most)]
 
 
 def blocks(layer: str, matrix: Integers, kind: str) -> "NDArray[np.uint8]":
-    """The matrix in blocks of a type that `kind_for` gave: uint8 (rows, columns / 32 x bytes of a block).
+    """The matrix in blocks of a type from `kind_for`: uint8 (rows, columns / 32 x bytes of a block).
 
     Raises ModelError for a scale that float16 doesn't hold.
     """

@@ -1,6 +1,6 @@
-"""A tokenizer as GGUF holds it: byte-level BPE (GPT-2's kind), or SentencePiece's BPE with bytes to fall back on (Llama 2's kind).
+"""A tokenizer as GGUF holds it: byte-level BPE (GPT-2's kind), or SentencePiece's BPE with byte fallback (Llama 2's kind).
 
-llama.cpp knows how a text is split before BPE by a name alone, so the name is given only where the splitting is one that it has.
+llama.cpp has a name for every way to split a text before BPE. So a tokenizer is written only where it splits in one of those ways.
 """
 
 import json
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-# how a text is split, step by step, and whether words of the vocabulary are taken whole; llama.cpp's name for it
+# how a text is split, step by step, and whether words of the vocabulary stay whole -> llama.cpp's name for it
 SPLITS = {
     (("gpt2",), False): "gpt-2",
     (("digits", "gpt2"), False): "smollm",
@@ -27,14 +27,14 @@ PLAIN, UNKNOWN, CONTROL, ADDED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6  # types of toke
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """What a GGUF file says of a tokenizer, by its own names."""
+    """A tokenizer in the terms of a GGUF file."""
 
     model: str
     pre: str
     tokens: list[str]
     types: list[int]
-    special: dict[str, int]  # bos, eos, unk and pad, those that there are
-    begins: bool  # whether a text is given a bos token, and an eos token
+    special: dict[str, int]  # those of bos, eos, unk and pad that exist
+    begins: bool  # whether a text gets a bos token; `ends`: an eos token
     ends: bool
     template: str | None
     merges: list[str] | None = None
@@ -62,7 +62,7 @@ class Vocabulary:
 def vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> Vocabulary:
     """The tokenizer of a model that has `size` embeddings.
 
-    Raises ModelError for one that llama.cpp couldn't follow.
+    Raises ModelError for one that llama.cpp can't reproduce.
     """
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
@@ -74,7 +74,7 @@ def vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> Vocabulary:
     pairs = [tuple(pair.split(" ", 1)) if isinstance(pair, str) else tuple(pair) for pair in model["merges"]]
     names = {**model["vocab"], **{added["content"]: added["id"] for added in held["added_tokens"]}}
     if (most := max(names.values(), default=-1)) >= size:
-        raise ModelError(f"export: gguf: the tokenizer has a token {most}, and the model {size:,} embeddings; leave the tokens beyond out")
+        raise ModelError(f"export: gguf: the tokenizer has a token {most}, and the model {size:,} embeddings; remove the tokens beyond")
     tokens, types = [f"[PAD{n}]" for n in range(size)], [UNUSED] * size
     for token, number in names.items():
         tokens[number], types[number] = token, PLAIN
@@ -104,10 +104,10 @@ def vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> Vocabulary:
 
 
 def _refusal(what: str) -> ModelError:
-    known = ", ".join(sorted(SPLITS.values()))
+    splits = ", ".join(sorted(SPLITS.values()))
     return ModelError(
-        f"export: gguf: the tokenizer is {what}; known are byte-level BPE split as {known} split it, and SentencePiece's BPE with"
-        " byte_fallback; export: ctranslate2 takes any"
+        f"export: gguf: the tokenizer is {what}; known are byte-level BPE with the splits of {splits}, and SentencePiece's BPE with"
+        " byte_fallback. export: ctranslate2 takes any"
     )
 
 
@@ -120,7 +120,7 @@ def _steps(part: dict[str, Any] | None) -> list[dict[str, Any]]:
 
 
 def _step(step: dict[str, Any]) -> str:
-    """What a step of splitting is called here; nothing where it splits nothing."""
+    """The name of a splitting step in `SPLITS`; empty where it splits nothing."""
     if step["type"] == "ByteLevel" and not step["add_prefix_space"]:
         return "gpt2" if step["use_regex"] else ""
     if step["type"] == "Digits" and step["individual_digits"]:
@@ -131,7 +131,7 @@ def _step(step: dict[str, Any]) -> str:
 
 
 def _space_first(held: dict[str, Any]) -> bool:
-    """Whether SentencePiece's space is put before a text. Raises ModelError for other changes to a text than that and its spaces'."""
+    """Whether SentencePiece's space is put before a text. Raises ModelError where the text is changed in other ways, but for its spaces."""
     prepends = False
     for step in [*_steps(held["normalizer"]), *_steps(held["pre_tokenizer"])]:
         replaces = step["type"] == "Replace" and step["pattern"] == {"String": " "} and step["content"] == SPACE
@@ -145,12 +145,12 @@ def _space_first(held: dict[str, Any]) -> bool:
 
 
 def _scores(pairs: list[tuple[str, ...]], names: dict[str, int]) -> dict[str, float]:
-    """Scores of tokens, of which SentencePiece merges the highest first: minus the rank of the first merge that makes each.
+    """Scores of tokens: minus the rank of the first merge that makes each. SentencePiece merges the highest first.
 
-    Raises ModelError where merges of one token don't follow each other, so that no score says their order.
+    Raises ModelError where merges of one token don't follow each other: then no score tells their order.
     """
-    made = ["".join(pair) for pair in pairs]
-    turns = [token for n, token in enumerate(made) if n == 0 or made[n - 1] != token]
+    merged = ["".join(pair) for pair in pairs]
+    turns = [token for n, token in enumerate(merged) if n == 0 or merged[n - 1] != token]
     if len(turns) != len(set(turns)):
         raise _refusal("BPE with byte_fallback whose merges have no order of tokens")
     ranks = {token: -float(rank) for rank, token in enumerate(turns)}

@@ -1,4 +1,4 @@
-"""Integers that a stage found, as `compress.quantize._pack` or, in GPTQ's own files, `_gptq_files` stores them in an artifact."""
+"""Integers of a quantised artifact, as `compress.quantize._pack` stores them or, in GPTQ's own files, `_gptq_files`."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -42,7 +42,7 @@ class Integers:
         return Integers(self.integers[order], self.scale[order], None if self.zero is None else self.zero[order])
 
 
-Packed = dict[str, tuple[Integers, int]]  # layers on a grid by name, and their bits
+Packed = dict[str, tuple[Integers, int]]  # by name the layers on a grid, with their bits
 
 
 def packed_layers(folder: Path, config: Mapping[str, Any], form: str) -> Packed:
@@ -65,25 +65,25 @@ def packed_layers(folder: Path, config: Mapping[str, Any], form: str) -> Packed:
 
 
 def gptq_layers(folder: Path, config: Mapping[str, Any], form: str) -> Packed:
-    """The same of a folder in GPTQ's own format. Raises ModelError for layers whose groups aren't columns that stand together."""
+    """The same for a folder in GPTQ's own format. Raises ModelError for layers whose groups aren't contiguous columns."""
     import numpy as np
 
-    found: Packed = {}
+    packed: Packed = {}
     for name, layer in gptq.layers(folder, config).items():
         integers, zero, scale, groups = (tensor.numpy() for tensor in layer)
         if not np.array_equal(groups, np.arange(len(groups)) * scale.shape[1] // len(groups)):
-            raise ModelError(f"export: {form}: {name} has groups of columns that don't stand together (desc_act); give weights: float32")
+            raise ModelError(f"export: {form}: {name} has groups of columns that aren't contiguous (desc_act); give weights: float32")
         middle = 2 ** (config["bits"] - 1)
         if (zero == middle).all():
             matrix = Integers((integers - middle).astype(np.int16), scale, None)
         else:
             matrix = Integers(integers.astype(np.int16), scale, zero.astype(np.int16))
-        found[name] = matrix, int(config["bits"])
-    return found
+        packed[name] = matrix, int(config["bits"])
+    return packed
 
 
 def widths(config: Mapping[str, Any], form: str) -> Mapping[str, int]:
-    """Bits by layer, or by class of layer, as a model's quantization_config has them. `form` is the `export` that asks.
+    """Bits by layer, or by class of layer, from a model's quantization_config. `form` is the `export` that asks.
 
     Raises ModelError for weights that aren't packed by compressed-tensors, or whose inputs are rounded at run time too.
     """
@@ -91,9 +91,9 @@ def widths(config: Mapping[str, Any], form: str) -> Mapping[str, int]:
     groups = config.get("config_groups", {}).values()
     if method != "compressed-tensors" or layout != "pack-quantized" or any(group.get("input_activations") for group in groups):
         raise ModelError(
-            f"export: {form}: the weights are packed by {method}{f' ({layout})' if layout else ''}, and integers are taken over from"
-            " compressed-tensors' pack-quantized alone; quantise with rtn, gptq, awq or autoround in format: compressed-tensors, or export"
-            " a model in floats"
+            f"export: {form}: the weights are packed by {method}{f' ({layout})' if layout else ''}. Only the integers of"
+            " compressed-tensors' pack-quantized can be kept. Quantise with rtn, gptq, awq or autoround in format: compressed-tensors, or"
+            " export a model in floats"
         )
     return {target: int(group["weights"]["num_bits"]) for group in groups for target in group["targets"]}
 

@@ -1,11 +1,15 @@
 """Models of transformers as OpenVINO graphs: a decoder that keeps its keys and values from call to call, and the encoder before it.
 
-    decoder   input_ids (rows, new tokens), attention_mask (rows, all tokens, or the encoder's), beam_idx (rows,), the rows of the last call
-              that go on; where the model takes them position_ids (rows, new tokens) and logits_to_keep (n,), the new tokens whose logits
-              are wanted; behind an encoder its keys and values, by layer. Gives logits (rows, n or new tokens, vocabulary)
-    encoder   input_ids and attention_mask (rows, tokens). Gives the keys and values that each layer of the decoder attends to
+Inputs of a decoder; the result is logits (rows, n or new tokens, vocabulary):
 
-All integers are int64, all else is float32.
+- input_ids (rows, new tokens)
+- attention_mask (rows, all tokens, or the encoder's)
+- beam_idx (rows,): the rows of the last call that go on
+- where the model takes them, position_ids (rows, new tokens) and logits_to_keep (n,), the new tokens that need logits
+- after an encoder its keys and values, by layer
+
+Inputs of an encoder are input_ids and attention_mask (rows, tokens). The result is the keys and values that each layer of the decoder
+attends to. All integers are int64, all else is float32.
 """
 
 import inspect
@@ -37,7 +41,7 @@ def traced(model: "PreTrainedModel") -> dict[str, Any]:
     """The graphs (openvino.Model) of a model in float32, by name. Raises ModelError for a type that can't be traced."""
     try:
         with torch.no_grad(), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # tracing tells of each condition that it takes as it comes
+            warnings.simplefilter("ignore")  # tracing warns of each condition that it fixes
             cache = model(**_few(model), use_cache=True).past_key_values
             if model.config.is_encoder_decoder:
                 cross = _tensors(cache.cross_attention_cache)
@@ -50,30 +54,33 @@ def traced(model: "PreTrainedModel") -> dict[str, Any]:
 
 
 class _Decoder(nn.Module):
-    """A model with its cache laid open, which takes tensors in the order of `names`, and gives logits and all keys and values."""
+    """A model with its cache as inputs and outputs. Takes tensors in the order of `names`; returns logits and all keys and values."""
 
     def __init__(self, model: "PreTrainedModel", names: Sequence[str], past: int, cross: int):
         super().__init__()
         self.model, self.names, self.past, self.cross = model, names, past, cross
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        given: dict[str, Any] = dict(zip(self.names, tensors, strict=False))
-        order, others = given.pop("beam_idx"), tensors[len(self.names) :]
+        arguments: dict[str, Any] = dict(zip(self.names, tensors, strict=False))
+        order, others = arguments.pop("beam_idx"), tensors[len(self.names) :]
         cross, past = others[: self.cross], others[self.cross :]
         own = cache = _cache([tensor.index_select(0, order) for tensor in past])
         if cross:
             cache = EncoderDecoderCache(own, _cache(cross))
-            ids, mask = given.pop("input_ids"), given["attention_mask"]
-            given["decoder_input_ids"] = ids
-            given["decoder_attention_mask"] = torch.ones(ids.shape[0], past[0].shape[2] + ids.shape[1], dtype=torch.int64)
-            # its keys and values are given, so that it is asked for its shape alone
-            given["encoder_outputs"] = BaseModelOutput(torch.zeros(*mask.shape, self.model.config.hidden_size))
-        logits: Tensor = self.model(**given, **{_cache_name(self.model): cache}, use_cache=True).logits
+            ids, mask = arguments.pop("input_ids"), arguments["attention_mask"]
+            arguments["decoder_input_ids"] = ids
+            arguments["decoder_attention_mask"] = torch.ones(ids.shape[0], past[0].shape[2] + ids.shape[1], dtype=torch.int64)
+            # its keys and values are inputs, so only its shape is needed
+            arguments["encoder_outputs"] = BaseModelOutput(torch.zeros(*mask.shape, self.model.config.hidden_size))
+        logits: Tensor = self.model(**arguments, **{_cache_name(self.model): cache}, use_cache=True).logits
         return (logits, *_tensors(own))
 
 
 class _Encoder(nn.Module):
-    """An encoder with what each layer of the decoder makes of its output: keys and values of these heads and columns, by layer."""
+    """An encoder that also returns what each layer of the decoder makes of its output: keys and values, by layer.
+
+    shapes   heads and columns of each layer
+    """
 
     def __init__(self, model: "PreTrainedModel", shapes: Sequence[tuple[int, int]]):
         super().__init__()
@@ -82,13 +89,16 @@ class _Encoder(nn.Module):
     def forward(self, input_ids: Tensor, attention_mask: Tensor) -> tuple[Tensor, ...]:
         empty = [torch.zeros(input_ids.shape[0], heads, 0, columns) for heads, columns in self.shapes]  # which a graph can put together
         cache = EncoderDecoderCache(DynamicCache(), _cache(empty))
-        given = {"input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": input_ids[:, :1]}
-        self.model(**given, **{_cache_name(self.model): cache}, use_cache=True)
+        arguments = {"input_ids": input_ids, "attention_mask": attention_mask, "decoder_input_ids": input_ids[:, :1]}
+        self.model(**arguments, **{_cache_name(self.model): cache}, use_cache=True)
         return tuple(_tensors(cache.cross_attention_cache))
 
 
 def _decoder(model: "PreTrainedModel", shaped: Sequence[Tensor], cross: Sequence[Tensor]) -> Any:
-    """The graph of a decoder whose keys and values have the shapes (any, heads, any, columns) of these tensors."""
+    """The graph of a decoder.
+
+    shaped, cross   tensors whose heads and columns its own and the encoder's keys and values have: (any, heads, any, columns)
+    """
     taken = inspect.signature(model.forward).parameters
     whole = 1 + PAST + NEW if cross else PAST + NEW
     inputs = {
@@ -115,7 +125,7 @@ def _decoder(model: "PreTrainedModel", shaped: Sequence[Tensor], cross: Sequence
 
 
 def _encoder(model: "PreTrainedModel", cross: Sequence[Tensor]) -> Any:
-    """The graph of an encoder, whose outputs are called as the decoder's inputs."""
+    """The graph of an encoder, whose outputs have the names of the decoder's inputs."""
     ids = torch.ones(ROWS, NEW, dtype=torch.int64)
     shapes = [(tensor.shape[1], tensor.shape[3]) for tensor in cross]
     graph = openvino.convert_model(_Encoder(model, shapes), example_input=(ids, ids))
@@ -124,7 +134,7 @@ def _encoder(model: "PreTrainedModel", cross: Sequence[Tensor]) -> Any:
 
 
 def _name(graph: Any, inputs: Sequence[str], outputs: Sequence[str], caches: Sequence[Tensor]) -> None:
-    """Give inputs and outputs their names, and the last inputs the shapes of these keys and values."""
+    """Give inputs and outputs their names, and the last inputs the shapes of the keys and values in `caches`."""
     for port, name in (*zip(graph.inputs, inputs, strict=True), *zip(graph.outputs, outputs, strict=True)):
         port.get_tensor().set_names({name})
     for port, tensor in zip(graph.inputs[len(inputs) - len(caches) :], caches, strict=True):
@@ -133,7 +143,7 @@ def _name(graph: Any, inputs: Sequence[str], outputs: Sequence[str], caches: Seq
 
 
 def _begin_empty(graph: Any) -> None:
-    """Keys and values are of no tokens at first, in as many rows as the input has."""
+    """Have keys and values start with no tokens, in as many rows as the input has."""
     rows = op.gather(op.shape_of(graph.input("input_ids"), output_type="i64"), op.constant([0]), op.constant(0))
     for node in graph.get_ops():
         if node.get_type_name() == "ReadValue":
@@ -144,7 +154,7 @@ def _begin_empty(graph: Any) -> None:
 
 
 def _bound_masks(graph: Any) -> None:
-    """Have what is masked weigh next to nothing in place of nothing, since the engine makes NaN of padding, which attends to nothing."""
+    """Give masked tokens a very low score in place of none: the engine returns NaN for padding that attends to nothing."""
     bound: dict[str, Any] = {}
     for node in graph.get_ordered_ops():
         if node.get_type_name() == "ScaledDotProductAttention" and node.get_input_element_type(3) == openvino.Type.boolean:
@@ -161,7 +171,7 @@ def _few(model: "PreTrainedModel") -> dict[str, Tensor]:
 
 
 def _cache_name(model: "PreTrainedModel") -> str:
-    """What a model calls its cache, by its version of transformers."""
+    """The name of a model's cache argument, which depends on the version of transformers."""
     return "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
 
 
@@ -178,5 +188,5 @@ def _cache(tensors: Sequence[Tensor]) -> DynamicCache:
 def _tensors(cache: DynamicCache) -> list[Tensor]:
     """Keys and values, layer by layer. Raises ValueError for a cache that holds something else."""
     if odd := [type(layer).__name__ for layer in cache.layers if not isinstance(layer, DynamicLayer)]:
-        raise ValueError(f"its cache has {odd[0]}, and keys and values are known here")
+        raise ValueError(f"its cache has {odd[0]}, and only keys and values can be exported")
     return [tensor for layer in cache.layers for tensor in (layer.keys, layer.values)]

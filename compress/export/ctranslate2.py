@@ -1,8 +1,8 @@
 """CTranslate2's format: T5, BART, Marian, Pegasus, Llama and more, for its engine on CPUs and GPUs; in floats, or in 8 bits a row.
 
-Weights that lie on a grid of their row's already, 8 bits or fewer and symmetric, as `quantize: rtn` with `group_size: -1` and the like
-leave them, keep their very integers; with `weights: int8` all others are rounded to nearest in 255 steps. The engine rounds the inputs of
-layers in 8 bits token by token, as it runs.
+Weights keep their exact integers where each row lies on a symmetric grid of 8 bits or fewer, as after `quantize: rtn` with
+`group_size: -1`. With `weights: int8` all others are rounded to nearest in 255 steps. The engine rounds the inputs of layers in 8 bits
+token by token, as it runs.
 """
 
 import copy
@@ -38,7 +38,7 @@ ABOUT = About(
 )
 FOLDER = "ctranslate2"
 LARGEST = 128  # of the integers that 8 bits hold
-ON_GRID = 1e-3  # of a step, by which a number may lie beside the grid for float32's sake
+ON_GRID = 1e-3  # of a step: how far float32 may put a number off the grid
 
 
 class Settings(methods.Settings):
@@ -86,7 +86,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
 
 def usage(task: Task, prompt: list[str], new_tokens: int) -> list[str]:
-    """Python that writes to a prompt, in a folder that was exported; `prompt` are lines that give `ids`, its tokens."""
+    """Python code that answers a prompt, to be run in an exported folder; the lines in `prompt` set `ids`, its tokens."""
     kind, call = ("Translator", "translate_batch") if task == "seq2seq" else ("Generator", "generate_batch")
     options = f"max_decoding_length={new_tokens}" if task == "seq2seq" else f"max_length={new_tokens}, include_prompt_in_result=False"
     result = "hypotheses[0]" if task == "seq2seq" else "sequences[0]"
@@ -104,7 +104,7 @@ def usage(task: Task, prompt: list[str], new_tokens: int) -> list[str]:
 
 
 def _convert(bundle: Exported, target: Path, weights: str) -> dict[str, int]:
-    """Write the engine's folder; gives how many weights of matrices kept their integers, were rounded to some, stayed floats."""
+    """Write the engine's folder. Returns how many weights of matrices kept their integers, were rounded, or stayed floats."""
     from ctranslate2.converters import TransformersConverter
     from ctranslate2.specs import model_spec
 
@@ -129,7 +129,7 @@ def _convert(bundle: Exported, target: Path, weights: str) -> dict[str, int]:
         setattr(spec, key, value.to(weights if weights in ("float16", "bfloat16") else "float32"))
 
     class Converter(TransformersConverter):  # type: ignore[misc]
-        """Of a model that is loaded already."""
+        """For a model that is loaded already."""
 
         def load_model(self, *_: Any, **__: Any) -> Any:
             return _as_it_reads(bundle.model)
@@ -145,7 +145,7 @@ def _convert(bundle: Exported, target: Path, weights: str) -> dict[str, int]:
             spec = super()._load()
 
             class Stored(type(spec)):  # type: ignore[misc]
-                """The same, whose weights are stored in place of its own rounding, when they have been checked."""
+                """The same, storing weights by `store` in place of its own rounding, once they are checked."""
 
                 def optimize(self, quantization: str | None = None) -> None:
                     model_spec.visit_spec(self, store)
@@ -168,14 +168,14 @@ def _convert(bundle: Exported, target: Path, weights: str) -> dict[str, int]:
 
 
 def _name_tokens(file: Path) -> None:
-    """A token that the tokenizer lacks is none in the engine's config either, which reads only names: the end's stands for it."""
+    """Put the end token in the engine's config in place of a token that the tokenizer lacks: the engine reads only names."""
     config = json.loads(file.read_text(encoding="utf-8"))
     unnamed = {key: config["eos_token"] for key, value in config.items() if key.endswith("_token") and value is None}
     file.write_text(json.dumps({**config, **unnamed}, indent=2), encoding="utf-8")
 
 
 def _as_it_reads(model: "PreTrainedModel") -> "PreTrainedModel":
-    """The model with its config as the converter expects it, which knows transformers 4: https://github.com/OpenNMT/CTranslate2."""
+    """The model with its config as the converter expects it, for transformers 4: https://github.com/OpenNMT/CTranslate2."""
     config = model.config
     if config.model_type in ("t5", "mt5", "umt5") and hasattr(config, "scale_decoder_outputs"):
         config.tie_word_embeddings = config.scale_decoder_outputs  # by which it scales logits
@@ -185,32 +185,32 @@ def _as_it_reads(model: "PreTrainedModel") -> "PreTrainedModel":
 
 
 def _grid(matrix: "NDArray[np.float32]") -> "tuple[NDArray[np.int8], NDArray[np.float32]] | None":
-    """Integers (rows, columns) and what each row was multiplied with to give them, where every row lies on a symmetric grid; else None."""
+    """Integers (rows, columns) and each row's factor to them, where every row lies on a symmetric grid; else None."""
     import numpy as np
 
     if matrix.ndim != 2:
         return None
     largest = np.abs(matrix).max(axis=1)
     scale = np.where(largest == 0, 1.0, 0.0).astype(np.float32)
-    for steps in range(LARGEST, 0, -1):  # of the grid up to the largest of a row
+    for steps in range(LARGEST, 0, -1):  # from zero to the largest of a row
         waiting = np.flatnonzero(scale == 0)
         if not len(waiting):
             break
         tried = steps / largest[waiting]
         wide = matrix[waiting] * tried[:, None]
-        turned = np.rint(wide).max(axis=1) == LARGEST  # -128 there is, 128 there isn't: such a row's step is negative
+        turned = np.rint(wide).max(axis=1) == LARGEST  # int8 has -128 but not 128: such a row's step is negative
         fits = np.abs(wide - np.rint(wide)).max(axis=1) < ON_GRID
         fits &= ~(turned & (np.rint(wide).min(axis=1) == -LARGEST))
         scale[waiting[fits]] = np.where(turned, -tried, tried)[fits]
         if steps == LARGEST - 8 and not scale.any():
-            return None  # weights that were rounded nowhere fit nothing
+            return None  # weights that were never rounded fit no grid
     if (scale == 0).any():
         return None
     return np.rint(matrix * scale[:, None]).astype(np.int8), scale
 
 
 def _nearest(matrix: "NDArray[np.float32]") -> "tuple[NDArray[np.int8], NDArray[np.float32]]":
-    """As `_grid`, of any matrix (rows, ...), to nearest, the largest of a row being 127."""
+    """As `_grid`, for any matrix (rows, ...): rounded to nearest, the largest of a row becoming 127."""
     import numpy as np
 
     flat = matrix.reshape(len(matrix), -1)

@@ -1,8 +1,8 @@
 """GGUF, llama.cpp's format: decoders of the kinds of Llama, Mistral, Qwen2 and Qwen3, in one file with their tokenizer.
 
-What `quantize: rtn`, `gptq`, `awq` or `autoround` left on a grid in groups of 32 columns, or of a multiple, keeps its very integers: a
-symmetric grid is Q4_0, Q5_0 or Q8_0, any other Q4_1 or Q5_1, whose scales are float16. Other matrices are float16, or are rounded to
-nearest in the type that `weights` names, as the package gguf does it.
+Matrices that `quantize: rtn`, `gptq`, `awq` or `autoround` left on a grid keep their exact integers, if groups have 32 columns or a
+multiple. A symmetric grid is stored as Q4_0, Q5_0 or Q8_0, any other as Q4_1 or Q5_1, with scales in float16. Other matrices are stored in
+float16, or rounded to nearest by the package gguf in the type that `weights` names.
 """
 
 import json
@@ -46,11 +46,11 @@ FILE = "model.gguf"
 PACKED, BESIDE = "weight_packed", ("weight_scale", "weight_zero_point", "weight_shape")
 TABLES = ("token_embd.weight", "output.weight")  # embeddings and head, by GGUF's names
 INPUT = "model.embed_tokens.weight"
-ROPE = "rope_freqs.weight"  # which no model's own files hold
+ROPE = "rope_freqs.weight"  # in no model's own files
 
 
 class Family(NamedTuple):
-    """GGUF's name for models of a type, and whether the two halves of each head's rows of q and k are interleaved there."""
+    """GGUF's name for models of a type, and whether it interleaves the two halves of each head's rows of q and k."""
 
     architecture: str
     interleaved: bool
@@ -92,7 +92,7 @@ PLAIN = Settings(weights="f32")  # what a baseline is measured in
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor of the file: its name, shape and type there, and what reads it, in the bytes of that type."""
+    """A tensor of the file: its name, shape and type there, and a function that reads it as bytes of that type."""
 
     name: str
     shape: tuple[int, ...]
@@ -102,7 +102,7 @@ class Stored:
 
 @dataclass(frozen=True)
 class Exported(Bundle):
-    """A model that is saved as GGUF, which is read from its own files tensor by tensor."""
+    """A model that is saved as GGUF, read tensor by tensor from its own files."""
 
     tensors: list[Stored]
     words: Vocabulary
@@ -140,9 +140,9 @@ class Exported(Bundle):
 
 
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
-    """The model, to be saved as GGUF; its weights are read then.
+    """The model, to be saved as GGUF; its weights are read only then.
 
-    Raises ModelError for a type of model, a tokenizer, positions or weights that can't be carried over, before any are read.
+    Raises ModelError for a type of model, a tokenizer, positions or weights that GGUF can't hold, before any weights are read.
     """
     config = bundle.config
     _check(config)
@@ -159,7 +159,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
 
 def usage(task: Task, prompt: list[str], new_tokens: int) -> list[str]:
-    """Python that writes to a prompt, in a folder that was exported; `prompt` are lines that give `ids`, its tokens."""
+    """Python code that answers a prompt, to be run in an exported folder; the lines in `prompt` set `ids`, its tokens."""
     return [
         "import xllamacpp",
         "from transformers import AutoTokenizer",
@@ -175,14 +175,14 @@ def usage(task: Task, prompt: list[str], new_tokens: int) -> list[str]:
 
 
 def _check(config: "PreTrainedConfig") -> None:
-    """Raises ModelError for what llama.cpp would compute otherwise."""
+    """Raises ModelError for what llama.cpp would compute differently."""
     if config.model_type not in FAMILIES:
         raise ModelError(f"export: gguf: the model is a {config.model_type}; known are {', '.join(sorted(FAMILIES))}")
     if config.hidden_act != "silu":
-        raise ModelError(f"export: gguf: hidden_act: {config.hidden_act}; a {config.model_type} computes with silu there")
+        raise ModelError(f"export: gguf: hidden_act: {config.hidden_act}; llama.cpp computes a {config.model_type} with silu")
     usual = config.hidden_size // config.num_attention_heads
     if config.model_type == "qwen2" and (head := _head_columns(config)) != usual:
-        raise ModelError(f"export: gguf: head_dim: {head}; a qwen2 has hidden_size / num_attention_heads there, {usual}")
+        raise ModelError(f"export: gguf: head_dim: {head}; llama.cpp takes hidden_size / num_attention_heads for a qwen2, {usual}")
     check_positions(config, "gguf", ("default", "linear", "llama3"))
 
 
@@ -213,9 +213,9 @@ def _head_columns(config: "PreTrainedConfig") -> int:
 
 
 def _tensors(folder: Path, config: "PreTrainedConfig", settings: Settings, bits: Mapping[str, int]) -> list[Stored]:
-    """What the file will hold, of the safetensors in a folder. `bits` of packed layers, by name or class.
+    """The tensors of the file, from the safetensors in a folder. `bits` are those of packed layers, by name or class.
 
-    Raises ModelError for a tensor that has no place in it, or that its type can't hold.
+    Raises ModelError for a tensor that has no place in the file, or that its type can't hold.
     """
     import gguf
 
@@ -247,7 +247,7 @@ def _tensors(folder: Path, config: "PreTrainedConfig", settings: Settings, bits:
 def _packed(
     layer: str, place: str, parts: Mapping[str, Path], bits: int, settings: Settings, order: "NDArray[np.int64] | None"
 ) -> Stored:  # fmt: skip
-    """A layer that is on a grid. `parts` are its tensors' files."""
+    """A layer on a grid. `parts` has the files of its tensors."""
     rows, columns = (int(number) for number in _tensor(f"{layer}.weight_shape", parts["weight_shape"]))
     groups = _tensor(f"{layer}.weight_scale", parts["weight_scale"]).shape[1]
     keeps = settings.weights == "auto"
@@ -255,26 +255,26 @@ def _packed(
     kind = kind_for(layer, bits, symmetric, columns, groups) if keeps else _kind(layer, place, (rows, columns), settings)
 
     def read() -> "NDArray[Any]":
-        found = unpacked({part: _tensor(f"{layer}.{part}", file) for part, file in parts.items()}, bits, "gguf")
-        found = found if order is None else found.rows(order)
-        return blocks(layer, found, kind) if keeps else _rounded(layer, found.values(), kind)
+        integers = unpacked({part: _tensor(f"{layer}.{part}", file) for part, file in parts.items()}, bits, "gguf")
+        integers = integers if order is None else integers.rows(order)
+        return blocks(layer, integers, kind) if keeps else _rounded(layer, integers.values(), kind)
 
     return Stored(place, (rows, columns), kind, read)
 
 
 def _kind(name: str, place: str, shape: tuple[int, ...], settings: Settings) -> str:
-    """The type that numbers get which are on no grid."""
+    """The type of a tensor that is on no grid."""
     if len(shape) < 2:
         return "F32"
-    wanted = "f16" if settings.weights == "auto" else settings.weights
+    weight_type = "f16" if settings.weights == "auto" else settings.weights
     if place in TABLES:
-        wanted = settings.embeddings or ("f32" if settings.weights == "f32" else "f16")
-    if wanted.startswith("q") and shape[-1] % BLOCK:
+        weight_type = settings.embeddings or ("f32" if settings.weights == "f32" else "f16")
+    if weight_type.startswith("q") and shape[-1] % BLOCK:
         key = "embeddings" if place in TABLES else "weights"
         raise ModelError(
-            f"export: gguf: {name} has {shape[-1]} columns, which a block's {BLOCK} must divide with {key}: {wanted}; take {key}: f16"
+            f"export: gguf: {name} has {shape[-1]} columns, no multiple of {BLOCK}, which {key}: {weight_type} needs; take {key}: f16"
         )
-    return wanted.upper()
+    return weight_type.upper()
 
 
 def _reader(name: str, file: Path, kind: str, order: "NDArray[np.int64] | None") -> "Callable[[], NDArray[Any]]":
@@ -290,22 +290,22 @@ def _rounded(name: str, values: "NDArray[np.float32]", kind: str) -> "NDArray[An
     import numpy as np
 
     with np.errstate(over="ignore"):
-        made: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(values), gguf.GGMLQuantizationType[kind])
-    if kind == "F16" and not np.isfinite(made).all():
+        converted: NDArray[Any] = gguf.quants.quantize(np.ascontiguousarray(values), gguf.GGMLQuantizationType[kind])
+    if kind == "F16" and not np.isfinite(converted).all():
         raise ModelError(f"export: gguf: {name} has a weight of {np.abs(values).max():.3g}, beyond float16; take weights: f32")
-    return made
+    return converted
 
 
 def _tensor(name: str, file: Path) -> "Tensor":
     from safetensors import safe_open
 
     with safe_open(file, framework="pt") as tensors:
-        found: Tensor = tensors.get_tensor(name)
-    return found
+        tensor: Tensor = tensors.get_tensor(name)
+    return tensor
 
 
 def _order(layer: str, config: "PreTrainedConfig") -> "NDArray[np.int64] | None":
-    """The order of a layer's rows where a rotation turns neighbours, and not the two halves of a head's rows; None for other layers."""
+    """The order of a layer's rows for a rotation of neighbours in place of the two halves of a head's rows; None for other layers."""
     import numpy as np
 
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}.get(layer.rpartition(".")[2])
@@ -315,7 +315,7 @@ def _order(layer: str, config: "PreTrainedConfig") -> "NDArray[np.int64] | None"
 
 
 def _rope_factors(config: "PreTrainedConfig") -> "NDArray[np.float32] | None":
-    """What each frequency of the rotation is divided by, float32 (head columns / 2); None where they are as usual."""
+    """What each frequency of the rotation is divided by, float32 (head columns / 2); None where nothing is."""
     import numpy as np
 
     if config.rope_parameters["rope_type"] != "llama3":

@@ -1,7 +1,8 @@
 """ONNX as onnxruntime-genai has it: decoders of the kinds of Llama, Mistral, Qwen2 and Qwen3, in floats or with weights in 4 or 8 bits.
 
-Weights that `quantize: rtn`, `gptq`, `awq` or `autoround` packed, in either format, keep their very integers, scales and zero points as
-MatMulNBits: up to 4 bits in 4, up to 8 in 8, in blocks of 16 to 256 columns. All else is float32, and inputs are never rounded.
+Weights that `quantize: rtn`, `gptq`, `awq` or `autoround` packed, in either format, keep their exact integers, scales and zero points.
+They are stored as MatMulNBits: up to 4 bits in 4, up to 8 in 8, in blocks of 16 to 256 columns. All else is float32, and inputs are never
+rounded.
 """
 
 import io
@@ -83,8 +84,8 @@ class Exported(Bundle):
             graph = onnx_ir.load(built / FILE)
             if lost := sorted(self.packed.keys() - _store(graph.graph, self.packed)):
                 raise ModelError(
-                    f"export: onnx: {lost[0]} and {len(lost) - 1} more packed layers are no matrices of their own as the builder has a"
-                    f" {kind}, so that their integers can't be kept; give weights: float32"
+                    f"export: onnx: {lost[0]} and {len(lost) - 1} more packed layers have no matrix of their own in the builder's"
+                    f" {kind}, so their integers can't be kept; give weights: float32"
                 )
             onnx_ir.save(graph, folder / FILE, external_data=DATA)
             (built / SETTINGS).rename(folder / SETTINGS)
@@ -104,7 +105,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     config = read_config(bundle.source)
     if config.model_type not in ROPES:
         raise ModelError(f"export: onnx: the model is a {config.model_type}; known are {', '.join(sorted(ROPES))}")
-    check_positions(config, "onnx", ROPES[config.model_type])  # which the builder leaves out in silence where it doesn't know them
+    check_positions(config, "onnx", ROPES[config.model_type])  # the builder drops those that it doesn't know in silence
     packing = getattr(config, "quantization_config", None) or {}
     read = gptq_layers if packing.get("quant_method") == "gptq" else packed_layers
     packed = read(local_folder(bundle.source), packing, "onnx") if packing and settings.weights == "auto" else {}
@@ -121,7 +122,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
 
 def usage(task: Task, prompt: list[str], new_tokens: int) -> list[str]:
-    """Python that writes to a prompt, in a folder that was exported; `prompt` are lines that give `ids`, its tokens."""
+    """Python code that answers a prompt, to be run in an exported folder; the lines in `prompt` set `ids`, its tokens."""
     return [
         "import os",
         "",
@@ -143,7 +144,7 @@ def usage(task: Task, prompt: list[str], new_tokens: int) -> list[str]:
 
 
 def _readable(source: Source, scratch: Path) -> Source:
-    """The model, with the numbers that GPTQ's files stand for in place of these, which transformers may lack the packages for."""
+    """The model; one in GPTQ's files is unpacked, since transformers may lack the packages to read it."""
     packing = getattr(read_config(source), "quantization_config", None) or {}
     if packing.get("quant_method") != "gptq":
         return source
@@ -153,8 +154,8 @@ def _readable(source: Source, scratch: Path) -> Source:
 def _built(model: Path, target: Path, kind: str) -> Path:
     """The folder in which onnxruntime-genai's builder made a graph of a model in floats.
 
-    It reads GPTQ's files itself, too, but every zero point as if it had been stored less one, all by way of float16, and no model of which
-    a layer isn't packed; so it is given floats, one matrix a layer.
+    It gets floats, one matrix a layer, though it reads GPTQ's files, too. But there it takes every zero point as stored less one, rounds
+    all to float16, and refuses a model with a layer that isn't packed.
 
     Raises ModelError for what it can't build.
     """
@@ -165,13 +166,13 @@ def _built(model: Path, target: Path, kind: str) -> Path:
         with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
             create_model(*place, **parse_extra_options(*place, ["fuse_qkv=false", "hf_token=false"]))
     except (NotImplementedError, AttributeError, KeyError, TypeError, ValueError, IndexError, RuntimeError) as error:
-        said = in_a_line(error).replace(str(model), kind)
-        raise ModelError(f"export: onnx: onnxruntime-genai's builder can't build a {kind}: {said}") from None
+        reason = in_a_line(error).replace(str(model), kind)
+        raise ModelError(f"export: onnx: onnxruntime-genai's builder can't build a {kind}: {reason}") from None
     return target
 
 
 def _store(graph: Any, packed: Packed) -> set[str]:
-    """Put integers in the place of a graph's float matrices; gives the names of the layers that were met."""
+    """Replace a graph's float matrices by integers. Returns the names of the layers that it has."""
     import onnx_ir
 
     names = {f"{layer.replace('.self_attn.', '.attn.')}.MatMul.weight": layer for layer in packed}  # as the builder has them
@@ -186,15 +187,15 @@ def _store(graph: Any, packed: Packed) -> set[str]:
             inputs.append(onnx_ir.Value(name=f"{layer}.{name}", const_value=onnx_ir.tensor(values)))
             graph.register_initializer(inputs[-1])
         attributes = {"K": columns, "N": rows, **how, "accuracy_level": 0}  # other levels round the inputs
-        made = onnx_ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name=f"{node.name}NBits")
-        onnx_ir.convenience.replace_nodes_and_values(graph, node, [node], [made], node.outputs, made.outputs)
+        replacement = onnx_ir.node("MatMulNBits", inputs, attributes, domain="com.microsoft", name=f"{node.name}NBits")
+        onnx_ir.convenience.replace_nodes_and_values(graph, node, [node], [replacement], node.outputs, replacement.outputs)
         del graph.initializers[weight.name]
         met.add(layer)
     return met
 
 
 def _blocks(matrix: Integers, bits: int) -> "tuple[dict[str, NDArray[Any]], dict[str, int]]":
-    """MatMulNBits's inputs by name, and what it is told of them: a row's integers in bytes, the first of two in the lower half.
+    """MatMulNBits's inputs by name, and its attributes. A row's integers are stored in bytes, the first of two in the lower half.
 
     qweight  uint8 (rows, blocks, bytes of one)
     scales   float32 (rows, blocks)
@@ -228,10 +229,10 @@ def _bytes(integers: "NDArray[np.int16]", width: int) -> "NDArray[np.uint8]":
 
 
 def _width(bits: int) -> int:
-    """In how many bits integers of so many are stored."""
+    """The bits in which integers of `bits` bits are stored."""
     return 4 if bits <= 4 else 8
 
 
 def _block(columns: int) -> int:
-    """The largest block of columns that a group of so many is made of."""
+    """The largest block that divides a group of so many columns."""
     return min(columns & -columns, LARGEST)

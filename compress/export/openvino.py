@@ -1,8 +1,8 @@
 """OpenVINO's format: decoders and encoder-decoders that transformers can trace, for its engine on CPUs; in floats, 8 or 4 bits.
 
-Packed weights of 4 or 8 bits, a scale a row or a group, with zero points of their own or without, keep their very integers; beside them
+Packed weights of 4 or 8 bits, with a scale a row or a group, with or without zero points, keep their exact integers. Beside them
 `embeddings: int8` rounds the embeddings and the head, which are a third of a small model. With `weights: int8` all matrices are rounded to
-nearest, symmetric, a scale a row; with `int4` NNCF rounds them (Intel, Apache 2.0).
+nearest, symmetric, with a scale a row. With `int4` NNCF rounds them (Intel, Apache 2.0).
 """
 
 import json
@@ -41,11 +41,11 @@ ABOUT = About(
     tasks=("seq2seq", "causal-lm"),
 )
 FOLDER = "openvino"
-WIDTHS = (4, 8)  # bits that its integers have here
+WIDTHS = (4, 8)  # bits of its integers
 LARGEST = 127  # of the integers that rows are rounded to
 TYPES = {"i8": "int8", "u8": "int8", "i4": "int4", "u4": "int4", "f32": "float32"}
 GROUP = 32  # columns that share a scale where NNCF rounds
-# what the engine would else do of itself: compute in bfloat16 where the CPU can, round keys, values and the inputs of layers
+# else the engine computes in bfloat16 where the CPU can, and rounds keys, values and the inputs of layers
 EXACT = {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32", "DYNAMIC_QUANTIZATION_GROUP_SIZE": "0"}
 
 
@@ -111,8 +111,8 @@ class Exported(Bundle):
             files += [f"{FOLDER}/{name}.bin", f"{FOLDER}/{name}.xml"]
         if lost := sorted(self.packed.keys() - kept):
             raise ModelError(
-                f"export: openvino: {lost[0]} and {len(lost) - 1} more packed layers are no matrices of their own once the model is traced,"
-                " so that their integers can't be kept; give weights: float32 or int8"
+                f"export: openvino: {lost[0]} and {len(lost) - 1} more packed layers have no matrix of their own once the model is traced,"
+                " so their integers can't be kept; give weights: float32 or int8"
             )
         whole = stored.total()
         self.say(f"of {whole:,} weights {', '.join(f'{size / whole:.1%} are {form}' for form, size in stored.most_common())}")
@@ -122,7 +122,7 @@ class Exported(Bundle):
 def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """The model, to be saved for the engine.
 
-    Raises ModelError for packed weights that it can't hold; a type that can't be traced is seen when it is saved.
+    Raises ModelError for packed weights that it can't hold; a type that can't be traced shows only when it is saved.
     """
     packing = getattr(read_config(bundle.source), "quantization_config", None) or {}
     keeps = settings.weights == "auto" and packing.get("quant_method") == "compressed-tensors"
@@ -134,7 +134,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
 
 
 def usage(task: Task, prompt: list[str], new_tokens: int) -> list[str]:
-    """Python that writes to a prompt, in a folder that was exported; `prompt` are lines that give `ids`, its tokens."""
+    """Python code that answers a prompt, to be run in an exported folder; the lines in `prompt` set `ids`, its tokens."""
     encodes = task == "seq2seq"
     encoded = [
         f'encoder = core.compile_model("{FOLDER}/encoder.xml", "CPU", exact).create_infer_request()',
@@ -158,14 +158,14 @@ def usage(task: Task, prompt: list[str], new_tokens: int) -> list[str]:
         "written = []",
         f"while len(written) < {new_tokens} and tokenizer.eos_token_id not in written:",
         f"    seen = len(ids){'' if encodes else ' + len(written)'}",
-        "    given = {",
+        "    inputs = {",
         '        "input_ids": np.array([new]),',
         '        "attention_mask": np.ones((1, seen), dtype=np.int64),',
         '        "beam_idx": np.array([0]),',
         '        "position_ids": np.arange(seen - len(new), seen)[None],',
         '        "logits_to_keep": np.array([len(new) - 1]),',
         "    }",
-        "    decoder.infer({name: value for name, value in given.items() if name in takes})",
+        "    decoder.infer({name: value for name, value in inputs.items() if name in takes})",
         '    new = [int(decoder.get_tensor("logits").data[0, -1].argmax())]',
         "    written += new",
         "print(tokenizer.decode(written, skip_special_tokens=True).strip())",
@@ -190,7 +190,7 @@ def _tables(model: "PreTrainedModel") -> set[str]:
 
 
 def _store(graph: Any, packed: Packed, tables: Collection[str], settings: Settings) -> set[str]:
-    """Put integers in the place of a graph's float matrices (rows, columns); gives the names of the packed layers that were met.
+    """Replace a graph's float matrices (rows, columns) by integers. Returns the names of the packed layers that it has.
 
     tables   names of the weights of embeddings and head
     """
@@ -220,7 +220,7 @@ def _store(graph: Any, packed: Packed, tables: Collection[str], settings: Settin
 
 
 def _numbers(matrix: Integers, bits: int) -> Any:
-    """The node of a graph that gives what integers stand for, float32 (rows, columns)."""
+    """The node of a graph that turns integers into the weights, float32 (rows, columns)."""
     import numpy as np
     import openvino
     from openvino import opset13 as op
@@ -245,7 +245,7 @@ def _numbers(matrix: Integers, bits: int) -> Any:
 
 
 def _nearest(matrix: "NDArray[np.float32]") -> Integers:
-    """A matrix (rows, columns) to nearest in 8 bits, the largest of a row being 127."""
+    """A matrix (rows, columns) rounded to nearest in 8 bits, the largest of a row becoming 127."""
     import numpy as np
 
     scale = np.maximum(np.abs(matrix).max(axis=1, keepdims=True), np.finfo(np.float32).tiny * LARGEST) / LARGEST
@@ -253,7 +253,7 @@ def _nearest(matrix: "NDArray[np.float32]") -> Integers:
 
 
 def _sizes(graph: Any) -> Counter[str]:
-    """How many weights of matrices a graph has in each type; scales and zero points, which are of one column, aren't any."""
+    """How many weights of matrices a graph has in each type. Scales and zero points, which have one column, don't count."""
     sizes = Counter[str]()
     for node in graph.get_ordered_ops():
         if node.get_type_name() == "Constant" and len(node.shape) > 1 and node.shape[-1] > 1:

@@ -1,4 +1,4 @@
-"""The forecast of a side's memory, to stand beside what was measured."""
+"""The forecast of a side's memory, to be shown beside the measurement."""
 
 from pathlib import Path
 
@@ -12,10 +12,10 @@ from compress.results.sides import Measurement, Side
 
 
 def foretold(side: Side, source: Source, recipe: Recipe, device: str) -> list[Measurement]:
-    """What config.json foretells of a side's peak while running, and how far off that is; nothing where neither can be told.
+    """The forecast of a side's peak while running, from config.json, and its error; empty where they can't be told.
 
-    Packed weights count as they lie on disk, but compressed-tensors' as unpacked, which plain transformers does, and torchao's as FBGEMM
-    lays them where it is taken.
+    Packed weights count with their size on disk. There are two exceptions: compressed-tensors' count as unpacked, as plain transformers
+    holds them, and torchao's in FBGEMM's layout where that is used.
     """
     values = {measured.metric: measured.value for measured in side.measurements if measured.batch_size is None}
     peak, on_disk = values.get("peak_run_bytes"), values.get("file_bytes")
@@ -35,14 +35,14 @@ def foretold(side: Side, source: Source, recipe: Recipe, device: str) -> list[Me
     else:
         weights = weight_bytes(shape, dtype) if method == "compressed-tensors" else round(on_disk)
     width, new_tokens = 4 if dtype == "FP32" else 2, recipe.benchmark.new_tokens
-    found = [footprint(weights, shape, width, batch or 1, prompt or 1, new_tokens, device) for batch, prompt in points]
-    foretold = max(one.alive for one in found)
+    estimates = [footprint(weights, shape, width, batch or 1, prompt or 1, new_tokens, device) for batch, prompt in points]
+    foretold = max(estimate.alive for estimate in estimates)
     error = Measurement(metric="forecast_error", value=100 * (foretold / peak - 1))
     return [Measurement(metric="forecast_run_bytes", value=foretold), error]
 
 
 def _folder(source: Source) -> Path | None:
-    """Where a model that was loaded lies."""
+    """The folder of a model that was loaded."""
     if source.is_folder:
         return Path(source.id)
     import huggingface_hub

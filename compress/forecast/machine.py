@@ -1,4 +1,4 @@
-"""The machines that a forecast is for: well-known GPUs by name, this machine's memory, and how fast they are, roughly."""
+"""The machines that a forecast is for: well-known GPUs by name, or this machine; their memory, and roughly their speed."""
 
 import os
 from dataclasses import dataclass, replace
@@ -12,10 +12,10 @@ GIB = 1 << 30
 
 @dataclass(frozen=True)
 class Machine:
-    """What computes.
+    """A GPU or CPU.
 
-    memory_bytes   of the GPU, or what is free of the main memory
-    bytes_per_s    how fast memory is read
+    memory_bytes   of the GPU, or of the main memory what is free
+    bytes_per_s    read from memory
     flops          operations a second on matrices, in 16 bits on a GPU and in 32 on a CPU
     """
 
@@ -30,7 +30,7 @@ def _gpu(name: str, gib: int, gb_per_s: float, tflops: float) -> Machine:
     return Machine(name, "cuda", gib * GIB, gb_per_s * 1e9, tflops * 1e12)
 
 
-# NVIDIA's data sheets of each: memory, its bandwidth, dense tensor-core throughput in 16 bits (half of what is printed "with sparsity").
+# From NVIDIA's data sheets: memory, its bandwidth, dense tensor-core throughput in 16 bits (half of the figure "with sparsity").
 GPUS = {
     machine.name: machine
     for machine in [
@@ -48,7 +48,7 @@ GPUS = {
         _gpu("h200-141gb", 141, 4800, 989),
     ]
 }
-# Assumed of a core of a server's CPU with AVX2: 40 GFLOP/s on float32 matrices, 8 GB/s of the memory's bandwidth. Right in magnitude only.
+# Assumed for a core of a server's CPU with AVX2: 40 GFLOP/s on float32 matrices, 8 GB/s of memory bandwidth; a rough magnitude.
 CORE_FLOPS, CORE_BYTES_PER_S = 40e9, 8e9
 
 
@@ -60,8 +60,9 @@ def named(gpu: str) -> Machine:
 
 
 def here(threads: int | None) -> Machine:
-    """This machine's first GPU where NVML sees one, or its CPU with so many threads, None for all that the process may use; and what of the
-    memory is free now.
+    """This machine's first GPU where NVML sees one, or else its CPU, with the memory that is free now.
+
+    threads   of the CPU; None takes all that the process may use
     """
     cores = min(threads or 4096, len(os.sched_getaffinity(0)))
     free = psutil.virtual_memory().available
@@ -69,7 +70,7 @@ def here(threads: int | None) -> Machine:
 
 
 def _own_gpu() -> Machine | None:
-    """The first GPU, as fast as the table's of that name, or as its slowest where it has none."""
+    """The first GPU, as fast as the one of that name in the table, or as the slowest there."""
     try:
         import pynvml
 
@@ -78,5 +79,5 @@ def _own_gpu() -> Machine | None:
         name, free = str(pynvml.nvmlDeviceGetName(device)), int(pynvml.nvmlDeviceGetMemoryInfo(device).free)
     except Exception:  # NVML isn't here, or has no device, and has an error class for each of its troubles
         return None
-    known = (gpu for gpu in GPUS.values() if gpu.name.rpartition("-")[0].replace("-", " ") in name.lower())
-    return replace(next(known, GPUS["t4-16gb"]), name=f"this machine's {name}", memory_bytes=free)
+    matches = (gpu for gpu in GPUS.values() if gpu.name.rpartition("-")[0].replace("-", " ") in name.lower())
+    return replace(next(matches, GPUS["t4-16gb"]), name=f"this machine's {name}", memory_bytes=free)

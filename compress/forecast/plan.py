@@ -1,6 +1,6 @@
-"""What a recipe will take before anything is run: memory at each grid point and dtype, whether it fits, time and disk.
+"""A forecast before anything is run: memory at each grid point and dtype, whether it fits, time and disk.
 
-Sizes are exact or nearly so; times are rough, from how much is computed and read and how fast that goes.
+Sizes are exact or nearly so. Times are rough: they follow from how much is computed and read, and how fast.
 """
 
 import json
@@ -21,18 +21,18 @@ from compress.recipe import Recipe, Stage
 from compress.shape import Shape
 
 STORED = {"float32": "FP32", "float16": "FP16", "bfloat16": "BF16"}
-ROWS = 1000  # what an uncounted train split is taken for
-START_S = 10  # a working process's start: imports and loading
-COPY_S = 2  # the same of a copy, which has imported
-INPUT_TOKENS = 256  # an evaluation example's prompt, where nothing says how long it may be
-BATCH_TOKENS = 16384  # of the evaluation that are read together, where nothing says how many
+ROWS = 1000  # assumed of a train split whose rows weren't counted
+START_S = 10  # for a process to start: imports and loading
+COPY_S = 2  # the same for a copy, which has its imports
+INPUT_TOKENS = 256  # of an evaluation example's prompt, where no setting bounds it
+BATCH_TOKENS = 16384  # of the evaluation that are read together, where no setting bounds them
 
 
 @dataclass(frozen=True)
-class Row:
-    """One dtype at one grid point; INT8 and INT4 are what the stages leave packed.
+class Forecast:
+    """The memory of one dtype at one grid point; INT8 and INT4 stand for weights that the stages pack.
 
-    `held` is None where the architecture isn't known; `weights` are told then.
+    `held` is None where the architecture isn't known; `weights` are known even then.
     """
 
     dtype: str
@@ -49,14 +49,14 @@ class Row:
 
 @dataclass(frozen=True)
 class Plan:
-    """All that is foretold. Bytes and seconds."""
+    """The whole forecast, in bytes and seconds."""
 
     model: str
     architecture: str
     parameters: int
     dtype: str
     machine: Machine
-    rows: list[Row]
+    rows: list[Forecast]
     seconds: dict[str, float]
     disk_bytes: int
     said: list[str]
@@ -70,22 +70,22 @@ class Plan:
 def plan(recipe: Recipe, machine: Machine) -> Plan:
     """Forecast a recipe from its model's config.json.
 
-    Raises ModelError where there is no config, or one whose architecture isn't known and whose weights aren't here to be looked at.
+    Raises ModelError where there is no config, or where its architecture isn't known and the weights aren't here to look at.
     """
     folder = _folder(recipe)
     config = read_config(folder)
-    said, benchmark = [], recipe.benchmark
-    known = architectures.of(str(config.get("model_type"))).shape is not None
-    if known:
+    notes, benchmark = [], recipe.benchmark
+    is_known = architectures.of(str(config.get("model_type"))).shape is not None
+    if is_known:
         shape = read(config, recipe.model.task)
     else:
         shape = _from_headers(folder, config)
-        said.append(
-            f"{shape.architecture!r} isn't known here: its weights are read from its files' headers, and what else it takes can't be told"
+        notes.append(
+            f"{shape.architecture!r} isn't known here: its weights are counted from its files' headers, and its other memory can't be told"
         )
-    said += remarks(recipe)
+    notes += remarks(recipe)
     if others := [engine.name for engine in recipe.engines if not engine.is_plain]:
-        said.append(f"memory and time are foretold of plain transformers; {' and '.join(others)} takes less of both, most often")
+        notes.append(f"memory and time are those of plain transformers; {' and '.join(others)} mostly takes less of both")
     dtype = stored_dtype(folder, config, recipe.model.dtype)
     rows = []
     left = _left(recipe, dtype)
@@ -93,21 +93,23 @@ def plan(recipe: Recipe, machine: Machine) -> Plan:
     if left.bits:
         padded = benchmark.runtime.cpu_int8 and machine.device == "cpu" and left.pads
         sizes[f"INT{left.bits}"] = weight_bytes(shape, left.dtype, left.bits, padded), left.dtype
-        said.append(f"{left.stage} leaves INT{left.bits} in memory; what it doesn't pack stays {left.dtype}")
+        notes.append(f"{left.stage} leaves INT{left.bits} in memory; what it doesn't pack stays {left.dtype}")
     elif left.stage and any(engine.is_plain for engine in recipe.engines):
-        said.append(f"{left.stage}: plain transformers unpacks the weights, so they take what {left.dtype} takes; files alone are smaller")
+        notes.append(
+            f"{left.stage}: plain transformers unpacks the weights, which then take as much as {left.dtype}; only files are smaller"
+        )
     for name, (weights, stored) in sizes.items():
         for batch, prompt in benchmark.points:
             width = 4 if stored == "FP32" else 2
-            held = footprint(weights, shape, width, batch, prompt, benchmark.new_tokens, machine.device) if known else None
-            rows.append(Row(name, batch, prompt, weights, held, (held.peak if held else weights) <= machine.memory_bytes))
+            held = footprint(weights, shape, width, batch, prompt, benchmark.new_tokens, machine.device) if is_known else None
+            rows.append(Forecast(name, batch, prompt, weights, held, (held.peak if held else weights) <= machine.memory_bytes))
     seconds = {str(stage): _stage_seconds(stage, recipe, shape, machine) for stage in recipe.stages}
     if any(isinstance(stage.settings, TuneSettings) and stage.settings.samples is None for stage in recipe.stages):
-        said.append(f"the rows of the train split weren't counted and are taken for {ROWS:,}")
+        notes.append(f"the rows of the train split weren't counted; {ROWS:,} are assumed")
     for side, name in (("baseline", dtype), ("candidate", f"INT{left.bits}" if left.bits else left.dtype)):
         seconds[f"measuring the {side}"] = _benchmark_seconds(recipe, shape, sizes[name][0], machine)
     disk = sum(_artifacts(recipe, shape, dtype))
-    return Plan(recipe.model.id, shape.architecture, shape.parameters, dtype, machine, rows, seconds, disk, said)
+    return Plan(recipe.model.id, shape.architecture, shape.parameters, dtype, machine, rows, seconds, disk, notes)
 
 
 @dataclass(frozen=True)
@@ -115,8 +117,9 @@ class Left:
     """How the stages leave the weights in memory.
 
     dtype   of what isn't packed
-    bits    of the linear layers' where they are packed; `stage` is the one that does so, or whose packed weights are unpacked
-    pads    whether `cpu_int8` takes them
+    bits    of the linear layers' weights where they are packed
+    stage   the one that packs them, or whose packed weights are unpacked again
+    pads    whether `cpu_int8` applies to them
     """
 
     dtype: str
@@ -138,17 +141,17 @@ def _left(recipe: Recipe, dtype: str) -> Left:
 
 
 def remarks(recipe: Recipe) -> list[str]:
-    """What its stages' settings will do to layers of the model's shapes, where its config lies on this disk and is of a known kind."""
-    columns, found = widths(recipe), list[str]()
+    """Remarks on what the stages' settings do to layers of the model's shapes; none unless its config is on disk and of a known kind."""
+    columns, sentences = widths(recipe), list[str]()
     for stage in recipe.stages:
         if stage.method == "structured" or not columns:  # the shapes are others then, or not known
             break
-        found += [f"{stage}: {sentence}" for sentence in stage.settings.about_shapes(columns)]
-    return found
+        sentences += [f"{stage}: {sentence}" for sentence in stage.settings.about_shapes(columns)]
+    return sentences
 
 
 def widths(recipe: Recipe) -> Mapping[int, int]:
-    """How many weights are in layers of so many columns; nothing where the config isn't on this disk or of a known kind."""
+    """Columns of a layer -> weights in such layers; empty where the config isn't on disk or is of no known kind."""
     place = BUILTIN if recipe.model.id == "builtin" else recipe.folder / user_path(recipe.model.id)
     try:
         return read(read_config(place), recipe.model.task).columns
@@ -167,19 +170,19 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def stored_dtype(folder: Path, config: dict[str, Any], wanted: str) -> str:
-    """The dtype that a model is loaded in, by the name it has in a plan: its files' where its config names none."""
-    dtype = wanted if wanted != "auto" else config.get("dtype") or config.get("torch_dtype")
+def stored_dtype(folder: Path, config: dict[str, Any], requested: str) -> str:
+    """The dtype that a model is loaded in, by its name in a plan; where the config names none, that of its files."""
+    dtype = requested if requested != "auto" else config.get("dtype") or config.get("torch_dtype")
     return STORED.get(str(dtype or next(iter(stored_dtypes(folder)), "float32")), "FP32")
 
 
 def _folder(recipe: Recipe) -> Path:
-    """Where the config of the recipe's model lies; a folder needs nothing else. A hub's config alone is fetched, once."""
+    """The folder with the config of the recipe's model. From the hub only the config is fetched, once."""
     place = recipe.folder / user_path(recipe.model.id)
     if (place / "config.json").is_file():
         return place
-    wanted = recipe.model
-    source = pinned(Source(locate(wanted.id, recipe.folder), wanted.task, wanted.dtype, wanted.revision))
+    model = recipe.model
+    source = pinned(Source(locate(model.id, recipe.folder), model.task, model.dtype, model.revision))
     if source.is_folder:
         return Path(source.id)
     import huggingface_hub
@@ -192,7 +195,7 @@ def _folder(recipe: Recipe) -> Path:
 
 
 def _from_headers(folder: Path, config: dict[str, Any]) -> Shape:
-    """The sizes of an unknown architecture, from the headers of its weight files: what has two dimensions counts as linear.
+    """The sizes of an unknown architecture, from the headers of its weight files: tensors of two dimensions count as linear.
 
     Raises ModelError where there are none here.
     """
@@ -201,7 +204,7 @@ def _from_headers(folder: Path, config: dict[str, Any]) -> Shape:
     if not files:
         raise ModelError(
             f"model_type {kind!r}: its sizes can't be told from its config; known are {', '.join(architectures.shaped())}."
-            " With its safetensors in the folder their headers are read"
+            " With its safetensors in the folder their headers would be read"
         )
     linear = other = 0
     for file in files:
@@ -215,7 +218,7 @@ def _from_headers(folder: Path, config: dict[str, Any]) -> Shape:
 
 
 def _benchmark_seconds(recipe: Recipe, shape: Shape, weights: int, machine: Machine) -> float:
-    """One side's: process starts, every generation at every point, and the evaluation examples."""
+    """Seconds to measure one side: process starts, every generation at every point, and the evaluation examples."""
     benchmark = recipe.benchmark
     start = COPY_S if machine.device == "cpu" else START_S
     grid = sum(_generation_seconds(shape, weights, machine, batch, prompt, benchmark.new_tokens) for batch, prompt in benchmark.points)
@@ -229,15 +232,15 @@ def _benchmark_seconds(recipe: Recipe, shape: Shape, weights: int, machine: Mach
 
 
 def _generation_seconds(shape: Shape, weights: int, machine: Machine, batch: int, prompt: int, new: int) -> float:
-    """Prefill is bound by arithmetic, two operations a weight and token; each further token reads the weights, or computes as long."""
+    """Seconds of a generation. Prefill is bound by arithmetic, two operations a weight and token; each further token by the weights
+    that it reads, or by arithmetic where that takes longer."""
     flops = 2 * shape.linear / machine.flops
     written = 0 if shape.vocabulary is None else new
     return flops * batch * prompt + written * max(weights / machine.bytes_per_s, flops * batch)
 
 
 def _stage_seconds(stage: Stage, recipe: Recipe, shape: Shape, machine: Machine) -> float:
-    """A training step computes three times a forward pass, four where another model is asked; a calibrated method passes over its examples
-    twice, and others over none."""
+    """Seconds of a stage. A training step counts as three forward passes, a calibrated method as two over its examples, others as none."""
     settings = stage.settings
     forward = 2 * shape.linear / machine.flops
     if isinstance(settings, TuneSettings):
@@ -253,13 +256,13 @@ def _stage_seconds(stage: Stage, recipe: Recipe, shape: Shape, machine: Machine)
 
 
 def _artifacts(recipe: Recipe, shape: Shape, dtype: str) -> list[int]:
-    """Bytes of every stage's artifact; while it trains a checkpoint lies beside it: weights and two states of Adam, in float32."""
-    found, now = [], weight_bytes(shape, dtype)
+    """Bytes of every stage's artifact. One that trains has a checkpoint, too: weights and two states of Adam, in float32."""
+    sizes, now = [], weight_bytes(shape, dtype)
     for stage in recipe.stages:
         if stage.family == "quantize":
             bits = {"cast": 16, "bnb_nf4": 4}.get(stage.method) or getattr(stage.settings, "bits", 8)
             now = min(now, weight_bytes(shape, "BF16", None if bits == 16 else 8 if bits == 8 else 4))
         elif stage.method == "structured":
             now = round(now * float(getattr(stage.settings, "keep", 1)))
-        found.append(now + (12 * shape.parameters if isinstance(stage.settings, TuneSettings) else 0))
-    return found
+        sizes.append(now + (12 * shape.parameters if isinstance(stage.settings, TuneSettings) else 0))
+    return sizes

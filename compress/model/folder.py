@@ -22,7 +22,7 @@ BROUGHT = frozenset(
 
 
 def check_folder(folder: Path) -> None:
-    """See that a model folder has a config, a tokenizer and whole safetensors, without torch.
+    """Check that a model folder has a config, a tokenizer and undamaged safetensors, without torch.
 
     Raises ModelError.
     """
@@ -38,8 +38,8 @@ def check_folder(folder: Path) -> None:
         raise ModelError(f"{folder}: no tokenizer (tokenizer.json, tokenizer_config.json, *.model or vocab.*)")
     if (folder / "adapter_config.json").is_file():
         raise ModelError(
-            f"{folder}: adapter_config.json says that an adapter belongs to this model, which transformers puts on it where peft is there;"
-            " merge it into the weights first (peft's merge_and_unload), or take the file away"
+            f"{folder}: adapter_config.json names an adapter, which transformers adds to the model where peft is installed."
+            " Merge it into the weights first (peft's merge_and_unload), or remove the file"
         )
     if exports.read(folder) is not None:
         return
@@ -64,7 +64,7 @@ def _why_no_weights(folder: Path) -> str:
 
 
 def settings_in(file: Path) -> dict[str, Any]:
-    """A JSON file's settings; empty where there is no such file. Raises ModelError where it holds something else than an object."""
+    """The settings in a JSON file; empty where there is none. Raises ModelError where it holds something else than an object."""
     try:
         held = json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -72,13 +72,14 @@ def settings_in(file: Path) -> dict[str, Any]:
     except (ValueError, RecursionError, OSError) as error:
         raise ModelError(f"{file}: not JSON: {error}") from None
     if not isinstance(held, dict):
-        raise ModelError(f"{file}: an object is wanted, with a key for each setting")
+        raise ModelError(f"{file}: not a JSON object with a key for each setting")
     return held
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that plain transformers loads from a folder, no others: the one that its config names
-    (`transformers_weights`), or else model.safetensors, or else those that the index names. None where it has none of these.
+    """The safetensors files that plain transformers loads from a folder; empty where there are none.
+
+    These are the file that its config names (`transformers_weights`), or else model.safetensors, or else those that the index names.
 
     Raises ModelError where one of them isn't there or the index is damaged.
     """
@@ -118,7 +119,7 @@ def _named_weights(folder: Path) -> str | None:
 
 
 def stored_dtypes(folder: Path) -> list[str]:
-    """The dtypes of the floating-point weights in a folder's files, as torch calls them, in the order of the files; each once."""
+    """The floating-point dtypes of the weights in a folder, by torch's names, each once, in the order of the files."""
     headers = (header for file in weight_files(folder) for _, header in sorted(tensor_headers(file)))
     return list(dict.fromkeys(DTYPES[header["dtype"]] for header in headers if header["dtype"] in DTYPES))
 
@@ -148,7 +149,7 @@ def tensor_headers(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def stored_parameters(folder: Path) -> int:
-    """The number of weights in a folder's files, packed ones with their unpacked shapes; nothing is loaded.
+    """The number of weights in a folder's files. Packed ones count with their unpacked shapes; nothing is loaded.
 
     Raises ModelError where a file is damaged.
     """

@@ -1,4 +1,4 @@
-"""A model in memory, by transformers: loading it, saving it, what it holds."""
+"""A model in memory, by transformers: loading it, saving it, counting its weights."""
 
 import logging
 import math
@@ -23,12 +23,12 @@ AUTO = {
     "causal-lm": "AutoModelForCausalLM",
     "sequence-classification": "AutoModelForSequenceClassification",
 }
-PACKED_READER = (5, 23)  # the first transformers that reads the packed weights of encoder-decoders and GPT-2, which are made elsewise
+PACKED_READER = (5, 23)  # the first transformers that reads packed weights of encoder-decoders and GPT-2, which are built differently
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """A model with its tokenizer on a device, loaded when first looked at."""
+    """A model with its tokenizer on a device, loaded at first use."""
 
     source: Source
     device: str
@@ -39,7 +39,7 @@ class Bundle:
 
     @cached_property
     def config(self) -> "PreTrainedConfig":
-        """The model's config, for which it needn't be loaded."""
+        """The model's config, read without loading the model."""
         return self.model.config if "model" in self.__dict__ else read_config(self.source)
 
     @cached_property
@@ -56,14 +56,14 @@ class Bundle:
         """A Hugging Face folder that plain `from_pretrained` loads: safetensors, config, tokenizer, generation config."""
         from compress import experts
 
-        # where others are packed, transformers reads experts that aren't only as it holds them itself, together
+        # beside packed weights transformers reads unpacked experts only in its own form, held together
         beside = getattr(self.model.config, "quantization_config", None) is not None and experts.held_together(self.model)
         self.model.save_pretrained(folder, save_original_format=not beside)
         self.tokenizer.save_pretrained(folder)
 
 
 def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
-    """The model's tokenizer, padding with the end token where it has no padding of its own.
+    """The model's tokenizer; where it has no padding token it pads with the end token.
 
     Raises ModelError.
     """
@@ -81,16 +81,16 @@ def load_tokenizer(source: Source) -> "PreTrainedTokenizerBase":
 
 
 def require_template(tokenizer: "PreTrainedTokenizerBase") -> None:
-    """Raises DataError where `data.chat` is wanted of a tokenizer that has no chat template."""
+    """Raises DataError where a tokenizer has no chat template, which `data.chat` needs."""
     if not tokenizer.chat_template:
         raise DataError("data.chat: the model's tokenizer has no chat template; write out the prompt and leave out chat")
 
 
 def load_model(source: Source, device: str, quantization_config: Any = None) -> "PreTrainedModel":
-    """The model, in evaluation mode, on the device; quantised on the way where a config or the source's bits say so.
+    """The model, in evaluation mode, on the device; quantised at loading by `quantization_config` or the source's bits.
 
-    Raises ModelError when its weights are missing, pickled or don't fit its config, when bits are asked of packed ones, or the task doesn't
-    fit its architecture.
+    Raises ModelError when its weights are missing, pickled or don't fit its config. It does so, too, when bits are set for packed weights,
+    or the task doesn't fit the architecture.
     """
     import transformers
 
@@ -107,7 +107,7 @@ def load_model(source: Source, device: str, quantization_config: Any = None) -> 
             )  # fmt: skip
     except ImportError as error:
         raise ModelError(f"{source.id}: {first_line(error)}") from None
-    except NameError as error:  # transformers uses an optional package without a look whether it is there
+    except NameError as error:  # transformers uses an optional package without a check
         why = f"the package that reads its packed weights isn't installed here ({first_line(error)})"
         raise ModelError(f"{source.id}: {why}; `compress methods` says which a method needs") from None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -126,14 +126,14 @@ def load_model(source: Source, device: str, quantization_config: Any = None) -> 
     if getattr(model, "peft_config", None):
         raise ModelError(f"{source.id}: transformers puts an adapter on it; merge it into the weights first (peft's merge_and_unload)")
     if not model.all_tied_weights_keys and model.get_expanded_tied_weights_keys(all_submodels=True):
-        model.config.tie_word_embeddings = False  # it says that weights are shared of which the files hold two unlike ones
+        model.config.tie_word_embeddings = False  # the config claims ties, and the files hold different weights
     if device == "cpu" and (odd := bnb.stumbling(model)):
         raise ModelError(f"{source.id}: {len(odd)} layers, such as {odd[0]}, can't run on this CPU: {bnb.ODD}; use another CPU or a GPU")
     return model.eval()
 
 
 def _beside(source: Source) -> str:
-    """What else lies in a folder whose weights are not whole."""
+    """A message on weight files that transformers doesn't load, for a folder that lacks weights."""
     if not source.is_folder or not (others := weight_files_beside(Path(source.id))):
         return ""
     loaded = ", ".join(f.name for f in weight_files(Path(source.id)))
@@ -141,14 +141,14 @@ def _beside(source: Source) -> str:
 
 
 def reads_packed() -> bool:
-    """Whether the transformers here reads weights of encoder-decoders and GPT-2 that compressed-tensors packed."""
+    """Whether the installed transformers reads weights of encoder-decoders and GPT-2 that compressed-tensors packed."""
     import transformers
 
     return tuple(int(part) for part in transformers.__version__.split(".")[:2]) >= PACKED_READER
 
 
 def reader_needed(what: str) -> str:
-    """The sentence that says which transformers it takes to read what was packed, and which is here."""
+    """A message: which transformers `what` needs, and which is installed."""
     import transformers
 
     least = ".".join(map(str, PACKED_READER))
@@ -156,9 +156,9 @@ def reader_needed(what: str) -> str:
 
 
 def _packing(source: Source, bits: int) -> Any:
-    """The config by which bitsandbytes holds weights in 8 bits (LLM.int8) or 4 (NF4, its scales quantised again).
+    """The config with which bitsandbytes holds weights in 8 bits (LLM.int8) or 4 (NF4, its scales quantised again).
 
-    Heads are left out, and in 4 bits what not every CPU computes with.
+    Heads are left out, and in 4 bits layers that some CPUs can't compute.
     """
     from torch import nn
     from transformers import BitsAndBytesConfig
@@ -166,14 +166,14 @@ def _packing(source: Source, bits: int) -> Any:
 
     bare = skeleton(source)
     if getattr(bare.config, "quantization_config", None) is not None:
-        raise ModelError(f"{source.id}: bits: {bits} is for a model with full weights, and these are packed already; leave bits away")
+        raise ModelError(f"{source.id}: bits: {bits} is for a model with full weights, and these are packed already; leave bits out")
     if bare.can_generate():
         whole = [name for name, module in bare.named_modules() if module is bare.get_output_embeddings()]
     else:
         whole = [name for name, _ in bare.named_children() if name != bare.base_model_prefix]
     if bits == 4:
         whole += [name for name, m in bare.named_modules() if isinstance(m, nn.Linear | Conv1D) and not bnb.takes_4bit(m)]
-    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # it would tell of every call of every layer that it rounds
+    logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)  # it would log that it rounds at every call of every layer
     return BitsAndBytesConfig(
         load_in_8bit=bits == 8, load_in_4bit=bits == 4, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=bare.dtype, llm_int8_skip_modules=whole,
@@ -181,9 +181,9 @@ def _packing(source: Source, bits: int) -> Any:
 
 
 def task_of(source: Source) -> str:
-    """The task that a model's config means by the class it names.
+    """The task of the class that a model's config names.
 
-    Raises ModelError where it names none, or one that serves another task.
+    Raises ModelError where it names none, or one of no task here.
     """
     from transformers.models.auto import modeling_auto as known
 
@@ -200,7 +200,7 @@ def task_of(source: Source) -> str:
 
 
 def read_config(source: Source) -> "PreTrainedConfig":
-    """What a model's config.json says. Raises ModelError."""
+    """A model's config. Raises ModelError."""
     from transformers import AutoConfig
 
     try:
@@ -211,10 +211,10 @@ def read_config(source: Source) -> "PreTrainedConfig":
 
 
 def skeleton(source: Source) -> "PreTrainedModel":
-    """The model as transformers loads it, without its weights (computed buffers are there): its layers, dtype and ties.
+    """The model as transformers loads it, without its weights: its layers, dtype, ties and computed buffers.
 
-    transformers is asked, which looks at the files' headers: a config needn't say which dtype they hold, nor that a head has weights of
-    its own. A packed model is what its config.json says.
+    transformers looks at the files' headers, since a config needn't say which dtype they hold, nor that a head has weights of its own.
+    A packed model follows from its config.json alone.
 
     Raises ModelError for what can't be loaded.
     """
@@ -239,8 +239,8 @@ def skeleton(source: Source) -> "PreTrainedModel":
         if buffer.device.type != "meta":
             owner, _, leaf = name.rpartition(".")
             setattr(loaded.get_submodule(owner), leaf, buffer)
-    if any(loaded.get_parameter(one) is not loaded.get_parameter(other) for one, other in loaded.all_tied_weights_keys.items()):
-        # the files hold both sides of a tie: transformers ties them where they are equal, for which it must read them
+    if any(loaded.get_parameter(name) is not loaded.get_parameter(twin) for name, twin in loaded.all_tied_weights_keys.items()):
+        # the files hold both weights of a tie; transformers must read them, for it ties them only where they are equal
         plain = mapped(source)
         loaded.all_tied_weights_keys = dict(plain.all_tied_weights_keys)
         loaded.config.tie_word_embeddings = plain.config.tie_word_embeddings
@@ -249,10 +249,10 @@ def skeleton(source: Source) -> "PreTrainedModel":
 
 
 def mapped(source: Source) -> "PreTrainedModel":
-    """The model as transformers loads it into main memory, its weights on disk until they are looked at.
+    """The model as transformers loads it into main memory, its weights on disk until they are read.
 
-    They are in the dtype that they are stored in, whatever the source's is: in that they need no memory. Where the files hold several
-    dtypes, or weights in another form than the model's (experts one by one), what must be converted is in memory.
+    They keep their stored dtype, whatever the source's is, and so need no memory. Where the files hold several dtypes, or weights in
+    another form than the model's (experts one by one), those that must be converted are in memory.
 
     Raises ModelError.
     """
@@ -261,7 +261,7 @@ def mapped(source: Source) -> "PreTrainedModel":
 
 
 def parameter_bytes(model: "PreTrainedModel") -> int:
-    """Bytes of the weights in the dtypes that they have; shared ones once."""
+    """Bytes of the weights in their dtypes; shared ones once."""
     return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
@@ -272,7 +272,7 @@ def parameter_count(model: "PreTrainedModel") -> int:
 
 
 def weights_in(owner: "nn.Module", leaf: str, parameter: "torch.Tensor") -> int:
-    """How many weights a module's parameter of this name stands for; none where it is what packed weights bring along."""
+    """How many weights a module's parameter `leaf` stands for; 0 for what packed weights bring along, such as scales."""
     if leaf in BROUGHT:
         return 0
     if leaf == "weight_packed":
@@ -282,7 +282,7 @@ def weights_in(owner: "nn.Module", leaf: str, parameter: "torch.Tensor") -> int:
 
 
 def local_folder(source: Source) -> Path:
-    """Where the files of a loaded model lie: its folder, or the hub's cache."""
+    """The folder of a loaded model's files: its own, or the hub's cache."""
     from transformers.utils import cached_file
 
     return Path(str(cached_file(source.id, "config.json", revision=source.revision))).parent

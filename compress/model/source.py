@@ -1,4 +1,4 @@
-"""Which model is meant, where it lies, and what tells it from another. Nothing here needs torch."""
+"""Which model is meant, where it is, and what tells it from another. Nothing here needs torch."""
 
 import hashlib
 from dataclasses import asdict, dataclass, replace
@@ -16,9 +16,9 @@ BUILTIN = Path(__file__).parents[1] / "builtin" / "model"
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model lies: a folder, or a hub id with its revision; and how it is loaded.
+    """A model: a folder, or a hub id with its revision; and how it is loaded.
 
-    bits   what weights are held in, 4 or 8, by bitsandbytes; None leaves them as they are stored
+    bits   4 or 8, in which bitsandbytes holds the weights; None leaves them as they are stored
     """
 
     id: str
@@ -52,7 +52,7 @@ def locate(id: str, folder: Path) -> str:
 
 
 def user_path(text: str) -> Path:
-    """A path as a person writes it, `~` standing for a home folder where there is such a user."""
+    """A path as users write it: `~` stands for a home folder, if there is such a user."""
     try:
         return Path(text).expanduser()
     except RuntimeError:
@@ -60,7 +60,7 @@ def user_path(text: str) -> Path:
 
 
 def pinned(source: Source) -> Source:
-    """The source with the commit that a hub id means just now, so that both sides and every later stage have the same model.
+    """The source with the current commit of a hub id, so that both sides and every later stage have the same model.
 
     Raises ModelError when the hub doesn't answer and nothing is cached.
     """
@@ -100,7 +100,10 @@ def settings(source: Source, name: str) -> dict[str, Any]:
 
 
 def fingerprint(source: Source) -> dict[str, Any]:
-    """What tells one model from another: the content of a folder's files but its card and weights beside it; id and commit of a hub's."""
+    """What tells one model from another: from the hub its id and commit; of a folder the content of its files.
+
+    Its card and weights that transformers doesn't load are left out.
+    """
     if not source.is_folder:
         return asdict(source)
     folder = Path(source.id)
@@ -115,6 +118,6 @@ def fingerprint(source: Source) -> dict[str, Any]:
 
 @lru_cache(maxsize=4096)
 def _digest(file: Path, size: int, mtime_ns: int) -> str:
-    """SHA-256 of a file that has been this large since this time."""
+    """SHA-256 of a file; size and time of its last change are keys of the cache."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()

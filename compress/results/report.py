@@ -1,4 +1,4 @@
-"""The report of a run, and how one is read."""
+"""The report of a run, and reading one."""
 
 import json
 from functools import cache
@@ -20,18 +20,18 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MUCH_CUT = 0.01  # of the prompts
-LEAST_EQUAL, MOST_APART = 0.9, 1.02  # of examples that an engine answers as transformers does; of perplexities with the same weights
-MUCH_WORKED = 0.9  # of the weights that a stage could have worked on; less is said before all else
-FIGURES_ONLY = {"samples": "not read"}  # the context in which a report is validated without them
+LEAST_EQUAL, MOST_APART = 0.9, 1.02  # an engine against transformers: examples with equal answers; the ratio of perplexities
+MUCH_WORKED = 0.9  # of the weights that a stage could have worked on; less is a caution
+FIGURES_ONLY = {"samples": "not read"}  # the context for validating a report without samples
 
 
 class Agreement(Record):
-    """Whether an engine says of the original's weights what transformers says.
+    """Whether an engine and transformers agree on the original's weights.
 
-    equal        of so many `examples` the same was written or chosen
+    equal        examples, of all `examples`, in which both wrote or chose the same
     likelihood   the engine's perplexity over transformers'; None where it isn't measured
-    dtype        what transformers computes in, where the engine computes in another; then texts part by rounding
-    half         whether both compute in 16 bits, in which they part by rounding, too
+    dtype        what transformers computes in, if the engine computes in another; then rounding makes texts differ
+    half         whether both compute in 16 bits; then rounding makes texts differ, too
     """
 
     engine: str
@@ -50,25 +50,25 @@ class Agreement(Record):
 
     @property
     def sentence(self) -> str:
-        said = []
+        claims = []
         if self.equal is not None:
             where = "transformers" if self.dtype is None else f"transformers in {self.dtype}"
             how = ", both in 16 bits, where roundings part texts," if self.half else ""
-            said.append(f"writes the same as {where} in {self.equal:,} of {self.examples:,} examples{how}")
+            claims.append(f"writes the same as {where} in {self.equal:,} of {self.examples:,} examples{how}")
         if self.likelihood is not None:
-            said.append(f"has a perplexity of x{self.likelihood:.4f} of transformers'")
-        return f"With the original's weights {self.engine} {' and '.join(said).removesuffix(',')}"
+            claims.append(f"has a perplexity of x{self.likelihood:.4f} of transformers'")
+        return f"With the original's weights {self.engine} {' and '.join(claims).removesuffix(',')}"
 
 
 class Split(Record):
     """A split of the data as it was read before the first stage.
 
-    name       its file's, or the hub id with the split
-    path       of the file, which is no part of the report
+    name       of its file, or the hub id with the split
+    path       of the file; not stored in the report
     filtered   rows that data.where leaves out
-    empty      rows in which nothing stands; `why_empty` is of the first of them
+    empty      rows without content; `why_empty` is about the first of them
     sha256     of the file, hexadecimal
-    changed    whether the file was another one once all had been measured
+    changed    whether the file had changed when all was measured
     """
 
     name: str
@@ -94,13 +94,13 @@ class Prediction(Record):
 
 
 class Report(Record):
-    """All of a run, as report.json holds it; the examples stand in predictions.parquet too.
+    """All of a run, as report.json holds it. The examples are in predictions.parquet, too.
 
     engine            in which both sides were measured
-    original          the model as it came, in plain transformers, where the engine is another
-    against_original  how the candidate compares with it
-    agreement         whether the engine says the same of the original's weights
-    others            the same in the recipe's other engines, each with a verdict of its own
+    original          the unchanged model in plain transformers, if the engine is another
+    against_original  the candidate compared with it
+    agreement         whether the engine and transformers agree on the original's weights
+    others            reports for the recipe's other engines, each with a verdict of its own
     """
 
     format: int = FORMAT
@@ -140,22 +140,20 @@ class Report(Record):
     def _complete(self, info: ValidationInfo) -> "Report":
         roles = [side.role for side in self.sides]
         if roles not in (["candidate"], ["baseline", "candidate"]):
-            raise ValueError(f"a candidate is wanted, with or without a baseline before it; it has {', '.join(roles) or 'nothing'}")
+            raise ValueError(f"its sides are {', '.join(roles) or 'none'}; allowed are a candidate, and a baseline before it")
         for side in self.sides:
-            for one in side.measurements:
-                if one.metric not in METRICS:
-                    raise ValueError(f"there is no metric {one.metric!r}")
+            for measurement in side.measurements:
+                if measurement.metric not in METRICS:
+                    raise ValueError(f"there is no metric {measurement.metric!r}")
                 if info.context is FIGURES_ONLY:
                     continue
-                widths = {len(row) for row in one.present}
-                if one.missing != len(one.samples) - len(one.present):
-                    raise ValueError(
-                        f"{one.metric} misses {one.missing} samples, {len(one.samples) - len(one.present)} of them are missing"
-                    )
-                if METRICS[one.metric].kind != "size" and one.value is not None and (0 in widths or not widths):
-                    raise ValueError(f"{one.metric} has no samples")
-                if METRICS[one.metric].kind == "quality" and len(widths) > 1:
-                    raise ValueError(f"{one.metric} has samples of unequal width")
+                widths = {len(row) for row in measurement.present}
+                if measurement.missing != (missing := len(measurement.samples) - len(measurement.present)):
+                    raise ValueError(f"{measurement.metric}: missing is {measurement.missing}, but {missing} samples are")
+                if METRICS[measurement.metric].kind != "size" and measurement.value is not None and (0 in widths or not widths):
+                    raise ValueError(f"{measurement.metric} has no samples")
+                if METRICS[measurement.metric].kind == "quality" and len(widths) > 1:
+                    raise ValueError(f"{measurement.metric} has samples of unequal width")
         for key in ("check", "data", "generation", "benchmark"):
             if not isinstance(self.settings.get(key), dict):
                 raise ValueError(f"settings.{key} is missing")
@@ -163,7 +161,7 @@ class Report(Record):
             raise ValueError(f"settings.benchmark.confidence is {level!r}, no share between 0 and 1")
         for gate in self.settings["check"].values():
             Gate.model_validate(gate)
-        named = [self.score, *(gate.metric for gate in self.gates), *(one.metric for one in self.comparisons)]
+        named = [self.score, *(gate.metric for gate in self.gates), *(comparison.metric for comparison in self.comparisons)]
         if unknown := [name for name in named if name is not None and name not in METRICS]:
             raise ValueError(f"there is no metric {unknown[0]!r}")
         if any(set(step.shares) - set(KERNELS) for side in self.sides for step in side.steps):
@@ -174,7 +172,7 @@ class Report(Record):
 
     @property
     def cautions(self) -> list[str]:
-        """What is to be known before the verdict is: much of the model was left as it was, or prompts were cut to another task."""
+        """Warnings that go before the verdict: much of the model was left out, or cut prompts made it another task."""
         little = [
             f"{record.name} worked on {record.account.share:.1%} of the weights that are no embeddings, heads, norms or biases"
             for record in self.stages
@@ -187,7 +185,7 @@ class Report(Record):
 
     @property
     def machine(self) -> str | None:
-        """What measured: the GPU, or else the CPU by name."""
+        """The name of the GPU, or else of the CPU, that was measured on."""
         return next((str(name) for key in ("gpu", "cpu", "device") if (name := self.environment.get(key))), None)
 
     @property
@@ -196,17 +194,17 @@ class Report(Record):
 
     @property
     def inside(self) -> str:
-        """What stands behind a model's name: " in ctranslate2"; nothing where it is transformers."""
+        """The suffix of a model's name: " in ctranslate2"; empty for transformers."""
         return "" if self.engine == PLAIN else f" in {self.engine}"
 
     @property
     def parts(self) -> list["Report"]:
         """A report for each engine."""
-        return [self.model_copy(update={"others": []}), *(one.model_copy(update={"folder": self.folder}) for one in self.others)]
+        return [self.model_copy(update={"others": []}), *(part.model_copy(update={"folder": self.folder}) for part in self.others)]
 
     @property
     def confidence(self) -> float:
-        """Of intervals and gates."""
+        """The confidence of intervals and gates."""
         return float(self.settings["benchmark"].get("confidence", Benchmark.model_fields["confidence"].default))
 
     def side(self, role: Role) -> Side | None:
@@ -223,14 +221,16 @@ class Report(Record):
             "engine": self.engine,
             **({"original": self.original.values()} if self.original else {}),
             **({"others": [part.as_json() for part in self.others]} if self.others else {}),
-            "missing": {side.role: found for side in self.sides if (found := {m.label: m.missing for m in side.measurements if m.missing})},
+            "missing": {
+                side.role: missing for side in self.sides if (missing := {m.label: m.missing for m in side.measurements if m.missing})
+            },
         }  # fmt: skip
 
 
 def read_report(path: str | Path, figures_only: bool = False) -> Report:
     """The report in a folder, or in a report.json.
 
-    figures_only   leave out samples, timings, steps, turns, examples, layers and curves: a tenth of the time, for tables of many
+    figures_only   leave out samples, timings, steps, turns, examples, layers and curves, which takes a tenth of the time
 
     Raises ReportError when it is missing, damaged or of another format.
     """
@@ -256,7 +256,7 @@ def read_report(path: str | Path, figures_only: bool = False) -> Report:
 
 
 def _figures(content: bytes) -> dict[str, Any]:
-    """The parts of a report.json that a table of figures needs. The rest is passed over, though its syntax is still checked.
+    """The parts of a report.json that a table of figures needs. The rest is skipped, though its syntax is still checked.
 
     Raises ValueError.
     """
@@ -266,14 +266,14 @@ def _figures(content: bytes) -> dict[str, Any]:
         return bytes(samples).count(b"[") - 1
 
     try:
-        found: dict[str, Any] = msgspec.to_builtins(_few().decode(content), enc_hook=rows)
-    except msgspec.MsgspecError:  # damaged, or of another shape; what reads it all will say how
+        parsed: dict[str, Any] = msgspec.to_builtins(_few().decode(content), enc_hook=rows)
+    except msgspec.MsgspecError:  # damaged, or of another shape; reading it all will tell how
         whole: dict[str, Any] = json.loads(content)
         return whole
-    for side in found.get("sides", []):
+    for side in parsed.get("sides", []):
         for measurement in side.get("measurements", []):
             measurement.update(rows=measurement.get("samples", 0), samples=[], raw=[])
-    return found
+    return parsed
 
 
 @cache

@@ -1,4 +1,4 @@
-"""What was measured of a model, how it compares with another's, and what a gate says of it."""
+"""The figures of a model, their comparison with another model's, and the outcomes of gates."""
 
 from typing import Literal
 
@@ -13,13 +13,13 @@ Verdict = Literal["pass", "fail", "cannot_tell"]
 class Measurement(Record):
     """One figure of one side.
 
-    value    in the metric's unit; None where it could not be had, `reason` then says why
-    samples  what it was made from, in the same order on both sides: a row of sufficient statistics an example (quality), or a row
-             a round with a number a turn (speed) or one number (memory); empty for exact figures. An example that has none has the
-             reason in its place, and the value is of the others
-    missing  how many have a reason in their place
+    value    in the metric's unit; None where there is none, and `reason` then says why
+    samples  what it was computed from, in the same order on both sides; empty for exact figures. Quality has a row of sufficient statistics
+             an example. Speed has a row a round with a number a turn, memory a row a round with one number. An example without statistics
+             has the reason in their place, and the value is of the others.
+    missing  how many samples have a reason in their place
     raw      every single timing in seconds, a row a round (speed only)
-    rows     how many samples there are, where they were not read; those that are missing don't count
+    rows     how many samples there are, where they were not read; missing ones don't count
     """
 
     metric: str
@@ -42,12 +42,12 @@ class Measurement(Record):
 
     @property
     def point(self) -> tuple[str, int | None, int | None]:
-        """What identifies the figure on either side."""
+        """The key of the figure, the same on both sides."""
         return self.metric, self.batch_size, self.prompt_tokens
 
     @property
     def present(self) -> list[list[float]]:
-        """The samples that are there."""
+        """The samples without those that are missing."""
         return [row for row in self.samples if isinstance(row, list)]
 
     @property
@@ -60,7 +60,7 @@ class Comparison(Record):
     """One figure of the candidate against the baseline's, with an interval where there are samples.
 
     estimate, low, high    candidate - baseline for quality, candidate / baseline for all else
-    left_out               examples that it doesn't rest on, since a side has no samples of them
+    left_out               examples that are left out, since a side has no samples of them
     """
 
     metric: str
@@ -80,11 +80,11 @@ class Comparison(Record):
 
 
 class GateResult(Record):
-    """One limit, held against the figures. `interval` is of `estimate`, which is what `limit` bounds.
+    """One limit, checked against the figures. `interval` is that of `estimate`, which `limit` bounds.
 
-    left_out         examples that it doesn't rest on, since a side has no samples of them
-    needed           about how many examples or rounds would tell at the least, where these can't
-    needed_at_most   and at the most, with a chance of 80 %; None where it is too early to say
+    left_out         examples that are left out, since a side has no samples of them
+    needed           where these can't decide: about how many examples or rounds would at the least
+    needed_at_most   about how many would with a chance of 80 %; None where it is too early to say
     """
 
     metric: str
@@ -108,13 +108,13 @@ class GateResult(Record):
 
 
 class Step(Record):
-    """One decode step at a grid point, looked at apart from the timed turns; of a classifier one forward pass.
+    """One decode step at a grid point, inspected outside the timed turns; of a classifier one forward pass.
 
     weight_bytes   of the layers that it calls, as they lie in memory
     cache_bytes    keys and values that it reads, half way through the generation
     flops          two for each weight and token that meet in it
-    prefill_flops  the same of what comes before the first token; None for a classifier
-    seconds        it took, without a profiler; None, and no shares, where a generation is too short for a profile
+    prefill_flops  the same for the work before the first token; None for a classifier
+    seconds        of the step without a profiler; None, and no shares, where a generation is too short to profile
     shares         kind of kernel (metrics.KERNELS) -> share of the step; they sum to 1
     """
 
@@ -129,9 +129,9 @@ class Step(Record):
 
 
 class Side(Record):
-    """One of the two models: where it lies, what it measured, what it could not, what there is to say of its outputs.
+    """One of the two models: where it is, its figures, its failures, and remarks (`said`) on its outputs.
 
-    dtype   what it computes in, as torch calls it
+    dtype   what it computes in, by torch's name
     """
 
     role: Role
@@ -151,14 +151,14 @@ class Side(Record):
 
 
 class Conditions(Record):
-    """How the machine was while one side had a turn.
+    """The conditions on the machine during one side's turn.
 
-    load        tasks that ran or waited, the mean of a minute
+    load        tasks that ran or waited, on average over a minute
     waiting     the share of the time that the process's threads were ready to run and did not; None where the kernel doesn't say
     steal       the share of its cores' time that the hypervisor gave to others
     others      how many cores other processes used
-    clock_step  seconds by which the wall clock was set meanwhile; timings don't use it
-    disturbed   what makes the turn one that should be taken again
+    clock_step  seconds by which the wall clock was adjusted meanwhile; timings don't use it
+    disturbed   the disturbances for which the turn should be taken again
     """
 
     seconds: float
@@ -172,8 +172,10 @@ class Conditions(Record):
 
 
 class Turn(Conditions):
-    """One turn of one side, from 0 on by round and turn. `kept` says whether its timings count: of a disturbed one they do not, where
-    there was time to take it again."""
+    """One turn of one side; round and turn count from 0.
+
+    kept   whether its timings count: those of a disturbed turn don't if there was time to take it again
+    """
 
     role: Role
     round: int

@@ -1,4 +1,4 @@
-"""What stages did to a model."""
+"""Records of what stages did to a model."""
 
 from typing import Any
 
@@ -6,14 +6,14 @@ from pydantic import Field
 
 from compress.results.record import Record
 
-NOTES = "compress_notes.json"  # in an artifact: what a stage did to each layer and what it has to say
+NOTES = "compress_notes.json"  # in an artifact: what a stage did to each layer, and its remarks
 
 
 class Layer(Record):
     """What a stage did to one layer.
 
-    bits    a weight's; None where the layer stays in full precision, `remark` then says why
-    error   the share (from 0) of the layer's output, mean square over the calibration tokens, that this changes; None where not measured
+    bits      of a weight; None where the layer stays in full precision, and `remark` then says why
+    error     how far the layer's output changes, mean square over the calibration tokens, as a share of the output's; None if not measured
     sparsity  the share of its weights that are zero; None where that was not the aim
     """
 
@@ -25,12 +25,13 @@ class Layer(Record):
 
 
 class Point(Record):
-    """Training after so many steps; a figure is None where it was not taken there.
+    """A point of a training curve; a figure is None where it was not taken there.
 
-    tokens         read by then, padding left out
+    step           steps done
+    tokens         read by then, without padding
     loss           the method's own, nats a position for cross-entropy; the mean since the point before
     learning_rate, grad_norm
-    validation     what early stopping looks at: loss, or ROUGE-L in points
+    validation     the figure for early stopping: loss, or ROUGE-L in points
     """
 
     step: int
@@ -42,11 +43,11 @@ class Point(Record):
 
 
 class Cut(Record):
-    """How many prompts were longer than they may be.
+    """How many prompts were longer than their limit.
 
     where   evaluation, or the stage's name
     limit   in tokens
-    key     what sets it in the recipe; None where it is the model's own context
+    key     the recipe's key for the limit; None where it is the model's own context
     """
 
     where: str
@@ -68,12 +69,12 @@ class Cut(Record):
 class Account(Record):
     """What became of a model's parameters in a stage, each counted once.
 
-    worked      in layers that the stage worked on; of one that trains or takes parts away, all that isn't in the result as it was
-    heads       what maps the last hidden state to tokens or labels, left alone
-    routers     what leads tokens to the experts of a mixture, left alone
+    worked      in layers that the stage worked on; if it trains or removes parts, all that it changed or removed
+    heads       unchanged ones that map the last hidden state to tokens or labels
+    routers     unchanged ones that send tokens to the experts of a mixture
     vectors     of one dimension: norms and biases
-    asked       left alone as the recipe says
-    left_out    matrices left alone for another reason, which the layers' remarks give
+    asked       left out as the recipe says
+    left_out    matrices left out for another reason, which the layers' remarks give
     """
 
     worked: int = 0
@@ -86,7 +87,7 @@ class Account(Record):
 
     @property
     def share(self) -> float:
-        """What was worked on, of what was to be; 1 where there was nothing."""
+        """The share that was worked on of what was to be; 1 where there was nothing to do."""
         return self.worked / (self.worked + self.left_out) if self.worked + self.left_out else 1.0
 
     @property
@@ -106,7 +107,7 @@ class Account(Record):
 
 
 class StageRecord(Record):
-    """What one stage did: the claims in it are read from the saved artifact."""
+    """What one stage did, as read from the saved artifact. `said` are its remarks."""
 
     stage: dict[str, Any]
     artifact: str
@@ -120,7 +121,7 @@ class StageRecord(Record):
 
     @property
     def sentences(self) -> list[str]:
-        """The account, where one was taken, and what the stage has to say besides."""
+        """The account, where there is one, and the stage's remarks."""
         return [*([self.account.sentence] if self.account else []), *self.said]
 
     @property

@@ -1,8 +1,8 @@
 """Reports in experiment trackers.
 
-The folder is the registry: `--log mlflow` is compress/trackers/mlflow.py, which imports the package of its own name, which the extra
-of that name installs (`mlflow`). It has `log(report)`; where to, the tracker's own settings say (MLFLOW_TRACKING_URI,
-WANDB_PROJECT ...). A file with a leading underscore is shared.
+The folder is the registry: `--log mlflow` is compress/trackers/mlflow.py. It imports the package of its own name, which the extra of that
+name installs (`mlflow`). It has a function `log(report)`; the tracker's own settings (MLFLOW_TRACKING_URI, WANDB_PROJECT ...) say where to
+log. A file with a leading underscore is shared.
 """
 
 import pkgutil
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 
 def names() -> tuple[str, ...]:
-    """The trackers there are."""
+    """The names of the trackers."""
     return tuple(sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_")))
 
 
-def require(wanted: Sequence[str]) -> None:
-    """Raise InputError for a tracker that there isn't, MissingPackage with the line that installs what one needs."""
-    for name in wanted:
+def require(trackers: Sequence[str]) -> None:
+    """Raise InputError for an unknown tracker, or MissingPackage with the line that installs what one needs."""
+    for name in trackers:
         if name not in names():
             raise InputError(f"log: there is no tracker {name!r}; allowed are {', '.join(names())}")
         if find_spec(name) is None:
@@ -35,10 +35,10 @@ def require(wanted: Sequence[str]) -> None:
 def log(report: "Report", tracker: str) -> None:
     """Log a report that lies on disk into `mlflow`, `wandb` or `tensorboard`.
 
-    The recipe's settings become parameters, the figures of both sides metrics with their units, gates and verdict tags; curves of
-    training go step by step, and the report's files go along.
+    The recipe's settings become parameters, the figures of both sides metrics with their units, gates and verdict tags. Training curves
+    are logged step by step, and the report's files are added.
 
-    Raises InputError or MissingPackage before anything is logged, RunError where the tracker doesn't take it.
+    Raises InputError or MissingPackage before anything is logged, RunError where the tracker refuses it.
     """
     require([tracker])
     try:

@@ -1,4 +1,4 @@
-"""What trackers are told of a report. Names keep to the characters that all of them allow."""
+"""What trackers log of a report. Names keep to the characters that all of them allow."""
 
 import json
 from collections.abc import Iterator
@@ -14,25 +14,25 @@ def title(report: Report) -> str:
 
 
 def params(report: Report) -> dict[str, str | int | float]:
-    """The recipe's settings, a key a line of it: data.samples, stages.0.bits. What is null there is left out, what has parts is JSON."""
-    found: dict[str, Any] = {}
+    """The recipe's settings by dotted keys: data.samples, stages.0.bits. Null is left out; lists and blocks further down are JSON."""
+    flat: dict[str, Any] = {}
     for block, value in report.settings.items():
         parts = {block: value}
         if isinstance(value, dict):
             parts = {f"{block}.{key}": inner for key, inner in value.items()}
         elif block == "stages":
             parts = {f"{block}.{number}.{key}": inner for number, stage in enumerate(value) for key, inner in stage.items()}
-        found.update(parts)
-    return {key: value if isinstance(value, str | int | float) else _json(value) for key, value in found.items() if value is not None}
+        flat.update(parts)
+    return {key: value if isinstance(value, str | int | float) else _json(value) for key, value in flat.items() if value is not None}
 
 
 def figures(side: Side) -> dict[str, float]:
-    """What a side measured, by name with unit; what is missing is left out."""
+    """The figures of a side, by name with unit; missing ones are left out."""
     return {f"{_point(m)}{_unit(m.unit)}": m.value for m in side.measurements if m.value is not None}
 
 
 def tags(report: Report) -> dict[str, str]:
-    """What the run was, and what came of it gate by gate."""
+    """The run's identity and its outcome, gate by gate."""
     gates = {f"gate {_point(gate)} {gate.limit_kind}": f"{verdict_words(gate.verdict)}: {gate.sentence}" for gate in report.gates}
     return {
         "recipe": report.recipe, "run": report.run, "digest": report.digest, "stages": report.line, "machine": str(report.machine),
@@ -41,7 +41,7 @@ def tags(report: Report) -> dict[str, str]:
 
 
 def curves(report: Report) -> Iterator[tuple[str, int, dict[str, float]]]:
-    """How trainings went: stage (stages.0), step, and what was taken there."""
+    """Training curves: stage (stages.0), step, and the figures there."""
     for number, record in enumerate(report.stages):
         for point in record.curve:
             yield f"stages.{number}", point.step, point.model_dump(exclude={"step"}, exclude_none=True)
@@ -52,10 +52,10 @@ def _json(value: Any) -> str:
     return json.dumps(kept, ensure_ascii=False)
 
 
-def _point(one: Measurement | GateResult) -> str:
-    return one.metric if one.batch_size is None else f"{one.metric} batch {one.batch_size} prompt {one.prompt_tokens}"
+def _point(figure: Measurement | GateResult) -> str:
+    return figure.metric if figure.batch_size is None else f"{figure.metric} batch {figure.batch_size} prompt {figure.prompt_tokens}"
 
 
 def _unit(unit: str) -> str:
-    """As MLflow allows it: no signs, and a slash only between groups."""
+    """A unit as MLflow allows it: in words, since a slash groups metrics."""
     return "" if unit == "1" else f" in {unit.replace('%', 'percent').replace('/', ' per ')}"

@@ -15,18 +15,18 @@ def log(report: Report) -> None:
 
     now = time.time()
     for side in report.sides:
-        found = [(0, scalar_pb(name, value)) for name, value in _facts.figures(side).items()]
+        summaries = [(0, scalar_pb(name, value)) for name, value in _facts.figures(side).items()]
         if side.role == "candidate":
-            found += [
+            summaries += [
                 (0, hparams_pb(_facts.params(report))),
                 (0, text_pb("report", (report.folder / "report.md").read_text(encoding="utf-8"))),
             ]
-            found += [(0, text_pb(name, text)) for name, text in _facts.tags(report).items()]
+            summaries += [(0, text_pb(name, text)) for name, text in _facts.tags(report).items()]
             for stage, step, taken in _facts.curves(report):
-                found += [(step, scalar_pb(f"{stage}/{name}", value)) for name, value in taken.items()]
+                summaries += [(step, scalar_pb(f"{stage}/{name}", value)) for name, value in taken.items()]
         writer = EventFileWriter(str(report.folder / "tensorboard" / side.role))
         try:
-            for step, summary in found:
+            for step, summary in summaries:
                 writer.add_event(Event(wall_time=now, step=step, summary=summary))
         finally:
             writer.close()

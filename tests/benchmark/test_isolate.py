@@ -57,11 +57,11 @@ def benchmark(**changes):
     return Benchmark(**{"batch_sizes": [1], "prompt_tokens": [8], "rounds": 3, "turns": 1, "precision": 0.02, **changes})
 
 
-def session(subjects, wanted, monkeypatch, clear=lambda _: False):
-    made = Session(subjects, type("Recipe", (), {"benchmark": wanted}), Execution())
-    monkeypatch.setattr(made, "sides", list)
-    made.run([], clear)
-    return made
+def session(subjects, settings, monkeypatch, clear=lambda _: False):
+    measuring = Session(subjects, type("Recipe", (), {"benchmark": settings}), Execution())
+    monkeypatch.setattr(measuring, "sides", list)
+    measuring.run([], clear)
+    return measuring
 
 
 def noisy(spread):
@@ -187,8 +187,8 @@ def test_a_round_with_nothing_to_time_has_the_fewest_turns(monkeypatch):
         monkeypatch.setattr(side, "take_turn", lambda *_: no_time())
         monkeypatch.setattr(side, "keep", lambda _: None)
     monkeypatch.setattr(isolate.time, "monotonic", lambda: 7 * sum(side.starts for side in sides))
-    made = session(sides, benchmark(precision=0.02, turns=2), monkeypatch)
-    assert {(turn.round, turn.turn) for turn in made.turns} == {(number, turn) for number in range(3) for turn in range(2)}
+    measured = session(sides, benchmark(precision=0.02, turns=2), monkeypatch)
+    assert {(turn.round, turn.turn) for turn in measured.turns} == {(number, turn) for number in range(3) for turn in range(2)}
 
 
 def test_without_a_precision_there_are_just_the_rounds(monkeypatch):
@@ -205,18 +205,18 @@ def test_what_is_clear_ends_the_rounds_but_not_before_the_third(monkeypatch):
 
 def test_a_disturbed_turn_is_taken_again_by_both_sides(monkeypatch):
     sides = [Subject("baseline", 1.0, iter([1, 9, 1, 1, 1])), Subject("candidate", 0.5, noisy(0), disturbed=[2])]
-    made = session(sides, benchmark(rounds=2, turns=2, precision=None), monkeypatch)
+    measured = session(sides, benchmark(rounds=2, turns=2, precision=None), monkeypatch)
     assert [[turn[0][0] for turn in turns] for turns in sides[0].rounds[POINT]] == [[1, 1], [1, 1]]
-    assert [(t.round, t.turn, t.kept) for t in made.turns if t.role == "baseline"] == [
+    assert [(t.round, t.turn, t.kept) for t in measured.turns if t.role == "baseline"] == [
         (0, 0, True), (0, 1, False), (0, 1, True), (1, 0, True), (1, 1, True),
     ]  # fmt: skip
 
 
 def test_on_a_machine_that_never_rests_half_of_the_turns_again_are_tried(monkeypatch):
     sides = [Subject("baseline", 1.0, noisy(0)), Subject("candidate", 0.5, noisy(0), disturbed=range(100))]
-    made = session(sides, benchmark(rounds=3, turns=2, precision=None), monkeypatch)
-    assert sum(turn.kept for turn in made.turns) == 2 * 6
-    assert [(t.round, t.turn) for t in made.turns if not t.kept and t.role == "baseline"] == [(0, 0), (0, 1), (1, 0)]
+    measured = session(sides, benchmark(rounds=3, turns=2, precision=None), monkeypatch)
+    assert sum(turn.kept for turn in measured.turns) == 2 * 6
+    assert [(t.round, t.turn) for t in measured.turns if not t.kept and t.role == "baseline"] == [(0, 0), (0, 1), (1, 0)]
     assert [len(turns) for turns in sides[1].rounds[POINT]] == [2, 2, 2]
 
 
@@ -254,7 +254,7 @@ def test_in_a_turn_who_is_the_furthest_behind_has_the_next_slice(monkeypatch):
 def test_where_memory_holds_one_side_each_takes_its_whole_turn_alone(monkeypatch):
     order = []
     sides = [Sliced("baseline", 3, order), Sliced("candidate", 2, order)]
-    monkeypatch.setattr(isolate, "_bring_up", lambda one, others: (isolate._stop(others), one.start()) and bool(others))
+    monkeypatch.setattr(isolate, "_bring_up", lambda side, others: (isolate._stop(others), side.start()) and bool(others))
     session(sides, benchmark(rounds=2, precision=None), monkeypatch)
     assert [len(side.rounds[POINT]) for side in sides] == [2, 2]
     assert order[5:] in ([(3, 0), (3, 1), (3, 2), (2, 0), (2, 1)], [(2, 0), (2, 1), (3, 0), (3, 1), (3, 2)])
@@ -262,9 +262,9 @@ def test_where_memory_holds_one_side_each_takes_its_whole_turn_alone(monkeypatch
 
 def test_a_shared_gpu_is_refused_where_that_is_asked_for(monkeypatch):
     monkeypatch.setattr(subject.Machine, "strangers", lambda *_: (4711,))
-    made = Session([Subject("candidate", 1.0, noisy(0))], type("Recipe", (), {"benchmark": benchmark()}), Execution(strict=True))
+    measured = Session([Subject("candidate", 1.0, noisy(0))], type("Recipe", (), {"benchmark": benchmark()}), Execution(strict=True))
     with pytest.raises(DeviceError, match="shared with process 4711, and --strict was given; end it, or choose another GPU"):
-        made.run([], lambda _: False)
+        measured.run([], lambda _: False)
 
 
 class Unexplained(Subject):
@@ -278,7 +278,7 @@ class Unexplained(Subject):
 
 def test_a_step_that_can_not_be_looked_at_costs_no_timings(monkeypatch):
     side = Unexplained("candidate", 1.0, noisy(0))
-    side.explanation, side.explained, side.said = None, False, []
+    side.explanation, side.explained, side.remarks = None, False, []
     session([side], benchmark(precision=None, rounds=2), monkeypatch)
     assert (side.failures, len(side.rounds[POINT])) == ([], 2)
-    assert side.said == ["where a step's time goes could not be looked at: the profiler is not here"]
+    assert side.remarks == ["where a step's time goes could not be looked at: the profiler is not here"]

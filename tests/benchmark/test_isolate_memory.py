@@ -52,13 +52,13 @@ def test_what_holds_the_memory_adds_up(toys, rows, write_recipe, tmp_path):
         measured.start()
     finally:
         measured.stop()
-    found = {m.metric: m.value for m in [*_sizes(measured), *_memory(measured, measured.usable)]}
-    held = found["weight_bytes"] + found["kv_cache_bytes"] + found["activation_bytes"] + found["other_bytes"]
-    assert held == pytest.approx(found["peak_run_bytes"], rel=1e-9)
-    assert found["kv_cache_bytes"] == 4 * 2 * 2 * 2 * (8 + 3) * 2 * 16
-    assert 0 < found["buffer_bytes"] < found["weight_bytes"]
-    assert found["sampled_run_bytes"] <= found["peak_run_bytes"] + found["allocator_slack_bytes"] + MB
-    assert found["sampled_load_bytes"] > 0.5 * found["peak_load_bytes"]
+    figures = {m.metric: m.value for m in [*_sizes(measured), *_memory(measured, measured.usable)]}
+    held = figures["weight_bytes"] + figures["kv_cache_bytes"] + figures["activation_bytes"] + figures["other_bytes"]
+    assert held == pytest.approx(figures["peak_run_bytes"], rel=1e-9)
+    assert figures["kv_cache_bytes"] == 4 * 2 * 2 * 2 * (8 + 3) * 2 * 16
+    assert 0 < figures["buffer_bytes"] < figures["weight_bytes"]
+    assert figures["sampled_run_bytes"] <= figures["peak_run_bytes"] + figures["allocator_slack_bytes"] + MB
+    assert figures["sampled_load_bytes"] > 0.5 * figures["peak_load_bytes"]
 
 
 @pytest.mark.slow

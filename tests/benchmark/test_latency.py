@@ -60,9 +60,9 @@ def test_a_rest_comes_when_a_slice_is_over_also_between_short_generations(monkey
 def test_a_turn_tells_how_much_of_it_is_done(toys, monkeypatch):
     worker, told = loaded(toys["llama"], "causal-lm", dtype="float32")[0], []
     monkeypatch.setattr(latency, "SLICE_S", 0)
-    found = worker.time(lambda *said: told.append(said), Time([(1, 4), (2, 8)], new_tokens=3, iterations=2))
+    timings = worker.time(lambda *line: told.append(line), Time([(1, 4), (2, 8)], new_tokens=3, iterations=2))
     assert told == [("timing", done, 12) for done in range(1, 13)]
-    assert [[len(marks) for marks in point] for point in found.seconds] == [[3, 3], [3, 3]]
+    assert [[len(marks) for marks in point] for point in timings.seconds] == [[3, 3], [3, 3]]
 
 
 def test_a_turn_of_a_side_lasts_as_long_as_its_slices(monkeypatch):
@@ -101,9 +101,9 @@ def test_a_turn_of_a_side_lasts_as_long_as_its_slices(monkeypatch):
 
 
 def test_prompts_are_the_same_for_both_sides(toys):
-    one, other = (loaded(toys["llama"], "causal-lm", dtype=dtype)[0].engine.traits for dtype in ("float32", "bfloat16"))
-    assert latency.prompts(one, 3, 10) == latency.prompts(other, 3, 10)
-    assert len({token for row in latency.prompts(one, 3, 10) for token in row}) > 10
+    baseline, candidate = (loaded(toys["llama"], "causal-lm", dtype=dtype)[0].engine.traits for dtype in ("float32", "bfloat16"))
+    assert latency.prompts(baseline, 3, 10) == latency.prompts(candidate, 3, 10)
+    assert len({token for row in latency.prompts(baseline, 3, 10) for token in row}) > 10
 
 
 def test_a_classification_is_one_mark(toys):

@@ -10,7 +10,7 @@ from dataclasses import replace
 import pytest
 
 from compress.benchmark import machine
-from compress.benchmark.machine import Gpu, Machine, Reading, alone
+from compress.benchmark.machine import Gpu, Machine, Reading, exclusive
 from compress.methods import quiet
 
 CALM = Reading(monotonic=100, awake=100, wall=1000, waited=5, busy=50, stolen=1, used={7: 15, 8: 5})
@@ -22,9 +22,9 @@ def between(threads=1, **changes):
 
 
 def test_a_calm_turn():
-    found = between()
-    assert found.disturbed == []
-    assert (found.seconds, found.waiting, found.steal, found.others) == pytest.approx((10, 0.01, 0.005, 0), abs=1e-9)
+    conditions = between()
+    assert conditions.disturbed == []
+    assert (conditions.seconds, conditions.waiting, conditions.steal, conditions.others) == pytest.approx((10, 0.01, 0.005, 0), abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -43,9 +43,9 @@ def test_what_disturbs_is_named(changes, expected):
 
 
 def test_a_process_that_ran_for_a_part_of_the_time_waited_for_a_share_of_that():
-    found = Machine(1, cores=[0, 1]).between(CALM, replace(LATER, waited=5.2, stolen=1.8), ran=2.0)
-    assert (found.seconds, found.waiting, found.steal) == pytest.approx((2, 0.1, 0.04), abs=1e-9)
-    assert found.disturbed == ["it waited 10% of the time for a core, others used 0.0 of 2"]
+    conditions = Machine(1, cores=[0, 1]).between(CALM, replace(LATER, waited=5.2, stolen=1.8), ran=2.0)
+    assert (conditions.seconds, conditions.waiting, conditions.steal) == pytest.approx((2, 0.1, 0.04), abs=1e-9)
+    assert conditions.disturbed == ["it waited 10% of the time for a core, others used 0.0 of 2"]
 
 
 def test_what_does_not_disturb():
@@ -61,28 +61,28 @@ BUSY = "import os, time; os.sched_setaffinity(0, [0]); end = time.monotonic() + 
 def test_a_process_that_shares_its_core_waits():
     """Two that want one core for themselves wait for it half of the time each."""
     both = [subprocess.Popen([sys.executable, "-c", BUSY]) for _ in range(2)]
-    watched, found = Machine(1), None
+    watched, conditions = Machine(1), None
     time.sleep(0.5)
     before = watched.read(both[0].pid, [both[0].pid])
     time.sleep(0.7)
-    found = watched.between(before, watched.read(both[0].pid, [both[0].pid]))
+    conditions = watched.between(before, watched.read(both[0].pid, [both[0].pid]))
     for process in both:
         process.wait()
-    if found.waiting is None:
+    if conditions.waiting is None:
         pytest.skip("this kernel doesn't count it")
-    assert found.waiting > 0.2
-    assert found.disturbed
+    assert conditions.waiting > 0.2
+    assert conditions.disturbed
 
 
 def test_the_second_benchmark_waits_until_the_first_has_ended_or_died(tmp_path, monkeypatch):
     monkeypatch.setattr(machine.tempfile, "gettempdir", lambda: str(tmp_path))
-    holder = "import sys\nfrom compress.benchmark import machine\nmachine.tempfile.gettempdir = lambda: sys.argv[1]\nwith machine.alone(lambda *_: None): print('held', flush=True); sys.stdin.read()"
+    holder = "import sys\nfrom compress.benchmark import machine\nmachine.tempfile.gettempdir = lambda: sys.argv[1]\nwith machine.exclusive(lambda *_: None): print('held', flush=True); sys.stdin.read()"
     first = subprocess.Popen([sys.executable, "-c", holder, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert first.stdout.readline() == "held\n"
     told, ran = [], threading.Event()
 
     def second():
-        with alone(lambda *line: told.append(line[0])):
+        with exclusive(lambda *line: told.append(line[0])):
             ran.set()
 
     waiting = threading.Thread(target=second)
@@ -94,9 +94,9 @@ def test_the_second_benchmark_waits_until_the_first_has_ended_or_died(tmp_path, 
     waiting.join()
     first.wait()
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
-    with alone(quiet):
+    with exclusive(quiet):
         monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")
-        with alone(lambda *line: pytest.fail(f"another GPU is no hindrance: {line}")):
+        with exclusive(lambda *line: pytest.fail(f"another GPU is no hindrance: {line}")):
             pass
 
 

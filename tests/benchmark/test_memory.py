@@ -45,6 +45,6 @@ def test_the_gpus_peak_is_the_allocators():
     before = memory.peak("cuda", 0)["peak"]
     block = torch.ones(64 * MB // 4, device="cuda")
     del block
-    found = memory.peak("cuda", 0)
-    assert found["peak"] - before == pytest.approx(64 * MB, rel=0.05)
-    assert found["reserved"] >= found["peak"]
+    peak = memory.peak("cuda", 0)
+    assert peak["peak"] - before == pytest.approx(64 * MB, rel=0.05)
+    assert peak["reserved"] >= peak["peak"]

@@ -15,14 +15,14 @@ def driver(monkeypatch):
     """An NVML with one GPU."""
     asked = []
     processes = [SimpleNamespace(pid=1, usedGpuMemory=5), SimpleNamespace(pid=os.getpid(), usedGpuMemory=7)]
-    made = SimpleNamespace(
+    library = SimpleNamespace(
         nvmlInit=lambda: None, nvmlDeviceGetHandleByUUID=asked.append, nvmlDeviceGetComputeRunningProcesses=lambda handle: processes,
         nvmlDeviceGetTotalEnergyConsumption=lambda handle: 12_500, asked=asked,
     )  # fmt: skip
-    monkeypatch.setitem(sys.modules, "pynvml", made)
+    monkeypatch.setitem(sys.modules, "pynvml", library)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda number: SimpleNamespace(uuid="1-2"))
-    return made
+    return library
 
 
 def test_energy_is_in_joules_and_memory_this_process_s(driver):

@@ -19,16 +19,16 @@ from compress.results.report import read_report
 from tests.conftest import recipe_for
 
 MACHINE = dict.fromkeys(outputs.MACHINE, "x")
-MADE = Outputs({"rougeL": [[1.0], [0.1 + 0.2], Missing.NAN]}, ["a", "é", ""], said=["something"])
+MADE = Outputs({"rougeL": [[1.0], [0.1 + 0.2], Missing.NAN]}, ["a", "é", ""], remarks=["something"])
 
 
 def test_they_are_named_by_all_that_they_depend_on(toys, rows, write_recipe, tmp_path, monkeypatch):
-    def name(source=None, machine=MACHINE, changed=0, said="one", original=None, **changes):
+    def name(source=None, machine=MACHINE, changed=0, prompt="one", original=None, **changes):
         traits = Traits("float32", 64, 64, encodes=False, generates=True, changed={"cpu_int8": changed, "sparse_24": 0})
         told = Loaded(traits, Weights(1, 0, 1), 1, {}, 0, 0, False, {**machine, "threads": 7})
         loaded = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, **changes)))
         return outputs.name(
-            source or Source(str(toys["llama"]), "causal-lm", "float32"), loaded, [Example("0", said, ["two"])], told, original
+            source or Source(str(toys["llama"]), "causal-lm", "float32"), loaded, [Example("0", prompt, ["two"])], told, original
         )
 
     first = name()
@@ -41,7 +41,7 @@ def test_they_are_named_by_all_that_they_depend_on(toys, rows, write_recipe, tmp
     same.add(name(benchmark={"runtime": {"cache": "static", "compile": True}}))  # of timed generations
     assert same == {first}, "the place, the stages, gates and timings don't count"
     others = {
-        name(said="other"), name(generation={"max_new_tokens": 9}), name(generation={"max_new_tokens": 8, "seed": 1}),
+        name(prompt="other"), name(generation={"max_new_tokens": 9}), name(generation={"max_new_tokens": 8, "seed": 1}),
         name(Source(str(toys["llama"]), "causal-lm", "bfloat16")), name(machine={**MACHINE, "cores": 2}), name(changed=3), name(metrics=["bleu"]),
     }  # fmt: skip
     (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
@@ -55,14 +55,14 @@ def test_they_are_named_by_all_that_they_depend_on(toys, rows, write_recipe, tmp
 @pytest.mark.parametrize("harm", ["", "{}", "[]", "cut short", "changed"])
 def test_a_damaged_file_is_put_away(tmp_path, harm):
     outputs.keep(tmp_path, "abc", MADE)
-    found = outputs.find(tmp_path, "abc")
-    assert found == replace(MADE, said=["outputs and scores were taken from a former run (abc)", "something"])
+    kept = outputs.find(tmp_path, "abc")
+    assert kept == replace(MADE, remarks=["outputs and scores were taken from a former run (abc)", "something"])
     file = tmp_path / "abc" / "outputs.json"
     whole = file.read_text()
     file.write_text({"cut short": whole[:-20], "changed": whole.replace("[1.0]", "[2.0]")}.get(harm, harm))
     assert outputs.find(tmp_path, "abc") is None
     outputs.keep(tmp_path, "abc", MADE)
-    assert outputs.find(tmp_path, "abc") == found
+    assert outputs.find(tmp_path, "abc") == kept
 
 
 @pytest.mark.slow
@@ -74,10 +74,10 @@ def test_a_second_run_takes_them_and_says_so(toys, rows, write_recipe, tmp_path)
     took = time.monotonic() - began
     again = compress.bench(str(toys["t5"]), file, tmp_path / "out", device="cpu")
     (kept,) = (tmp_path / "out" / "artifacts" / "outputs").glob("*/outputs.json")
-    (said,) = first.candidate.said
-    assert said.startswith("4 examples were done once more, each alone: ")
-    assert again.candidate.said == [f"outputs and scores were taken from a former run ({kept.parent.name})", said]
-    assert f"Candidate: {said}." in again.notes
+    (remark,) = first.candidate.said
+    assert remark.startswith("4 examples were done once more, each alone: ")
+    assert again.candidate.said == [f"outputs and scores were taken from a former run ({kept.parent.name})", remark]
+    assert f"Candidate: {remark}." in again.notes
     assert first.predictions == again.predictions
     figures = [{m.label: m for m in report.candidate.measurements} for report in (first, again)]
     assert figures[0]["rougeL"] == figures[1]["rougeL"]

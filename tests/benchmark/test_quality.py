@@ -28,16 +28,16 @@ def reader(bundle, **options):
 def test_likelihoods_are_those_of_a_plain_loop(random_bundle):
     bundle = random_bundle
     model, words = bundle.model, bundle.tokenizer
-    found = quality.likelihoods(reader(bundle), PROMPTS, TARGETS, reads(bundle))
-    for prompt, target, (nll, count, *_) in zip(PROMPTS, TARGETS, found, strict=True):
-        given = words(prompt)["input_ids"]
+    likelihoods = quality.likelihoods(reader(bundle), PROMPTS, TARGETS, reads(bundle))
+    for prompt, target, (nll, count, *_) in zip(PROMPTS, TARGETS, likelihoods, strict=True):
+        prompt_ids = words(prompt)["input_ids"]
         if model.config.is_encoder_decoder:
             answer = words(target)["input_ids"]
             start = model.config.decoder_start_token_id
-            logits = model(input_ids=torch.tensor([given]), decoder_input_ids=torch.tensor([[start, *answer[:-1]]])).logits[0]
+            logits = model(input_ids=torch.tensor([prompt_ids]), decoder_input_ids=torch.tensor([[start, *answer[:-1]]])).logits[0]
         else:
-            given, answer = given[:-1], words(target, add_special_tokens=False)["input_ids"]
-            logits = model(input_ids=torch.tensor([given + answer])).logits[0, len(given) - 1 : -1]
+            prompt_ids, answer = prompt_ids[:-1], words(target, add_special_tokens=False)["input_ids"]
+            logits = model(input_ids=torch.tensor([prompt_ids + answer])).logits[0, len(prompt_ids) - 1 : -1]
         chosen = logits.double().log_softmax(-1)[range(len(answer)), answer]
         assert count == len(answer)
         assert nll == pytest.approx(-chosen.sum().item(), rel=1e-5)
@@ -58,13 +58,13 @@ def bent(bundle, spread):
 def test_divergence_is_that_of_a_plain_loop_in_float64(random_bundle, spread):
     bundle, original = random_bundle, bent(random_bundle, spread)
     words, both = bundle.tokenizer, bundle.model.config.is_encoder_decoder
-    found = quality.likelihoods(reader(bundle), PROMPTS, TARGETS, reads(bundle, original=original))
-    for prompt, target, row in zip(PROMPTS, TARGETS, found, strict=True):
-        given, answer = words(prompt)["input_ids"], words(target, add_special_tokens=both)["input_ids"]
+    likelihoods = quality.likelihoods(reader(bundle), PROMPTS, TARGETS, reads(bundle, original=original))
+    for prompt, target, row in zip(PROMPTS, TARGETS, likelihoods, strict=True):
+        prompt_ids, answer = words(prompt)["input_ids"], words(target, add_special_tokens=both)["input_ids"]
         if both:
-            inputs = {"input_ids": [given], "decoder_input_ids": [[bundle.model.config.decoder_start_token_id, *answer[:-1]]]}
+            inputs = {"input_ids": [prompt_ids], "decoder_input_ids": [[bundle.model.config.decoder_start_token_id, *answer[:-1]]]}
         else:
-            inputs = {"input_ids": [given[:-1] + answer]}
+            inputs = {"input_ids": [prompt_ids[:-1] + answer]}
         inputs = {name: torch.tensor(ids) for name, ids in inputs.items()}
         q, p = (model(**inputs).logits[0, -len(answer) - (not both) :].double().log_softmax(-1) for model in (bundle.model, original))
         q, p = q[: len(answer)], p[: len(answer)]
@@ -98,8 +98,8 @@ def llama(toys):
 
 
 def test_plain_text_is_predicted_from_its_second_token(llama):
-    found = quality.likelihoods(reader(llama), PROMPTS, None, reads(llama))
-    assert [row.tokens for row in found] == [len(llama.tokenizer(p)["input_ids"]) - 1 for p in PROMPTS]
+    likelihoods = quality.likelihoods(reader(llama), PROMPTS, None, reads(llama))
+    assert [row.tokens for row in likelihoods] == [len(llama.tokenizer(p)["input_ids"]) - 1 for p in PROMPTS]
 
 
 def plain_loop(model, ids, size, stride):
@@ -122,8 +122,8 @@ def plain_loop(model, ids, size, stride):
 def test_long_texts_are_read_in_windows_as_hugging_face_has_it(llama):
     """Against the loop of transformers' documentation, "Perplexity of fixed-length models"."""
     texts = [" ".join(WORDS[(n * k) % len(WORDS)] for k in range(40)) for n in (3, 7)] + ["the cat sat", "dog"]
-    found = quality.likelihoods(reader(llama, max_tokens=16), texts, None, reads(llama, 40), stride=6)
-    for text, (nll, count, *_) in zip(texts, found, strict=True):
+    likelihoods = quality.likelihoods(reader(llama, max_tokens=16), texts, None, reads(llama, 40), stride=6)
+    for text, (nll, count, *_) in zip(texts, likelihoods, strict=True):
         ids = torch.tensor([llama.tokenizer(text)["input_ids"]])
         expected, counted = plain_loop(llama.model, ids, 16, 6)
         assert count == counted == ids.shape[1] - 1
@@ -135,17 +135,17 @@ def test_a_stream_is_read_in_windows_as_hugging_face_has_it(llama, stride):
     text = "\n\n".join(" ".join(WORDS[(n * k) % len(WORDS)] for k in range(n)) for n in range(40))
     ids = torch.tensor([llama.tokenizer(text)["input_ids"]])
     expected, counted = plain_loop(llama.model, ids, 16, stride or 16)
-    found, parts = quality.stream_likelihoods(reader(llama, max_tokens=16), text, reads(llama, 40), stride, None, 0)
-    assert sum(row.tokens for row in found) == counted
-    assert sum(row.nats for row in found) == pytest.approx(expected, rel=1e-5)
-    assert [len(llama.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts] == [row.tokens for row in found]
+    likelihoods, parts = quality.stream_likelihoods(reader(llama, max_tokens=16), text, reads(llama, 40), stride, None, 0)
+    assert sum(row.tokens for row in likelihoods) == counted
+    assert sum(row.nats for row in likelihoods) == pytest.approx(expected, rel=1e-5)
+    assert [len(llama.tokenizer(part, add_special_tokens=False)["input_ids"]) for part in parts] == [row.tokens for row in likelihoods]
     assert [part.split() for part in parts[:2]] == [
         text.split()[1:16],
-        text.split()[17 if stride in (None, 16) else 16 :][: int(found[1].tokens)],
+        text.split()[17 if stride in (None, 16) else 16 :][: int(likelihoods[1].tokens)],
     ]
     drawn, some = quality.stream_likelihoods(reader(llama, max_tokens=16), text, reads(llama, 40), stride, 7, 1)
     assert len(drawn) == 7
-    rest = zip(parts, found, strict=True)
+    rest = zip(parts, likelihoods, strict=True)
     in_order = [
         any(part == other and row == pytest.approx(whole, rel=1e-5) for other, whole in rest) for part, row in zip(some, drawn, strict=True)
     ]
@@ -168,9 +168,9 @@ def test_streams_that_cannot_be_read(llama):
 def test_windows_count_every_token_but_the_first_once():
     for length in range(1, 40):
         for stride in range(1, 8):
-            counted = [token for ids, given in quality.windows(list(range(length)), 8, stride) for token in ids[given:]]
+            counted = [token for ids, prefix in quality.windows(list(range(length)), 8, stride) for token in ids[prefix:]]
             assert counted == list(range(1, length))
-    with pytest.raises(DataError, match=r"data\.stride: 8 is too far for windows of 8 tokens, in which some must be given; at most 7"):
+    with pytest.raises(DataError, match=r"data\.stride: 8 is too far for windows of 8 tokens, which need some context; give 7 at most"):
         quality.windows([1] * 20, 8, 8)
 
 
@@ -190,8 +190,8 @@ def test_what_does_not_fit_the_context_is_refused_by_name(llama):
     with pytest.raises(DataError, match="64 does not fit the model's context of 64 tokens"):
         reader(llama).to_write(PROMPTS, 64)
     long = " ".join(["cat"] * 100)
-    found = quality.likelihoods(reader(llama), [PROMPTS[0], long], [long, TARGETS[0]], reads(llama))
-    assert [row.tokens for row in found] == [32, 4], "an overlong answer gets half of the context"
+    likelihoods = quality.likelihoods(reader(llama), [PROMPTS[0], long], [long, TARGETS[0]], reads(llama))
+    assert [row.tokens for row in likelihoods] == [32, 4], "an overlong answer gets half of the context"
 
 
 def test_chat_prompts_have_one_start_token(llama):

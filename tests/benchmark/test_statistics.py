@@ -17,11 +17,11 @@ def test_the_mean_difference_has_the_interval_of_the_normal_theory():
     rng = np.random.default_rng(1)
     a = rng.normal(50, 20, size=(400, 1))
     b = a - 1 + rng.normal(0, 4, size=(400, 1))
-    found, d = statistics.paired("rougeL", a.tolist(), b.tolist()), (b - a)[:, 0]
-    assert found.estimate == pytest.approx(d.mean())
+    effect, d = statistics.paired("rougeL", a.tolist(), b.tolist()), (b - a)[:, 0]
+    assert effect.estimate == pytest.approx(d.mean())
     for confidence, z in ((0.95, 1.96), (0.8, 1.2816)):
         half = z * d.std(ddof=1) / math.sqrt(len(d))
-        assert found.interval(confidence) == pytest.approx((d.mean() - half, d.mean() + half), abs=0.03)
+        assert effect.interval(confidence) == pytest.approx((d.mean() - half, d.mean() + half), abs=0.03)
 
 
 def test_labels_right_on_one_side_alone_are_tested_as_mcnemar_does():
@@ -47,16 +47,16 @@ def test_different_examples_are_refused():
 
 def test_the_ratio_of_rounds_has_students_interval_on_the_log_scale():
     a, b = [[1.0, 1.1], [0.9, 1.2], [1.0, 1.0]], [[1.3, 1.32], [1.2, 1.5], [1.25, 1.3]]
-    found = statistics.paired_ratio(a, b)
+    effect = statistics.paired_ratio(a, b)
     logs = (np.log(b) - np.log(a)).mean(axis=1)
     expected = stats.t.interval(0.95, len(logs) - 1, logs.mean(), stats.sem(logs))
-    assert math.log(found.estimate) == pytest.approx(logs.mean())
-    assert np.log(found.interval(0.95)) == pytest.approx(expected)
+    assert math.log(effect.estimate) == pytest.approx(logs.mean())
+    assert np.log(effect.interval(0.95)) == pytest.approx(expected)
     p = stats.ttest_1samp(logs, math.log(1.1), alternative="greater").pvalue
-    assert found.at_most(1.1) == pytest.approx(p)
-    assert found.at_least(1.1) == pytest.approx(1 - p)
-    alone = statistics.paired_ratio([[1.0, 1.0]], [[2.0, 2.0]])
-    assert (alone.estimate, alone.interval(0.95)) == (2.0, None)
+    assert effect.at_most(1.1) == pytest.approx(p)
+    assert effect.at_least(1.1) == pytest.approx(1 - p)
+    single = statistics.paired_ratio([[1.0, 1.0]], [[2.0, 2.0]])
+    assert (single.estimate, single.interval(0.95)) == (2.0, None)
 
 
 def test_ratios_of_two_runs_follow_welch():
@@ -85,15 +85,15 @@ def test_intervals_of_speed_ratios_cover_the_truth_95_times_of_100(rounds, proce
 def test_a_quality_ratio_that_is_the_same_in_every_example_is_certain():
     a = [[float(n % 7 + 1), 10.0] for n in range(50)]
     b = [[nll + 10 * math.log(1.05), tokens] for nll, tokens in a]
-    found = statistics.paired("perplexity", a, b, ratio=True)
-    assert (found.estimate, *found.interval(0.95)) == pytest.approx((1.05, 1.05, 1.05))
-    assert (found.at_most(1.06), found.at_most(1.04), found.at_least(1.04)) == (1, 0, 1)
+    effect = statistics.paired("perplexity", a, b, ratio=True)
+    assert (effect.estimate, *effect.interval(0.95)) == pytest.approx((1.05, 1.05, 1.05))
+    assert (effect.at_most(1.06), effect.at_most(1.04), effect.at_least(1.04)) == (1, 0, 1)
 
 
 def test_too_few_examples_give_no_interval():
     rows = [[float(x)] for x in range(19)]
-    for found, value in ((statistics.paired("rougeL", rows, rows), 0), (statistics.alone("rougeL", rows), 9)):
-        assert (found.estimate, found.interval(0.95), found.needed(1, 0.95)) == (value, None, None)
+    for effect, value in ((statistics.paired("rougeL", rows, rows), 0), (statistics.alone("rougeL", rows), 9)):
+        assert (effect.estimate, effect.interval(0.95), effect.needed(1, 0.95)) == (value, None, None)
 
 
 @pytest.mark.slow
@@ -127,9 +127,9 @@ def test_the_bootstrap_is_scipys_bca(metric):
     rng = np.random.default_rng(4)
     if metric == "bleu":
         words = ["the", "cat", "sat", "on", "a", "red", "mat", "and", "dog"]
-        said = [" ".join(rng.choice(words, 12)) for _ in range(60)]
-        kept = [" ".join(w if rng.random() < 0.8 else "x" for w in text.split()) for text in said]
-        a, b = (np.array(bleu(texts, [[text] for text in said])) for texts in (said, kept))
+        references = [" ".join(rng.choice(words, 12)) for _ in range(60)]
+        kept = [" ".join(w if rng.random() < 0.8 else "x" for w in text.split()) for text in references]
+        a, b = (np.array(bleu(texts, [[text] for text in references])) for texts in (references, kept))
     else:
         a = np.column_stack([rng.lognormal(1, 1, 60), rng.integers(5, 15, 60).astype(float)])[:, : 1 + (metric == "perplexity")]
         b = a + np.column_stack([rng.exponential(2, 60) ** 2, np.zeros(60)])[:, : a.shape[1]]
@@ -142,19 +142,19 @@ def test_the_bootstrap_is_scipys_bca(metric):
     expected = stats.bootstrap(
         (np.arange(60.0),), apart, vectorized=True, n_resamples=20_000, method="BCa", rng=np.random.default_rng(0)
     ).confidence_interval
-    found = statistics.paired(metric, a.tolist(), b.tolist())
-    low, high = found.interval(0.95)
+    effect = statistics.paired(metric, a.tolist(), b.tolist())
+    low, high = effect.interval(0.95)
     width = expected.high - expected.low
     assert (low, high) == pytest.approx((expected.low, expected.high), abs=0.06 * width)
-    assert found.at_most(high) == pytest.approx(0.975, abs=0.002)
-    assert found.at_least(low) == pytest.approx(0.975, abs=0.002)
+    assert effect.at_most(high) == pytest.approx(0.975, abs=0.002)
+    assert effect.at_least(low) == pytest.approx(0.975, abs=0.002)
 
 
 @given(st.lists(st.floats(0, 1), max_size=8))
-def test_holm_is_never_below_the_p_value_nor_above_bonferroni(found):
-    corrected = statistics.holm(found)
-    assert all(p <= q <= min(1, len(found) * p) + 1e-12 for p, q in zip(found, corrected, strict=True))
-    order = np.argsort(found, kind="stable")
+def test_holm_is_never_below_the_p_value_nor_above_bonferroni(p_values):
+    corrected = statistics.holm(p_values)
+    assert all(p <= q <= min(1, len(p_values) * p) + 1e-12 for p, q in zip(p_values, corrected, strict=True))
+    order = np.argsort(p_values, kind="stable")
     assert list(np.array(corrected)[order]) == sorted(corrected)
 
 
@@ -185,9 +185,9 @@ def test_the_range_of_how_many_would_tell_holds_the_truths_number(kind):
         low, high = effect.interval(0.95)
         if not low < limit < high:
             continue
-        wanted, found = in_truth(1, abs(truth), n), effect.needed(limit, 0.95)
-        above, below = found.least <= 1.1 * wanted, found.most is None or found.most >= 0.9 * wanted
-        cases, least, most, both, early = cases + 1, least + above, most + below, both + (above and below), early + (found.most is None)
+        expected, needed = in_truth(1, abs(truth), n), effect.needed(limit, 0.95)
+        above, below = needed.least <= 1.1 * expected, needed.most is None or needed.most >= 0.9 * expected
+        cases, least, most, both, early = cases + 1, least + above, most + below, both + (above and below), early + (needed.most is None)
     assert cases > 200
     assert least / cases >= 0.93
     assert most / cases >= 0.77
@@ -198,9 +198,9 @@ def test_the_range_of_how_many_would_tell_holds_the_truths_number(kind):
 def test_thirty_examples_on_the_limit_are_too_few_to_say_that_none_would_tell():
     """The estimate is the limit to a hundredth of an error, and the truth a whole error away: then 8 times as many tell, and 2.04 are the least."""
     drawn = 8 * stats.norm.ppf((np.arange(30) + 0.5) / 30)[:, None] - 2.01
-    found = statistics.paired("rougeL", (0 * drawn).tolist(), drawn.tolist()).needed(-2, 0.95)
-    assert found.most is None
-    assert 50 <= found.least <= 65
+    needed = statistics.paired("rougeL", (0 * drawn).tolist(), drawn.tolist()).needed(-2, 0.95)
+    assert needed.most is None
+    assert 50 <= needed.least <= 65
     assert in_truth(8, 8 / math.sqrt(30), 30) == pytest.approx(8 * 30, rel=0.02)
 
 

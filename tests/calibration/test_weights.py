@@ -156,7 +156,7 @@ WAYS = [
 REFUSED = {
     two_of_which_neither_is_whole: r"1[0-9] weights are missing, such as .*transformers loads model\.safetensors, and not model-00001-of.*beside",
     untied_config_and_no_head: r"1 weights are missing, such as lm_head\.weight",
-    adapter: "adapter_config.json says that an adapter belongs to this model.*merge it",
+    adapter: "adapter_config.json names an adapter.*Merge it",
     other_names_only: r"no model\.safetensors and no model\.safetensors\.index\.json.*give consolidated\.safetensors that name",
     weights_of_another_size: "its weights don't fit its config or are damaged",
 }  # fmt: skip

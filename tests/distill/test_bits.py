@@ -88,7 +88,7 @@ def test_bits_are_a_part_of_what_a_model_is(toys):
 
 def test_packed_weights_are_not_packed_again(toys, tmp_path):
     folder = run("quantize", "bnb_nf4", toys["llama"], "llama", tmp_path / "made")
-    with pytest.raises(ModelError, match="made: bits: 8 is for a model with full weights, and these are packed already; leave bits away"):
+    with pytest.raises(ModelError, match="made: bits: 8 is for a model with full weights, and these are packed already; leave bits out"):
         distil("logits", bundle(toys["llama"], "llama"), toys["llama"], teacher={"id": str(folder), "bits": 8})
 
 

@@ -41,16 +41,16 @@ def test_rows_that_end_early_or_come_in_parts_never_move_it_back():
 
 def test_on_a_cpu_no_row_is_padded_to_more_than_twice_its_length(monkeypatch):
     monkeypatch.setattr(batching, "_fitting", lambda *_: 100)
-    made = []
-    Batches(Stepper(), None, lambda *_: None).each([3, 10, 5, 4, 9, 2, 1], made.append, "reading")
-    assert made == [[1, 4, 2], [3, 0, 5], [6]]
+    batches = []
+    Batches(Stepper(), None, lambda *_: None).each([3, 10, 5, 4, 9, 2, 1], batches.append, "reading")
+    assert batches == [[1, 4, 2], [3, 0, 5], [6]]
 
 
 def test_few_rows_go_along_where_steps_of_their_own_cost_more_than_padding(monkeypatch):
     monkeypatch.setattr(batching, "_fitting", lambda *_: 10_000)
-    made = []
+    parts = []
     batches = Batches(Stepper(), None, lambda *_: None)
     with batches.stepwise(3):
-        batches.each([100, 20, 90, 99], made.append, "writing")
-        batches.each([100, 20, 90, 9], made.append, "writing")
-    assert made == [[0, 3, 2, 1], [0, 2], [1, 3]]
+        batches.each([100, 20, 90, 99], parts.append, "writing")
+        batches.each([100, 20, 90, 9], parts.append, "writing")
+    assert parts == [[0, 3, 2, 1], [0, 2], [1, 3]]

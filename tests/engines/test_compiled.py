@@ -68,7 +68,7 @@ def test_steps_are_compiled_in_the_warm_up_alone(kind, device, tmp_path):
     expected = [written(point, Runtime()) for point in points]
     counters.clear()
     warm = [worker.warm_up(quiet, WarmUp(point, 5, 1)) for point in points]
-    assert all(found.compile_seconds > 0 for found in warm)
+    assert all(warmed_up.compile_seconds > 0 for warmed_up in warm)
     compiled = counters["stats"]["unique_graphs"]
     assert compiled >= len(points)
     worker.time(quiet, Time(points, 5, 1))

@@ -105,8 +105,8 @@ def test_an_engine_that_fails_is_a_row_with_its_reason(report_of, fails, message
     }
     report = report_of("llama", engine={"name": "fake", "fails": fails}, benchmark=benchmark)
     assert report.verdict == "cannot_tell"
-    found = [*(failure for side in report.sides for failure in side.failures), *(m.reason or "" for m in report.candidate.measurements)]
-    assert any(re.search(message, reason) for reason in found), found
+    reasons = [*(failure for side in report.sides for failure in side.failures), *(m.reason or "" for m in report.candidate.measurements)]
+    assert any(re.search(message, reason) for reason in reasons), reasons
 
 
 def test_an_engine_that_cannot_open_a_model_says_so(report_of):

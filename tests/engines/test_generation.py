@@ -33,14 +33,14 @@ def writer(bundle, settings, prompts=PROMPTS):
 
 def test_batches_give_the_same_tokens_as_one_at_a_time(random_bundle):
     model, words, both = random_bundle.model, random_bundle.tokenizer, random_bundle.model.config.is_encoder_decoder
-    found = writer(random_bundle, GREEDY).write(Batches(model, 48, quiet))
-    assert len({tuple(tokens) for tokens in found}) > 1, "prompts matter"
-    for prompt, tokens in zip(PROMPTS, found, strict=True):
+    outputs = writer(random_bundle, GREEDY).write(Batches(model, 48, quiet))
+    assert len({tuple(tokens) for tokens in outputs}) > 1, "prompts matter"
+    for prompt, tokens in zip(PROMPTS, outputs, strict=True):
         ids = words(prompt)["input_ids"]
         ids = torch.tensor([ids if both else ids[:-1]])  # a decoder goes on from the prompt, not from its end token
-        alone = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
+        single = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False, pad_token_id=0)[0]
         assert len(tokens) == 8
-        assert tokens == alone[1 if both else ids.shape[1] :].tolist()
+        assert tokens == single[1 if both else ids.shape[1] :].tolist()
 
 
 def test_draws_do_not_depend_on_the_batches(random_bundle):
@@ -62,10 +62,10 @@ def test_rows_that_have_ended_leave_their_batch_and_the_others_go_on(random_bund
     end = Counter(token for tokens in whole for token in set(tokens)).most_common(1)[0][0]
     model.generation_config.eos_token_id = end
     handle = model.lm_head.register_forward_hook(lambda module, inputs, output: computed.append(len(output)))
-    found = writer(random_bundle, settings, prompts).write(Batches(model, 10_000, quiet))
+    outputs = writer(random_bundle, settings, prompts).write(Batches(model, 10_000, quiet))
     handle.remove()
-    assert found == [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in whole]
-    assert len({len(tokens) for tokens in found}) > 3
+    assert outputs == [tokens[: tokens.index(end)] if end in tokens else tokens for tokens in whole]
+    assert len({len(tokens) for tokens in outputs}) > 3
     assert sum(computed) < 0.9 * len(prompts) * len(computed)
     assert computed == sorted(computed, reverse=True)
 
@@ -95,9 +95,9 @@ def test_rows_leave_a_batch_whose_cache_holds_states_in_place_of_keys(name):
     def written(tokens):
         return measuring.writer(model, words, PROMPTS * 3, settings).write(Batches(model, tokens, quiet))
 
-    alone, together = written(1), written(10_000)
-    assert len({len(tokens) for tokens in alone}) > 3
-    assert together == alone
+    single, together = written(1), written(10_000)
+    assert len({len(tokens) for tokens in single}) > 3
+    assert together == single
     cache = model(torch.arange(2, 10)[None], use_cache=True).past_key_values
     states = [
         state
@@ -112,8 +112,8 @@ def test_a_fewest_number_of_tokens_counts_from_the_prompt(random_bundle):
     model, prompts = random_bundle.model, PROMPTS * 3
     settings = {**SAMPLED, "max_new_tokens": 12, "temperature": 8.0, "top_k": None, "top_p": None}
     model.generation_config.min_new_tokens = 5
-    found = writer(random_bundle, settings, prompts).write(Batches(model, 10_000, quiet))
-    assert found == writer(random_bundle, settings, prompts).write(Batches(model, 1, quiet))
+    outputs = writer(random_bundle, settings, prompts).write(Batches(model, 10_000, quiet))
+    assert outputs == writer(random_bundle, settings, prompts).write(Batches(model, 1, quiet))
 
 
 def test_the_encoder_keeps_nothing_for_gradients(random_bundle, monkeypatch):
@@ -131,23 +131,23 @@ def test_the_encoder_keeps_nothing_for_gradients(random_bundle, monkeypatch):
 def test_an_encoder_is_given_a_few_rows_at_a_time(random_bundle, monkeypatch, tokens):
     if not random_bundle.model.config.is_encoder_decoder:
         pytest.skip("it has no encoder")
-    made = writer(random_bundle, GREEDY)
-    inputs, _ = made._inputs([1, 3, 0, 2])
+    writing = writer(random_bundle, GREEDY)
+    inputs, _ = writing._inputs([1, 3, 0, 2])
     assert inputs["attention_mask"].sum(dim=1).tolist() == [11, 9, 4, 2]
     with torch.inference_mode():
         whole = random_bundle.model.get_encoder()(**inputs).last_hidden_state
     calls = []
 
-    def note(module, inputs, given, output):
-        calls.append(given["input_ids"].shape)
+    def note(module, inputs, named, output):
+        calls.append(named["input_ids"].shape)
 
     handle = random_bundle.model.get_encoder().register_forward_hook(note, with_kwargs=True)
     monkeypatch.setattr(generation, "ENCODED", tokens)
-    found = made._encode(inputs)
+    states = writing._encode(inputs)
     handle.remove()
     real = inputs["attention_mask"].bool()
-    assert found.shape == whole.shape
-    torch.testing.assert_close(found[real], whole[real])
+    assert states.shape == whole.shape
+    torch.testing.assert_close(states[real], whole[real])
     assert sum(rows for rows, _ in calls) == len(PROMPTS)
     assert all(rows == 1 or rows * longest <= tokens for rows, longest in calls)
     assert len(calls) == {1: 4, 12: 3, 1000: 1}[tokens]
@@ -203,23 +203,24 @@ def test_batches_hold_tokens_and_not_rows():
 
 def test_outputs_that_change_alone_are_counted_and_ties_told_from_others(random_bundle):
     model = random_bundle.model
-    made = writer(random_bundle, GREEDY)
-    outputs = made.write(Batches(model, 1000, quiet))
-    assert made.recheck(outputs).sentence == "4 examples were done once more, each alone: all came out as in their batch"
+    writing = writer(random_bundle, GREEDY)
+    outputs = writing.write(Batches(model, 1000, quiet))
+    assert writing.recheck(outputs).sentence == "4 examples were done once more, each alone: all came out as in their batch"
     other = (outputs[1][3] + 1) % 64
     changed = [outputs[0], [*outputs[1][:3], other, *outputs[1][4:]], outputs[2][:5], outputs[3]]
     with pytest.raises(
-        RunError, match=r"example 2 of those drawn .* its token 4 is .*; so do 2 of 4 .*quality_batch_tokens: 1 every example"
+        RunError,
+        match=r"example 2 of those drawn .* its token 4 is .* Of 4 examples that were checked 2 do so, .*quality_batch_tokens: 1 every example",
     ):
-        made.recheck(changed)
+        writing.recheck(changed)
     head, first = model.get_output_embeddings().weight, outputs[0][0]
     twin = 40 if first != 40 else 41
     with torch.no_grad():  # two tokens with the same logits
         head[twin] = head[first]
-    outputs = made.write(Batches(model, 1000, quiet))
+    outputs = writing.write(Batches(model, 1000, quiet))
     other = ({first, twin} - {outputs[0][0]}).pop()
-    found = made.recheck([[other, *outputs[0][1:]], *outputs[1:]])
-    assert (found.differ, found.ties) == (1, 1)
+    recheck = writing.recheck([[other, *outputs[0][1:]], *outputs[1:]])
+    assert (recheck.differ, recheck.ties) == (1, 1)
 
 
 def test_an_example_that_a_look_confirms_is_not_written_again(random_bundle, monkeypatch):
@@ -229,17 +230,17 @@ def test_an_example_that_a_look_confirms_is_not_written_again(random_bundle, mon
     free = writer(random_bundle, GREEDY).write(Batches(model, 1000, quiet))
     place, ended, end = max((row.index(token), example, token) for example, row in enumerate(free) for token in row)
     model.generation_config.eos_token_id = [1, end]
-    made = writer(random_bundle, GREEDY)
-    outputs = made.write(Batches(model, 1000, quiet))
+    writing = writer(random_bundle, GREEDY)
+    outputs = writing.write(Batches(model, 1000, quiet))
     assert place > 0
     assert outputs[ended] == free[ended][:place]
     written, own = [], model.generate
-    monkeypatch.setattr(model, "generate", lambda **given: written.append(given["input_ids"]) or own(**given))
-    assert (made.recheck(outputs).differ, len(written)) == (0, 0)
+    monkeypatch.setattr(model, "generate", lambda **inputs: written.append(inputs["input_ids"]) or own(**inputs))
+    assert (writing.recheck(outputs).differ, len(written)) == (0, 0)
     for wrong in (outputs[ended][:-1], [*outputs[ended], 5]):
         written.clear()
         with pytest.raises(RunError, match=f"example {ended + 1} of those drawn comes out otherwise"):
-            made.recheck([*outputs[:ended], wrong, *outputs[ended + 1 :]])
+            writing.recheck([*outputs[:ended], wrong, *outputs[ended + 1 :]])
         assert len(written) == 1
     for changes in ({"repetition_penalty": 1.3}, {"num_beams": 2}, {"do_sample": True, "top_k": 3}):
         written.clear()
@@ -248,12 +249,12 @@ def test_an_example_that_a_look_confirms_is_not_written_again(random_bundle, mon
 
 
 def test_what_differs_for_a_reason_that_is_known_is_said_and_ends_nothing(toys):
-    made = Bundle(Source(str(toys["llama"]), "causal-lm", "float32"), "cpu")
-    made.model.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
-    wrote = writer(made, GREEDY)
-    outputs = [[(token + 1) % 64 for token in tokens] for tokens in wrote.write(Batches(made.model, 1000, quiet))]
-    assert "4 came out otherwise than in their batch" in (said := wrote.recheck(outputs).sentence)
-    assert said.endswith(
+    bundle = Bundle(Source(str(toys["llama"]), "causal-lm", "float32"), "cpu")
+    bundle.model.config.quantization_config = BitsAndBytesConfig(load_in_8bit=True)
+    wrote = writer(bundle, GREEDY)
+    outputs = [[(token + 1) % 64 for token in tokens] for tokens in wrote.write(Batches(bundle.model, 1000, quiet))]
+    assert "4 came out otherwise than in their batch" in (sentence := wrote.recheck(outputs).sentence)
+    assert sentence.endswith(
         "bitsandbytes holds a column in 16 bits when any input of a batch has an outlier there, so what is served together matters"
     )
 
@@ -261,21 +262,21 @@ def test_what_differs_for_a_reason_that_is_known_is_said_and_ends_nothing(toys):
 def test_layers_that_round_their_inputs_make_steps_of_what_a_batch_differs_by(toys):
     """As with SmolLM2 in bfloat16 and int8: scores 0.5 apart where the model's own noise is 0.06."""
     plain = Bundle(Source(str(toys["llama"]), "causal-lm", "float32"), "cpu")
-    made = int8_dynamic.apply(plain, int8_dynamic.Settings(), Context(device="cpu", progress=quiet))
-    wrote = writer(made, GREEDY)
-    outputs = wrote.write(Batches(made.model, 1000, quiet))
+    bundle = int8_dynamic.apply(plain, int8_dynamic.Settings(), Context(device="cpu", progress=quiet))
+    wrote = writer(bundle, GREEDY)
+    outputs = wrote.write(Batches(bundle.model, 1000, quiet))
     assert "round" not in wrote.recheck(outputs).sentence
     changed = [[(token + 1) % 64 for token in tokens] for tokens in outputs]
     assert wrote.recheck(changed).sentence.endswith(
         "its layers round their inputs, which makes whole steps of what sums of a batch differ by"
     )
-    use_cpu_int8(made.model)
+    use_cpu_int8(bundle.model)
     assert wrote.recheck(changed).differ == 4
 
 
 def test_beams_that_differ_are_counted(toys):
-    made = Bundle(Source(str(toys["llama"]), "causal-lm", "float32"), "cpu")
-    wrote = writer(made, {**GREEDY, "num_beams": 2})
-    outputs = wrote.write(Batches(made.model, 1000, quiet))
+    bundle = Bundle(Source(str(toys["llama"]), "causal-lm", "float32"), "cpu")
+    wrote = writer(bundle, {**GREEDY, "num_beams": 2})
+    outputs = wrote.write(Batches(bundle.model, 1000, quiet))
     assert wrote.recheck(outputs).differ == 0
     assert wrote.recheck([[5, 5, 5], *outputs[1:]]).sentence.endswith("each alone: 1 came out otherwise than in their batch")

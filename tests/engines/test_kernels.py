@@ -42,18 +42,18 @@ def test_names_tell_kinds(kind, names):
 
 
 def event(name, own_us, children=(), device="CPU", launched=(), annotation=False):
-    made = SimpleNamespace(
+    operator = SimpleNamespace(
         name=name, self_cpu_time_total=own_us, cpu_children=list(children), cpu_parent=None, is_async=False, is_user_annotation=annotation,
         device_type=SimpleNamespace(name=device), time_range=SimpleNamespace(elapsed_us=lambda: own_us),
         kernels=[SimpleNamespace(name=kernel, duration=us) for kernel, us in launched],
     )  # fmt: skip
     for child in children:
-        child.cpu_parent = made
-    return made
+        child.cpu_parent = operator
+    return operator
 
 
 def every(*roots):
-    return [found for root in roots for found in (root, *every(*root.cpu_children))]
+    return [operator for root in roots for operator in (root, *every(*root.cpu_children))]
 
 
 def test_operators_without_a_kind_are_their_callers():
@@ -74,8 +74,8 @@ def test_the_profilers_own_time_is_taken_off_whoever_called():
 
 
 def test_more_work_than_time_leaves_no_overhead():
-    found = kernels.shares({"matrix_products": 3.0, "other": 1.0}, 2.0)
-    assert (found["matrix_products"], found["overhead"]) == (0.75, 0)
+    shares = kernels.shares({"matrix_products": 3.0, "other": 1.0}, 2.0)
+    assert (shares["matrix_products"], shares["overhead"]) == (0.75, 0)
 
 
 def test_a_gpus_kernels_count_by_their_name_or_by_who_launched_them():

@@ -93,15 +93,17 @@ def test_likelihoods_count_the_labels_alone(folder, engine):
     pieces = [
         Piece(n, ids, [-100] * skipped + ids[skipped:]) for n, (ids, skipped) in enumerate(((long, 40), (PROMPTS[1], 5), ([7, 8], 2)))
     ]
-    found = engine.read(pieces, quiet)
-    assert [likelihood.tokens for likelihood in found] == [215, 8, 0]
-    assert [likelihood.nats for likelihood in found] == pytest.approx([*(nats(model, p.ids, p.labels) for p in pieces[:2]), 0], rel=1e-5)
+    likelihoods = engine.read(pieces, quiet)
+    assert [likelihood.tokens for likelihood in likelihoods] == [215, 8, 0]
+    assert [likelihood.nats for likelihood in likelihoods] == pytest.approx(
+        [*(nats(model, p.ids, p.labels) for p in pieces[:2]), 0], rel=1e-5
+    )
 
 
 def test_run_writes_so_many_tokens_whatever_ends_a_text(folder, engine):
     model = AutoModelForCausalLM.from_pretrained(folder[0])
     prompts = [prompt[:9] for prompt in PROMPTS]
-    wanted = [continued(model, prompt, 6) for prompt in prompts]
+    expected = [continued(model, prompt, 6) for prompt in prompts]
     steps = []
     decoded = engine._decode
     engine._decode = lambda rows: steps.append(len(rows)) or decoded(rows)
@@ -109,17 +111,17 @@ def test_run_writes_so_many_tokens_whatever_ends_a_text(folder, engine):
         engine.run(engine.prepare(prompts), 6, lambda: steps.append("watched"))
     del engine._decode
     assert steps == [27, "watched", *[3, "watched"] * 5] * 2
-    assert engine._search(prompts, 6, frozenset(), lambda: None) == wanted
-    ends = frozenset({wanted[0][2]})
-    cut = [row[: min([row.index(end) for end in ends if end in row], default=6)] for row in wanted]
+    assert engine._search(prompts, 6, frozenset(), lambda: None) == expected
+    ends = frozenset({expected[0][2]})
+    cut = [row[: min([row.index(end) for end in ends if end in row], default=6)] for row in expected]
     assert engine._search(prompts, 6, ends, lambda: None) == cut
     assert len(cut[0]) <= 2
 
 
 def test_many_prompts_are_answered_as_each_alone(folder, engine):
-    alone = [engine.write([prompt], Generation(max_new_tokens=5), quiet).tokens[0] for prompt in PROMPTS]
+    single = [engine.write([prompt], Generation(max_new_tokens=5), quiet).tokens[0] for prompt in PROMPTS]
     many = opened(folder[1], tokens=30)
-    assert many.write(PROMPTS * 30, Generation(max_new_tokens=5), quiet).tokens == alone * 30
+    assert many.write(PROMPTS * 30, Generation(max_new_tokens=5), quiet).tokens == single * 30
 
 
 def test_integers_are_multiplied_as_they_are_stored(tmp_path):

@@ -79,17 +79,19 @@ def test_likelihoods_count_the_labels_alone(folder, engine):
     long = [(3 + 11 * place * place) % 300 for place in range(255)]
     asked = ((PROMPTS[1], 5), (long, 40), ([7, 8], 2))
     pieces = [Piece(n, ids, [-100] * skipped + ids[skipped:]) for n, (ids, skipped) in enumerate(asked)]
-    found = engine.read(pieces, quiet)
-    assert [likelihood.tokens for likelihood in found] == [8, 215, 0]
-    assert [likelihood.nats for likelihood in found] == pytest.approx([*(nats(model, p.ids, p.labels) for p in pieces[:2]), 0], rel=1e-5)
+    likelihoods = engine.read(pieces, quiet)
+    assert [likelihood.tokens for likelihood in likelihoods] == [8, 215, 0]
+    assert [likelihood.nats for likelihood in likelihoods] == pytest.approx(
+        [*(nats(model, p.ids, p.labels) for p in pieces[:2]), 0], rel=1e-5
+    )
 
 
 def test_run_writes_so_many_tokens_whatever_ends_a_text(folder, tmp_path):
     """What the first prompt's answer begins with is made an end: it is left out where texts end, and no likelier one is found."""
     model = AutoModelForCausalLM.from_pretrained(folder[0])
     prompts = [prompt[:9] for prompt in PROMPTS]
-    wanted = [continued(model, prompt, 6) for prompt in prompts]
-    model.generation_config.eos_token_id = model.config.eos_token_id = end = wanted[0][1]
+    expected = [continued(model, prompt, 6) for prompt in prompts]
+    model.generation_config.eos_token_id = model.config.eos_token_id = end = expected[0][1]
     model.save_pretrained(tmp_path / "model")
     tokenizer().save_pretrained(tmp_path / "model")
     engine, steps = opened(exported(tmp_path / "model", tmp_path / "made")), []
@@ -98,21 +100,21 @@ def test_run_writes_so_many_tokens_whatever_ends_a_text(folder, tmp_path):
     assert len(steps) == 12
     rows = [list(row) for row in zip(*engine._steps(prompts, 6, least=6), strict=True)]
     assert [len(row) for row in rows] == [6] * 3
-    assert rows[1:] == wanted[1:]
+    assert rows[1:] == expected[1:]
     assert end not in rows[0]
-    assert engine.write(prompts, Generation(max_new_tokens=6), quiet).tokens == [until(row, end) for row in wanted]
-    assert len(until(wanted[0], end)) <= 1
+    assert engine.write(prompts, Generation(max_new_tokens=6), quiet).tokens == [until(row, end) for row in expected]
+    assert len(until(expected[0], end)) <= 1
 
 
 def test_many_prompts_are_answered_as_each_alone(folder, engine):
-    wanted = Generation(max_new_tokens=5, repetition_penalty=1.3)
+    generation = Generation(max_new_tokens=5, repetition_penalty=1.3)
     model = AutoModelForCausalLM.from_pretrained(folder[0])
-    alone = []
+    single = []
     for prompt in PROMPTS:
         ids = model.generate(torch.tensor([prompt]), max_new_tokens=5, do_sample=False, repetition_penalty=1.3)[0, len(prompt) :].tolist()
-        alone.append(until(ids, model.config.eos_token_id))
-    assert alone != [continued(model, prompt, 5) for prompt in PROMPTS]
-    assert opened(folder[1], tokens=40).write(PROMPTS * 3, wanted, quiet).tokens == alone * 3
+        single.append(until(ids, model.config.eos_token_id))
+    assert single != [continued(model, prompt, 5) for prompt in PROMPTS]
+    assert opened(folder[1], tokens=40).write(PROMPTS * 3, generation, quiet).tokens == single * 3
 
 
 def test_what_it_doesnt_do_is_refused(folder, engine, tmp_path):

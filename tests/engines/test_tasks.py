@@ -16,7 +16,7 @@ CHOICES = ["dog ran", "red hat", "mat"]
 
 @pytest.mark.slow
 def test_scores_are_an_examples_each_and_those_of_the_likeliest_choice(toys, tmp_path):
-    rows = [{"said": said, "right": n % 3} for n, said in enumerate(["the cat sat", "a big dog", "the", "blue hat on it", "was it", "in"])]
+    rows = [{"said": text, "right": n % 3} for n, text in enumerate(["the cat sat", "a big dog", "the", "blue hat on it", "was it", "in"])]
     (tmp_path / "test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     task = {
         "task": "toy", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "test.jsonl")}, "cache_dir": str(tmp_path)},
@@ -28,20 +28,20 @@ def test_scores_are_an_examples_each_and_those_of_the_likeliest_choice(toys, tmp
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.15 * torch.randn_like(parameter))
-    samples, said = evaluate(model, words, task, 5)
+    samples, remarks = evaluate(model, words, task, 5)
     expected = []
     for row in rows[:5]:
         sums = []
         for choice in CHOICES:
-            given = words(row["said"], add_special_tokens=False)["input_ids"]
-            ids = given + words(choice, add_special_tokens=False)["input_ids"]
+            prompt_ids = words(row["said"], add_special_tokens=False)["input_ids"]
+            ids = prompt_ids + words(choice, add_special_tokens=False)["input_ids"]
             with torch.no_grad():
                 told = model(torch.tensor([ids])).logits[0].log_softmax(-1)
-            sums.append(sum(told[place - 1, ids[place]].item() for place in range(len(given), len(ids))))
+            sums.append(sum(told[place - 1, ids[place]].item() for place in range(len(prompt_ids), len(ids))))
         expected.append([100.0 * (sums.index(max(sums)) == row["right"])])
     assert samples == {"lm_eval:toy:acc": expected}
     assert len({score for (score,) in expected}) == 2, "some right, some wrong"
-    assert said == []
+    assert remarks == []
     assert (METRICS["lm_eval:toy:acc"].unit, METRICS["lm_eval:toy:acc"].better) == ("points", "higher")
     with pytest.raises(DataError, match="lm_eval has no task 'mmluu'; near it are mmlu"):
         evaluate(model, words, "mmluu", None)

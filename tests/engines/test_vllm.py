@@ -67,11 +67,11 @@ def test_packed_weights_stay_packed_and_mean_what_they_mean_elsewhere(folder, pr
     rtn = find("quantize", "rtn")
     settings = rtn.Settings(bits=4, group_size=32, symmetric=True, format=form)
     source = Source(str(folder), "causal-lm")
-    made, alike = tmp_path / "made", tmp_path / "alike"
-    rtn.apply(bundle(folder, "llama"), settings, context()).save(made)
+    packed, alike = tmp_path / "made", tmp_path / "alike"
+    rtn.apply(bundle(folder, "llama"), settings, context()).save(packed)
     rtn.apply(bundle(folder, "llama"), settings.model_copy(update={"format": "gptq"}), context()).save(alike)
     dense = gptq.unpacked(replace(source, id=str(alike)), tmp_path / "dense")
-    answer = opened(process, made, dtype="bfloat16", round_inputs=False)
+    answer = opened(process, packed, dtype="bfloat16", round_inputs=False)
     worker, theirs = loaded(dense.id, "causal-lm", dtype="float32")
     assert answer.weights.parameters == theirs.weights.parameters
     assert answer.weights.weight_bytes < 0.6 * 2 * theirs.weights.parameters
@@ -97,11 +97,11 @@ def test_what_it_is_known_not_to_open_is_refused_when_the_recipe_is_read(toys, r
 
 @installed
 def test_what_it_does_not_open_is_told(folder, process, tmp_path):
-    made = tmp_path / "made"
-    made.mkdir()
+    copy = tmp_path / "made"
+    copy.mkdir()
     for file in folder.iterdir():
-        (made / file.name).write_bytes(file.read_bytes())
-    config = json.loads((made / "config.json").read_text())
-    (made / "config.json").write_text(json.dumps({**config, "architectures": ["NobodyKnowsForCausalLM"]}))
+        (copy / file.name).write_bytes(file.read_bytes())
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "architectures": ["NobodyKnowsForCausalLM"]}))
     with pytest.raises(InputError, match="engine: vllm: "):
-        opened(process, made)
+        opened(process, copy)

@@ -29,30 +29,30 @@ def counted(folder, kind, dtype="float32", prepare=lambda model: None):
 
 def test_a_llama_reads_all_but_the_embedding_each_step(toys):
     """Two blocks: q and o of 64 x 64, k and v of 32 x 64, three of 172 x 64; two norms a block and one after; a tied head of 64 x 64."""
-    found = counted(toys["llama"], "llama")
+    counter = counted(toys["llama"], "llama")
     block = 2 * D * D + 2 * 32 * D + 3 * 172 * D
     linear, norms = 2 * block, 5 * D
     rotary = 8 * 4  # the frequencies, which are a buffer
     looked_up = BATCH * D
-    assert found.step.weight_bytes == pytest.approx(4 * (linear + norms + D * D + looked_up) + rotary, abs=rotary)
-    assert found.step.flops == 2 * BATCH * (linear + D * D)
-    assert found.prefill.flops == 2 * BATCH * (PROMPT * linear + D * D), "the head is asked for the last token alone"
-    assert found.cache_bytes == 4 * 2 * 2 * BATCH * (PROMPT + 3) * 32, "layers x keys and values x tokens x 2 heads of 16"
+    assert counter.step.weight_bytes == pytest.approx(4 * (linear + norms + D * D + looked_up) + rotary, abs=rotary)
+    assert counter.step.flops == 2 * BATCH * (linear + D * D)
+    assert counter.prefill.flops == 2 * BATCH * (PROMPT * linear + D * D), "the head is asked for the last token alone"
+    assert counter.cache_bytes == 4 * 2 * 2 * BATCH * (PROMPT + 3) * 32, "layers x keys and values x tokens x 2 heads of 16"
 
 
 def test_an_encoder_decoder_reads_its_decoder_without_what_is_cached(toys):
     """T5 of two blocks: attention of four 64 x 64, a gated feed-forward of three 128 x 64; a head of its own."""
-    found = counted(toys["t5"], "t5")
+    counter = counted(toys["t5"], "t5")
     attention, feed = 4 * D * D, 3 * 128 * D
     step = 2 * (attention + 2 * D * D + feed) + D * D
-    assert found.step.flops == 2 * BATCH * step
+    assert counter.step.flops == 2 * BATCH * step
     norms, looked_up = 7 * D, BATCH * D
     positions = 4 * 2  # of the new token's place, a bias for each head
-    assert found.step.weight_bytes == pytest.approx(4 * (step + norms + looked_up + positions), abs=64)
+    assert counter.step.weight_bytes == pytest.approx(4 * (step + norms + looked_up + positions), abs=64)
     encoder = 2 * (attention + feed) * PROMPT
     crossed = 2 * 2 * D * D * PROMPT
-    assert found.prefill.flops == 2 * BATCH * (encoder + crossed + step)
-    assert found.cache_bytes == 4 * 2 * 2 * BATCH * D * (PROMPT + 1 + 3), "a start token before the three"
+    assert counter.prefill.flops == 2 * BATCH * (encoder + crossed + step)
+    assert counter.cache_bytes == 4 * 2 * 2 * BATCH * D * (PROMPT + 1 + 3), "a start token before the three"
 
 
 def test_half_the_bytes_in_half_the_width(toys):
@@ -62,10 +62,10 @@ def test_half_the_bytes_in_half_the_width(toys):
 
 
 def test_a_classification_is_all_prefill(toys):
-    found = counted(toys["bert"], "bert")
+    counter = counted(toys["bert"], "bert")
     blocks, pooler, head = 2 * (4 * D * D + 2 * 128 * D), D * D, 2 * D
-    assert found.prefill.flops == 2 * BATCH * (PROMPT * blocks + pooler + head)
-    assert (found.step.flops, found.cache_bytes) == (0, 0)
+    assert counter.prefill.flops == 2 * BATCH * (PROMPT * blocks + pooler + head)
+    assert (counter.step.flops, counter.cache_bytes) == (0, 0)
 
 
 @pytest.mark.parametrize(

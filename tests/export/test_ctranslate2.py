@@ -20,7 +20,7 @@ from tests.conftest import TASKS, recipe_for
 pytest.importorskip("ctranslate2")
 
 
-def made(source, kind, target, method="ctranslate2", family="export", **settings):
+def artifact(source, kind, target, method="ctranslate2", family="export", **settings):
     """The artifact of one stage."""
     return blocks.made(Source(str(source), TASKS.get(kind, kind)), family, method, settings, target)
 
@@ -44,14 +44,14 @@ def nats(engine, encodes):
 
 @pytest.mark.parametrize("kind", ["t5", "bart", "llama", "gpt2"])
 def test_floats_say_the_same_as_in_transformers(toys, tmp_path, kind):
-    folder = made(toys[kind], kind, tmp_path / "made", weights="float32")
+    folder = artifact(toys[kind], kind, tmp_path / "made", weights="float32")
     plain, engine = opened("transformers", toys[kind], kind), opened("ctranslate2", folder, kind)
     encodes = engine.traits.encodes
     assert encodes == plain.traits.encodes
     assert nats(engine, encodes) == pytest.approx(nats(plain, encodes), rel=1e-4)
     prompts = [[5, 9, 3], [4, 4, 12, 8, 6], [20]]
-    wanted = Generation(max_new_tokens=7)
-    assert engine.write(prompts, wanted, quiet).tokens == plain.write(prompts, wanted, quiet).tokens
+    generation = Generation(max_new_tokens=7)
+    assert engine.write(prompts, generation, quiet).tokens == plain.write(prompts, generation, quiet).tokens
     told = []
     engine.run(engine.prepare([[5, 9, 3], [4, 4, 12]]), 6, lambda: told.append(1))
     assert len(told) == 6, "each step is told once for the whole batch, ends passed over"
@@ -62,21 +62,21 @@ def test_floats_say_the_same_as_in_transformers(toys, tmp_path, kind):
 @pytest.mark.parametrize("kind", ["t5", "llama"])
 def test_integers_of_a_stage_are_kept(toys, tmp_path, kind):
     """By likelihoods: the engine unpacks them to floats, and transformers does of the artifact before."""
-    packed = made(toys[kind], kind, tmp_path / "packed", "rtn", "quantize", bits=8, group_size=-1, symmetric=True)
-    folder = made(packed, kind, tmp_path / "made")
+    packed = artifact(toys[kind], kind, tmp_path / "packed", "rtn", "quantize", bits=8, group_size=-1, symmetric=True)
+    folder = artifact(packed, kind, tmp_path / "made")
     assert exports.read(folder).weights == "int8"
     assert "0.0% were rounded" in json.loads((folder / "compress_notes.json").read_text())["said"][0]
     encodes = TASKS[kind] == "seq2seq"
     engine = opened("ctranslate2", folder, kind, compute="float32")
     assert nats(engine, encodes) == pytest.approx(nats(opened("transformers", packed, kind), encodes), rel=1e-5)
-    again = made(toys[kind], kind, tmp_path / "again", weights="int8")
+    again = artifact(toys[kind], kind, tmp_path / "again", weights="int8")
     assert nats(opened("ctranslate2", again, kind, compute="float32"), encodes) != pytest.approx(nats(engine, encodes), rel=1e-5)
 
 
 def test_what_others_packed_is_unpacked_and_keeps_its_integers(toys, tmp_path):
     """torchao's layers in 8 bits a row: the dense model says what transformers says of them, and all lie on the grid."""
-    packed = made(toys["t5"], "t5", tmp_path / "packed", "int8_dynamic", "quantize")
-    folder = made(packed, "t5", tmp_path / "made")
+    packed = artifact(toys["t5"], "t5", tmp_path / "packed", "int8_dynamic", "quantize")
+    folder = artifact(packed, "t5", tmp_path / "made")
     assert exports.read(folder).weights == "int8"
     packed_nats, engine_nats = nats(opened("transformers", packed, "t5"), True), nats(opened("ctranslate2", folder, "t5"), True)
     assert engine_nats == pytest.approx(packed_nats, rel=0.01)
@@ -101,12 +101,12 @@ def test_what_is_misread_is_no_artifact(tmp_path, monkeypatch):
     """The converter scales the scores of a T5 with tied embeddings by its config, as transformers 4 meant it."""
     monkeypatch.setattr(export, "_as_it_reads", lambda loaded: loaded)
     with pytest.raises(BrokenPromise, match=r"ctranslate2 has \d+\.\d+ nats a token for \d+ tokens where transformers has"):
-        made(BUILTIN, "seq2seq", tmp_path / "made", weights="float32")
+        artifact(BUILTIN, "seq2seq", tmp_path / "made", weights="float32")
     assert not (tmp_path / "made").exists()
 
 
 def test_what_the_engine_cannot_do_is_refused(toys, tmp_path, rows, write_recipe):
-    folder = made(toys["llama"], "llama", tmp_path / "made", weights="float32")
+    folder = artifact(toys["llama"], "llama", tmp_path / "made", weights="float32")
     own = json.loads((folder / "generation_config.json").read_text())
     (folder / "generation_config.json").write_text(json.dumps({**own, "bad_words_ids": [[3]]}))
     with pytest.raises(ModelError, match="bad_words_ids isn't supported"):
@@ -126,7 +126,7 @@ def test_a_type_that_is_not_known_is_named(toys, tmp_path, monkeypatch):
 
     monkeypatch.delitem(converter._MODEL_LOADERS, "GPT2Config")
     with pytest.raises(ModelError, match="it can't convert a gpt2: No conversion is registered"):
-        made(toys["gpt2"], "gpt2", tmp_path / "made")
+        artifact(toys["gpt2"], "gpt2", tmp_path / "made")
 
 
 def test_what_is_the_converters_own_is_still_there():

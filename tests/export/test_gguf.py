@@ -61,7 +61,7 @@ def test_a_file_holds_an_artifacts_own_integers(tmp_path, bits, symmetric, size,
     source = Bundle(Source(str(decoder(tmp_path / "model")), "causal-lm"), "cpu")
     method.apply(source, settings(bits=bits, symmetric=symmetric, group_size=size), context()).save(tmp_path / "packed")
     stored = load_file(tmp_path / "packed" / "model.safetensors")
-    made = tensors(written(tmp_path / "packed", tmp_path / "made"))
+    stored_tensors = tensors(written(tmp_path / "packed", tmp_path / "made"))
     for layer, name in ((UP, "blk.1.ffn_up.weight"), (QUERY, "blk.0.attn_q.weight")):
         columns = int(stored[f"{layer}.weight_shape"][1])
         scale = stored[f"{layer}.weight_scale"].numpy().astype(np.float16).astype(np.float32)
@@ -76,8 +76,8 @@ def test_a_file_holds_an_artifacts_own_integers(tmp_path, bits, symmetric, size,
         expected = expected.reshape(len(scale), columns)
         if layer == QUERY:  # a rotation turns neighbours there, where it turned the halves of each head's 32 rows here
             expected = np.stack([expected[head * 32 + half * 16 + n] for head in range(4) for n in range(16) for half in range(2)])
-        assert made[name][0] == kind
-        assert np.array_equal(made[name][1], expected)
+        assert stored_tensors[name][0] == kind
+        assert np.array_equal(stored_tensors[name][1], expected)
     assert exports.read(tmp_path / "made").weights == kind.lower()
     assert "quantization_config" not in json.loads((tmp_path / "made" / "config.json").read_text())
 
@@ -109,12 +109,12 @@ def test_types_are_those_asked_for(tmp_path):
         ({"weights": "q8_0", "embeddings": "q8_0"}, "Q8_0", "Q8_0"),
         ({"weights": "q5_1", "embeddings": "f32"}, "Q5_1", "F32"),
     ):
-        made = tensors(written(folder, tmp_path / f"{layers}-{tables}", **settings))
-        assert {kind for name, (kind, values) in made.items() if values.ndim == 2 and name.startswith("blk.")} == {layers}
-        assert {made["token_embd.weight"][0], made["output.weight"][0]} == {tables}
-        assert {kind for kind, values in made.values() if values.ndim == 1} == {"F32"}
+        stored_tensors = tensors(written(folder, tmp_path / f"{layers}-{tables}", **settings))
+        assert {kind for name, (kind, values) in stored_tensors.items() if values.ndim == 2 and name.startswith("blk.")} == {layers}
+        assert {stored_tensors["token_embd.weight"][0], stored_tensors["output.weight"][0]} == {tables}
+        assert {kind for kind, values in stored_tensors.values() if values.ndim == 1} == {"F32"}
         nearest = gguf.quants.quantize(numbers[f"{UP}.weight"].float().numpy(), gguf.GGMLQuantizationType[layers])
-        assert np.array_equal(made["blk.1.ffn_up.weight"][1], gguf.quants.dequantize(nearest, gguf.GGMLQuantizationType[layers]))
+        assert np.array_equal(stored_tensors["blk.1.ffn_up.weight"][1], gguf.quants.dequantize(nearest, gguf.GGMLQuantizationType[layers]))
     told = context()
     export.apply(Bundle(Source(str(folder), "causal-lm"), "cpu"), export.Settings(), told)
     assert told.said == ["layers are stored as F16 (14)"]
@@ -125,8 +125,10 @@ def test_types_are_those_asked_for(tmp_path):
 def test_what_is_on_no_grid_stays_beside_integers(tmp_path):
     source = Bundle(Source(str(decoder(tmp_path / "model", tie_word_embeddings=False)), "causal-lm"), "cpu")
     rtn.apply(source, rtn.Settings(group_size=32, symmetric=True, ignore=["up_proj"]), context()).save(tmp_path / "packed")
-    made = tensors(written(tmp_path / "packed", tmp_path / "made", embeddings="q8_0"))
-    kinds = {name: made[name][0] for name in ("output.weight", "token_embd.weight", "blk.0.ffn_up.weight", "blk.0.ffn_gate.weight")}
+    stored_tensors = tensors(written(tmp_path / "packed", tmp_path / "made", embeddings="q8_0"))
+    kinds = {
+        name: stored_tensors[name][0] for name in ("output.weight", "token_embd.weight", "blk.0.ffn_up.weight", "blk.0.ffn_gate.weight")
+    }
     assert kinds == {"output.weight": "Q8_0", "token_embd.weight": "Q8_0", "blk.0.ffn_up.weight": "F16", "blk.0.ffn_gate.weight": "Q4_0"}
 
 
@@ -152,11 +154,11 @@ def test_a_packed_model_can_be_unpacked_instead(tmp_path):
 
 def test_the_folder_is_a_hugging_face_folder_but_for_its_weights(tmp_path):
     folder = decoder(tmp_path / "model")
-    made = written(folder, tmp_path / "made")
-    assert json.loads((made / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
-    assert json.loads((made / "generation_config.json").read_text()) == json.loads((folder / "generation_config.json").read_text())
-    assert AutoTokenizer.from_pretrained(made)("the cat").input_ids == AutoTokenizer.from_pretrained(folder)("the cat").input_ids
-    fields = gguf.GGUFReader(made / export.FILE).fields
+    copy = written(folder, tmp_path / "made")
+    assert json.loads((copy / "config.json").read_text()) == json.loads((folder / "config.json").read_text())
+    assert json.loads((copy / "generation_config.json").read_text()) == json.loads((folder / "generation_config.json").read_text())
+    assert AutoTokenizer.from_pretrained(copy)("the cat").input_ids == AutoTokenizer.from_pretrained(folder)("the cat").input_ids
+    fields = gguf.GGUFReader(copy / export.FILE).fields
     assert len(fields["tokenizer.ggml.tokens"].data) == SIZE
     assert fields["tokenizer.ggml.pre"].contents() == "gpt-2"
 
@@ -168,14 +170,14 @@ def test_what_cant_be_carried_over_is_refused_before_any_work(toys, tmp_path):
     assert "rope_type: yarn; known are default, linear, llama3" in refused(decoder(tmp_path / "yarn", rope_parameters=yarn))
     window = decoder(tmp_path / "window", "mistral", sliding_window=64)
     assert "sliding_window: 64 of 256 positions" in refused(window)
-    assert "head_dim: 32; a qwen2 has hidden_size / num_attention_heads there, 16" in refused(decoder(tmp_path / "wide", "qwen2"))
+    assert "head_dim: 32; llama.cpp takes hidden_size / num_attention_heads for a qwen2, 16" in refused(decoder(tmp_path / "wide", "qwen2"))
     assert "hidden_act: gelu" in refused(decoder(tmp_path / "gelu", hidden_act="gelu"))
     assert "a token 339, and the model 300 embeddings" in refused(decoder(tmp_path / "few", vocab_size=300))
     odd = decoder(tmp_path / "odd", intermediate_size=72)
-    said = refused(odd, weights="q4_0")
-    assert "down_proj.weight has 72 columns, which a block's 32 must divide with weights: q4_0; take weights: f16" in said
+    message = refused(odd, weights="q4_0")
+    assert "down_proj.weight has 72 columns, no multiple of 32, which weights: q4_0 needs; take weights: f16" in message
     narrow = decoder(tmp_path / "narrow", hidden_size=72)
-    assert "embed_tokens.weight has 72 columns, which a block's 32 must divide with embeddings: q8_0" in refused(narrow, embeddings="q8_0")
+    assert "embed_tokens.weight has 72 columns, no multiple of 32, which embeddings: q8_0 needs" in refused(narrow, embeddings="q8_0")
 
 
 def test_integers_that_no_block_holds_are_refused(tmp_path):
@@ -185,12 +187,12 @@ def test_integers_that_no_block_holds_are_refused(tmp_path):
         return tmp_path / name
 
     model = decoder(tmp_path / "model", intermediate_size=72)
-    assert "down_proj has 72 columns, which a block's 32 must divide; name the layer under ignore" in refused(
+    assert "down_proj has 72 columns, no multiple of a block's 32; name the layer under ignore" in refused(
         packed("odd", model, group_size=32)
     )
     whole = decoder(tmp_path / "whole")
     wide = refused(packed("wide", whole, bits=8, symmetric=False, group_size=32))
-    assert "8 bits and zero points of its own, and at most 5 bits" in wide
+    assert "8 bits with zero points, which can be stored up to 5 bits" in wide
     assert "symmetric: true" in wide
     with pytest.raises(ModelError, match="it has groups of 48 columns, and multiples of 32 can be stored; quantise it with group_size: 32"):
         kind_for("it", 4, True, 96, 2)
@@ -198,7 +200,7 @@ def test_integers_that_no_block_holds_are_refused(tmp_path):
     config = json.loads((other / "config.json").read_text())
     config["quantization_config"] = {"quant_method": "gptq", "bits": 4}
     (other / "config.json").write_text(json.dumps(config))
-    assert "packed by gptq, and integers are taken over from compressed-tensors' pack-quantized alone" in refused(other)
+    assert "packed by gptq. Only the integers of compressed-tensors' pack-quantized can be kept" in refused(other)
 
 
 def test_numbers_beyond_float16_are_refused(tmp_path):

@@ -30,7 +30,7 @@ PIECES = [Piece(n, prompt, [-100, *prompt[1:]]) for n, prompt in enumerate(PROMP
 UP = "model.layers.1.mlp.up_proj"
 
 
-def made(source, target, method="onnx", family="export", **settings):
+def artifact(source, target, method="onnx", family="export", **settings):
     """The artifact of one stage."""
     seen = blocks.examples() if family == "quantize" else ()
     return blocks.made(Source(str(source), "causal-lm"), family, method, settings, target, seen)
@@ -83,8 +83,8 @@ def dense(packed, source, target, bits, symmetric):
 def test_the_very_integers_are_multiplied_with(tmp_path, method, settings, kinds):
     shape = {"hidden_size": 48, "intermediate_size": 512, "head_dim": 16} if settings["bits"] == 8 else {"head_dim": 16}
     source = decoder(tmp_path / "model", "qwen2", **shape)
-    packed = made(source, tmp_path / "packed", method, "quantize", ignore=["lm_head", "*.0.mlp.up_proj"], **settings)
-    folder = made(packed, tmp_path / "made")
+    packed = artifact(source, tmp_path / "packed", method, "quantize", ignore=["lm_head", "*.0.mlp.up_proj"], **settings)
+    folder = artifact(packed, tmp_path / "made")
     bits = {"0": 4, "1": 8} if isinstance(settings["bits"], dict) else settings["bits"]
     model, engine = dense(packed, source, tmp_path / "dense", bits, settings["symmetric"]), opened(folder)
     assert [row.nats for row in engine.read(PIECES, quiet)] == pytest.approx([nats(model, p.ids, p.labels) for p in PIECES], rel=1e-5)
@@ -105,8 +105,8 @@ def test_the_very_integers_are_multiplied_with(tmp_path, method, settings, kinds
 def test_integers_of_gptqs_own_files_are_kept(tmp_path, symmetric):
     """In both versions of the format, one of which has every zero point less one."""
     source = decoder(tmp_path / "model")
-    packed = made(source, tmp_path / "packed", "rtn", "quantize", bits=4, group_size=32, symmetric=symmetric, format="gptq")
-    stored, folder = load_file(packed / "model.safetensors"), made(packed, tmp_path / "made")
+    packed = artifact(source, tmp_path / "packed", "rtn", "quantize", bits=4, group_size=32, symmetric=symmetric, format="gptq")
+    stored, folder = load_file(packed / "model.safetensors"), artifact(packed, tmp_path / "made")
     graph = onnx_ir.load(folder / "model.onnx").graph
     numbers = {name: value.const_value.numpy() for name, value in graph.initializers.items()}
     assert np.array_equal(fields(numbers[f"{UP}.qweight"].reshape(128, -1), 4), fields(stored[f"{UP}.qweight"].numpy().T, 4))
@@ -122,7 +122,7 @@ def test_integers_of_gptqs_own_files_are_kept(tmp_path, symmetric):
 
 
 def test_the_code_that_a_card_has_runs_alone(tmp_path):
-    folder = made(decoder(tmp_path / "model"), tmp_path / "made")
+    folder = artifact(decoder(tmp_path / "model"), tmp_path / "made")
     code = export.usage("causal-lm", [f"ids = {PROMPTS[0]}"], 5)
     ran = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=folder, capture_output=True, text=True, check=True)
     written = opened(folder).write([PROMPTS[0]], Generation(max_new_tokens=5), quiet).tokens[0]
@@ -141,8 +141,8 @@ def test_what_cannot_be_held_is_refused(toys, tmp_path, rows, write_recipe):
     assert "partial_rotary_factor: 0.5" in refused(decoder(tmp_path / "part", rope_parameters=part))
     assert "sliding_window: 8 of 256 positions" in refused(decoder(tmp_path / "window", "mistral", sliding_window=8))
     assert "the model is a gpt2; known are llama, mistral, qwen2, qwen3" in refused(toys["gpt2"])
-    rounded = made(decoder(tmp_path / "model"), tmp_path / "rounded", "smoothquant", "quantize")
-    assert "packed by torchao, and integers are taken over from" in refused(rounded)
+    rounded = artifact(decoder(tmp_path / "model"), tmp_path / "rounded", "smoothquant", "quantize")
+    assert "packed by torchao. Only the integers of" in refused(rounded)
     assert export.Settings().why_not_behind("quantize: rtn", rtn.Settings(), {64, 172}) == (
         "layers of 172 columns don't fit blocks of 16; name them under ignore of `quantize: rtn`, or give weights: float32"
     )
@@ -151,9 +151,9 @@ def test_what_cannot_be_held_is_refused(toys, tmp_path, rows, write_recipe):
 
 
 def test_a_layer_that_the_graph_lacks_is_named(tmp_path):
-    packed = made(decoder(tmp_path / "model"), tmp_path / "packed", "rtn", "quantize", bits=4, group_size=32)
+    packed = artifact(decoder(tmp_path / "model"), tmp_path / "packed", "rtn", "quantize", bits=4, group_size=32)
     exported = export.apply(Bundle(Source(str(packed), "causal-lm"), "cpu"), export.Settings(), blocks.context())
     exported.packed["model.layers.9.mlp.up_proj"] = exported.packed.pop(UP)
     (tmp_path / "made").mkdir()
-    with pytest.raises(ModelError, match=r"model.layers.9.mlp.up_proj and 0 more packed layers are no matrices of their own"):
+    with pytest.raises(ModelError, match=r"model.layers.9.mlp.up_proj and 0 more packed layers have no matrix of their own"):
         exported.save(tmp_path / "made")

@@ -23,7 +23,7 @@ from tests.conftest import TASKS, make_model, make_tokenizer, recipe_for
 pytest.importorskip("openvino")
 
 
-def made(source, kind, target, method="openvino", family="export", **settings):
+def artifact(source, kind, target, method="openvino", family="export", **settings):
     """The artifact of one stage."""
     return blocks.made(Source(str(source), TASKS[kind]), family, method, settings, target)
 
@@ -58,22 +58,22 @@ def nats(engine):
     return [row.nats for row in engine.read(pieces(engine.traits.encodes), quiet)]
 
 
-def said(folder):
+def note(folder):
     return json.loads((folder / "compress_notes.json").read_text())["said"][0]
 
 
 @pytest.mark.parametrize("kind", ["t5", "bart", "llama", "gpt2"])
 def test_floats_say_the_same_as_in_transformers(tmp_path, kind):
     source = restless(kind, tmp_path / "source")
-    folder = made(source, kind, tmp_path / "made", weights="float32")
+    folder = artifact(source, kind, tmp_path / "made", weights="float32")
     plain, engine = opened("transformers", source, kind), opened("openvino", folder, kind)
     assert engine.traits.encodes == plain.traits.encodes
     assert nats(engine) == pytest.approx(nats(plain), rel=1e-4)
     prompts = [[5, 9, 3], [4, 4, 12, 8, 6], [20]]
     for penalty in (None, 1.3):
-        wanted = Generation(max_new_tokens=9, repetition_penalty=penalty)
-        expected = plain.write(prompts, wanted, quiet).tokens
-        assert engine.write(prompts, wanted, quiet).tokens == expected
+        generation = Generation(max_new_tokens=9, repetition_penalty=penalty)
+        expected = plain.write(prompts, generation, quiet).tokens
+        assert engine.write(prompts, generation, quiet).tokens == expected
     assert len({token for row in expected for token in row}) > 5, "a model that says little would not tell"
     told = []
     engine.run(engine.prepare([[5, 9, 3], [4, 4, 12]]), 6, lambda: told.append(1))
@@ -95,25 +95,25 @@ def test_floats_say_the_same_as_in_transformers(tmp_path, kind):
     ],
 )
 def test_integers_of_a_stage_are_kept(toys, tmp_path, kind, settings):
-    packed = made(toys[kind], kind, tmp_path / "packed", "rtn", "quantize", **settings)
-    folder = made(packed, kind, tmp_path / "made")
+    packed = artifact(toys[kind], kind, tmp_path / "packed", "rtn", "quantize", **settings)
+    folder = artifact(packed, kind, tmp_path / "made")
     widths = {4, 8} if isinstance(settings["bits"], dict) else {settings["bits"]}
-    assert all(f"% are int{bits}" in said(folder) for bits in widths)
+    assert all(f"% are int{bits}" in note(folder) for bits in widths)
     assert exports.read(folder).weights in {f"int{bits}" for bits in widths}
     assert nats(opened("openvino", folder, kind)) == pytest.approx(nats(opened("transformers", packed, kind)), rel=1e-4)
 
 
 def test_rows_are_rounded_to_eight_bits(toys, tmp_path):
-    folder = made(toys["llama"], "llama", tmp_path / "made", weights="int8")
-    assert said(folder).startswith("of 94,728 weights 100.0% are int8")
+    folder = artifact(toys["llama"], "llama", tmp_path / "made", weights="int8")
+    assert note(folder).startswith("of 94,728 weights 100.0% are int8")
     ours, theirs = nats(opened("openvino", folder, "llama")), nats(opened("transformers", toys["llama"], "llama"))
     assert ours == pytest.approx(theirs, rel=0.01)
     assert ours != pytest.approx(theirs, rel=1e-5)
     matrix = np.random.default_rng(0).normal(size=(8, 96)).astype(np.float32)
     matrix[3] = 0
-    found = export._nearest(matrix)
-    assert np.abs(found.integers).max(axis=1).tolist() == [127] * 3 + [0] + [127] * 4
-    assert (np.abs(found.values() - matrix) <= np.abs(matrix).max(axis=1, keepdims=True) / 254 * 1.001).all()
+    rounded = export._nearest(matrix)
+    assert np.abs(rounded.integers).max(axis=1).tolist() == [127] * 3 + [0] + [127] * 4
+    assert (np.abs(rounded.values() - matrix) <= np.abs(matrix).max(axis=1, keepdims=True) / 254 * 1.001).all()
 
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])  # a head that is the embedding, and one of its own
@@ -132,13 +132,13 @@ def test_embeddings_are_rounded_beside_integers_that_are_kept(toys, tmp_path, ki
 
 def test_four_bits_by_nncf(toys, tmp_path):
     pytest.importorskip("nncf")
-    folder = made(toys["llama"], "llama", tmp_path / "made", weights="int4")
-    assert "% are int4" in said(folder)
+    folder = artifact(toys["llama"], "llama", tmp_path / "made", weights="int4")
+    assert "% are int4" in note(folder)
 
 
 def test_the_code_that_a_card_has_runs_alone(toys, tmp_path):
     for kind in ("t5", "llama", "gpt2"):
-        folder = made(toys[kind], kind, tmp_path / kind, weights="float32")
+        folder = artifact(toys[kind], kind, tmp_path / kind, weights="float32")
         code = export.usage(TASKS[kind], ["ids = [4, 4, 12, 8, 6]"], 5)
         ran = subprocess.run([sys.executable, "-c", "\n".join(code)], cwd=folder, capture_output=True, text=True, check=True)
         written = opened("openvino", folder, kind).write([[4, 4, 12, 8, 6]], Generation(max_new_tokens=5), quiet).tokens[0]
@@ -146,10 +146,10 @@ def test_the_code_that_a_card_has_runs_alone(toys, tmp_path):
 
 
 def test_what_cannot_be_held_or_done_is_refused(toys, tmp_path, rows, write_recipe):
-    packed = made(toys["llama"], "llama", tmp_path / "packed", "rtn", "quantize", bits=3, group_size=-1)
+    packed = artifact(toys["llama"], "llama", tmp_path / "packed", "rtn", "quantize", bits=3, group_size=-1)
     with pytest.raises(ModelError, match=r"layers\.\d\.\S+ has 3 bits a weight, and 4 or 8 can be stored; quantise it with bits: 4 or"):
-        made(packed, "llama", tmp_path / "none")
-    folder = made(packed, "llama", tmp_path / "made", weights="float32")
+        artifact(packed, "llama", tmp_path / "none")
+    folder = artifact(packed, "llama", tmp_path / "made", weights="float32")
     engine = opened("openvino", folder, "llama")
     with pytest.raises(ModelError, match=r"num_beams: 2; it has no beam search"):
         engine.write([[3, 4]], Generation(max_new_tokens=2, num_beams=2), quiet)
@@ -176,7 +176,7 @@ def test_a_type_that_cannot_be_traced_is_named(tmp_path):
     MambaForCausalLM(config).save_pretrained(tmp_path / "source")
     make_tokenizer().save_pretrained(tmp_path / "source")
     with pytest.raises(ModelError, match=r"export: openvino: a mamba can't be traced: "):
-        made(tmp_path / "source", "llama", tmp_path / "made")
+        artifact(tmp_path / "source", "llama", tmp_path / "made")
     assert not (tmp_path / "made").exists()
 
 

@@ -133,8 +133,8 @@ def test_damaged_reports_are_refused_by_name(tmp_path, content, message):
 @pytest.mark.parametrize(
     ("where", "value", "message"),
     [
-        (("sides",), [], "a candidate is wanted, with or without a baseline before it; it has nothing"),
-        (("sides", 0, "role"), "candidate", "it has candidate, candidate"),
+        (("sides",), [], "its sides are none; allowed are a candidate, and a baseline before it"),
+        (("sides", 0, "role"), "candidate", "its sides are candidate, candidate; allowed"),
         (("sides", 1, "measurements", 0, "metric"), "rougeX", "there is no metric 'rougeX'"),
         (("sides", 1, "measurements", 0, "samples"), [], "rougeL has no samples"),
         (("sides", 1, "measurements", 0, "samples"), [[1.0], [1.0, 2.0]], "rougeL has samples of unequal width"),

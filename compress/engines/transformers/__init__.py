@@ -1,4 +1,4 @@
-"""Plain transformers on torch: what every artifact is first measured in, eager or with compiled steps."""
+"""Plain transformers on torch, eager or with compiled steps: every artifact is first measured here."""
 
 from typing import TYPE_CHECKING
 
@@ -12,7 +12,7 @@ ABOUT = About(reads="Hugging Face folders, packed by any method of this package"
 
 
 class Settings(_Settings):
-    """How it runs is said by benchmark.runtime."""
+    """None: benchmark.runtime has the settings of this engine."""
 
 
 def make(opening: "Opening", batch_tokens: int | None = None) -> "Engine":

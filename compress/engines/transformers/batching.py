@@ -1,4 +1,4 @@
-"""How many examples a model is given at once: as many tokens as memory holds, and half of it where that was too many."""
+"""How many examples a model reads at once: as many tokens as memory holds, and half as many where it runs out."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,29 +13,29 @@ from compress.process import Progress
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-Work = Callable[[list[int]], None]  # what is done with a batch, given as indices
+Work = Callable[[list[int]], None]  # what is done with a batch of indices
 SHARE = 0.4  # of free memory; the other side may be loaded beside this one, and kernels want room of their own
-CALL = 50  # tokens that a CPU reads in the time of a call with few, which reads the weights
-READ, WRITTEN = 4096, 16384  # tokens from which on larger batches are no faster on a CPU (reports/quality), whose memory all share
+CALL = 50  # tokens that a CPU reads in the time that a call takes for the weights alone
+READ, WRITTEN = 4096, 16384  # tokens; larger batches are no faster on a CPU (reports/quality), whose memory all share
 
 
 class Batches:
     """Batches of about equally long rows, longest first, so that memory runs out at once or not at all.
 
-    tokens   what a batch may hold, padding and what is to be written counted, halved for good where memory runs out; None takes what fits
-             the memory that is free
-    halved   how often that was
+    tokens   what a batch may hold, with its padding and the tokens to be written; None takes what fits into free memory. Where memory runs
+             out it is set to half of the batch for good
+    halved   how often memory ran out
     """
 
     def __init__(self, model: "PreTrainedModel", tokens: int | None, progress: Progress):
         self._model, self.tokens, self.halved, self._progress = model, tokens, 0, progress
         self._calls = 0  # of the model that a batch takes besides its first
-        self._at, self._share = ("", 0, 0, 0), 0.0  # the step, rows done before the batch in hand, its rows, all; its share done
+        self._at, self._share = ("", 0, 0, 0), 0.0  # the step, rows done before this batch, its rows, all rows; its share done
 
     def each(self, lengths: list[int], work: Work, what: str, most_on_cpu: int = READ) -> None:
-        """Do all rows, of so many tokens each. A row that is longer than a batch has one to itself.
+        """Do all rows, whose tokens `lengths` has. A row that is longer than a batch has one to itself.
 
-        most_on_cpu   tokens of a batch there
+        most_on_cpu   the most tokens of a batch on a CPU
 
         Raises what `work` raised where memory runs out on a single row.
         """
@@ -61,7 +61,7 @@ class Batches:
 
     @contextmanager
     def stepwise(self, steps: int) -> Iterator[None]:
-        """Within it a batch takes about so many calls of the model, each of which is told."""
+        """Within it a batch takes about `steps` calls of the model, and each counts as progress."""
         handle, self._calls = self._model.register_forward_hook(lambda *_: self._tell(1 / steps)), steps - 1
         try:
             yield
@@ -70,7 +70,7 @@ class Batches:
             self._calls = 0
 
     def _tell(self, share: float) -> None:
-        """So much more of the batch in hand is done; counted in rows."""
+        """Report that a further `share` of the current batch is done, in rows."""
         self._share = min(1.0, self._share + share)
         what, before, rows, total = self._at
         self._progress(what, before + int(self._share * rows), total)
@@ -88,10 +88,10 @@ class Batches:
 
 
 def _fitting(model: "PreTrainedModel", longest: int, most_on_cpu: int) -> int:
-    """How many tokens a batch may hold in the memory that is free, by the model's sizes, `longest` being the longest row's.
+    """How many tokens a batch may hold in free memory, by the model's sizes; `longest` is the length of the longest row.
 
-    A token takes its keys and values in every block (twice where there is a decoder beside the encoder), what one block computes of it, its
-    attention to all others, and its logits: as stored, in float32 and as likelihoods.
+    A token takes its keys and values in every block, twice in an encoder-decoder. It takes what one block computes of it, and its attention
+    to all others. And it takes its logits three times: as stored, in float32 and as likelihoods.
     """
     config = model.config.get_text_config()
     width, blocks = config.hidden_size, config.num_hidden_layers + (getattr(config, "num_decoder_layers", None) or 0)
@@ -104,7 +104,7 @@ def _fitting(model: "PreTrainedModel", longest: int, most_on_cpu: int) -> int:
 
 
 def _free(device: torch.device) -> int:
-    """Bytes that are free; on a GPU with those that torch holds and doesn't use."""
+    """Free bytes; on a GPU also those that torch holds and doesn't use."""
     if device.type != "cuda":
         return int(psutil.virtual_memory().available)
     held: int = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)

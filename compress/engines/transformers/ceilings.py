@@ -1,8 +1,8 @@
 """What this machine can do at best: how fast it copies memory and how fast it multiplies matrices, timed beside the models.
 
-Utilisation is held against these and not against data sheets: a shared host, a few threads or a laptop's power limit have
-their own. The copy counts bytes read and bytes written (STREAM, McCalpin 1995), of blocks larger than the caches; the product is of
-square matrices in the model's dtype with the benchmark's threads. Of several timings the best counts, since only disturbances differ.
+Utilisation is a share of these and not of data sheets: a shared host, a few threads or a laptop's power limit have ceilings of their own.
+The copy counts bytes read and bytes written (STREAM, McCalpin 1995), in blocks larger than the caches. The product is of square matrices in
+the model's dtype, with the benchmark's threads. Of several timings the best counts, since only disturbances differ.
 """
 
 import time
@@ -31,7 +31,7 @@ def flops_per_second(device: str, dtype: torch.dtype) -> float:
         if time.perf_counter() - start > ENOUGH_S:
             break
         matrix = torch.rand(side, side, device=device).to(dtype)
-        for weight in (matrix, matrix.t()):  # as layers do, which some kernels are several times as fast at
+        for weight in (matrix, matrix.t()):  # as in layers; some kernels are several times faster at it
             best = max(best, 2 * side**3 / _best(partial(torch.mm, matrix, weight, out=torch.empty_like(matrix)), device))
     return best
 

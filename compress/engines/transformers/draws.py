@@ -1,8 +1,8 @@
 """Draws from a model's distributions that are the same in every batch, on every device.
 
-Sampling takes no random numbers from a generator that the batching would share out: each row's logits get Gumbel noise that seed, example
-and position determine, and the likeliest token is then a draw from the distribution (Gumbel 1954; Maddison et al. 2014). So the draws are
-the same on both sides, too, which makes their difference less noisy.
+No generator is shared by the rows of a batch: each row's logits get Gumbel noise that seed, example and position determine. The likeliest
+token is then a draw from the distribution (Gumbel 1954; Maddison et al. 2014). So both sides draw with the same noise, too, which makes
+their difference less noisy.
 """
 
 from typing import Any
@@ -26,7 +26,7 @@ from transformers import (
 from compress.decoding import FILE
 from compress.errors import ModelError
 
-WARPERS = {  # what bends a distribution before a draw, in transformers' order, with the value that changes nothing
+WARPERS = {  # what changes a distribution before a draw, in transformers' order, each with its neutral value
     "temperature": (TemperatureLogitsWarper, 1.0),
     "top_h": (TopHLogitsWarper, 1.0),
     "top_k": (TopKLogitsWarper, 0),
@@ -41,7 +41,7 @@ WARPERS = {  # what bends a distribution before a draw, in transformers' order, 
 class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
     """Adds to every row's scores (rows, vocabulary) noise of its own: Philox keyed by seed and example, counted by position.
 
-    start   the tokens that stand before the first that is written
+    start   how many tokens stand before the first that is written
     """
 
     def __init__(self, seed: int, examples: list[int], start: int):
@@ -58,21 +58,21 @@ class GumbelNoise(LogitsProcessor):  # type: ignore[misc]
 
 
 def warpers(config: GenerationConfig) -> list[LogitsProcessor]:
-    """What distributions are bent by before a draw. Raises ModelError for a value that can't be."""
-    found = []
+    """The processors that change distributions before a draw. Raises ModelError for a value that isn't allowed."""
+    processors = []
     for name, (kind, neutral) in WARPERS.items():
         value = getattr(config, name, None)
         if value in (None, neutral):
             continue
         try:
-            found.append(kind(value))
+            processors.append(kind(value))
         except ValueError as error:
             raise ModelError(f"{FILE}: {name}: {value}: {error}") from None
-    return found
+    return processors
 
 
 def at_edge(scores: Tensor, logits: Tensor, others: Tensor, slack: float) -> bool:
-    """Whether a token that was drawn, alone or in the batch (`others`), stands where rounding decides whether it is drawn from at all."""
+    """Whether rounding decides if a drawn token can be drawn at all: the one drawn alone, or those of the batch (`others`)."""
     drawn = scores.isfinite()
     if drawn[others].any():
         return bool(logits[scores.argmax()] <= logits[drawn].min() + slack)

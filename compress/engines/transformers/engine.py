@@ -1,4 +1,4 @@
-"""A model in transformers: loaded, run, read and explained."""
+"""A model in transformers: opening, running, reading and explaining it."""
 
 import gc
 import importlib
@@ -40,13 +40,13 @@ class Transformers(Engine):
         self._bundle = Bundle(self.source, self.device)
         _import_all(self._bundle)
         if self.device == "cuda":
-            torch.zeros(1, device="cuda")  # the context is no part of the model
+            torch.zeros(1, device="cuda")  # the CUDA context is no part of the model
         self.tokenizer = self._bundle.tokenizer  # alike on both sides, and no part of what a model holds
 
     def open(self) -> None:
         self.model = model = self._bundle.model
         config = model.config
-        context = context_length(config, self.tokenizer)  # of which some count from the padding token that the model was made with
+        context = context_length(config, self.tokenizer)  # some models count positions from their own padding token
         config.pad_token_id = self.tokenizer.pad_token_id  # decoder-only classifiers look for the last real token by it
         if len(self.tokenizer) > (rows := model.get_input_embeddings().num_embeddings):
             raise ModelError(
@@ -92,14 +92,14 @@ class Transformers(Engine):
         decoding.refuse(own.to_dict(), size, decoding.FILE, generation.do_sample and generation.temperature is None)
         with self._untimed(progress) as batches:
             writer = Writer(self.model, self.tokenizer, prompts, generation)
-            said = []
+            remarks = []
             if left_out := decoding.overruled(own):
-                said.append(f"of {decoding.FILE} {', '.join(left_out)} was left out: how fast and how often is the benchmark's to say")
+                remarks.append(f"of {decoding.FILE} {', '.join(left_out)} was left out: how fast and how often is the benchmark's to say")
             with phase("generating"), batches.stepwise(generation.max_new_tokens):
                 tokens = writer.write(batches)
             with phase("checking examples alone"):
-                said.append(writer.recheck(tokens).sentence)
-        return Written(tokens, said + _halved(batches))
+                remarks.append(writer.recheck(tokens).sentence)
+        return Written(tokens, remarks + _halved(batches))
 
     def read(self, pieces: list[Piece], progress: Progress, original: Source | None = None) -> list[Likelihood]:
         other = None if original is None or original == self.source else self._beside(original)
@@ -136,12 +136,12 @@ class Transformers(Engine):
 
     @contextmanager
     def cache_seen(self) -> Iterator[list[int]]:
-        with cache_seen(self.model) as found:
-            yield found
+        with cache_seen(self.model) as sizes:
+            yield sizes
 
     @contextmanager
     def _untimed(self, progress: Progress) -> Iterator[Batches]:
-        """Nothing within is timed, so all cores work, and by the products that they are fast at."""
+        """Within it nothing is timed: all cores work, with the matrix products that are fastest on them."""
         threads = torch.get_num_threads()
         torch.set_num_threads(len(os.sched_getaffinity(0)))
         try:
@@ -162,7 +162,7 @@ class Transformers(Engine):
     def _step(self, inputs: dict[str, Any], new_tokens: int) -> Step:
         generates, static = self.traits.generates, self.runtime.cache == "static"
         counter, began = work.Counter(), time.perf_counter()
-        with counter.watching(self.model), in_float32(self.device):  # not compiled, which would pass over the hooks
+        with counter.watching(self.model), in_float32(self.device):  # uncompiled: compiled steps would skip the hooks
             if generates:
                 tokens = new_tokens if static else new_tokens // 2 + 1
                 timing.generate(self.model, inputs, tokens, counter, Runtime(cache=self.runtime.cache))
@@ -190,12 +190,12 @@ class Transformers(Engine):
         )  # fmt: skip
 
     def _compiled(self) -> Any:
-        """The model as classification calls it; generation compiles its steps itself. Raises ModelError for one that can't be."""
+        """The compiled model for classification; generation compiles its steps itself. Raises ModelError where it can't be compiled."""
         packed = getattr(self.model, "hf_quantizer", None)
         if packed is not None and not packed.is_compileable:
             method = packed.quantization_config.quant_method.value
             raise ModelError(f"benchmark.runtime.compile: transformers doesn't compile models packed by {method}; leave compile out")
-        # a recompilation that is given up would be timed without a word
+        # else a recompilation that is given up would be timed in silence
         torch._dynamo.config.recompile_limit = 1000
         torch._dynamo.config.fail_on_recompile_limit_hit = True
         return torch.compile(self.model, dynamic=False)
@@ -204,15 +204,15 @@ class Transformers(Engine):
 @contextmanager
 def cache_seen(model: PreTrainedModel) -> Iterator[list[int]]:
     """Bytes of keys and values that each call of the model left for the next, while the block runs."""
-    found: list[int] = []
+    sizes: list[int] = []
 
     def look(module: Any, inputs: Any, output: Any) -> None:
         cache = getattr(output, "past_key_values", None)
-        found.append(0 if cache is None else work.cache_bytes(cache))
+        sizes.append(0 if cache is None else work.cache_bytes(cache))
 
     handle = model.register_forward_hook(look)
     try:
-        yield found
+        yield sizes
     finally:
         handle.remove()
 
@@ -227,7 +227,7 @@ def _halved(batches: Batches) -> list[str]:
 def _bring_in(model: PreTrainedModel) -> None:
     """Read a byte of every page of the weights on the CPU.
 
-    Weights whose stored dtype is kept are mapped from their file, and pages that no step has read yet would count as no memory.
+    Weights in their stored dtype are mapped from the file, and pages that no step has read yet would not count as memory.
     """
     for tensor in held.plain_tensors([*model.parameters(), *model.buffers()]):
         if tensor.device.type == "cpu" and tensor.layout == torch.strided and not tensor.is_quantized:
@@ -236,16 +236,16 @@ def _bring_in(model: PreTrainedModel) -> None:
 
 
 def _import_all(bundle: Bundle) -> None:
-    """Bring in the code that the model will need, so that it counts as the interpreter's memory and not as the model's.
+    """Import the code that the model will need, so that it counts as the interpreter's memory and not as the model's.
 
-    Much of it comes with a first run: a small model has one here.
+    Much of it comes with a first run, so a small model is run here.
     """
     packing = getattr(bundle.config, "quantization_config", None)
     method = packing.get("quant_method") if isinstance(packing, dict) else getattr(packing, "quant_method", None)
     name = str(getattr(method, "value", method))
     if method is not None and importlib.util.find_spec(name):
         importlib.import_module(name)
-    if bundle.device == "cpu":  # on a GPU what is allocated is told, and code isn't
+    if bundle.device == "cpu":  # on a GPU only allocations count, and code is none
         shape = {"vocab_size": 64, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
         small = transformers.LlamaForCausalLM(transformers.LlamaConfig(**shape, pad_token_id=0, eos_token_id=1))
         stored = bundle.config.dtype if bundle.source.dtype == "auto" else getattr(torch, bundle.source.dtype)

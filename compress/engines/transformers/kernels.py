@@ -1,11 +1,11 @@
 """Where the time of a decode step goes, by kind of kernel, as torch's profiler sees it.
 
-Each operator's own time counts for the kind that its name tells, or, where it tells none, for that of the operator that called it: a copy
+Each operator's own time counts for the kind that its name tells. Where that tells none, it counts for the kind of its caller: a copy
 inside `dequantize_4bit` is unpacking. What lies outside all operators is overhead: on a CPU the interpreter and the framework, on a GPU
 the gaps between kernels, which wait for their launch.
 
-Watching costs time for each operator, and that falls to whoever called it. As many steps run unwatched before, and the difference is taken
-out, in equal parts for each operator. So the shares are of a step as it is without a profiler.
+Profiling costs time for each operator, which falls to its caller. So as many steps run unprofiled before, and the difference is taken out,
+in equal parts for each operator. The shares are then those of a step without a profiler.
 """
 
 import re
@@ -20,7 +20,7 @@ from transformers import StoppingCriteria
 
 from compress.metrics import KERNELS
 
-STEPS, FEW_STEPS, ENOUGH_S = 8, 3, 0.5  # unwatched, and as many watched; the fewer, the longer a step is, since each operator is read back
+STEPS, FEW_STEPS, ENOUGH_S = 8, 3, 0.5  # run, and as many profiled; fewer where steps are long, since every operator is read back
 RULES = tuple(
     (re.compile(pattern), kind)
     for pattern, kind in (
@@ -45,7 +45,7 @@ def kind_of(name: str) -> str | None:
 
 
 def enough(step_seconds: float) -> int:
-    """How many steps are watched where one takes so long."""
+    """How many steps are profiled where one takes so long."""
     return max(FEW_STEPS, min(STEPS, int(ENOUGH_S / step_seconds)))
 
 
@@ -97,8 +97,8 @@ def profiled(run: Callable[[Watch], object], device: str, steps: int) -> tuple[f
 def shares(spent: dict[str, float], whole: float) -> dict[str, float]:
     """Seconds by kind as shares of the whole; what is left of it is overhead."""
     whole = max(whole, sum(spent.values()))
-    found = {kind: spent.get(kind, 0.0) / whole for kind in KERNELS if kind != "overhead"}
-    return {**found, "overhead": 1 - sum(found.values())}
+    by_kind = {kind: spent.get(kind, 0.0) / whole for kind in KERNELS if kind != "overhead"}
+    return {**by_kind, "overhead": 1 - sum(by_kind.values())}
 
 
 def on_cpu(events: Iterable[Any], excess: float) -> dict[str, float]:
@@ -129,7 +129,7 @@ def on_gpu(events: Iterable[Any]) -> dict[str, float]:
 
 
 def _inherited(operator: Any) -> str | None:
-    """The kind of an operator or of the nearest that called it, whose name tells one."""
+    """The kind of an operator, or of its nearest caller whose name tells one."""
     while operator is not None:
         if kind := kind_of(operator.name):
             return kind

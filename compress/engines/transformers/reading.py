@@ -12,7 +12,7 @@ from compress.structure import decoder_inputs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-AT_ONCE = 256  # tokens whose distributions are compared together; one of 150,000 numbers takes 600 kB, several times
+AT_ONCE = 256  # tokens whose distributions are compared together; one over 150,000 tokens takes 600 kB, several times
 
 
 def padded(tokenizer: "PreTrainedTokenizerBase", rows: list[list[int]], device: torch.device, left: bool = False) -> Any:
@@ -39,12 +39,12 @@ def likelihoods(
         with torch.no_grad():
             ours = model(**inputs).logits
             theirs = ours if original is None else original(**inputs).logits
-            found = [
+            computed = [
                 _likelihood(ours[row][real], theirs[row][real], label[real], pieces[i].begins)
                 for row, (i, label) in enumerate(zip(batch, labels, strict=True))
                 for real in [label != -100]
             ]
-        for index, likelihood in zip(batch, found, strict=True):  # all of a batch or, where memory ran out, nothing
+        for index, likelihood in zip(batch, computed, strict=True):  # all of a batch or, where memory ran out, nothing
             rows[index] = likelihood
 
     batches.each([len(piece.ids) + (len(piece.labels) if both else 0) for piece in pieces], work, "reading")
@@ -52,7 +52,11 @@ def likelihoods(
 
 
 def _likelihood(ours: torch.Tensor, theirs: torch.Tensor, labels: torch.Tensor, begins: bool) -> Likelihood:
-    """Of labels (tokens,) and logits (tokens, vocabulary), of which the shorter vocabulary counts. `begins`: the text does."""
+    """The likelihood of labels (tokens,) by logits (tokens, vocabulary).
+
+    theirs   the original's logits; of two vocabularies the shorter counts
+    begins   whether the first label is the first of its text
+    """
     nats = torch.nn.functional.cross_entropy(ours.float(), labels, reduction="none").double().sum().item()
     if theirs is ours:
         return Likelihood(nats, len(labels), equal=len(labels))
@@ -65,7 +69,7 @@ def _likelihood(ours: torch.Tensor, theirs: torch.Tensor, labels: torch.Tensor, 
 
 
 def _divergence(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """Of logits (tokens, vocabulary): each token's divergence, (tokens,) float64, and at how many both think the same the likeliest."""
+    """Of logits (tokens, vocabulary): each token's divergence, float64 (tokens,), and at how many tokens both have the same top choice."""
     q, p = ours.float().log_softmax(dim=-1), theirs.float().log_softmax(dim=-1)
     shares = p.exp()
     divergence = torch.where(shares > 0, shares * (p - q), 0).sum(dim=-1, dtype=torch.float64)
@@ -75,7 +79,7 @@ def _divergence(ours: torch.Tensor, theirs: torch.Tensor) -> tuple[torch.Tensor,
 def classify(
     model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", encoded: list[list[int]], batches: Batches
 ) -> list[int | None]:  # fmt: skip
-    """The label that the model gives each input; None where its scores are no numbers."""
+    """The label that the model gives each input; None where its scores are NaN."""
     labels: list[int | None] = [None] * len(encoded)
 
     def work(batch: list[int]) -> None:

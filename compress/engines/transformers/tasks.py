@@ -16,12 +16,12 @@ ROWS = 8  # of a batch; lm_eval counts rows, and the longest come first there to
 def evaluate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, task: str | dict[str, Any], limit: int | None
 ) -> tuple[Samples, list[str]]:
-    """Scores in points, an example a row, under lm_eval:task:metric, and what there is to say. A group's examples stand in a row.
+    """Scores in points, an example a row, under lm_eval:task:metric, and remarks. A group's examples follow each other.
 
-    task    a task or group of tasks by name, or a task's settings as its YAML file has them
-    limit   the first so many examples of each task; None takes all
+    task    a task or group of tasks by name, or a task's settings as in its YAML file
+    limit   how many examples of each task, the first ones; None takes all
 
-    Metrics that are no mean over examples, or better lower, are left out and named.
+    Metrics that are no means over examples, or better when lower, are left out and named.
 
     Raises DataError for an unknown task, and where its data can't be had.
     """
@@ -37,7 +37,7 @@ def evaluate(
     name = task if isinstance(task, str) else str(task["task"])
     backend = "seq2seq" if model.config.is_encoder_decoder else "causal"
     try:
-        found = lm_eval.simple_evaluate(
+        evaluation = lm_eval.simple_evaluate(
             model=HFLM(pretrained=model, tokenizer=tokenizer, backend=backend, batch_size=ROWS), tasks=[task], task_manager=manager,
             limit=limit, bootstrap_iters=0, log_samples=True, verbosity="ERROR",
         )  # fmt: skip
@@ -45,8 +45,8 @@ def evaluate(
         raise DataError(f"metrics: the data of lm_eval's task {name!r} can't be had: {str(error).splitlines()[0]}") from None
     samples: Samples = {}
     left_out = set()
-    for part, rows in sorted(found["samples"].items()):
-        better = found["higher_is_better"][part]
+    for part, rows in sorted(evaluation["samples"].items()):
+        better = evaluation["higher_is_better"][part]
         for row in rows:
             for metric in row["metrics"]:
                 label = metric if row["filter"] == "none" else f"{metric},{row['filter']}"
@@ -58,5 +58,5 @@ def evaluate(
         raise DataError(
             f"metrics: lm_eval's task {name!r} has no metric that is a mean over examples; it has {', '.join(sorted(left_out))}"
         )
-    said = f"of lm_eval's task {name} were left out, being no means over examples or better lower: {', '.join(sorted(left_out))}"
-    return samples, [said] if left_out else []
+    remark = f"of lm_eval's task {name} were left out, being no means over examples or better lower: {', '.join(sorted(left_out))}"
+    return samples, [remark] if left_out else []

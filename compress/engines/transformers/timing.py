@@ -1,4 +1,4 @@
-"""Generations of exactly so many tokens in transformers, with somebody watching: what is timed, counted and profiled."""
+"""Generations of an exact number of tokens in transformers, with a callback after each: to time, count and profile."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ PLAIN = Runtime()
 
 
 class Told(StoppingCriteria):  # type: ignore[misc]
-    """Calls somebody after each token, and stops nothing."""
+    """Calls `watch` after each token, and stops nothing."""
 
     def __init__(self, watch: Callable[[], None]):
         self._watch = watch
@@ -34,7 +34,7 @@ def batch(model: "PreTrainedModel", prompts: list[list[int]]) -> dict[str, Any]:
 
 
 def end_of_input(model: "PreTrainedModel") -> int | None:
-    """The token that an input must end with: BART classifies what it has there."""
+    """The token that a classifier's input must end with, if any: BART classifies by its state there."""
     end = model.config.eos_token_id
     return end if not model.can_generate() and isinstance(end, int) else None
 
@@ -47,9 +47,9 @@ def prompts(model: "PreTrainedModel", batch_size: int, prompt_tokens: int) -> di
 def generate(model: "PreTrainedModel", inputs: dict[str, Any], new_tokens: int, watch: StoppingCriteria, runtime: Runtime = PLAIN) -> Any:
     """A greedy generation of exactly `new_tokens` tokens, `watch` being called after each. Returns the ids.
 
-    What the model's generation config says besides the special tokens is left out: it would change the work, or how much of it there is.
+    Of the model's generation config only the special tokens count: the rest would change the work, or its amount.
     """
-    # transformers would make a static cache as long as the longest that the model has had
+    # else transformers would make a static cache as long as the longest before
     model._previous_max_cache_length = -1
     with torch.no_grad(), generating_by(model, neutral(model.generation_config)):
         return model.generate(
@@ -59,7 +59,7 @@ def generate(model: "PreTrainedModel", inputs: dict[str, Any], new_tokens: int, 
 
 
 def classify(model: "PreTrainedModel", inputs: dict[str, Any], times: int, watch: StoppingCriteria) -> None:
-    """So many forward passes of a classifier, `watch` being called after each."""
+    """Forward passes of a classifier, `times` of them, `watch` being called after each."""
     with torch.no_grad():
         for _ in range(times):
             model(**inputs)
@@ -67,7 +67,7 @@ def classify(model: "PreTrainedModel", inputs: dict[str, Any], times: int, watch
 
 
 def step(model: "PreTrainedModel") -> None:
-    """The shortest run of all of a model, plain, after which what a first step changes is changed: two tokens, or one classification."""
+    """The shortest run of a model, two tokens or one classification: it makes the changes that a first step makes."""
     inputs, nobody = prompts(model, 1, 4), Told(lambda: None)
     if model.can_generate():
         generate(model, inputs, 2, nobody)
@@ -76,7 +76,7 @@ def step(model: "PreTrainedModel") -> None:
 
 
 def _cache_options(model: "PreTrainedModel", runtime: Runtime) -> dict[str, Any]:
-    """What has transformers take a static cache and compile the steps over it, each grid point for itself."""
+    """The options for a static cache and compiled steps, which are compiled for each grid point."""
     if runtime.cache == "dynamic":
         return {}
     if not runtime.compile:

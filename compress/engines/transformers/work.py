@@ -1,9 +1,9 @@
-"""What a generation has to do at least, whatever the kernels: bytes that a decode step reads, operations of prefill and of a step.
+"""The least work of a generation, whatever the kernels: bytes that a decode step reads, operations of prefill and of a step.
 
-Counted by watching which layers are called and with how many tokens, so the same rule serves every architecture. A step reads the
-weights of the layers it calls, as they lie in memory, packed ones packed, and the cache: in an encoder-decoder the decoder's layers, but
-not those that make keys and values of the encoder's output, which are in the cache by then. Of an embedding it reads the rows it looks up.
-Operations are two for each weight and token that meet; attention's own are left out.
+They are counted from the layers that are called and their numbers of tokens, so the same rule serves every architecture. A step reads the
+cache, and the weights of the layers it calls as they lie in memory, packed ones packed. In an encoder-decoder those are the decoder's,
+without the layers that make keys and values of the encoder's output: these are in the cache by then. Of an embedding a step reads the
+rows it looks up. Operations are two for each weight and token that meet; attention's own are left out.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Phase:
-    """Either of prefill and the first decode step: operations, and the bytes of each piece of memory read, by its place."""
+    """Prefill or the first decode step: operations, and bytes read of each piece of memory, by its address."""
 
     flops: int = 0
     read: dict[Any, int] = field(default_factory=dict)
@@ -36,7 +36,7 @@ class Phase:
 
 
 class Counter(StoppingCriteria):  # type: ignore[misc]
-    """Counts while a generation runs with it as a stopping criterion: prefill, the first decode step, the cache as the last step has it."""
+    """Counts as a stopping criterion of a generation: prefill, the first decode step, and the cache after the last step."""
 
     def __init__(self) -> None:
         self.prefill, self.step, self.cache_bytes = Phase(), Phase(), 0
@@ -48,7 +48,7 @@ class Counter(StoppingCriteria):  # type: ignore[misc]
 
     @contextmanager
     def watching(self, model: "PreTrainedModel") -> Iterator[None]:
-        """Have the model and every layer with weights tell of their calls."""
+        """Within it the calls of the model and of every layer with weights are counted."""
         layers = [module for module in model.modules() if _own_tensors(module) or hasattr(module, "packed_bytes")]
         hooks = [layer.register_forward_hook(self._note) for layer in layers]
         hooks.append(model.register_forward_hook(self._look_at_cache))
@@ -63,15 +63,15 @@ class Counter(StoppingCriteria):  # type: ignore[misc]
         self.cache_bytes = 0 if cache is None else cache_bytes(cache)
 
     def _note(self, layer: nn.Module, arguments: tuple[Any, ...], _: Any) -> None:
-        given = arguments[0] if arguments and isinstance(arguments[0], torch.Tensor) else None
+        inputs = arguments[0] if arguments and isinstance(arguments[0], torch.Tensor) else None
         if isinstance(layer, nn.Embedding):
-            rows = 0 if given is None else given.numel()
+            rows = 0 if inputs is None else inputs.numel()
             self._phase.read[id(layer)] = rows * layer.embedding_dim * layer.weight.element_size()
             return
         self._phase.read.update(storages(_own_tensors(layer)))
         self._phase.read[id(layer)] = getattr(layer, "packed_bytes", 0)
-        if given is not None:
-            self._phase.flops += 2 * _weights(layer) * given.shape[:-1].numel()
+        if inputs is not None:
+            self._phase.flops += 2 * _weights(layer) * inputs.shape[:-1].numel()
 
 
 def cache_bytes(cache: Any) -> int:
