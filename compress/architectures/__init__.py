@@ -55,8 +55,8 @@ def of(kind: str) -> Architecture:
     name = kind.replace("-", "_")
     if not name.isidentifier() or importlib.util.find_spec(f"{__name__}.{name}") is None:
         return Architecture()
-    found: Architecture = importlib.import_module(f"{__name__}.{name}").ARCHITECTURE
-    return found
+    architecture: Architecture = importlib.import_module(f"{__name__}.{name}").ARCHITECTURE
+    return architecture
 
 
 def shaped() -> dict[str, Architecture]:

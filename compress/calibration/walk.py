@@ -208,11 +208,11 @@ def layers_in_blocks(
 
     Raises BrokenPromise where there are none.
     """
-    wanted, ignored = linear_layers(model, settings.ignore)
+    layers, ignored = linear_layers(model, settings.ignore)
     for full in ignored:
         context.leave_out(full, settings.why_ignored)
     inside = {}
-    for full, layer in wanted.items():
+    for full, layer in layers.items():
         if isinstance(layer, nn.Linear) and any(full.startswith(f"{stack}.") for stack in stacks):
             inside[full] = layer
         else:

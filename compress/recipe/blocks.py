@@ -110,9 +110,9 @@ class Generation(Settings):
 
     @model_validator(mode="after")
     def _sampling(self) -> "Generation":
-        given = [key for key in ("temperature", "top_k", "top_p") if getattr(self, key) is not None]
-        if given and not self.do_sample:
-            raise ValueError(f"{', '.join(given)} only count with do_sample: true")
+        sampling_keys = [key for key in ("temperature", "top_k", "top_p") if getattr(self, key) is not None]
+        if sampling_keys and not self.do_sample:
+            raise ValueError(f"{', '.join(sampling_keys)} only count with do_sample: true")
         if self.do_sample and self.num_beams > 1:
             raise ValueError(f"do_sample: true draws single outputs, and num_beams is {self.num_beams}; give one of the two")
         return self
@@ -292,9 +292,9 @@ class Recipe(Settings):
 
     def in_engine(self, engine: ChosenEngine) -> "Recipe":
         """The same measured in that engine alone."""
-        found = self.model_copy()
-        found._engines = (engine,)
-        return found
+        recipe = self.model_copy()
+        recipe._engines = (engine,)
+        return recipe
 
     def interpreter(self, engine: ChosenEngine) -> Interpreter | None:
         """What runs an engine that has an environment of its own. A link to another Python stays one, by which that finds its packages."""
@@ -304,9 +304,9 @@ class Recipe(Settings):
 
     def with_stages(self, stages: Sequence[Stage]) -> "Recipe":
         """The same with other stages."""
-        found = self.model_copy()
-        found._stages = tuple(stages)
-        return found
+        recipe = self.model_copy()
+        recipe._stages = tuple(stages)
+        return recipe
 
     @property
     def name(self) -> str:
@@ -324,9 +324,9 @@ class Recipe(Settings):
 
     def called(self, name: str) -> "Recipe":
         """The same under another name."""
-        found = self.model_copy()
-        found._file = self._file.resolve().with_name(f"{name}.yaml")
-        return found
+        recipe = self.model_copy()
+        recipe._file = self._file.resolve().with_name(f"{name}.yaml")
+        return recipe
 
     @property
     def tokenizers(self) -> Tokenizers:
@@ -335,9 +335,9 @@ class Recipe(Settings):
 
     def decided_by(self, references: Sequence[Sequence[str]]) -> "Recipe":
         """The same with the tokenizers that suit these references."""
-        found = self.model_copy()
-        found._tokenizers = choose(self.tokenizers, references)
-        return found
+        recipe = self.model_copy()
+        recipe._tokenizers = choose(self.tokenizers, references)
+        return recipe
 
     def as_written(self) -> dict[str, Any]:
         """The recipe as plain data, defaults filled in."""

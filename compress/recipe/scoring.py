@@ -63,8 +63,8 @@ class Scoring(Settings):
 
 def tokenizers(metrics: "list[str | Scoring]") -> Tokenizers:
     """What the entries say, `auto` where they say nothing."""
-    found = Tokenizers()
+    choice = Tokenizers()
     for entry in metrics:
         if isinstance(entry, Scoring):
-            found = Tokenizers(entry.rouge.tokenizer if entry.rouge else found.rouge, entry.bleu.tokenizer if entry.bleu else found.bleu)
-    return found
+            choice = Tokenizers(entry.rouge.tokenizer if entry.rouge else choice.rouge, entry.bleu.tokenizer if entry.bleu else choice.bleu)
+    return choice

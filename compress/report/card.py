@@ -131,12 +131,12 @@ def text(recipe: Recipe, source: Source, stages: list[StageRecord], report: Repo
 
 def _origins(recipe: Recipe, source: Source, stages: int) -> list[Origin]:
     """The recipe's model, and those that its stages name."""
-    found = [Origin("the recipe's model", _name(recipe.model.id), source)]
+    origins = [Origin("the recipe's model", _name(recipe.model.id), source)]
     for stage in recipe.stages[:stages]:
         for role, other in stage.settings.models().items():
             place = Source(locate(other.id, recipe.folder), source.task, revision=other.revision)
-            found.append(Origin(f"{role} of {stage}", _name(other.id), place))
-    return found
+            origins.append(Origin(f"{role} of {stage}", _name(other.id), place))
+    return origins
 
 
 def _name(id: str) -> str:
@@ -198,9 +198,9 @@ def _verdict(recipe: Recipe, report: Report | None) -> str:
         report.machine,
         f"CPU threads: {where['threads']}" if where.get("threads") else None,
     ]
-    made = [f"{name} {where[name]}" for name in ("torch", "transformers") if where.get(name)]
+    libraries = [f"{name} {where[name]}" for name in ("torch", "transformers") if where.get(name)]
     examples = [f"{len(report.predictions):,} examples of {_name(str(data.get('source')))}"] if report.predictions else []
-    measured = ", ".join(str(part) for part in [*examples, *machine, *made] if part)
+    measured = ", ".join(str(part) for part in [*examples, *machine, *libraries] if part)
     by = usage.measured_with(recipe, where.get("device", "cpu"))
     return (
         f"May it replace the original? **{verdict_words(report.verdict)}**: {cell(report.decided_by)}.\n\n"
@@ -214,8 +214,8 @@ def _done(stages: list[StageRecord]) -> str:
     for record in stages:
         _, *settings = _without_folders(record.stage).items()
         rows.append([record.name, ", ".join(f"{key}: {value}" for key, value in settings if value is not None), at_run_time(record) or "-"])
-    said = [f"- {cell(f'{record.name}: {sentence}')}" for record in stages for sentence in record.sentences]
-    return "\n\n".join(["## What was done", table(["stage", "settings", "in use"], rows), *(["\n".join(said)] if said else [])])
+    lines = [f"- {cell(f'{record.name}: {sentence}')}" for record in stages for sentence in record.sentences]
+    return "\n\n".join(["## What was done", table(["stage", "settings", "in use"], rows), *(["\n".join(lines)] if lines else [])])
 
 
 def _notes(report: Report) -> str:

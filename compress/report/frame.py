@@ -104,8 +104,8 @@ def frame(reports: Iterable[Report]) -> "pandas.DataFrame":
     import pandas
 
     rows = [row for report in reports for row in _rows(report)]
-    found = pandas.DataFrame(rows, columns=list(COLUMNS))
-    return found.assign(created=pandas.to_datetime(found["created"], utc=True, errors="coerce", format="ISO8601")).astype(COLUMNS)
+    figures = pandas.DataFrame(rows, columns=list(COLUMNS))
+    return figures.assign(created=pandas.to_datetime(figures["created"], utc=True, errors="coerce", format="ISO8601")).astype(COLUMNS)
 
 
 def pivot(frame: "pandas.DataFrame") -> "pandas.DataFrame":

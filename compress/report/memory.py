@@ -16,8 +16,8 @@ def parts(side: Side | None) -> dict[str, float]:
 
 def held(sides: Sequence[Side | None]) -> list[list[str]]:
     """Rows of a name and a cell a side: bytes of each part with their share of the whole. None without a peak."""
-    found = [parts(side) for side in sides]
-    return [[name, *(_part(of, name) for of in found)] for name in PARTS if any(name in of for of in found)]
+    by_side = [parts(side) for side in sides]
+    return [[name, *(_part(of, name) for of in by_side)] for name in PARTS if any(name in of for of in by_side)]
 
 
 def checked(sides: Sequence[Side | None]) -> list[list[str]]:
@@ -32,8 +32,8 @@ def checked(sides: Sequence[Side | None]) -> list[list[str]]:
 
 def _values(side: Side | None) -> Values:
     """metric -> value of a side's figures that belong to no grid point, where it has a peak."""
-    found = {m.metric: m.value for m in (side.measurements if side else []) if m.batch_size is None and m.value is not None}
-    return found if "peak_run_bytes" in found else {}
+    figures = {m.metric: m.value for m in (side.measurements if side else []) if m.batch_size is None and m.value is not None}
+    return figures if "peak_run_bytes" in figures else {}
 
 
 def _part(of: dict[str, float], name: str) -> str:

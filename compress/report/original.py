@@ -15,13 +15,13 @@ def head(report: Report) -> list[str]:
 
 def rows(report: Report) -> list[list[str]]:
     """Quality and the figures that a deployment turns on: the original's in transformers, the candidate's, and how they compare."""
-    found = []
+    lines = []
     for compared in _shown(report):
         sides = (report.original, report.candidate)
         theirs, ours = (figure(side.figure(compared.point)) if side else "-" for side in sides)
         measurement = report.candidate.figure(compared.point)
-        found.append([measurement.label if measurement else compared.metric, theirs, ours, change(compared)])
-    return found
+        lines.append([measurement.label if measurement else compared.metric, theirs, ours, change(compared)])
+    return lines
 
 
 def sentences(report: Report) -> list[str]:
@@ -31,10 +31,10 @@ def sentences(report: Report) -> list[str]:
         return []
     places = ", ".join(f"batch {c.batch_size} x prompt {c.prompt_tokens} {change(c)}" for c in timed)
     sizes = [f"{words} {change(c)}" for c in report.against_original for name, words in _SIZES if c.metric == name]
-    said = [f"Against the original in plain transformers, latency is {'; '.join([places, *sizes])}."]
+    lines = [f"Against the original in plain transformers, latency is {'; '.join([places, *sizes])}."]
     if (agreed := report.agreement) is not None:
-        said.append(f"{agreed.sentence}.")
-    return said
+        lines.append(f"{agreed.sentence}.")
+    return lines
 
 
 _SIZES = (("weight_bytes", "weights"), ("peak_run_bytes", "peak memory while running"))

@@ -233,6 +233,6 @@ def _unit(label: str) -> tuple[str, float]:
     return {"bytes": ("MB", 1e6), "s": ("ms", 1e-3), "1": ("", 1.0)}.get(unit, (unit, 1.0))
 
 
-def _first(labels: Sequence[str], wanted: Sequence[str]) -> str:
+def _first(labels: Sequence[str], metrics: Sequence[str]) -> str:
     """The label of the metric that is wanted most."""
-    return next((label for metric in wanted for label in labels if named(label) == metric), labels[0])
+    return next((label for metric in metrics for label in labels if named(label) == metric), labels[0])

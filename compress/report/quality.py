@@ -19,36 +19,36 @@ def notes(sides: Sequence[Side], compared: Sequence[Pair], ids: Sequence[str], e
 
     ids   of the examples, in order
     """
-    said = [f"{side.role.capitalize()}: {sentence}." for side in sides for sentence in side.said]
+    remarks = [f"{side.role.capitalize()}: {sentence}." for side in sides for sentence in side.said]
     tests = [_discordant(pair) for pair in compared if pair.ours.metric == "accuracy"]
-    return [*_tokenizers(sides, environment), *missing.notes(sides, ids), *said, *tests]
+    return [*_tokenizers(sides, environment), *missing.notes(sides, ids), *remarks, *tests]
 
 
 def _tokenizers(sides: Sequence[Side], environment: Mapping[str, Any]) -> list[str]:
     measured = {m.metric for side in sides for m in side.measurements}
     shares = environment.get("reference_scripts") or {}
     scripts = ", ".join(f"{100 * share:.0f} % {script}" for script, share in shares.items() if share >= FEW)
-    found = []
+    sentences = []
     for name, metric, words in (("rouge_tokenizer", "rougeL", ROUGE), ("bleu_tokenizer", "bleu", {})):
         tokenizer = environment.get(name, USUAL[name])
         if metric in measured and tokenizer != USUAL[name]:
             of = f": the references' letters are {scripts}" if scripts else ""
             what = words.get(tokenizer, f"tokens as sacreBLEU's {tokenizer} cuts them")
-            found.append(f"{metric.upper().rstrip('L')} counts {what}{of}.")
-    return found
+            sentences.append(f"{metric.upper().rstrip('L')} counts {what}{of}.")
+    return sentences
 
 
 def left_out(splits: Sequence[Split]) -> list[str]:
     """Rows that were no examples, and files that aren't what they were."""
-    said = []
+    sentences = []
     for split in splits:
         if split.filtered:
-            said.append(f"{split.name}: {_share(split.filtered, split.rows)} by data.where.")
+            sentences.append(f"{split.name}: {_share(split.filtered, split.rows)} by data.where.")
         if split.empty:
-            said.append(f"{split.name}: {_share(split.empty, split.rows)} as empty; the first is {split.why_empty}.")
+            sentences.append(f"{split.name}: {_share(split.empty, split.rows)} as empty; the first is {split.why_empty}.")
         if split.changed:
-            said.append(f"{split.name} has changed since it was read, before the first stage; all figures are of what it was then.")
-    return said
+            sentences.append(f"{split.name} has changed since it was read, before the first stage; all figures are of what it was then.")
+    return sentences
 
 
 def _share(part: int, whole: int) -> str:

@@ -55,7 +55,7 @@ def section(recipe: Recipe, artifact: Path, report: Report | None) -> str:
     """The code that runs as it stands in the artifact's folder, with what it prints where a report says."""
     use = _use(recipe, artifact, report)
     export, engine = exports.read(artifact), recipe.engine.module
-    example = next((one for one in report.predictions if len(one.prompt) <= LONGEST), None) if report else None
+    example = next((prediction for prediction in report.predictions if len(prediction.prompt) <= LONGEST), None) if report else None
     if export is not None:
         method = methods.find("export", export.format)
         return _in_its_engine(use, method, requirements(method.ABOUT.extra or ""), example, report)
@@ -171,8 +171,8 @@ def _printed(use: Use, measured: bool) -> list[str]:
         shown = "print(model.config.id2label[label])"
     else:
         settings = {key: value for key, value in use.generation.items() if value is not None and key != "seed"}
-        given = ", ".join(["attention_mask=torch.ones_like(inputs)", *(f"{key}={value!r}" for key, value in settings.items())])
-        result = f"output = model.generate(inputs, {given}{', tokenizer=tokenizer' if use.stops else ''})"
+        arguments = ", ".join(["attention_mask=torch.ones_like(inputs)", *(f"{key}={value!r}" for key, value in settings.items())])
+        result = f"output = model.generate(inputs, {arguments}{', tokenizer=tokenizer' if use.stops else ''})"
         new = "output[0, len(ids) :]" if use.task == "causal-lm" else "output[0]"
         first = f".split({use.data['shot_separator']!r})[0].strip()" if use.data["shots"] else ""
         shown = f"print(tokenizer.decode({new}, skip_special_tokens=True).strip(){first})"
@@ -210,7 +210,7 @@ def _literal(name: str, text: str) -> list[str]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

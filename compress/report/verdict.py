@@ -92,19 +92,19 @@ class Claim:
         at_most = self.kind.startswith("max") == (self.scale > 0)
         return self.effect.at_most(self.bound) if at_most else self.effect.at_least(self.bound)
 
-    def said(self, value: float) -> float:
-        """An effect in the words of the limit."""
-        return self.scale * (value - self.origin) + 0.0
+    def on_limit_scale(self, effect: float) -> float:
+        """An effect on the scale that the limit is given on."""
+        return self.scale * (effect - self.origin) + 0.0
 
 
 def pairs(baseline: Side, candidate: Side, same_run: bool) -> list[Pair]:
     """Every figure that both sides have."""
-    found = []
+    matches = []
     for ours in candidate.measurements:
         theirs = baseline.figure(ours.point)
         if theirs is not None and theirs.value is not None and ours.value is not None:
-            found.append(Pair(theirs, ours, same_run))
-    return found
+            matches.append(Pair(theirs, ours, same_run))
+    return matches
 
 
 def compare(pair: Pair, confidence: float) -> Comparison:
@@ -126,7 +126,7 @@ def compare(pair: Pair, confidence: float) -> Comparison:
 def gates(check: dict[str, Gate], compared: Sequence[Pair], baseline: Side | None, candidate: Side, confidence: float) -> list[GateResult]:
     """Every limit of every gate, at every grid point that either side was to be measured at."""
     by_point = {pair.ours.point: pair for pair in compared}
-    found: list[Claim | GateResult] = []
+    claims: list[Claim | GateResult] = []
     for metric, gate in check.items():
         sides = [side for side in (candidate, baseline) if side is not None]
         figures = {m.point: m for side in reversed(sides) for m in side.measurements if m.metric == metric}
@@ -135,13 +135,13 @@ def gates(check: dict[str, Gate], compared: Sequence[Pair], baseline: Side | Non
             if limit is None:
                 continue
             if not figures:
-                found.append(_unmeasured(Measurement(metric=metric, value=None), kind, limit, "not measured"))
+                claims.append(_unmeasured(Measurement(metric=metric, value=None), kind, limit, "not measured"))
             for point, figure in figures.items():
                 theirs = baseline.figure(point) if baseline is not None else None
-                found.append(_claim(figure, by_point.get(point), theirs, candidate.figure(point), kind, limit))
-    chances = [one for one in found if isinstance(one, Claim) and one.effect.samples and one.effect.known]
+                claims.append(_claim(figure, by_point.get(point), theirs, candidate.figure(point), kind, limit))
+    chances = [claim for claim in claims if isinstance(claim, Claim) and claim.effect.samples and claim.effect.known]
     corrected = dict(zip(map(id, chances), statistics.holm([claim.confidence for claim in chances]), strict=True))
-    return [_judged(one, corrected.get(id(one)), len(chances), confidence) if isinstance(one, Claim) else one for one in found]
+    return [_judged(claim, corrected.get(id(claim)), len(chances), confidence) if isinstance(claim, Claim) else claim for claim in claims]
 
 
 def is_clear(check: dict[str, Gate], sides: Sequence[Side]) -> bool:
@@ -185,7 +185,7 @@ def require_comparable(ours: Report, theirs: Report) -> None:
 def measured_how(report: Report) -> dict[str, Any]:
     """All that two reports must share for their figures to be comparable, by name. What is off isn't said, as in reports that are older."""
     settings, environment = report.settings, report.environment
-    said = {
+    conditions = {
         "the digest of the examples": report.examples_digest,
         **{f"data.{key}": settings["data"].get(key) for key in ("chat", "max_tokens", "stride")},
         **({f"data.{key}": settings["data"].get(key) for key in ("samples", "seed")} if settings["data"].get("join") is not None else {}),
@@ -195,7 +195,7 @@ def measured_how(report: Report) -> dict[str, Any]:
         **{what: environment.get(what) for what in ("device", "gpu", "cpu", "threads", "cores")},
         **{what: environment[what] for what, usual in USUAL.items() if environment.get(what, usual) != usual},
     }
-    return {what: value for what, value in said.items() if value}
+    return {what: value for what, value in conditions.items() if value}
 
 
 def baseline_key(report: Report, side: Side) -> str:
@@ -212,7 +212,7 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
     """{benchmark: {rounds: 2}} as {benchmark.rounds: 2}."""
     if not isinstance(value, dict):
         return {name: value}
-    return {path: one for key, inner in value.items() for path, one in _flat(f"{name}.{key}", inner).items()}
+    return {path: leaf for key, inner in value.items() for path, leaf in _flat(f"{name}.{key}", inner).items()}
 
 
 def _claim(
@@ -241,9 +241,9 @@ def _claim(
 
 def _broken(theirs: Measurement | None, ours: Measurement) -> str | None:
     """What the candidate gave in the place of numbers that the baseline gave; None where it gave numbers too."""
-    if found := lost(theirs, ours):
-        said = ", ".join(f"{reason} in {number:,}" for reason, number in found.items())
-        return f"{said} of {len(ours.samples):,} examples" + (" in which the baseline's is a number" if theirs is not None else "")
+    if reasons := lost(theirs, ours):
+        counts = ", ".join(f"{reason} in {number:,}" for reason, number in reasons.items())
+        return f"{counts} of {len(ours.samples):,} examples" + (" in which the baseline's is a number" if theirs is not None else "")
     if ours.value is None and not ours.samples and not (theirs is not None and theirs.value is None):
         return ours.reason
     return None
@@ -257,13 +257,15 @@ def _judged(claim: Claim, corrected: float | None, tests: int, confidence: float
     effect, level = claim.effect, (1 - confidence) / 2
     unit = "" if claim.kind in RATIOS else f" {claim.figure.unit}"
     bound = f"{'at most' if claim.kind.startswith('max') else 'at least'} {claim.limit:g}{unit} is allowed"
-    what = f"{claim.figure.label}{WORDS[claim.kind]} is {claim.said(effect.estimate):.4g}{unit}"
+    what = f"{claim.figure.label}{WORDS[claim.kind]} is {claim.on_limit_scale(effect.estimate):.4g}{unit}"
     interval, total = effect.interval(confidence), claim.left_out + effect.samples
     left_out = f"; {claim.left_out:,} of {total:,} examples are left out" if claim.left_out else ""
     if interval is None:
         sentence = f"{what}, from too little data for an interval{left_out}; {bound}"
-        return _result(claim.figure, claim.kind, claim.limit, "cannot_tell", sentence, claim.said(effect.estimate), left_out=claim.left_out)
-    low, high = sorted(map(claim.said, interval))
+        return _result(
+            claim.figure, claim.kind, claim.limit, "cannot_tell", sentence, claim.on_limit_scale(effect.estimate), left_out=claim.left_out
+        )
+    low, high = sorted(map(claim.on_limit_scale, interval))
     spread = "" if low == high else f" ({100 * confidence:g} % {low:.4g} to {high:.4g})"
     broken = claim.confidence if corrected is None else corrected
     verdict: Verdict = "pass" if claim.confidence >= 1 - level else "fail" if broken <= level else "cannot_tell"
@@ -274,7 +276,7 @@ def _judged(claim: Claim, corrected: float | None, tests: int, confidence: float
         needed = effect.needed(claim.bound, confidence)
         sentence += f"; {_more(claim, needed, tests if claim.confidence <= level else 0)}"
     return _result(
-        claim.figure, claim.kind, claim.limit, verdict, sentence, claim.said(effect.estimate), (low, high), needed, claim.left_out
+        claim.figure, claim.kind, claim.limit, verdict, sentence, claim.on_limit_scale(effect.estimate), (low, high), needed, claim.left_out
     )
 
 

@@ -19,16 +19,16 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--gpu", metavar="NAME", help="a kind of GPU, such as h100-80gb; this machine's own, or its CPU, where left out")
 
 
-def call(given: Namespace) -> int:
+def call(options: Namespace) -> int:
     from compress import terminal
     from compress.forecast import machine, plan
     from compress.recipe import load
 
-    loaded = load(given.recipe, given.set)
-    place = machine.named(given.gpu) if given.gpu else machine.here(loaded.benchmark.threads)
-    found = plan.plan(loaded, place)
-    if given.json:
-        print_json(found.as_json())
+    loaded = load(options.recipe, options.set)
+    place = machine.named(options.gpu) if options.gpu else machine.here(loaded.benchmark.threads)
+    forecast = plan.plan(loaded, place)
+    if options.json:
+        print_json(forecast.as_json())
     else:
-        terminal.show_plan(found)
+        terminal.show_plan(forecast)
     return 0

@@ -37,10 +37,10 @@ def arguments(parser: ArgumentParser) -> None:
     spreading(parser)
 
 
-def call(given: Namespace) -> int:
+def call(options: Namespace) -> int:
     gc.enable()  # which `main` turned off, for verbs that answer at once
-    if given.trials < 1:
-        raise InputError(f"--trials {given.trials}: a number from 1 on is wanted")
+    if options.trials < 1:
+        raise InputError(f"--trials {options.trials}: a number from 1 on is wanted")
     from dataclasses import asdict
 
     from compress import terminal
@@ -49,28 +49,28 @@ def call(given: Namespace) -> int:
     from compress.results.report import read_report
     from compress.search import Search
 
-    search = Search(given.recipe, given.keep, given.minimise, given.over, given.set)
-    with terminal.bars() as progress, cluster() if given.on == "ray" else nullcontext() as workers:
-        found = search.run(given.out, given.trials, given.device, progress, given.strict, workers)
-    best, verdicts = found.best, [one.verdict for one in found.tried]
-    if given.json:
+    search = Search(options.recipe, options.keep, options.minimise, options.over, options.set)
+    with terminal.bars() as progress, cluster() if options.on == "ray" else nullcontext() as workers:
+        outcome = search.run(options.out, options.trials, options.device, progress, options.strict, workers)
+    best, verdicts = outcome.best, [trial.verdict for trial in outcome.tried]
+    if options.json:
         print_json(
             {
-                "best": best and {**asdict(best), "recipe": str(found.file)},
-                "tried": [{**asdict(one), **_judged(one)} for one in found.tried],
+                "best": best and {**asdict(best), "recipe": str(outcome.file)},
+                "tried": [{**asdict(trial), **_judged(trial)} for trial in outcome.tried],
             }
         )
     else:
-        if reports := [read_report(one.report, figures_only=True) for one in found.tried if one.report]:
-            terminal.show_comparison(reports, given.minimise)
-        if left := [(search.variant(one.choice).name, one.reason) for one in found.tried if one.reason]:
+        if reports := [read_report(trial.report, figures_only=True) for trial in outcome.tried if trial.report]:
+            terminal.show_comparison(reports, options.minimise)
+        if left := [(search.variant(trial.choice).name, trial.reason) for trial in outcome.tried if trial.reason]:
             terminal.show_reasons("left out", left)
         if best is None:
             print("no recipe was shown to keep the gates")
         else:
             name = search.variant(best.choice).name
-            change = f"x{best.value:.3f}" if METRICS[given.minimise].kind != "quality" else f"{best.value:+.3g}"
-            print(f"best: {name}, {given.minimise} {change}\nrecipe    {found.file}\nreport    {best.report}")
+            change = f"x{best.value:.3f}" if METRICS[options.minimise].kind != "quality" else f"{best.value:+.3g}"
+            print(f"best: {name}, {options.minimise} {change}\nrecipe    {outcome.file}\nreport    {best.report}")
     return 0 if best else 4 if "cannot_tell" in verdicts else 1 if "fail" in verdicts else 3
 
 
