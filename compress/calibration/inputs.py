@@ -1,4 +1,4 @@
-"""What a block's layers are given: which layers share an input, in which order they run, and the inputs' statistics."""
+"""The inputs of a block's layers: which layers share one, in which order they run, and the inputs' statistics."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,8 +18,11 @@ def in_order(block: Block) -> list[list[str]]:
 
 
 def turns(block: Block) -> Iterator[list[list[str]]]:
-    """The groups of layers with one input, in the order they run; those that don't wait for each other, a mixture's experts, together, as
-    many as have second moments that take no more memory than the block's weights in float32."""
+    """The groups of layers that share an input, in the order they run.
+
+    Groups that don't wait for each other, those of a mixture's experts, come together: as many as have second moments that take no more
+    memory than the block's weights in float32.
+    """
     room, size = sum(weight.numel() for weight in block.weights.values()), 0
     for turn in _unbounded(block):
         part: list[list[str]] = []
@@ -97,8 +100,8 @@ def mean_squares(block: Block, names: list[str]) -> dict[str, Tensor]:
 def _mean(block: Block, names: list[str], blank: Callable[[int], Tensor], add: Callable[[Tensor, Tensor], object]) -> dict[str, Tensor]:
     """The mean over tokens of what `add` sums up of a layer's inputs, all layers in one pass.
 
-    An expert that fewer tokens reached than it has columns, of which such statistics know too little, is given as many as it lacks from the
-    mean of all experts beside it, and that is remarked.
+    Where fewer tokens reached an expert than it has columns, its statistics rest on too little. The mean of all experts beside it then
+    stands in for as many tokens as it lacks, and a remark says so.
     """
     totals = {name: blank(block.layers[name].in_features) for name in names}
     counts = _summed(block, totals, add)

@@ -28,12 +28,12 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with bes
 
 @dataclass
 class Stream:
-    """What one block is given, batch by batch; all in main memory.
+    """The inputs of one block, batch by batch; all in main memory.
 
     hidden  the hidden states, (examples, tokens, width)
-    calls   the rest of the call
-    real    which tokens are no padding, (examples, tokens)
-    behind  how many things the block gives behind its hidden states; None where it gives a tensor and no tuple
+    calls   the other arguments of the call
+    real    which tokens are not padding, (examples, tokens)
+    behind  how many entries the block returns after its hidden states; None where it returns a tensor and no tuple
     """
 
     hidden: list[Tensor]
@@ -42,7 +42,7 @@ class Stream:
     behind: int | None = None
 
     def through(self, module: Callable[..., Any], index: int, device: str) -> Tensor:
-        """The hidden states behind a block for one batch, on the device. A mixture's experts are given no padding."""
+        """The hidden states behind a block for one batch, on the device. A mixture's experts get no padding."""
         if isinstance(module, nn.Module):
             experts.leave_padding_out(module, self.real[index])
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self.calls[index])
@@ -59,9 +59,9 @@ class Stream:
 
 
 def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: Context) -> list[Row]:
-    """Each example with its token ids and those of its first reference with its end, which for a decoder stand behind the example's, too.
+    """Each example with its token ids, and those of its first reference with its end, which in a decoder follow the example's.
 
-    What was too long or too short is said in the report.
+    A note in the report counts the examples that were too long or too short.
 
     Raises DataError when no example is left that has two tokens or more and for chat without a template, ModelError for encoder-decoders
     that classify.
@@ -70,7 +70,7 @@ def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cont
     if both and not model.can_generate():
         raise ModelError(
             f"{type(model).__name__}: an encoder-decoder that classifies can't be shown examples here;"
-            " methods that need none work on it (`compress methods` says which)"
+            " methods that need none work on it (`compress methods` lists them)"
         )
     if not model.can_generate() and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # by it decoders that classify find the last real token
@@ -146,15 +146,15 @@ def padded(model: "PreTrainedModel", part: list[tuple[list[int], list[int]]]) ->
 
 
 def lead_in(model: "PreTrainedModel", blocks: nn.ModuleList, examples: list[Inputs]) -> list[Stream]:
-    """What each block is called with; hidden states for the first alone, the others' are filled in as they come.
+    """What each block is called with. Only the first has hidden states yet; the others' are filled in as they come.
 
-    T5's first block is run, since it makes the position bias that the others are given, and these answer with what it said. Elsewhere a
-    block gives hidden states alone, and any will do.
+    T5's first block is run, since it makes the position bias that the others get, and these reply with its output. Elsewhere a block
+    returns hidden states only, and any will do.
 
-    Raises ModelError where that isn't how the model runs: what a block gives isn't what the next one gets, blocks are run more than once,
-    or states don't stand one for each token.
+    Raises ModelError where the model runs otherwise: the output of a block isn't the input of the next one, blocks are run more than
+    once, or there isn't one state for each token.
     """
-    first, replies, number = blocks[0], list[Any](), 0
+    first, replies, number = blocks[0], list[Any](), 0  # replies has one at most, which blocks after the first repeat
     decoder = not is_encoder(model, blocks) and model.config.is_encoder_decoder
     real = [inputs["decoder_attention_mask" if decoder else "attention_mask"].bool().cpu() for inputs in examples]
     streams = [Stream([], [], real) for _ in blocks]
@@ -224,7 +224,7 @@ def _unlike_tokens(model: "PreTrainedModel", states: Tensor, tokens: Tensor) -> 
 
 
 def _states(output: Any) -> Tensor:
-    """The hidden states of what a block gave."""
+    """The hidden states in a block's output."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
 

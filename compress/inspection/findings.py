@@ -1,6 +1,6 @@
-"""What was found in a model, layer by layer, and what follows from it.
+"""What a model's layers hold, and what follows from it.
 
-Near zero is meant by a layer's own measure, the root mean square (rms) of its weights: below a hundredth, a tenth and a half of it. Weights
+What counts as near zero depends on the root mean square (rms) of a layer's weights: below a hundredth, a tenth and a half of it. Weights
 drawn from a normal distribution have 0.8, 8.0 and 38.3 % there (`NORMAL`), so only what exceeds these is a gift to pruning.
 """
 
@@ -36,10 +36,10 @@ class Part(Record):
 
     kind                linear; experts, all of a mixture's layer; head (linear, from the last hidden state to tokens or labels); embedding;
                         norm; other (with parameters of its own); rest, which is all that has none
-    parameters, bytes   its own as loaded, packed ones counted unpacked and measured packed; what another layer has first is counted there
-    weights             how many entries of its matrix were looked at for zeros; biases are not; what another layer has first isn't either
+    parameters, bytes   its own as loaded: packed ones are counted unpacked and measured packed. Shared ones count with their first layer.
+    weights             how many entries of its matrix were searched for zeros, without biases and shared weights of an earlier layer
     rms                 the root mean square of these
-    zero                the share of these that is zero; and below 0.01, 0.1 and 0.5 of the rms, zeros included
+    zero                the share of these that is zero; the next three are the shares below 0.01, 0.1 and 0.5 of the rms, zeros included
     seconds             of one forward pass: the median over passes
     parameter_share, byte_share, time_share     of the model's
     """
@@ -82,7 +82,7 @@ class Inspection(Record):
 
     @property
     def frame(self) -> "pandas.DataFrame":
-        """A row a layer, with the columns of `Part`; what isn't known is NA."""
+        """A row a layer, with the columns of `Part`; missing values are NA."""
         import pandas
 
         return pandas.DataFrame([part.model_dump() for part in self.parts], columns=list(Part.model_fields)).convert_dtypes()

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PASSES = 7  # timed with clocks on every layer, and as many without
-TOKENS = 128  # where nothing is said and the model has room for them
+TOKENS = 128  # by default, if the model's context has room
 CHUNK = 1 << 24  # weights at a time; their float64 copies stay small beside a model
 Row = dict[str, Any]
 
@@ -60,7 +60,7 @@ def inspect(progress: Progress, request: Inspect) -> dict[str, Any]:
 
 
 def _length(bundle: Bundle, tokens: int | None) -> int:
-    """How many tokens an input has: those wanted, or 128, or all that fit."""
+    """How many tokens an input has: as many as asked for, by default 128, or all that fit. Raises InputError for more than fit."""
     room = context_length(bundle.model.config, bundle.tokenizer)
     if tokens is None:
         return TOKENS if room is None else min(TOKENS, room)
@@ -205,7 +205,7 @@ def _spent(visits: list[list[Any]], between: Callable[[Any, Any], float], whole:
 
 
 def _near_zero(module: nn.Module) -> Row:
-    """How many weights a module's matrix has, their rms, and the shares that are zero or near it; a remark where that can't be said."""
+    """How many weights a module's matrix has, their rms, and the shares that are zero or near it; a remark where these can't be had."""
     if hasattr(module, "weight_packed"):
         return {"remark": "its weights are packed in a way that can't be looked into"}
     weights = _unpacked(module)

@@ -78,8 +78,8 @@ def figure(inspection: Inspection) -> "Figure":
     heat.set_title("near zero, block by block", fontsize=9, loc="left")
     bars.set_ylim(len(rows) - 0.4, -0.6)
     drawing.suptitle(
-        f"{printable(inspection.model)}: {count(inspection.parameters)} parameters, {scaled(inspection.bytes, 'bytes')}; "
-        f"a forward pass over {inspection.batch_size} x {inspection.tokens} tokens in {scaled(inspection.seconds, 's')} on {inspection.device}",
+        f"{printable(inspection.model)}: {count(inspection.parameters)} parameters, {scaled(inspection.bytes, 'bytes')}; a forward pass "
+        f"over {inspection.batch_size} x {inspection.tokens} tokens in {scaled(inspection.seconds, 's')} on {inspection.device}",
         fontsize=10, parse_math=False,
     )  # fmt: skip
     return drawing

@@ -14,7 +14,7 @@ from compress.recipe.blocks import PLAIN, Benchmark, ChosenEngine, Gate, Recipe,
 PACKAGE = Path(__file__).parent.parent
 OURS = ("artifacts", "searches", "sweeps")  # what stands beside recipes' folders of reports
 LONGEST = 200  # bytes of a recipe's file name
-NAMED: dict[str, Any] = {"benchmark": "standard", "check": {}}  # blocks that may be a file's name; what stands where nothing is said
+NAMED: dict[str, Any] = {"benchmark": "standard", "check": {}}  # blocks that may be a file's name, with their defaults
 
 
 def shipped() -> Path:
@@ -130,7 +130,7 @@ def _stage(item: Any, index: int, document: yamlfile.Document, problems: Problem
 def _engines(written: dict[str, Any], document: yamlfile.Document, problems: Problems) -> tuple[ChosenEngine, ...]:
     """Those under `engines`, or the one under `engine`: each a name, or a mapping with its `name` and settings."""
     if len(written) > 1:
-        problems.add(document, ("engines",), "engine and engines say the same; give one of the two")
+        problems.add(document, ("engines",), "engine and engines mean the same; give one of the two")
         return ()
     ((key, value),) = written.items() or (("engine", PLAIN),)
     items = value if key == "engines" else [value]

@@ -1,8 +1,8 @@
 """The card of an artifact: README.md with Hugging Face's metadata, for who finds the model without this package.
 
 What was done, by which recipe, what was measured and where, how it is loaded, whose model it was. Several runs may share an artifact; its
-card is of the newest that measured it. A card is no part of what tells one model from another (`fingerprint`), and is replaced at
-once, so runs that read the artifact meanwhile don't notice.
+card is of the newest that measured it. A card is no part of a model's `fingerprint`. It is replaced at once, so runs that read the
+artifact meanwhile don't notice.
 """
 
 import re
@@ -63,13 +63,13 @@ class Origin:
             return None
 
     def stated(self, key: str) -> Any:
-        """What its card says."""
+        """What its card states under this key."""
         return (self.card or {}).get(key)
 
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Within it the hub's library says nothing of a card without metadata, and draws no bars."""
+    """Within it the hub's library doesn't warn of a card without metadata, and draws no bars."""
     from logging import ERROR
 
     from huggingface_hub.utils import logging

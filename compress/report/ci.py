@@ -1,4 +1,4 @@
-"""What a pipeline is told of a verdict: JUnit XML, and annotations for GitHub's runners."""
+"""A verdict for a pipeline: JUnit XML, and annotations for GitHub's runners."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -44,7 +44,7 @@ def annotations(report: Report) -> list[str]:
 
 
 def _findings(report: Report) -> list[Finding]:
-    """Name, verdict and sentence of every gate, and of the whole where that says what no gate does."""
+    """Name, verdict and sentence of every gate, and of the whole report where no gate has its verdict."""
     findings: list[Finding] = [(gate.label, gate.verdict, gate.sentence) for gate in report.gates]
     if report.verdict not in {verdict for _, verdict, _ in findings}:
         findings.append(("verdict", report.verdict, report.decided_by))

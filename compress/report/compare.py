@@ -52,8 +52,8 @@ class Row:
     """One model.
 
     figures   every figure by its label
-    compared  how each compares with the baseline of the same run; empty for a baseline
-    unlike    in what its measuring differs from that of most others
+    compared  how each figure compares with the baseline of the same run; empty for a baseline
+    unlike    in what way it was measured unlike most others
     """
 
     name: str
@@ -98,7 +98,7 @@ def require_alike(models: Sequence[Row]) -> None:
 
 
 def labels(models: Sequence[Row], names: Sequence[str] = ()) -> list[str]:
-    """The labels of the figures that are wanted, or of those that a deployment turns on; a metric's name means all its grid points.
+    """The labels of these figures, or without names of those that a deployment turns on; a metric's name means all its grid points.
 
     Raises ReportError for a figure that no row has.
     """
@@ -143,15 +143,15 @@ def _gate(result: GateResult | None) -> str:
 
 
 def ranked(models: Sequence[Row], by: str) -> list[Row]:
-    """The rows by one figure, the best first and the smallest where neither is better; the other way round after `:reverse`. Rows
-    without the figure are last.
+    """The rows by one figure, the best first, or the smallest where neither is better; `:reverse` turns that round. Rows without the
+    figure are last.
 
     Raises ReportError where the figure is unknown, or is one at several grid points.
     """
     name = by.removesuffix(REVERSED)
     label, *more = labels(models, [name])
     if more:
-        raise ReportError(f"--sort {name}: it was measured at several points; say which: {', '.join(map(repr, [label, *more]))}")
+        raise ReportError(f"--sort {name}: it was measured at several points; name one of {', '.join(map(repr, [label, *more]))}")
     there = [row for row in models if _value(row, label) is not None]
     highest_first = (_better(label) == "higher") != by.endswith(REVERSED)
     there.sort(key=lambda row: _value(row, label) or 0.0, reverse=highest_first)
@@ -196,7 +196,7 @@ def cells(models: Sequence[Row], figures: Sequence[str]) -> tuple[list[str], lis
 
 
 def _differences(ways: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """In what each way of measuring differs from the commonest."""
+    """How each way of measuring differs from the commonest."""
     keys = [_key(way) for way in ways]
     usual = ways[keys.index(Counter(keys).most_common(1)[0][0])] if ways else {}
     return [

@@ -1,9 +1,9 @@
 """A folder of reports as a time line: one metric over runs that were measured alike, and where it changed.
 
-A change is looked for by PELT (Killick, Fearnhead and Eckley 2012; the package ruptures) with absolute errors: levels are medians, and last
-two runs at least, so a single odd run is none. Values are in units of the mean difference between neighbours, which a change enters only
-once. With the penalty below, about 5 of 100 lines without a change show one, from 6 runs to 100, where noise is normal, and fewer where its
-tails are heavier.
+PELT looks for changes (Killick, Fearnhead and Eckley 2012; the package ruptures), with absolute errors. Levels are medians and last two
+runs at least, so a single odd run is no change. Values are in units of the mean difference between neighbours, which a change enters only
+once. With the penalty below, about 5 of 100 lines without a change show one where noise is normal, on 6 to 100 runs. They are fewer where
+its tails are heavier.
 """
 
 import json
@@ -89,7 +89,7 @@ def lines(reports: Iterable[Report], metric: str, recipe: str | None = None) -> 
 def best(report: Report, others: Iterable[Report], metric: str) -> Report:
     """Of the others that passed and were measured as this report was, the one whose candidate has the best figure.
 
-    Raises InputError where that can't be said of the metric, ReportError where there is no such report.
+    Raises InputError for a metric without a best figure, ReportError where there is no such report.
     """
     better, figures = _metric(metric).better, _figures(report, metric)
     if better == "neither":

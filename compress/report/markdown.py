@@ -51,7 +51,7 @@ def whole(report: Report) -> str:
 
 
 def brief(report: Report) -> str:
-    """How the report for people who read text begins: the verdict, the gates, the figures, what is to be said of them."""
+    """The beginning of the report for people who read text: the verdict, the gates, the figures, and notes on them."""
     heading = f"# {cell(report.recipe)}{report.inside}: {verdict_words(report.verdict)}"
     cautions = [f"**{cell(sentence)}.**" for sentence in report.cautions]
     parts = [heading, f"{cell(report.decided_by)}.", *cautions, gates(report), figures(report), _notes(report)]

@@ -9,7 +9,7 @@ Values = dict[str, float]
 
 
 def parts(side: Side | None) -> dict[str, float]:
-    """Bytes by what holds them, and all of them under `ALL`; empty without a peak."""
+    """Bytes by what they hold, and all of them under `ALL`; empty without a peak."""
     values = _values(side)
     return {name: size for name, of in PARTS.items() if (size := of(values)) is not None}
 
@@ -43,7 +43,7 @@ def _part(of: dict[str, float], name: str) -> str:
 
 
 def _whole(values: Values) -> float:
-    """All that is held: on a GPU what NVML says of the process, or else what the allocator holds."""
+    """All that is held: on a GPU by NVML's account of the process, or else by the allocator's."""
     allocated = values["peak_run_bytes"] + values.get("allocator_slack_bytes", 0)
     return values.get("process_gpu_bytes") or values.get("peak_reserved_bytes") or allocated
 

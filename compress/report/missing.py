@@ -1,4 +1,4 @@
-"""Examples that a side has no statistics of: which count as lost, how many are left out, what is said of them."""
+"""Examples that a side has no statistics of: which count as lost, how many are left out, and the notes on them."""
 
 from collections.abc import Sequence
 
@@ -17,7 +17,7 @@ def together(theirs: Measurement, ours: Measurement) -> tuple[Rows, Rows]:
 
 
 def lost(theirs: Measurement | None, ours: Measurement) -> dict[Missing, int]:
-    """How many examples the candidate gave no number for, by what it gave, where the baseline gave one or isn't there."""
+    """How many examples have no number of the candidate's, by what stands in its place, where the baseline has one or is missing."""
     before = theirs.samples if theirs is not None and len(theirs.samples) == len(ours.samples) else [[0.0]] * len(ours.samples)
     counts: dict[Missing, int] = {}
     for a, b in zip(before, ours.samples, strict=True):

@@ -1,5 +1,7 @@
-"""Beside what an engine gives stands what the model gave as it came, in plain transformers: what leaving it there would cost, and whether
-the engine says the same of the same weights."""
+"""The candidate in an engine beside the original model in plain transformers.
+
+It shows what staying there would cost, and whether the engine answers alike with the same weights.
+"""
 
 from compress.metrics import METRICS
 from compress.report.numbers import change, figure, percent
@@ -25,7 +27,7 @@ def rows(report: Report) -> list[list[str]]:
 
 
 def sentences(report: Report) -> list[str]:
-    """What there is to say, in short."""
+    """The latency and sizes against the original, and how far the engine agrees with it, in short."""
     timed = [c for c in report.against_original if c.metric == "latency_p50" and c.estimate is not None]
     if report.original is None or not timed:
         return []

@@ -1,4 +1,4 @@
-"""What there is to say of how the examples were answered, in a sentence each."""
+"""Notes on how the examples were answered, a sentence each."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -14,8 +14,8 @@ ROUGE = {"words": "words of any script (characters where it has no spaces)", "ch
 
 
 def notes(sides: Sequence[Side], compared: Sequence[Pair], ids: Sequence[str], environment: Mapping[str, Any]) -> list[str]:
-    """What texts were cut with where that isn't usual, which examples are left out, what the sides said themselves, and for right and wrong
-    answers McNemar's test.
+    """The tokenizers of texts where they aren't the usual ones, the examples that are left out, the sides' own remarks, and McNemar's test
+    of right and wrong answers.
 
     ids   of the examples, in order
     """
@@ -57,4 +57,4 @@ def _share(part: int, whole: int) -> str:
 
 def _discordant(pair: Pair) -> str:
     lost, won, p = mcnemar(*missing.together(pair.theirs, pair.ours))
-    return f"{lost} labels are right with the baseline alone, {won} with the candidate alone: p = {p:.3g} by McNemar's exact test."
+    return f"{lost} labels are right with the baseline only, {won} with the candidate only: p = {p:.3g} by McNemar's exact test."

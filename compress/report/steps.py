@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes on either side, and what that says of a candidate that is no faster."""
+"""Where the time of a decode step goes on either side, and why a candidate may be no faster."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ TAKES_MORE = 0.1  # of the candidate's step: less is no explanation
 MOSTLY = 0.5  # of a step
 BOUND = 0.6  # of what the machine multiplies at best; kernels hardly come nearer on what a model multiplies
 HEAD = ["point", "side", "step", *KERNELS.values()]
-SAID = (
+NOTE = (
     "One decode step, of a classifier one forward pass. Its time is that of the timings; the shares are those that torch's "
     "profiler sees apart from these, its own time taken out."
 )
@@ -47,7 +47,7 @@ def costs(sides: list[Side], where: Comparison) -> list[str]:
 def section(report: Report) -> str:
     """The shares in Markdown, and what the machine can do at best."""
     body = rows(report)
-    return "\n\n".join(["## Where a step's time goes", SAID, table(HEAD, body), ceilings(report.environment)]) if body else ""
+    return "\n\n".join(["## Where a step's time goes", NOTE, table(HEAD, body), ceilings(report.environment)]) if body else ""
 
 
 def rows(report: Report) -> list[list[str]]:

@@ -1,10 +1,10 @@
 """May the candidate replace the baseline? Every figure against its counterpart, every gate against its limit.
 
-A gate is a test of non-inferiority: it passes when the whole interval lies within the limit, fails when it lies outside, and can't tell
-when the limit is inside it, or when there is too little for an interval. Sizes are exact and have none. The worst gate decides; what was
-not measured can't pass.
+A gate is a test of non-inferiority: it passes when the whole interval lies within the limit, and fails when it lies outside. It can't tell
+when the limit is inside the interval, or when there is too little data for one. Sizes are exact and have none. The worst gate decides;
+what was not measured can't pass.
 
-Among many gates one fails by chance more easily than it would alone, so failures are held to Holm's correction. Passes need none: all
+Among many gates one fails by chance more easily than a single one would, so failures are held to Holm's correction. Passes need none: all
 gates pass by chance together no more easily than each of them alone (an intersection-union test, Berger 1982).
 """
 
@@ -31,14 +31,14 @@ WORDS = {"max_drop": " drop", "max_rise": " rise", "max_ratio": " ratio", "min_r
 
 @dataclass(frozen=True)
 class Pair:
-    """A figure on both sides. `same_run` says that the sides took turns; examples are always the same ones."""
+    """A figure on both sides. `same_run`: whether the sides took turns; examples are always the same ones."""
 
     theirs: Measurement
     ours: Measurement
     same_run: bool
 
     def effect(self, ratio: bool) -> Effect:
-        """candidate / baseline, or candidate - baseline, by which quality alone is compared."""
+        """candidate / baseline, or for quality candidate - baseline unless a ratio is asked for."""
         a, b = self.theirs, self.ours
         assert a.value is not None and b.value is not None
         kind = METRICS[b.metric].kind
@@ -69,8 +69,8 @@ class Claim:
     """That one limit of a gate is kept at one figure.
 
     effect          a difference, a ratio or the candidate's own value
-    scale, origin   scale x (effect - origin) is what the limit bounds: a drop in points is the difference turned round
-    left_out        examples that the effect doesn't rest on
+    scale, origin   the limit bounds scale x (effect - origin): a drop in points is the difference with its sign turned
+    left_out        how many examples the effect doesn't rest on
     """
 
     figure: Measurement
@@ -183,7 +183,7 @@ def require_comparable(ours: Report, theirs: Report) -> None:
 
 
 def measured_how(report: Report) -> dict[str, Any]:
-    """All that two reports must share for their figures to be comparable, by name. What is off isn't said, as in reports that are older."""
+    """All that two reports must share for their figures to be comparable, by name. What is off is left out: older reports lack it."""
     settings, environment = report.settings, report.environment
     conditions = {
         "the digest of the examples": report.examples_digest,
@@ -199,7 +199,7 @@ def measured_how(report: Report) -> dict[str, Any]:
 
 
 def baseline_key(report: Report, side: Side) -> str:
-    """The same for baselines that are one: the same model, measured alike."""
+    """A key that two baselines share if they are the same model, measured alike."""
     return json.dumps([side.model, report.engine, report.settings.get("model"), measured_how(report)], sort_keys=True, default=str)
 
 
@@ -218,7 +218,7 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
 def _claim(
     figure: Measurement, pair: Pair | None, theirs: Measurement | None, ours: Measurement | None, kind: str, limit: float
 ) -> Claim | GateResult:  # fmt: skip
-    """What a limit says at a figure, or why it can't be checked there."""
+    """The claim that a limit makes at a figure, or why it can't be checked there."""
     quality = METRICS[figure.metric].kind == "quality"
     if quality and ours is not None and (broken := _broken(theirs, ours)):
         return _result(figure, kind, limit, "fail", f"{figure.label} of the candidate is broken: {broken}")
@@ -240,7 +240,7 @@ def _claim(
 
 
 def _broken(theirs: Measurement | None, ours: Measurement) -> str | None:
-    """What the candidate gave in the place of numbers that the baseline gave; None where it gave numbers too."""
+    """What the candidate has in place of numbers that the baseline has; None where it has numbers too."""
     if reasons := lost(theirs, ours):
         counts = ", ".join(f"{reason} in {number:,}" for reason, number in reasons.items())
         return f"{counts} of {len(ours.samples):,} examples" + (" in which the baseline's is a number" if theirs is not None else "")
@@ -281,12 +281,12 @@ def _judged(claim: Claim, corrected: float | None, tests: int, confidence: float
 
 
 def _more(claim: Claim, needed: Needed | None, tests: int) -> str:
-    """What would tell. `tests` is how many there are where the claim would fail alone."""
+    """What would decide a claim. `tests` is their number where the claim on its own would fail, else 0."""
     if tests:
-        return f"alone it would fail, as one of {tests} it may be chance"
+        return f"on its own it would fail, as one of {tests} it may be chance"
     what = "examples" if METRICS[claim.figure.metric].kind == "quality" else "rounds"
     if needed is None:
-        return f"how many {what} would tell can't be said"
+        return f"how many {what} would tell is unknown"
     if needed.most is None:
         number, early = f"at least about {needed.least:,}", "; it is too early to say how many at most"
     else:
@@ -295,7 +295,7 @@ def _more(claim: Claim, needed: Needed | None, tests: int) -> str:
 
 
 def _absolute(figure: Measurement) -> Effect:
-    """The candidate's own value with what is known of it."""
+    """The candidate's own value with its uncertainty."""
     assert figure.value is not None
     kind = METRICS[figure.metric].kind
     if kind == "size":

@@ -37,7 +37,7 @@ def write(report: Report, folder: Path, phases: Callable[[], list[Phase]] = list
 
 
 def read_notes(artifact: Path) -> dict[str, Any]:
-    """What a stage noted in its artifact: `layers`, what it `said`, and the `curve` of its training."""
+    """A stage's notes in its artifact: `layers`, their `account`, what it `said`, and the `curve` of its training."""
     file = artifact / NOTES
     noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"layers": [], "said": []}
     account = Account.model_validate(noted["account"]) if noted.get("account") else None

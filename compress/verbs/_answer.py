@@ -18,7 +18,7 @@ WORST_FIRST = (1, 3, 4, 0)  # exit statuses
 
 
 def refuse(options: Namespace) -> None:
-    """See before any work that `tell` can write its files."""
+    """Check before any work that `tell` can write its files. Raises InputError."""
     for flag, file in (("--junit", options.junit), ("--markdown", options.markdown)):
         if file and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
             raise InputError(f"{flag} {file}: can't be written to")
@@ -64,7 +64,7 @@ def _status(report: "Report", measured_only: bool) -> int:
 
 
 def log(report: "Report", tracker_names: Sequence[str]) -> None:
-    """Log a report that was shown. A tracker that doesn't take it is named, and changes nothing else."""
+    """Log a report that was shown. A tracker that fails is named on stderr, with no other effect."""
     from compress import trackers
 
     for tracker in tracker_names:
@@ -76,7 +76,7 @@ def log(report: "Report", tracker_names: Sequence[str]) -> None:
 
 
 def complain(messages: Iterable[str]) -> None:
-    """Name what is passed over."""
+    """Print a warning for each thing that is passed over."""
     for message in messages:
         print(f"compress: {printable(message)}; it is passed over", file=sys.stderr)
 

@@ -1,4 +1,4 @@
-"""Measure one model with the harness alone; no stages, no baseline.
+"""Measure one model with the harness: no stages, no baseline.
 
 Exit status: 0 measured, 2 bad input, 3 the run failed.
 

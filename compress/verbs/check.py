@@ -2,7 +2,7 @@
 
 Reports are what `compare` takes: folders, folders of reports, patterns, recipes. Of several each is checked, and the worst decides; those
 that can't be read are named on stderr. With --against, the candidate of another report is the baseline; the two must have been measured
-alike. With --best, the other one is found: of all reports in a place that passed and were measured alike, the one with the best figure.
+alike. With --best, that report is chosen: of all in a place that passed and were measured alike, the one with the best figure.
 
 On GitHub's runners (GITHUB_ACTIONS=true) every gate that doesn't pass becomes an annotation.
 
@@ -42,9 +42,9 @@ def call(options: Namespace) -> int:
     refuse(options)
     for flag, value in (("--against", options.against), ("--best", options.best), ("--gates", options.gates)):
         if value == "":
-            raise InputError(f"{flag} '': it is empty, as a variable is that isn't set")
+            raise InputError(f"{flag} '': it is empty, like a variable that isn't set")
     if options.best and not options.against:
-        raise InputError("--best says which of the reports under --against counts; give --against DIR with it")
+        raise InputError("--best picks one of the reports under --against; give --against DIR with it")
     reports = _read(find_reports(options.reports, options.out))
     if options.best:
         others, damaged = read_reports(find_reports([options.against], options.out))

@@ -22,7 +22,7 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--columns", nargs="+", default=[], metavar="FIGURE", help="the figures to show: rougeL weight_bytes latency_p50")
     parser.add_argument("--sort", metavar="FIGURE", help="the best in this figure first; FIGURE:reverse turns that round")
     parser.add_argument("--pareto", action="store_true", help="only models that no other beats on the figures shown")
-    parser.add_argument("--unlike", action="store_true", help="compare what was not measured alike too, and say what differs")
+    parser.add_argument("--unlike", action="store_true", help="compare reports that were not measured alike too, and show what differs")
     parser.add_argument("--format", choices=FORMATS, default="table")
 
 

@@ -17,7 +17,7 @@ from compress.verbs._arguments import of_reports
 def arguments(parser: ArgumentParser) -> None:
     of_reports(parser)
     parser.add_argument("--metric", required=True, metavar="METRIC", help="rougeL, weight_bytes, latency_p50, 'ttft [batch 1, prompt 64]'")
-    parser.add_argument("--recipe", metavar="NAME", help="this recipe's runs alone")
+    parser.add_argument("--recipe", metavar="NAME", help="only this recipe's runs")
 
 
 def call(options: Namespace) -> int:

@@ -15,7 +15,7 @@ from compress.verbs._arguments import on_a_device
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model folder, a hub id, or builtin")
     parser.add_argument(
-        "--task", metavar="TASK", help="seq2seq, causal-lm or sequence-classification; told from the model's config where left out"
+        "--task", metavar="TASK", help="seq2seq, causal-lm or sequence-classification; by default read from the model's config"
     )
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="inputs in the forward pass that is timed (1)")
     parser.add_argument(

@@ -1,6 +1,6 @@
-"""Foretell what a recipe takes, from its model's config.json alone: memory at each point and dtype, time and disk.
+"""Foretell what a recipe takes, from its model's config.json only: memory at each point and dtype, time and disk.
 
-Nothing is loaded. Sizes are told for this machine, or for a GPU of a known kind.
+Nothing is loaded. Sizes are for this machine, or for a GPU of a known kind.
 
 Exit status: 0 foretold, 2 bad input.
 
@@ -16,7 +16,7 @@ from compress.verbs._arguments import overriding
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
     overriding(parser)
-    parser.add_argument("--gpu", metavar="NAME", help="a kind of GPU, such as h100-80gb; this machine's own, or its CPU, where left out")
+    parser.add_argument("--gpu", metavar="NAME", help="a kind of GPU, such as h100-80gb; by default this machine's own, or its CPU")
 
 
 def call(options: Namespace) -> int:

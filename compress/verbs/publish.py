@@ -18,7 +18,7 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("repo", metavar="REPO_ID", help="the repository on the hub: owner/name, made where there is none")
     parser.add_argument("--private", action="store_true", help="into a private repository; a public one is refused")
     parser.add_argument("--revision", metavar="BRANCH", help="to this branch, made where there is none (main)")
-    parser.add_argument("--failed-too", action="store_true", help="although the report failed its gates; the card says so")
+    parser.add_argument("--failed-too", action="store_true", help="send it even if the report failed its gates; the card says so")
 
 
 def call(options: Namespace) -> int:

@@ -1,8 +1,8 @@
 """Look for the best recipe under gates, among values of some of its keys; write it as a recipe.
 
-Optuna proposes. A recipe whose whole interval breaks a gate on quality on a few examples already is given up; the others are measured in
-full, and of those that keep every gate, the recipe's own too, the best is the one with the least of what is minimised. A search that was
-interrupted goes on where it was when it is started again.
+Optuna proposes. A recipe is given up if its whole interval breaks a gate on quality on a few examples already; the others are measured in
+full. The best of those that keep every gate, the recipe's own included, is the one with the lowest value of what is minimised. Started
+again, an interrupted search goes on where it was.
 
 A gate is METRIC:CHANGE, the change in the metric's unit or in per cent: rougeL:-1.0 may be lower by a point, latency_p50:+5% higher by 5 %.
 
@@ -27,12 +27,12 @@ if TYPE_CHECKING:
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
     parser.add_argument("--keep", action="append", default=[], metavar="METRIC:CHANGE", help="a gate: how much a metric may change")
-    parser.add_argument("--minimise", required=True, metavar="METRIC", help="what is to be as low as may be, such as file_bytes")
+    parser.add_argument("--minimise", required=True, metavar="METRIC", help="the metric to minimise, such as file_bytes")
     parser.add_argument(
         "--over", action="append", required=True, metavar="KEY=VALUES",
         help="what may be chosen: bits=2,3,4,8 of these, 0.1..0.7 any between, 1e-5..1e-3:log any power of ten as often",
     )  # fmt: skip
-    parser.add_argument("--trials", type=int, default=20, metavar="N", help="recipes to try, those of former starts with them (20)")
+    parser.add_argument("--trials", type=int, default=20, metavar="N", help="recipes to try, including those of earlier starts (20)")
     measuring(parser)
     spreading(parser)
 

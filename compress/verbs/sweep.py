@@ -1,8 +1,8 @@
 """Run many recipes, or one with every combination of some values; one table and one page of all.
 
 All are checked before anything runs. Stages that several have in common are made once, and candidates take turns with one baseline. Each
-gets a report of its own; one that fails is named with its reason, and the others go on. What was measured before into the same folder is
-found there: an interrupted sweep goes on where it was, and gets further values. The page of all lies in DIR/sweeps.
+gets a report of its own; one that fails is named with its reason, and the others go on. Reports of an earlier sweep in the same folder are
+used again: an interrupted sweep goes on where it was, and further values may be added. The page of all lies in DIR/sweeps.
 
 Exit status: 0 all were measured, 2 bad input, 3 some could not be.
 

@@ -1,9 +1,9 @@
-"""Read recipes and say all that is wrong with each, with what lies here of its model and data, and with what is installed.
+"""Read recipes and list all that is wrong with each, with its model and data as far as they lie here, and with what is installed.
 
-Nothing is loaded or fetched: of a model's folder its config and the headers of its weights are read, of a data file its first rows; what
-lies on the hub is named as not looked at. With --text-only the recipe's text alone counts, for machines where model and data don't lie.
+Nothing is loaded or fetched. Of a model's folder the config and the headers of the weights are read, of a data file the first rows. What
+lies on the hub is named as not looked at. With --text-only only the recipe's text counts, for machines that lack model and data.
 
-Where a model's config lies on this disk, what the settings do to layers of its shapes is said too.
+Where a model's config lies on this disk, it is also told what the settings do to layers of its shapes.
 
 Exit status: 0 all are right, 2 some are not.
 

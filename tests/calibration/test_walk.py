@@ -259,7 +259,7 @@ def test_fp8_without_a_gpu_is_refused(toys, tmp_path):
 @pytest.mark.parametrize("method", ["rtn", "smoothquant", "qat"])
 def test_a_t5_in_float16_is_refused_with_the_way_out(toys, method):
     """FLAN-T5's trap: `wo` is unpacked to float16, where it overflows."""
-    with pytest.raises(ModelError, match=r"in float16: .*wo layers overflow there; say model\.dtype: bfloat16 or float32"):
+    with pytest.raises(ModelError, match=r"in float16: .*wo layers overflow there; set model\.dtype: bfloat16 or float32"):
         apply(bundle(toys["t5"], "t5", "float16"), method, context())
 
 

@@ -136,7 +136,7 @@ def test_unknown_figures_are_named(three):
         verb(three, "--columns", "weight_byte")
     both = [m.model_copy(update={"batch_size": size}) for m in made().sides[0].measurements[2:3] for size in (1, 8)]
     grid = made(sides=[Side(role="candidate", model="m", measurements=both)])
-    with pytest.raises(ReportError, match=r"say which: 'latency_p50 \[batch 1, prompt 64\]', 'latency_p50 \[batch 8, prompt 64\]'"):
+    with pytest.raises(ReportError, match=r"name one of 'latency_p50 \[batch 1, prompt 64\]', 'latency_p50 \[batch 8, prompt 64\]'"):
         compare.ranked(compare.rows([grid]), "latency_p50")
 
 

@@ -80,7 +80,7 @@ def test_where_a_gate_can_not_tell_no_note_says_slower():
     def gate(verdict, batch_size):
         return GateResult(
             metric="latency_p50", batch_size=batch_size, prompt_tokens=64, limit_kind="max_ratio", limit=1.0, estimate=1.03,
-            interval=(1.01, 1.05), verdict=verdict, sentence="alone it would fail, as one of 6 it may be chance",
+            interval=(1.01, 1.05), verdict=verdict, sentence="on its own it would fail, as one of 6 it may be chance",
         )  # fmt: skip
 
     little, much = compared("latency_p50", 1.03, 1.01, 1.05), compared("latency_p50", 2.0, 1.9, 2.1, batch_size=8)

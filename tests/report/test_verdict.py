@@ -158,7 +158,7 @@ def test_one_of_many_gates_does_not_fail_by_chance_alone():
     assert alone.verdict == "fail"
     among = every(a, b, check)[6]
     assert (among.interval, among.verdict) == (alone.interval, "cannot_tell")
-    assert among.sentence.endswith("alone it would fail, as one of 40 it may be chance")
+    assert among.sentence.endswith("on its own it would fail, as one of 40 it may be chance")
     worse = Side(role="candidate", model="b", measurements=[speed([3.0, 3.1, 3.0, 3.0, 3.1], batch_size=b) for b in points])
     assert {r.verdict for r in every(a, worse, check)} == {"fail"}
 

@@ -1,6 +1,6 @@
 """report.html: one page that needs nothing but itself, for one run or for several candidates.
 
-Everything is shown as text, whatever it holds: the template escapes, the script writes text nodes only, and a content security policy
+Everything is shown as text, whatever it holds: the template escapes, and the script writes text nodes only. A content security policy
 allows the page's own two scripts, by their digests, and no request at all. The numbers, the examples and the charts' data lie in the
 page as compressed JSON, from which the script draws and which can be saved.
 """

@@ -95,6 +95,6 @@ def _curves(columns: Sequence[Column]) -> list[dict[str, Any]]:
 
 
 def _stages(columns: Sequence[Column]) -> list[tuple[str, StageRecord]]:
-    """Every stage of every candidate, by a name that says whose it is where there are several."""
+    """Every stage of every candidate; its name includes the candidate's where there are several."""
     candidates = [column for column in columns if column.candidate]
     return [(printable(r.name if len(candidates) == 1 else f"{c.name}: {r.name}"), r) for c in candidates for r in c.report.stages]

@@ -17,7 +17,7 @@ EXACTLY, COMPARED = 300, 1500
 
 @dataclass
 class Example:
-    """An example with what each report says of it, None where one lacks it."""
+    """An example with each report's prediction for it, None where a report lacks it."""
 
     prediction: Prediction
     by_report: list[Prediction | None] = field(default_factory=list)

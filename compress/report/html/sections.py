@@ -1,4 +1,4 @@
-"""What the sections of a page say, as plain rows for its template."""
+"""The contents of a page's sections, as plain rows for its template."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -68,9 +68,9 @@ def of(columns: Sequence[Column]) -> dict[str, Any]:
         "cards": [_card(column) for column in candidates],
         "gates": [(c.name, [(g, verdict_words(g.verdict), picture(g)) for g in c.report.gates]) for c in candidates if c.report.gates],
         "notes": [(c.name, lines) for c in candidates if (lines := _notes(c.report))],
-        "figures": figures(columns), "figures_said": FIGURES,
+        "figures": figures(columns), "figures_note": FIGURES,
         "memory": memory.held(sides), "checks": memory.checked(sides),
-        "step_head": steps.HEAD, "step_said": steps.SAID,
+        "step_head": steps.HEAD, "step_note": steps.NOTE,
         "steps": [(c.name, rows, steps.ceilings(c.report.environment)) for c in candidates if (rows := steps.rows(c.report))],
         "stages": [(c.name, [_stage(record) for record in c.report.stages], _bought(c)) for c in candidates if c.report.stages],
         "layers": [(c.name, r.name, *_layers(r)) for c in candidates for r in c.report.stages if r.layers],
@@ -95,7 +95,7 @@ def sentence(report: Report) -> str:
 
 
 def mark(compared: Comparison | None, undecided: set[tuple[str, int | None, int | None]]) -> str:
-    """`better` or `worse` where the interval leaves no doubt and no gate says that it does."""
+    """`better` or `worse` where the interval leaves no doubt and no gate is undecided there."""
     if compared is None or compared.low is None or compared.high is None or compared.point in undecided:
         return ""
     none, better = (0 if compared.kind == "difference" else 1), METRICS[compared.metric].better
@@ -141,7 +141,7 @@ def _change(column: Column, point: tuple[str, int | None, int | None]) -> dict[s
 
 
 def _names(reports: Sequence[Report]) -> list[str]:
-    """A name a report: its recipe, its stages or its run, whichever tells them all apart."""
+    """A name for each report: its recipe, its stages or its run, the first that differs between all of them."""
     engines = [f"{r.recipe} in {r.engine}" for r in reports]
     kinds = ([r.recipe for r in reports], engines, [r.line for r in reports], [f"{r.recipe} {r.run}" for r in reports])
     numbered = [f"{report.recipe} #{number}" for number, report in enumerate(reports, 1)]
@@ -183,7 +183,7 @@ def _notes(report: Report) -> list[str]:
 
 
 def _stage(record: StageRecord) -> dict[str, Any]:
-    """What a stage cost, and what is known of what it bought."""
+    """A stage's cost, and its gain as far as it was measured."""
     bought = [*([summary(record.layers)] if record.layers else []), *record.sentences]
     return {
         "name": record.name, "settings": ", ".join(f"{key}: {value}" for key, value in list(record.stage.items())[1:] if value is not None),
