@@ -42,8 +42,8 @@ def one(name, folder, rouge=70.9, size=1e6, speed=0.02, **changes):
 
 
 def verb(*arguments):
-    given = cli.parser().parse_args(["compare", *map(str, arguments)])
-    return given.call(given)
+    options = cli.parser().parse_args(["compare", *map(str, arguments)])
+    return options.call(options)
 
 
 @pytest.fixture
@@ -237,8 +237,8 @@ def test_check_takes_what_compare_takes_and_the_worst_decides(three, tmp_path, c
     gates.write_text("rougeL: {max_drop: 1.0}\n")
 
     def check(*arguments):
-        given = cli.parser().parse_args(["check", *map(str, arguments), "--gates", str(gates)])
-        return given.call(given)
+        options = cli.parser().parse_args(["check", *map(str, arguments), "--gates", str(gates)])
+        return options.call(options)
 
     assert check("good", "--json") == 0 and json.loads(capsys.readouterr().out)["verdict"] == "pass"
     assert check("good", "sm*", "--json", "--junit", "all.xml") == 1
