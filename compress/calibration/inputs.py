@@ -20,7 +20,7 @@ def in_order(block: Block) -> list[list[str]]:
 def turns(block: Block) -> Iterator[list[list[str]]]:
     """The groups of layers that share an input, in the order they run.
 
-    Groups that don't wait for each other, those of a mixture's experts, come together: as many as have second moments that take no more
+    Groups that don't wait for each other, those of a mixture's experts, come together. The second moments of those that do take no more
     memory than the block's weights in float32.
     """
     room, size = sum(weight.numel() for weight in block.weights.values()), 0

@@ -151,8 +151,8 @@ def lead_in(model: "PreTrainedModel", blocks: nn.ModuleList, examples: list[Inpu
     T5's first block is run, since it makes the position bias that the others get, and these reply with its output. Elsewhere a block
     returns hidden states only, and any will do.
 
-    Raises ModelError where the model runs otherwise: the output of a block isn't the input of the next one, blocks are run more than
-    once, or there isn't one state for each token.
+    Raises ModelError where a block's output isn't the next one's input, blocks are run more than once, or there isn't one state for each
+    token.
     """
     first, replies, number = blocks[0], list[Any](), 0  # replies has one at most, which blocks after the first repeat
     decoder = not is_encoder(model, blocks) and model.config.is_encoder_decoder
