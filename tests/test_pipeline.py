@@ -270,7 +270,7 @@ def test_a_note_is_no_surer_than_the_gate():
     slow = ratio("latency_p50", 1.06, 1.01, 1.11, batch_size=8, prompt_tokens=64)
     gate = GateResult(
         metric="latency_p50", limit_kind="max_ratio", limit=1.0, estimate=1.06, interval=(1.01, 1.11), verdict="cannot_tell",
-        sentence="alone it would fail, as one of 7 it may be chance", batch_size=8, prompt_tokens=64,
+        sentence="on its own it would fail, as one of 7 it may be chance", batch_size=8, prompt_tokens=64,
     )  # fmt: skip
     assert why.notes(STAGES, [slow], {}, [])[0].startswith("Slower than the baseline")
     shrank = ratio("weight_bytes", 0.3, 0.3, 0.3)

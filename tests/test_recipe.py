@@ -73,7 +73,7 @@ def test_a_good_recipe_is_read_with_its_defaults(tmp_path):
         (("stages:", "generation: {top_p: 0.9}\nstages:"), "x.yaml:7: generation: top_p only count with do_sample: true"),
         (
             ("stages:", "benchmark: {runtime: {compile: true}}\nstages:"),
-            "x.yaml:7: benchmark: runtime: compile: true needs cache: static; transformers compiles steps over a cache of fixed length alone",
+            "x.yaml:7: benchmark: runtime: compile: true needs cache: static; transformers compiles steps only over a cache of fixed length",
         ),
         (
             ("stages:", "benchmark: {runtime: {compile: true, cache: static, cpu_int8: true}}\nstages:"),

@@ -29,13 +29,13 @@ Axes = tuple[Axis | None, ...]  # None for tokens, positions and labels
 class Architecture:
     """A type of model.
 
-    shape    adds up what transformers makes of a config.json that serves one of the `tasks`; None where it can't be foretold
+    shape    adds up the weights that transformers makes of a config.json for one of the `tasks`; None where they can't be foretold
     endless  its positions set no bound on the tokens of an input, whatever its config says
-    behind   its positions begin behind the number of the padding token, so that so many of them, and one, no token gets
-    wide     its hidden size can be cut alone: nothing in it depends on that but its weights and norms
-    layers   what the outputs and inputs of each kind of layer count, by the end of its name (a regular expression; the first that fits),
-             where the config binds the number of heads to the hidden size, so that neither can be told by changing one
-    alike    plain transformers reads its packed weights only where all layers are packed alike, since it looks at them while it is made
+    behind   its positions begin behind the index of the padding token: no token gets that one or one before it
+    wide     its hidden size can be cut on its own: nothing depends on it but the model's weights and norms
+    layers   what the outputs and inputs of each kind of layer count, by a regular expression for the end of its name; the first that
+             matches holds. Stated where the config ties the number of heads to the hidden size: changing one of them shows neither.
+    alike    plain transformers reads its packed weights only where all layers are packed alike: it looks at them while the model is built
     """
 
     tasks: tuple[str, ...] = ()
@@ -55,12 +55,12 @@ def of(kind: str) -> Architecture:
     name = kind.replace("-", "_")
     if not name.isidentifier() or importlib.util.find_spec(f"{__name__}.{name}") is None:
         return Architecture()
-    found: Architecture = importlib.import_module(f"{__name__}.{name}").ARCHITECTURE
-    return found
+    architecture: Architecture = importlib.import_module(f"{__name__}.{name}").ARCHITECTURE
+    return architecture
 
 
 def shaped() -> dict[str, Architecture]:
-    """The types whose shape can be told from their config, by name."""
+    """The types whose shape follows from their config, by name."""
     types = {module.name: of(module.name) for module in pkgutil.iter_modules(__path__)}
     return {name: architecture for name, architecture in types.items() if architecture.shape is not None}
 
@@ -68,7 +68,7 @@ def shaped() -> dict[str, Architecture]:
 def read(config: Config, task: str) -> Shape:
     """The shape that a config.json describes when it serves a task.
 
-    Raises ModelError for a type or a task of it whose shape isn't known, and for a config that lacks a number.
+    Raises ModelError for a type or task that isn't supported, and for a config that lacks a number.
     """
     kind = str(config.get("model_type"))
     architecture = of(kind)

@@ -36,7 +36,7 @@ ARCHITECTURE = Architecture(tasks=LABELS, shape=shape, layers=LAYERS)
 def as_linear(model: "PreTrainedModel") -> "PreTrainedModel":
     """The same model with `nn.Linear` in place of GPT-2's transposed Conv1D, which most libraries pass over in silence.
 
-    Plain transformers describes such a model as GPTBigCode with one key and value head per query head; its fused projection is
+    Plain transformers describes such a model as GPTBigCode with one key and value head per query head. Its fused projection is
     ordered by head (query, key, value of head 0, then of head 1 ...), GPT-2's by kind. Exact up to the order of sums.
 
     Raises ModelError for the GPT-2 variants that GPTBigCode can't describe.

@@ -43,11 +43,11 @@ class _Part:
 class Block:
     """One block with its weights and its linear layers to solve.
 
-    bits    that a weight of each layer will be stored in
-    given   its inputs as the solved blocks before it make them
-    targets what the uncompressed model has behind this block, batch by batch; empty unless asked for
-    stored  the dtype that each tensor of the model is stored in, by its name; it is computed with in another where that is faster
-    weights what each layer would compute with if it were not compressed
+    bits      how many a weight of each layer will be stored in
+    given     its inputs as the solved blocks before it make them
+    targets   the uncompressed model's hidden states behind this block, batch by batch; empty unless asked for
+    stored    the dtype that each tensor of the model is stored in, by name; computation may use a faster one
+    weights   each layer's uncompressed weights
     left_out  why a layer keeps its full precision
     remarks   what is odd about a layer
     """
@@ -78,7 +78,7 @@ class Block:
             self._mixtures |= {name: turns for turn in turns for group in turn for name in group}
 
     def mixture_of(self, name: str) -> list[list[list[str]]] | None:
-        """Of a layer in an expert the layers of all experts beside it: first those that lead upward, a group each, then those back down."""
+        """The layers of all experts beside that of this layer: first the projections up, a group for each expert, then those back down."""
         return self._mixtures.get(name)
 
     def sharing(self, name: str) -> list[str]:

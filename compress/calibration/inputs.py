@@ -1,4 +1,4 @@
-"""What a block's layers are given: which layers share an input, in which order they run, and the inputs' statistics."""
+"""The inputs of a block's layers: which layers share one, in which order they run, and the inputs' statistics."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -18,8 +18,11 @@ def in_order(block: Block) -> list[list[str]]:
 
 
 def turns(block: Block) -> Iterator[list[list[str]]]:
-    """The groups of layers with one input, in the order they run; those that don't wait for each other, a mixture's experts, together, as
-    many as have second moments that take no more memory than the block's weights in float32."""
+    """The groups of layers that share an input, in the order they run.
+
+    Groups that don't wait for each other, those of a mixture's experts, come together. The second moments of those that do take no more
+    memory than the block's weights in float32.
+    """
     room, size = sum(weight.numel() for weight in block.weights.values()), 0
     for turn in _unbounded(block):
         part: list[list[str]] = []
@@ -44,33 +47,33 @@ def _unbounded(block: Block) -> list[list[list[str]]]:
 
     with listening(block, list(block.layers), note):
         block.output(0)
-    found: list[list[list[str]]] = []
+    all_turns: list[list[list[str]]] = []
     for group in groups.values():
         mixture = block.mixture_of(group[0])
         if mixture is None:
-            found.append([group])
-        elif mixture[0] not in found:
-            found += mixture
-    return found
+            all_turns.append([group])
+        elif mixture[0] not in all_turns:
+            all_turns += mixture
+    return all_turns
 
 
 def reach(block: Block) -> dict[str, Tensor]:
     """The largest magnitude of each input column over all batches, (columns,) float32, of every layer that is run, and every expert."""
-    found: dict[str, Tensor] = {}
+    magnitudes: dict[str, Tensor] = {}
     batch = 0
 
     def note(name: str, states: Tensor) -> None:
         rows = block.given.rows(states, batch)
         most = rows.abs().amax(dim=0).float()  # NaN stays NaN
-        found[name] = torch.maximum(found[name], most) if name in found else most
+        magnitudes[name] = torch.maximum(magnitudes[name], most) if name in magnitudes else most
 
     with listening(block, list(block.layers), note):
         for batch in range(len(block.given.hidden)):
             block.output(batch)
-    for name in block.layers.keys() - found.keys():  # an expert that no token reached counts as the others beside it
-        if others := [found[other] for other in block.beside(name) if other in found]:
-            found |= dict.fromkeys(block.sharing(name), torch.stack(others).amax(dim=0))
-    return found
+    for name in block.layers.keys() - magnitudes.keys():  # an expert that no token reached counts as the others beside it
+        if others := [magnitudes[other] for other in block.beside(name) if other in magnitudes]:
+            magnitudes |= dict.fromkeys(block.sharing(name), torch.stack(others).amax(dim=0))
+    return magnitudes
 
 
 def second_moments(block: Block, names: list[str]) -> dict[str, Tensor]:
@@ -80,11 +83,11 @@ def second_moments(block: Block, names: list[str]) -> dict[str, Tensor]:
         for start in range(0, len(total), STRIP):  # of the two halves, which are alike, the one above the diagonal
             total[start : start + STRIP, start:].addmm_(rows[:, start : start + STRIP].t(), rows[:, start:])
 
-    found = _mean(block, names, lambda columns: torch.zeros(columns, columns, device=block.device), add)
-    for total in found.values():
+    moments = _mean(block, names, lambda columns: torch.zeros(columns, columns, device=block.device), add)
+    for total in moments.values():
         total.triu_()
         total.add_(total.triu(1).t())
-    return found
+    return moments
 
 
 def mean_squares(block: Block, names: list[str]) -> dict[str, Tensor]:
@@ -97,8 +100,8 @@ def mean_squares(block: Block, names: list[str]) -> dict[str, Tensor]:
 def _mean(block: Block, names: list[str], blank: Callable[[int], Tensor], add: Callable[[Tensor, Tensor], object]) -> dict[str, Tensor]:
     """The mean over tokens of what `add` sums up of a layer's inputs, all layers in one pass.
 
-    An expert that fewer tokens reached than it has columns, of which such statistics know too little, is given as many as it lacks from the
-    mean of all experts beside it, and that is remarked.
+    Where fewer tokens reached an expert than it has columns, its statistics rest on too little. The mean of all experts beside it then
+    stands in for as many tokens as it lacks, and a remark says so.
     """
     totals = {name: blank(block.layers[name].in_features) for name in names}
     counts = _summed(block, totals, add)

@@ -24,12 +24,12 @@ def measuring(
 
     def hook_of(name: str) -> Callable[..., None]:
         def hook(layer: nn.Linear, args: tuple[Any, ...], out: Tensor) -> None:
-            given, made = rows(args[0]), rows(out)
-            if given is None or made is None:
+            inputs, outputs = rows(args[0]), rows(out)
+            if inputs is None or outputs is None:
                 return
-            expected = linear(given.float(), weights[name].float())
+            expected = linear(inputs.float(), weights[name].float())
             bias = 0 if layer.bias is None else layer.bias.float()
-            changed[name] += float((made.float() - bias - expected).square().sum())
+            changed[name] += float((outputs.float() - bias - expected).square().sum())
             whole[name] += float(expected.square().sum())
 
         return hook

@@ -28,12 +28,12 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]  # what a block is called with bes
 
 @dataclass
 class Stream:
-    """What one block is given, batch by batch; all in main memory.
+    """The inputs of one block, batch by batch; all in main memory.
 
     hidden  the hidden states, (examples, tokens, width)
-    calls   the rest of the call
-    real    which tokens are no padding, (examples, tokens)
-    behind  how many things the block gives behind its hidden states; None where it gives a tensor and no tuple
+    calls   the other arguments of the call
+    real    which tokens are not padding, (examples, tokens)
+    behind  how many entries the block returns after its hidden states; None where it returns a tensor and no tuple
     """
 
     hidden: list[Tensor]
@@ -42,7 +42,7 @@ class Stream:
     behind: int | None = None
 
     def through(self, module: Callable[..., Any], index: int, device: str) -> Tensor:
-        """The hidden states behind a block for one batch, on the device. A mixture's experts are given no padding."""
+        """The hidden states behind a block for one batch, on the device. A mixture's experts get no padding."""
         if isinstance(module, nn.Module):
             experts.leave_padding_out(module, self.real[index])
         args, kwargs = tree_map_only(Tensor, lambda tensor: tensor.to(device), self.calls[index])
@@ -59,9 +59,9 @@ class Stream:
 
 
 def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: Context) -> list[Row]:
-    """Each example with its token ids and those of its first reference with its end, which for a decoder stand behind the example's, too.
+    """Each example with its token ids, and those of its first reference with its end, which in a decoder follow the example's.
 
-    What was too long or too short is said in the report.
+    A note in the report counts the examples that were too long or too short.
 
     Raises DataError when no example is left that has two tokens or more and for chat without a template, ModelError for encoder-decoders
     that classify.
@@ -70,11 +70,11 @@ def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cont
     if both and not model.can_generate():
         raise ModelError(
             f"{type(model).__name__}: an encoder-decoder that classifies can't be shown examples here;"
-            " methods that need none work on it (`compress methods` says which)"
+            " methods that need none work on it (`compress methods` lists them)"
         )
     if not model.can_generate() and model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id  # by it decoders that classify find the last real token
-    found, cut = [], 0
+    rows, cut = [], 0
     prompts = Prompts(tokenizer, context.chat)
     for example in context.examples:
         target, answer, behind = example.references[0] if example.references else "", list[int](), False
@@ -94,8 +94,8 @@ def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cont
             ids = [*([] if ids == ends else ids), *answer]  # an end token alone is no prompt
         cut += longer
         if len(ids) > 1:
-            found.append((example, ids, answer))
-    if not found:
+            rows.append((example, ids, answer))
+    if not rows:
         raise DataError(
             f"no example has two tokens or more, of {len(context.examples)};"
             f" look at data.prompt, and at max_tokens, which is {context.max_tokens}"
@@ -103,9 +103,9 @@ def encoded(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", cont
     context.cut.append({"cut": cut, "all": len(context.examples), "limit": limit, "by_key": limit == context.max_tokens})
     if cut:
         context.say(f"{cut:,} of the {len(context.examples):,} examples were longer than {limit:,} tokens and were cut at an end")
-    if short := len(context.examples) - len(found):
+    if short := len(context.examples) - len(rows):
         context.say(f"{short:,} of the {len(context.examples):,} examples had fewer than two tokens and were left out")
-    return found
+    return rows
 
 
 def batches(model: "PreTrainedModel", tokenizer: "PreTrainedTokenizerBase", context: Context) -> list[Inputs]:
@@ -146,15 +146,15 @@ def padded(model: "PreTrainedModel", part: list[tuple[list[int], list[int]]]) ->
 
 
 def lead_in(model: "PreTrainedModel", blocks: nn.ModuleList, examples: list[Inputs]) -> list[Stream]:
-    """What each block is called with; hidden states for the first alone, the others' are filled in as they come.
+    """What each block is called with. Only the first has hidden states yet; the others' are filled in as they come.
 
-    T5's first block is run, since it makes the position bias that the others are given, and these answer with what it said. Elsewhere a
-    block gives hidden states alone, and any will do.
+    T5's first block is run, since it makes the position bias that the others get, and these reply with its output. Elsewhere a block
+    returns hidden states only, and any will do.
 
-    Raises ModelError where that isn't how the model runs: what a block gives isn't what the next one gets, blocks are run more than once,
-    or states don't stand one for each token.
+    Raises ModelError where a block's output isn't the next one's input, blocks are run more than once, or there isn't one state for each
+    token.
     """
-    first, said, number = blocks[0], list[Any](), 0
+    first, replies, number = blocks[0], list[Any](), 0  # replies has one at most, which blocks after the first repeat
     decoder = not is_encoder(model, blocks) and model.config.is_encoder_decoder
     real = [inputs["decoder_attention_mask" if decoder else "attention_mask"].bool().cpu() for inputs in examples]
     streams = [Stream([], [], real) for _ in blocks]
@@ -167,20 +167,20 @@ def lead_in(model: "PreTrainedModel", blocks: nn.ModuleList, examples: list[Inpu
     def answer(index: int, states: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if len(streams[index].calls) > number:
             raise _cannot_follow(model, f"runs its {len(blocks)} blocks more than once")
-        if index > 0 and not torch.equal(states, _states(said[0])):
+        if index > 0 and not torch.equal(states, _states(replies[0])):
             raise _cannot_follow(model, f"changes the hidden states between its blocks {index - 1} and {index}")
         if states.shape[:-1] != real[number].shape:
             raise _unlike_tokens(model, states, real[number])
         streams[index].calls.append(tree_map_only(Tensor, kept, (args, kwargs)))
         if index == 0:
             streams[0].hidden.append(states.cpu())
-            if not said or isinstance(said[0], tuple):
-                said[:] = [first(states, *args, **kwargs)]
+            if not replies or isinstance(replies[0], tuple):
+                replies[:] = [first(states, *args, **kwargs)]
             else:
-                said[:] = [states]
+                replies[:] = [states]
         if index == len(blocks) - 1 and (number > 0 or model.config.is_encoder_decoder):
             raise _Stop
-        return said[0]
+        return replies[0]
 
     with _standing_in(blocks, answer):
         for number, inputs in enumerate(examples):  # noqa: B007, which `answer` looks at
@@ -189,7 +189,7 @@ def lead_in(model: "PreTrainedModel", blocks: nn.ModuleList, examples: list[Inpu
                 # the first batch goes to the end, though not through the head, which shows whether blocks are run again
                 (model if model.config.is_encoder_decoder else model.base_model)(**inputs)
     for stream in streams:
-        stream.behind = len(said[0]) - 1 if said and isinstance(said[0], tuple) else None
+        stream.behind = len(replies[0]) - 1 if replies and isinstance(replies[0], tuple) else None
     return streams
 
 
@@ -224,7 +224,7 @@ def _unlike_tokens(model: "PreTrainedModel", states: Tensor, tokens: Tensor) -> 
 
 
 def _states(output: Any) -> Tensor:
-    """The hidden states of what a block gave."""
+    """The hidden states in a block's output."""
     states: Tensor = output[0] if isinstance(output, tuple) else output
     return states
 
@@ -274,7 +274,7 @@ def _standing_in(blocks: nn.ModuleList, answer: Callable[..., Any]) -> Iterator[
     """Every block answers answer(index, hidden, args, kwargs) while the context lasts."""
     real = list(blocks)
     for index, block in enumerate(real):
-        blocks[index] = _StandIn(block, lambda *said, index=index: answer(index, *said))
+        blocks[index] = _StandIn(block, lambda *arguments, index=index: answer(index, *arguments))
     try:
         yield
     finally:

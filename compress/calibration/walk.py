@@ -1,12 +1,12 @@
-"""The calibration pass: a model gone through block by block, of which one at a time has its weights in memory.
+"""The calibration pass: it goes through a model block by block, with the weights of one block in memory at a time.
 
 The skeleton of the model lies on torch's meta device. What stands outside the blocks (embeddings, last norms, heads) is read first. Then
-for each stack of blocks (the encoder's, the decoder's) the calibration examples are led to its first block; each block is read from
-safetensors, solved by the method, run once more with its new weights, so that the next one sees what it will see in use, and packed.
-Only the hidden states between two blocks are kept.
+for each stack of blocks (the encoder's, the decoder's) the calibration examples are led to its first block. Each block is read from
+safetensors and solved by the method. It is run once more with its new weights, so that the next one sees the inputs that it will have in
+use, and packed. Only the hidden states between two blocks are kept.
 
-What was lost is measured here, alike for all methods: the share of a layer's output (mean square over the calibration tokens) that its
-new weights change, on the inputs that the solved layers before it make.
+The error is measured here, alike for all methods: the share of a layer's output that its new weights change (mean square over the
+calibration tokens). Its inputs are those that the solved layers before it make.
 """
 
 import ctypes
@@ -68,9 +68,9 @@ def walk(
 ) -> Bundle:
     """Lead the calibration examples through the model and have `solve` set every layer of every block; the model comes back as stored.
 
-    prepare   makes the storage, given the model without weights and the layers to work on
+    prepare   makes the storage from the model without weights and the layers to work on
     targets   give each block the uncompressed model's hidden states to aim at; keeps a second set of them
-    blind     `solve` looks at weights alone: examples serve to measure what was lost, and where there are none that isn't
+    blind     `solve` looks at weights only: examples serve to measure the error, which isn't measured where there are none
 
     Raises DataError when there is nothing to calibrate on, BrokenPromise when the model has no blocks with linear layers.
     """
@@ -176,7 +176,7 @@ def _led_in(
 
 
 def _enough(examples: list[Inputs], layers: dict[str, nn.Linear], context: Context) -> list[Inputs]:
-    """The examples; it is said where they are so few that a layer's inputs leave open what to make of it."""
+    """The examples; a note says so where they have fewer tokens than a layer has inputs."""
     tokens, widest = sum(int(inputs["attention_mask"].sum()) for inputs in examples), max(layer.in_features for layer in layers.values())
     if tokens < widest:
         context.say(
@@ -197,7 +197,7 @@ def check_dtype(model: "PreTrainedModel") -> None:
     """Raises ModelError for a model that can't be had in its dtype (T5 in float16)."""
     if model.dtype == torch.float16 and (wide := model._keep_in_fp32_modules):
         raise ModelError(
-            f"{type(model).__name__} in float16: its {', '.join(sorted(wide))} layers overflow there; say model.dtype: bfloat16 or float32"
+            f"{type(model).__name__} in float16: its {', '.join(sorted(wide))} layers overflow there; set model.dtype: bfloat16 or float32"
         )
 
 
@@ -208,11 +208,11 @@ def layers_in_blocks(
 
     Raises BrokenPromise where there are none.
     """
-    wanted, ignored = linear_layers(model, settings.ignore)
+    layers, ignored = linear_layers(model, settings.ignore)
     for full in ignored:
         context.leave_out(full, settings.why_ignored)
     inside = {}
-    for full, layer in wanted.items():
+    for full, layer in layers.items():
         if isinstance(layer, nn.Linear) and any(full.startswith(f"{stack}.") for stack in stacks):
             inside[full] = layer
         else:
@@ -238,7 +238,7 @@ def _give_memory_back() -> None:
 def _finish(block: Block, context: Context, whole: bool) -> None:
     """Lead the examples through the solved block and note what became of each layer.
 
-    whole   nothing comes behind a decoder's last block, so there it is led through for the errors alone
+    whole   False for a decoder's last block: nothing comes behind it, so only the batches that errors are measured on are led through
     """
     batch = 0
 

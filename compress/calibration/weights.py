@@ -62,15 +62,15 @@ def _one_by_one(source: Source, model: "PreTrainedModel") -> dict[str, tuple[Pat
     renamings = experts.renamings(model)
     if renamings is None:
         return {}
-    found = {}
+    places = {}
     for file in weight_files(local_folder(source)):
         for stored, _ in tensor_headers(file):
             name = stored
             for renaming in renamings:
                 name = renaming(name)
-            found[name] = (file, stored)
-    wanted = model.state_dict().keys() - model.all_tied_weights_keys.keys()
-    return found if wanted <= found.keys() else {}
+            places[name] = (file, stored)
+    tensor_names = model.state_dict().keys() - model.all_tied_weights_keys.keys()
+    return places if tensor_names <= places.keys() else {}
 
 
 def put_together(model: "PreTrainedModel", source: Source) -> list[str]:

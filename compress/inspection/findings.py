@@ -1,6 +1,6 @@
-"""What was found in a model, layer by layer, and what follows from it.
+"""What a model's layers hold, and what follows from it.
 
-Near zero is meant by a layer's own measure, the root mean square (rms) of its weights: below a hundredth, a tenth and a half of it. Weights
+What counts as near zero depends on the root mean square (rms) of a layer's weights: below a hundredth, a tenth and a half of it. Weights
 drawn from a normal distribution have 0.8, 8.0 and 38.3 % there (`NORMAL`), so only what exceeds these is a gift to pruning.
 """
 
@@ -36,10 +36,10 @@ class Part(Record):
 
     kind                linear; experts, all of a mixture's layer; head (linear, from the last hidden state to tokens or labels); embedding;
                         norm; other (with parameters of its own); rest, which is all that has none
-    parameters, bytes   its own as loaded, packed ones counted unpacked and measured packed; what another layer has first is counted there
-    weights             how many entries of its matrix were looked at for zeros; biases are not; what another layer has first isn't either
+    parameters, bytes   its own as loaded: packed ones are counted unpacked and measured packed. Shared ones count with their first layer.
+    weights             how many entries of its matrix were searched for zeros, without biases and shared weights of an earlier layer
     rms                 the root mean square of these
-    zero                the share of these that is zero; and below 0.01, 0.1 and 0.5 of the rms, zeros included
+    zero                the share of these that is zero; the next three are the shares below 0.01, 0.1 and 0.5 of the rms, zeros included
     seconds             of one forward pass: the median over passes
     parameter_share, byte_share, time_share     of the model's
     """
@@ -82,7 +82,7 @@ class Inspection(Record):
 
     @property
     def frame(self) -> "pandas.DataFrame":
-        """A row a layer, with the columns of `Part`; what isn't known is NA."""
+        """A row a layer, with the columns of `Part`; missing values are NA."""
         import pandas
 
         return pandas.DataFrame([part.model_dump() for part in self.parts], columns=list(Part.model_fields)).convert_dtypes()
@@ -103,8 +103,8 @@ class Inspection(Record):
 
     def of(self, kind: Kind) -> Part | None:
         """All layers of a kind as one; None where there are none."""
-        found = [part for part in self.parts if part.kind == kind]
-        return pooled(KINDS[kind], found) if found else None
+        parts = [part for part in self.parts if part.kind == kind]
+        return pooled(KINDS[kind], parts) if parts else None
 
     def whole(self) -> Part:
         """The model as one."""
@@ -120,7 +120,7 @@ def grouped(parts: Sequence[Part]) -> list[tuple[Part, list[Part]]]:
     groups: dict[str, list[Part]] = {}
     for part in sorted(parts, key=lambda part: list(KINDS).index(part.kind)):
         groups.setdefault(alike(part.name) if part.kind == "linear" else part.kind, []).append(part)
-    return [(pooled(_title(found), found), found) for found in groups.values()]
+    return [(pooled(_title(members), members), members) for members in groups.values()]
 
 
 def _title(parts: Sequence[Part]) -> str:
@@ -153,36 +153,38 @@ def pooled(name: str, parts: Sequence[Part]) -> Part:
     )  # fmt: skip
 
 
-def _where(found: Inspection) -> str:
+def _where(inspection: Inspection) -> str:
     """Where the parameters are, and what 4 bits would make of the linear layers."""
-    shares = [f"{_percent(part.parameter_share)} in the {words}" for words, part in _kinds(found) if part.parameter_share >= WORTH_SAYING]
+    shares = [
+        f"{_percent(part.parameter_share)} in the {words}" for words, part in _kinds(inspection) if part.parameter_share >= WORTH_SAYING
+    ]
     text = f"Of the parameters {_listed(shares)}"
-    linear = found.of("linear")
+    linear = inspection.of("linear")
     if linear is None:
         return f"{text}."
-    text += f"; the linear layers take {scaled(linear.bytes, 'bytes')} of {scaled(found.bytes, 'bytes')}"
+    text += f"; the linear layers take {scaled(linear.bytes, 'bytes')} of {scaled(inspection.bytes, 'bytes')}"
     if 8 * linear.bytes <= PACKED * linear.parameters:
         return f"{text}, {8 * linear.bytes / linear.parameters:.1f} bits a weight: they are quantised already."
     packed = linear.parameters / 2
-    whole = scaled(found.bytes - linear.bytes + packed, "bytes")
+    whole = scaled(inspection.bytes - linear.bytes + packed, "bytes")
     return f"{text}, and in 4 bits {scaled(packed, 'bytes')}, which would make the model {whole} (scales not counted)."
 
 
-def _when(found: Inspection) -> str:
+def _when(inspection: Inspection) -> str:
     """Where the time goes."""
-    shares = [f"{_percent(part.time_share)} in the {words}" for words, part in _kinds(found) if part.time_share >= WORTH_SAYING]
-    text = f"A forward pass over {found.batch_size} x {found.tokens} tokens takes {scaled(found.seconds, 's')} on {found.device}"
-    text += f": {_listed(shares)}"
-    groups = [row for row, _ in grouped(found.parts) if row.kind == "linear"]
+    shares = [f"{_percent(part.time_share)} in the {words}" for words, part in _kinds(inspection) if part.time_share >= WORTH_SAYING]
+    text = f"A forward pass over {inspection.batch_size} x {inspection.tokens} tokens takes {scaled(inspection.seconds, 's')}"
+    text += f" on {inspection.device}: {_listed(shares)}"
+    groups = [row for row, _ in grouped(inspection.parts) if row.kind == "linear"]
     if len(groups) > 1:
         longest = max(groups, key=lambda row: row.time_share)
         text += f"; of the linear layers {longest.name} take longest, {_percent(longest.time_share)}"
     return f"{text}."
 
 
-def _zeros(found: Inspection) -> list[str]:
+def _zeros(inspection: Inspection) -> list[str]:
     """What pruning by size would find, and what zeros are worth."""
-    linear, chance = found.of("linear"), NORMAL["below_tenth"]
+    linear, chance = inspection.of("linear"), NORMAL["below_tenth"]
     if linear is None or linear.below_tenth is None or linear.zero is None:
         return []
     text = f"{_percent(linear.below_tenth)} of the linear layers' weights are below a tenth of their layer's rms"
@@ -196,9 +198,9 @@ def _zeros(found: Inspection) -> list[str]:
     return [f"{text}. Zeros alone buy no speed, since dense layers multiply them like any number; removing heads, units or layers does."]
 
 
-def _kinds(found: Inspection) -> list[tuple[str, Part]]:
+def _kinds(inspection: Inspection) -> list[tuple[str, Part]]:
     """Each kind of layer there is, in words and as one."""
-    there = [(words.removeprefix("the "), found.of(kind)) for kind, words in KINDS.items()]
+    there = [(words.removeprefix("the "), inspection.of(kind)) for kind, words in KINDS.items()]
     return [(words, part) for words, part in there if part is not None]
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 PASSES = 7  # timed with clocks on every layer, and as many without
-TOKENS = 128  # where nothing is said and the model has room for them
+TOKENS = 128  # by default, if the model's context has room
 CHUNK = 1 << 24  # weights at a time; their float64 copies stay small beside a model
 Row = dict[str, Any]
 
@@ -33,9 +33,9 @@ Row = dict[str, Any]
 def inspect(progress: Progress, request: Inspect) -> dict[str, Any]:
     """Look at a model. Returns an `Inspection` as plain data, but for the model's name as people wrote it."""
     source, batch_size = request.source, request.batch_size
-    found = replace(source, task=source.task or task_of(source))
+    source = replace(source, task=source.task or task_of(source))
     progress("loading", 0, 1)
-    bundle = Bundle(found, pick_device(request.device))
+    bundle = Bundle(source, pick_device(request.device))
     model = bundle.model
     tokens = _length(bundle, request.tokens)
     rows = _holdings(model)
@@ -53,20 +53,20 @@ def inspect(progress: Progress, request: Inspect) -> dict[str, Any]:
             row[share] = row[figure] / summed
     progress("looking at weights", len(rows), len(rows))
     return {
-        "task": found.task, "device": bundle.device, "dtype": _short(model.dtype), "batch_size": batch_size, "tokens": tokens,
+        "task": source.task, "device": bundle.device, "dtype": _short(model.dtype), "batch_size": batch_size, "tokens": tokens,
         "seconds": whole, "parameters": parameter_count(model), "bytes": total,
         "parts": [{"name": name, **row} for name, row in rows.items()],
     }  # fmt: skip
 
 
-def _length(bundle: Bundle, wanted: int | None) -> int:
-    """How many tokens an input has: those wanted, or 128, or all that fit."""
+def _length(bundle: Bundle, tokens: int | None) -> int:
+    """How many tokens an input has: as many as asked for, by default 128, or all that fit. Raises InputError for more than fit."""
     room = context_length(bundle.model.config, bundle.tokenizer)
-    if wanted is None:
+    if tokens is None:
         return TOKENS if room is None else min(TOKENS, room)
-    if room is not None and wanted > room:
-        raise InputError(f"--tokens {wanted}: the model's context holds {room} tokens at most")
-    return wanted
+    if room is not None and tokens > room:
+        raise InputError(f"--tokens {tokens}: the model's context holds {room} tokens at most")
+    return tokens
 
 
 def _inputs(bundle: Bundle, batch_size: int, tokens: int) -> dict[str, Tensor]:
@@ -205,7 +205,7 @@ def _spent(visits: list[list[Any]], between: Callable[[Any, Any], float], whole:
 
 
 def _near_zero(module: nn.Module) -> Row:
-    """How many weights a module's matrix has, their rms, and the shares that are zero or near it; a remark where that can't be said."""
+    """How many weights a module's matrix has, their rms, and the shares that are zero or near it; a remark where these can't be had."""
     if hasattr(module, "weight_packed"):
         return {"remark": "its weights are packed in a way that can't be looked into"}
     weights = _unpacked(module)

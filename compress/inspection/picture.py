@@ -43,55 +43,55 @@ def refuse(file: Path) -> None:
         raise MissingPackage(f"--picture {file} needs matplotlib, not installed here. Install with: {install_line('plot')}")
 
 
-def draw(found: Inspection, file: Path) -> None:
+def draw(inspection: Inspection, file: Path) -> None:
     """Draw into a .png or .svg, which is there whole or not at all.
 
     Raises as `refuse` does.
     """
     refuse(file)
-    made = figure(found)
+    drawing = figure(inspection)
     handle, partial = tempfile.mkstemp(prefix=f".{file.name}.", suffix=file.suffix.lower(), dir=file.parent)
     os.close(handle)
     try:
-        made.savefig(partial, dpi=160, facecolor="white")
+        drawing.savefig(partial, dpi=160, facecolor="white")
         Path(partial).chmod(0o644)
         Path(partial).replace(file)
     finally:
         Path(partial).unlink(missing_ok=True)
 
 
-def figure(found: Inspection) -> "Figure":
+def figure(inspection: Inspection) -> "Figure":
     """The picture, with the rows of the table: bars, and beside them a map by depth."""
     from matplotlib.figure import Figure
 
-    rows = grouped(found.parts)
+    rows = grouped(inspection.parts)
     inside = [by_depth(layers) if row.kind == "linear" else {} for row, layers in rows]
     deepest = max((depth for layers in inside for depth in layers), default=0)
     map_width = min(7.0, max(1.6, CELL * (deepest + 1)))
-    made = Figure(figsize=(7.6 + map_width, 1.9 + ROW * len(rows)), layout="constrained")
-    bars, heat = made.subplots(1, 2, sharey=True, width_ratios=(4.2, map_width))
+    drawing = Figure(figsize=(7.6 + map_width, 1.9 + ROW * len(rows)), layout="constrained")
+    bars, heat = drawing.subplots(1, 2, sharey=True, width_ratios=(4.2, map_width))
     _bars(bars, [row for row, _ in rows])
-    _map(made, heat, inside, deepest)
+    _map(drawing, heat, inside, deepest)
     names = [re.sub(r" \(\d+ layers?\)$", "", row.name) if row.kind == "linear" else row.name for row, _ in rows]
     bars.set_yticks(range(len(rows)), [printable(name) for name in names], fontsize=8, parse_math=False)
     bars.set_title("where they are", fontsize=9, loc="left")
     heat.set_title("near zero, block by block", fontsize=9, loc="left")
     bars.set_ylim(len(rows) - 0.4, -0.6)
-    made.suptitle(
-        f"{printable(found.model)}: {count(found.parameters)} parameters, {scaled(found.bytes, 'bytes')}; a forward pass over "
-        f"{found.batch_size} x {found.tokens} tokens in {scaled(found.seconds, 's')} on {found.device}",
+    drawing.suptitle(
+        f"{printable(inspection.model)}: {count(inspection.parameters)} parameters, {scaled(inspection.bytes, 'bytes')}; a forward pass "
+        f"over {inspection.batch_size} x {inspection.tokens} tokens in {scaled(inspection.seconds, 's')} on {inspection.device}",
         fontsize=10, parse_math=False,
     )  # fmt: skip
-    return made
+    return drawing
 
 
 def by_depth(layers: Sequence[Part]) -> dict[int, Part]:
     """The layers of a row by the number of their block, which is the first in a name; those of one block (experts) taken together."""
-    found: dict[int, list[Part]] = {}
+    blocks: dict[int, list[Part]] = {}
     for layer in layers:
         if number := re.search(r"(?<![^.])\d+(?![^.])", layer.name):
-            found.setdefault(int(number[0]), []).append(layer)
-    return {depth: pooled(parts[0].name, parts) for depth, parts in found.items()}
+            blocks.setdefault(int(number[0]), []).append(layer)
+    return {depth: pooled(parts[0].name, parts) for depth, parts in blocks.items()}
 
 
 def _bars(axes: "Axes", rows: Sequence[Part]) -> None:
@@ -109,7 +109,7 @@ def _bars(axes: "Axes", rows: Sequence[Part]) -> None:
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
-def _map(made: "Figure", axes: "Axes", rows: Sequence[dict[int, Part]], deepest: int) -> None:
+def _map(drawing: "Figure", axes: "Axes", rows: Sequence[dict[int, Part]], deepest: int) -> None:
     """A cell a layer: the share of its weights below a tenth of its rms, in per cent; white is what a normal distribution has."""
     import numpy
     from matplotlib import colormaps
@@ -139,7 +139,7 @@ def _map(made: "Figure", axes: "Axes", rows: Sequence[dict[int, Part]], deepest:
     axes.grid(which="minor", color="white", linewidth=1)
     axes.tick_params(which="minor", length=0)
     axes.spines[:].set_visible(False)
-    legend = made.colorbar(drawn, ax=axes, fraction=0.12, pad=0.04, aspect=35, shrink=0.6, ticks=[0, chance, highest], format="%.1f")
+    legend = drawing.colorbar(drawn, ax=axes, fraction=0.12, pad=0.04, aspect=35, shrink=0.6, ticks=[0, chance, highest], format="%.1f")
     legend.set_label(f"weights below a tenth of the layer's rms (%)\nwhite: a normal distribution's {chance:.1f} %", fontsize=8)
     legend.ax.tick_params(labelsize=8)
     legend.outline.set_visible(False)

@@ -1,11 +1,11 @@
 """A recipe: which model, which data, which stages, how it is measured and what it must still be able to do.
 
-Reading one is pure: no network, no torch, no environment variables. Every mistake is found at once and named by file,
+Reading one is pure: no network, no torch, no environment variables. All mistakes are reported at once, by file,
 line and key. `Recipe.digest` names a run, since what a run depends on is all in the recipe.
 
     blocks.py      the blocks and their keys
-    scoring.py     what may stand beside a metric's name
-    agreement.py   what no block can see alone
+    scoring.py     the settings of a metric
+    agreement.py   checks across several blocks
     reading.py     a file, overrides, named blocks, stages; the JSON schema
 """
 

@@ -1,4 +1,4 @@
-"""What no block of a recipe can see alone: whether stages, data, metrics and gates fit the task and each other."""
+"""Checks across the blocks of a recipe: whether stages, data, metrics and gates fit the task and each other."""
 
 from collections.abc import Iterator
 
@@ -10,7 +10,7 @@ from compress.recipe.blocks import ChosenEngine, Gate, Recipe, Runtime
 
 
 def agree(recipe: Recipe, document: yamlfile.Document, problems: Problems) -> None:
-    """What no block can see alone."""
+    """Add a problem for all that doesn't fit together."""
     for index, stage in enumerate(recipe.stages[:-1]):
         follower = recipe.stages[index + 1]
         if why := follower.settings.why_not_behind(str(stage), stage.settings):
@@ -81,7 +81,7 @@ def _engine_problems(recipe: Recipe, engine: ChosenEngine) -> Iterator[str]:
     if recipe.benchmark.runtime != Runtime():
         yield "benchmark.runtime is for transformers; leave it out"
     if recipe.generation.do_sample and set(recipe.groups) & GENERATED:
-        yield "generation.do_sample: engines draw otherwise from each other; leave it out"
+        yield "generation.do_sample: no two engines draw alike; leave it out"
     unknown = [group for group in recipe.groups if group.startswith(TASK) or group == "divergence"]
     unknown += [] if about.likelihoods else sorted(READ & set(recipe.groups) - {"divergence"})
     if unknown:
@@ -89,11 +89,11 @@ def _engine_problems(recipe: Recipe, engine: ChosenEngine) -> Iterator[str]:
 
 
 def _runtime_problem(runtime: Runtime, task: Task) -> str | None:
-    """What can't be run so."""
+    """Which of these settings exclude each other or the task."""
     if runtime.cache == "static" and task == "sequence-classification":
         return "cache: static is for models that write, a classifier has none; leave it out"
     if runtime.compile and runtime.cache != "static" and task != "sequence-classification":
-        return "compile: true needs cache: static; transformers compiles steps over a cache of fixed length alone"
+        return "compile: true needs cache: static; transformers compiles steps only over a cache of fixed length"
     if runtime.compile and runtime.cpu_int8:
         return "compile and cpu_int8 exclude each other: torch.compile can't look into FBGEMM's packed weights; leave one out"
     return None
@@ -110,7 +110,7 @@ def _unmeasured(name: str, measured: set[str], groups: tuple[str, ...]) -> str |
 
 
 def gate_problem(name: str, gate: Gate) -> str | None:
-    """What is wrong with a gate whatever is measured."""
+    """What is wrong with a gate, whatever is measured."""
     if name not in METRICS:
         return f"{name!r} is not a metric{suggest(name, tuple(METRICS))}"
     metric = METRICS[name]

@@ -21,7 +21,7 @@ from compress.yamlfile import Document, Place
 Count = Annotated[int, Field(ge=1, le=2**40)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 Plain = str | bool | int | float
-PLAIN = "transformers"  # the engine where nothing is said, and what others are held against
+PLAIN = "transformers"  # the default engine, and the one that others are held against
 
 
 class Model(Settings):
@@ -41,33 +41,33 @@ class Data(Settings):
     splits: dict[Literal["train", "validation", "evaluation"], str] = Field(
         {"train": "train", "evaluation": "test"}, description="which split of the source serves which purpose"
     )
-    prompt: str | None = Field(None, description="what the model is given; {field} stands for a row's field")
+    prompt: str | None = Field(None, description="the model's input; {field} stands for a row's field")
     target: str | Annotated[list[str], Field(min_length=1)] | None = Field(
         None, description="the reference or references; a field may hold a list"
     )
     text: str | None = Field(None, description="plain text for perplexity, instead of prompt and target")
     where: dict[str, Plain | Annotated[list[Plain], Field(min_length=1)]] = Field(
         {},
-        description="rows that count: field: the value, or a list of values of which it is to have one; of several fields all are to fit",
+        description="the rows to use: for each field its value, or a list of values that it may have; a row must match in all fields",
     )
     empty: Literal["skip", "refuse"] = Field(
         "skip",
-        description="what becomes of rows in which a field that is named holds nothing, or the whole text, prompt or target is blank: left"
-        " out and counted, or refused",
+        description="for rows in which a field in use is empty, or the whole text, prompt or target is blank: skip leaves them out and"
+        " counts them, refuse stops with an error",
     )
     join: str | None = Field(
         None,
-        description='what stands between texts (papers have "\\n\\n" for wikitext) that perplexity reads as one stream, in windows of'
-        " max_tokens or the context, which are what samples counts; null reads each text by itself",
+        description='joins the texts by this (papers have "\\n\\n" for wikitext) into one stream that perplexity reads in windows of'
+        " max_tokens or the context. samples counts these windows; null reads each text by itself",
     )
     chat: bool = Field(False, description="wrap the prompt in the tokenizer's chat template, as a user's turn")
     stride: Count | None = Field(
         None,
-        description="texts that are too long are read in windows, each so many tokens further; null cuts them at their end, and begins each"
-        " window of joined texts where the one before ends",
+        description="reads texts that are too long in windows, each so many tokens further; null cuts them at their end. Joined texts are"
+        " always read in windows: with null, each begins where the one before ends",
     )
     shots: int = Field(0, ge=0, le=1000, description="examples of the train split, drawn with the seed, that stand before each prompt")
-    shot_separator: str = Field("\n\n", min_length=1, description="what stands behind each of them")
+    shot_separator: str = Field("\n\n", min_length=1, description="the text behind each of them")
     samples: Count | None = Field(500, description="evaluation examples, drawn with the seed; null takes all")
     max_tokens: Count | None = Field(None, description="longest input in tokens; null takes the model's context")
     seed: Seed = 0
@@ -110,9 +110,9 @@ class Generation(Settings):
 
     @model_validator(mode="after")
     def _sampling(self) -> "Generation":
-        given = [key for key in ("temperature", "top_k", "top_p") if getattr(self, key) is not None]
-        if given and not self.do_sample:
-            raise ValueError(f"{', '.join(given)} only count with do_sample: true")
+        sampling_keys = [key for key in ("temperature", "top_k", "top_p") if getattr(self, key) is not None]
+        if sampling_keys and not self.do_sample:
+            raise ValueError(f"{', '.join(sampling_keys)} only count with do_sample: true")
         if self.do_sample and self.num_beams > 1:
             raise ValueError(f"do_sample: true draws single outputs, and num_beams is {self.num_beams}; give one of the two")
         return self
@@ -145,29 +145,29 @@ class Runtime(Settings):
 
 
 class Benchmark(Settings):
-    """What is timed. A round starts a fresh process for each side; in a round the sides take turns, on a CPU in slices of 0.05 s.
+    """What is timed. A round starts a fresh process for each side; in it the sides take turns, on a CPU in slices of 0.05 s.
 
-    Every turn times `iterations` generations at each point of batch_sizes x prompt_tokens. Rounds are what intervals rest on: after the
+    Every turn times `iterations` generations at each point of batch_sizes x prompt_tokens. Intervals rest on the rounds: after the
     first few, more follow until each point's latency ratio is known to `precision`, or until `max_minutes` are over.
     """
 
     batch_sizes: list[Count] = Field([1, 8], min_length=1)
     prompt_tokens: list[Count] = Field([128, 512], min_length=1)
     new_tokens: Annotated[int, Field(ge=2)] = 32
-    rounds: Count = Field(5, description="the fewest; three do where gates on speed and memory are clear, or time is over")
+    rounds: Count = Field(5, description="the fewest rounds; three suffice where gates on speed and memory are clear, or time is over")
     precision: float | None = Field(
-        0.02, gt=0, lt=1, description="half the interval of each latency ratio, as a share of it; null takes just `rounds`"
+        0.02, gt=0, lt=1, description="half the interval of each latency ratio, as a share of the ratio; null takes just `rounds`"
     )
     max_minutes: float = Field(
         10,
         gt=0,
         le=100_000,
-        description="after so many no round follows; points too slow for three in it are left out",
+        description="no round starts after so many minutes; points too slow for three rounds in that time are left out",
     )
     confidence: float = Field(0.95, ge=0.5, lt=1, description="of intervals, and so of every gate")
     turns: Count = Field(
         9,
-        description="the fewest of a round, if time allows; with a precision more, for as long as starting took",
+        description="the fewest turns of a round, if time allows; with a precision more are taken, for as long as starting took",
     )
     iterations: Count = Field(1, description="timings at each point that follow each other in a turn; what disturbs one disturbs the next")
     warmup: Annotated[int, Field(ge=0)] = 2
@@ -255,7 +255,7 @@ class ChosenEngine(BaseModel):
 
 
 class Recipe(Settings):
-    """The whole of it."""
+    """A whole recipe."""
 
     version: Literal[1]
     model: Model
@@ -291,22 +291,22 @@ class Recipe(Settings):
         return self.engines[0]
 
     def in_engine(self, engine: ChosenEngine) -> "Recipe":
-        """The same measured in that engine alone."""
-        found = self.model_copy()
-        found._engines = (engine,)
-        return found
+        """The same recipe, measured in that engine only."""
+        recipe = self.model_copy()
+        recipe._engines = (engine,)
+        return recipe
 
     def interpreter(self, engine: ChosenEngine) -> Interpreter | None:
-        """What runs an engine that has an environment of its own. A link to another Python stays one, by which that finds its packages."""
+        """What runs an engine in an environment of its own. A link to another Python is kept, since Python finds its packages by it."""
         if engine.python is None:
             return None
         return Interpreter(Path(os.path.abspath(self.folder / os.path.expanduser(engine.python))))  # noqa: PTH100, PTH111
 
     def with_stages(self, stages: Sequence[Stage]) -> "Recipe":
-        """The same with other stages."""
-        found = self.model_copy()
-        found._stages = tuple(stages)
-        return found
+        """The same recipe with other stages."""
+        recipe = self.model_copy()
+        recipe._stages = tuple(stages)
+        return recipe
 
     @property
     def name(self) -> str:
@@ -319,25 +319,25 @@ class Recipe(Settings):
         return self._file.parent
 
     def at(self, place: Place) -> str:
-        """Where a key stands, as messages say it."""
+        """Where a key stands, for messages."""
         return self.name if self._document is None else self._document.at(place)
 
     def called(self, name: str) -> "Recipe":
-        """The same under another name."""
-        found = self.model_copy()
-        found._file = self._file.resolve().with_name(f"{name}.yaml")
-        return found
+        """The same recipe under another name."""
+        recipe = self.model_copy()
+        recipe._file = self._file.resolve().with_name(f"{name}.yaml")
+        return recipe
 
     @property
     def tokenizers(self) -> Tokenizers:
-        """What metrics on texts cut these with; `auto` before references have decided, which are no part of the digest."""
+        """What metrics on texts cut them with; `auto` until the references have decided. No part of the digest."""
         return self._tokenizers or tokenizers(self.metrics or [])
 
     def decided_by(self, references: Sequence[Sequence[str]]) -> "Recipe":
-        """The same with the tokenizers that suit these references."""
-        found = self.model_copy()
-        found._tokenizers = choose(self.tokenizers, references)
-        return found
+        """The same recipe with the tokenizers that suit these references."""
+        recipe = self.model_copy()
+        recipe._tokenizers = choose(self.tokenizers, references)
+        return recipe
 
     def as_written(self) -> dict[str, Any]:
         """The recipe as plain data, defaults filled in."""

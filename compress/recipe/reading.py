@@ -14,7 +14,7 @@ from compress.recipe.blocks import PLAIN, Benchmark, ChosenEngine, Gate, Recipe,
 PACKAGE = Path(__file__).parent.parent
 OURS = ("artifacts", "searches", "sweeps")  # what stands beside recipes' folders of reports
 LONGEST = 200  # bytes of a recipe's file name
-NAMED: dict[str, Any] = {"benchmark": "standard", "check": {}}  # blocks that may be a file's name; what stands where nothing is said
+NAMED: dict[str, Any] = {"benchmark": "standard", "check": {}}  # blocks that may be a file's name, with their defaults
 
 
 def shipped() -> Path:
@@ -50,8 +50,8 @@ def load(path: str | Path, overrides: tuple[str, ...] | list[str] = ()) -> Recip
     if file.stem in OURS:
         problems.add(document, (), f"a recipe can't be called {file.stem}, a folder beside the reports; rename the file", "the file")
     if file.stem != printable(file.stem) or "\n" in file.stem or len(os.fsencode(file.name)) > LONGEST:
-        wanted = f"UTF-8 without control characters, at most {LONGEST} bytes"
-        problems.add(document, (), f"a recipe's name is that of its reports: {wanted}; rename the file", "the file")
+        rule = f"UTF-8 without control characters, at most {LONGEST} bytes"
+        problems.add(document, (), f"a recipe's name is that of its reports: {rule}; rename the file", "the file")
     recipe._stages, recipe._engines, recipe._file, recipe._document = stages, engines, file, document
     agree(recipe, document, problems)
     problems.end()
@@ -64,14 +64,14 @@ def load_gates(path: str | Path) -> dict[str, Gate]:
     Raises RecipeError with every mistake, a line each.
     """
     document, problems = yamlfile.read(_found(path, shipped() / "checks")), Problems()
-    found: dict[str, Gate] = {}
+    gates: dict[str, Gate] = {}
     for name, block in document.data.items():
         if gate := problems.validate(Gate, block, document, (name,)):
-            found[name] = gate
+            gates[name] = gate
             if problem := gate_problem(name, gate):
                 problems.add(document, (name,), problem)
     problems.end()
-    return found
+    return gates
 
 
 def _found(path: str | Path, among: Path) -> Path:
@@ -96,8 +96,8 @@ def _named(key: str, document: yamlfile.Document, folder: Path, problems: Proble
             for kind, block, where in blocks:
                 problems.validate(kind, block, other, where)
             return other.data if not problems.lines else {}
-    known = sorted({f.stem for place in places for f in place.glob("*.yaml")})
-    problems.add(document, (key,), f"there is no {key} {value!r}{suggest(value, known)}")
+    names = sorted({f.stem for place in places for f in place.glob("*.yaml")})
+    problems.add(document, (key,), f"there is no {key} {value!r}{suggest(value, names)}")
     return {}
 
 
@@ -113,9 +113,9 @@ def _stage(item: Any, index: int, document: yamlfile.Document, problems: Problem
     place: yamlfile.Place = ("stages", index)
     families = [key for key in item if key in methods.FAMILIES] if isinstance(item, dict) else []
     if len(families) != 1:
-        found = f"this one has {', '.join(map(repr, item)) or 'nothing'}" if isinstance(item, dict) else f"this is {item!r}"
-        wanted = " or ".join(f"`{family}: method`" for family in methods.FAMILIES)
-        problems.add(document, place, f"{wanted} is wanted in each stage; {found}")
+        contents = f"this one has {', '.join(map(repr, item)) or 'nothing'}" if isinstance(item, dict) else f"this is {item!r}"
+        choices = " or ".join(f"`{family}: method`" for family in methods.FAMILIES)
+        problems.add(document, place, f"{choices} is wanted in each stage; {contents}")
         return None
     family, method = families[0], item[families[0]]
     if method not in methods.names(family):
@@ -130,7 +130,7 @@ def _stage(item: Any, index: int, document: yamlfile.Document, problems: Problem
 def _engines(written: dict[str, Any], document: yamlfile.Document, problems: Problems) -> tuple[ChosenEngine, ...]:
     """Those under `engines`, or the one under `engine`: each a name, or a mapping with its `name` and settings."""
     if len(written) > 1:
-        problems.add(document, ("engines",), "engine and engines say the same; give one of the two")
+        problems.add(document, ("engines",), "engine and engines mean the same; give one of the two")
         return ()
     ((key, value),) = written.items() or (("engine", PLAIN),)
     items = value if key == "engines" else [value]

@@ -1,4 +1,4 @@
-"""What a recipe may say of a metric beside its name: how the texts are cut that it compares."""
+"""The settings of a metric in a recipe: how it cuts the texts that it compares."""
 
 from typing import Annotated, Any, Literal
 
@@ -21,8 +21,8 @@ class Rouge(Settings):
 
     tokenizer: Literal["auto", "latin", "words", "characters"] = Field(
         "auto",
-        description="latin: rouge-score's, English stems of a to z and digits, all else dropped; words: of any script, in scripts without"
-        " spaces characters; characters; auto: latin where it sees nearly all of the references, else words",
+        description="latin is rouge-score's: English stems of a to z and digits, all else dropped. words are of any script, and in scripts"
+        " without spaces characters. auto is latin where it sees nearly all of the references, else words",
     )
 
 
@@ -62,9 +62,9 @@ class Scoring(Settings):
 
 
 def tokenizers(metrics: "list[str | Scoring]") -> Tokenizers:
-    """What the entries say, `auto` where they say nothing."""
-    found = Tokenizers()
+    """The tokenizers that the entries name, `auto` where they name none."""
+    choice = Tokenizers()
     for entry in metrics:
         if isinstance(entry, Scoring):
-            found = Tokenizers(entry.rouge.tokenizer if entry.rouge else found.rouge, entry.bleu.tokenizer if entry.bleu else found.bleu)
-    return found
+            choice = Tokenizers(entry.rouge.tokenizer if entry.rouge else choice.rouge, entry.bleu.tokenizer if entry.bleu else choice.bleu)
+    return choice

@@ -1,8 +1,8 @@
 """The card of an artifact: README.md with Hugging Face's metadata, for who finds the model without this package.
 
 What was done, by which recipe, what was measured and where, how it is loaded, whose model it was. Several runs may share an artifact; its
-card is of the newest that measured it. A card is no part of what tells one model from another (`fingerprint`), and is replaced at
-once, so runs that read the artifact meanwhile don't notice.
+card is of the newest that measured it. A card is no part of a model's `fingerprint`. It is replaced at once, so runs that read the
+artifact meanwhile don't notice.
 """
 
 import re
@@ -63,13 +63,13 @@ class Origin:
             return None
 
     def stated(self, key: str) -> Any:
-        """What its card says."""
+        """What its card states under this key."""
         return (self.card or {}).get(key)
 
 
 @contextmanager
 def _quiet_hub() -> Iterator[None]:
-    """Within it the hub's library says nothing of a card without metadata, and draws no bars."""
+    """Within it the hub's library doesn't warn of a card without metadata, and draws no bars."""
     from logging import ERROR
 
     from huggingface_hub.utils import logging
@@ -131,12 +131,12 @@ def text(recipe: Recipe, source: Source, stages: list[StageRecord], report: Repo
 
 def _origins(recipe: Recipe, source: Source, stages: int) -> list[Origin]:
     """The recipe's model, and those that its stages name."""
-    found = [Origin("the recipe's model", _name(recipe.model.id), source)]
+    origins = [Origin("the recipe's model", _name(recipe.model.id), source)]
     for stage in recipe.stages[:stages]:
         for role, other in stage.settings.models().items():
             place = Source(locate(other.id, recipe.folder), source.task, revision=other.revision)
-            found.append(Origin(f"{role} of {stage}", _name(other.id), place))
-    return found
+            origins.append(Origin(f"{role} of {stage}", _name(other.id), place))
+    return origins
 
 
 def _name(id: str) -> str:
@@ -198,9 +198,9 @@ def _verdict(recipe: Recipe, report: Report | None) -> str:
         report.machine,
         f"CPU threads: {where['threads']}" if where.get("threads") else None,
     ]
-    made = [f"{name} {where[name]}" for name in ("torch", "transformers") if where.get(name)]
+    libraries = [f"{name} {where[name]}" for name in ("torch", "transformers") if where.get(name)]
     examples = [f"{len(report.predictions):,} examples of {_name(str(data.get('source')))}"] if report.predictions else []
-    measured = ", ".join(str(part) for part in [*examples, *machine, *made] if part)
+    measured = ", ".join(str(part) for part in [*examples, *machine, *libraries] if part)
     by = usage.measured_with(recipe, where.get("device", "cpu"))
     return (
         f"May it replace the original? **{verdict_words(report.verdict)}**: {cell(report.decided_by)}.\n\n"
@@ -214,8 +214,8 @@ def _done(stages: list[StageRecord]) -> str:
     for record in stages:
         _, *settings = _without_folders(record.stage).items()
         rows.append([record.name, ", ".join(f"{key}: {value}" for key, value in settings if value is not None), at_run_time(record) or "-"])
-    said = [f"- {cell(f'{record.name}: {sentence}')}" for record in stages for sentence in record.sentences]
-    return "\n\n".join(["## What was done", table(["stage", "settings", "in use"], rows), *(["\n".join(said)] if said else [])])
+    lines = [f"- {cell(f'{record.name}: {sentence}')}" for record in stages for sentence in record.sentences]
+    return "\n\n".join(["## What was done", table(["stage", "settings", "in use"], rows), *(["\n".join(lines)] if lines else [])])
 
 
 def _notes(report: Report) -> str:

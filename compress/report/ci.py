@@ -1,4 +1,4 @@
-"""What a pipeline is told of a verdict: JUnit XML, and annotations for GitHub's runners."""
+"""A verdict for a pipeline: JUnit XML, and annotations for GitHub's runners."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -35,20 +35,20 @@ def _counts(rows: Sequence[Finding]) -> dict[str, str]:
 
 def annotations(report: Report) -> list[str]:
     """Workflow commands that make GitHub show what doesn't pass, failures first: the recipe in the title, the interval in the message."""
-    found = []
+    commands = []
     for name, verdict, sentence in sorted(_findings(report), key=lambda row: row[1] != "fail"):
         title = _escaped(f"{report.recipe}: {verdict_words(verdict)}: {name}").replace(":", "%3A").replace(",", "%2C")
         if verdict != "pass":
-            found.append(f"::{'error' if verdict == 'fail' else 'warning'} title={title}::{_escaped(sentence)}")
-    return found
+            commands.append(f"::{'error' if verdict == 'fail' else 'warning'} title={title}::{_escaped(sentence)}")
+    return commands
 
 
 def _findings(report: Report) -> list[Finding]:
-    """Name, verdict and sentence of every gate, and of the whole where that says what no gate does."""
-    found: list[Finding] = [(gate.label, gate.verdict, gate.sentence) for gate in report.gates]
-    if report.verdict not in {verdict for _, verdict, _ in found}:
-        found.append(("verdict", report.verdict, report.decided_by))
-    return found
+    """Name, verdict and sentence of every gate, and of the whole report where no gate has its verdict."""
+    findings: list[Finding] = [(gate.label, gate.verdict, gate.sentence) for gate in report.gates]
+    if report.verdict not in {verdict for _, verdict, _ in findings}:
+        findings.append(("verdict", report.verdict, report.decided_by))
+    return findings
 
 
 def _escaped(text: str) -> str:

@@ -52,8 +52,8 @@ class Row:
     """One model.
 
     figures   every figure by its label
-    compared  how each compares with the baseline of the same run; empty for a baseline
-    unlike    in what its measuring differs from that of most others
+    compared  how each figure compares with the baseline of the same run; empty for a baseline
+    unlike    in what way it was measured unlike most others
     """
 
     name: str
@@ -85,9 +85,9 @@ def rows(reports: Sequence[Report]) -> list[Row]:
     return [*baselines.values(), *candidates]
 
 
-def require_alike(found: Sequence[Row]) -> None:
+def require_alike(models: Sequence[Row]) -> None:
     """Raise ReportError unless all were measured alike."""
-    candidates = [row for row in found if row.role == "candidate"]
+    candidates = [row for row in models if row.role == "candidate"]
     unlike = [row for row in candidates if row.unlike]
     if unlike:
         first, more = unlike[0], f", and {len(unlike) - 1} more" if len(unlike) > 1 else ""
@@ -97,29 +97,29 @@ def require_alike(found: Sequence[Row]) -> None:
         )
 
 
-def labels(found: Sequence[Row], wanted: Sequence[str] = ()) -> list[str]:
-    """The labels of the figures that are wanted, or of those that a deployment turns on; a metric's name means all its grid points.
+def labels(models: Sequence[Row], names: Sequence[str] = ()) -> list[str]:
+    """The labels of these figures, or without names of those that a deployment turns on; a metric's name means all its grid points.
 
     Raises ReportError for a figure that no row has.
     """
-    every = {label: m.point for row in found for label, m in row.figures.items()}
+    every = {label: m.point for row in models for label, m in row.figures.items()}
 
     def points(name: str) -> list[str]:
         here = [label for label, point in every.items() if name in (label, point[0])]
         return sorted(here, key=lambda label: (every[label][2] or 0, every[label][1] or 0))
 
-    for name in wanted:
+    for name in names:
         if not points(name):
             raise ReportError(f"no report has a figure {name!r}{suggest(name, list({point[0]: None for point in every.values()}))}")
-    return list({label: None for name in wanted or HEAD for label in points(name)})
+    return list({label: None for name in names or HEAD for label in points(name)})
 
 
-def decisive(found: Sequence[Row], reports: Sequence[Report], minimised: str | None = None) -> list[str]:
+def decisive(models: Sequence[Row], reports: Sequence[Report], minimised: str | None = None) -> list[str]:
     """The labels of all figures that gates of the reports limit, of what is minimised, and of those that a deployment turns on."""
-    measured = {m.metric for row in found for m in row.figures.values()}
+    measured = {m.metric for row in models for m in row.figures.values()}
     gated = dict.fromkeys(metric for report in reports for metric in report.settings["check"])
-    wanted = [name for name in [*gated, *([minimised] if minimised else [])] if name in measured]
-    return list(dict.fromkeys([*(labels(found, wanted) if wanted else []), *labels(found)]))
+    metrics = [name for name in [*gated, *([minimised] if minimised else [])] if name in measured]
+    return list(dict.fromkeys([*(labels(models, metrics) if metrics else []), *labels(models)]))
 
 
 def gates(reports: Sequence[Report]) -> tuple[list[str], list[list[str]]]:
@@ -142,39 +142,39 @@ def _gate(result: GateResult | None) -> str:
     return " ".join(parts)
 
 
-def ranked(found: Sequence[Row], by: str) -> list[Row]:
-    """The rows by one figure, the best first and the smallest where neither is better; the other way round after `:reverse`. Rows
-    without the figure are last.
+def ranked(models: Sequence[Row], by: str) -> list[Row]:
+    """The rows by one figure, the best first, or the smallest where neither is better; `:reverse` turns that round. Rows without the
+    figure are last.
 
     Raises ReportError where the figure is unknown, or is one at several grid points.
     """
     name = by.removesuffix(REVERSED)
-    label, *more = labels(found, [name])
+    label, *more = labels(models, [name])
     if more:
-        raise ReportError(f"--sort {name}: it was measured at several points; say which: {', '.join(map(repr, [label, *more]))}")
-    there = [row for row in found if _value(row, label) is not None]
+        raise ReportError(f"--sort {name}: it was measured at several points; name one of {', '.join(map(repr, [label, *more]))}")
+    there = [row for row in models if _value(row, label) is not None]
     highest_first = (_better(label) == "higher") != by.endswith(REVERSED)
     there.sort(key=lambda row: _value(row, label) or 0.0, reverse=highest_first)
-    return [*there, *(row for row in found if _value(row, label) is None)]
+    return [*there, *(row for row in models if _value(row, label) is None)]
 
 
-def unbeaten(found: Sequence[Row], figures: Sequence[str]) -> list[Row]:
+def unbeaten(models: Sequence[Row], figures: Sequence[str]) -> list[Row]:
     """The Pareto front: the rows that no other beats on these figures."""
-    kept = pareto([[_value(row, label) for label in figures] for row in found], [_better(label) for label in figures])
-    return [row for row, keep in zip(found, kept, strict=True) if keep]
+    kept = pareto([[_value(row, label) for label in figures] for row in models], [_better(label) for label in figures])
+    return [row for row, keep in zip(models, kept, strict=True) if keep]
 
 
-def as_text(found: Sequence[Row], figures: Sequence[str], style: Style, width: int | None = None) -> str:
+def as_text(models: Sequence[Row], figures: Sequence[str], style: Style, width: int | None = None) -> str:
     """The rows in one style.
 
     width   of a `table` in a terminal: it is turned on its side where that makes it fit, and else comes in pieces below each other
     """
     if style == "json":
-        return json.dumps([_plain(row, figures) for row in found], indent=1, allow_nan=False)
+        return json.dumps([_plain(row, figures) for row in models], indent=1, allow_nan=False)
     if style == "csv":
-        return _csv(found, figures)
-    header, body = cells(found, figures)
-    remarks = _remarks(found)
+        return _csv(models, figures)
+    header, body = cells(models, figures)
+    remarks = _remarks(models)
     if style == "table":
         lines = fitted(header, body, width)
         return "\n".join([*lines, *([""] if remarks else []), *map(printable, remarks)])
@@ -185,18 +185,18 @@ def as_text(found: Sequence[Row], figures: Sequence[str], style: Style, width: i
     return "\n".join([HTML, html_table(header, body), *(f"<p>{html.escape(printable(remark))}</p>" for remark in remarks)])
 
 
-def cells(found: Sequence[Row], figures: Sequence[str]) -> tuple[list[str], list[list[str]]]:
+def cells(models: Sequence[Row], figures: Sequence[str]) -> tuple[list[str], list[list[str]]]:
     """Header and rows of text, for people. A model that was measured unlike most has a number behind its name."""
-    numbers = _numbers(found)
+    numbers = _numbers(models)
     body = []
-    for row in found:
+    for row in models:
         name = f"{row.name} [{numbers[tuple(row.unlike)]}]" if row.unlike else row.name
         body.append([name, verdict_words(row.verdict) if row.verdict else "", *(_shown(row, label) for label in figures)])
     return ["model", "verdict", *figures], body
 
 
 def _differences(ways: Sequence[dict[str, Any]]) -> list[list[str]]:
-    """In what each way of measuring differs from the commonest."""
+    """How each way of measuring differs from the commonest."""
     keys = [_key(way) for way in ways]
     usual = ways[keys.index(Counter(keys).most_common(1)[0][0])] if ways else {}
     return [
@@ -244,23 +244,23 @@ def _shown(row: Row, label: str) -> str:
     return f"{text} ({f'{ABOUT_EQUAL} ' if equal else ''}{change(compared, interval=False)})"
 
 
-def _numbers(found: Sequence[Row]) -> dict[tuple[str, ...], int]:
+def _numbers(models: Sequence[Row]) -> dict[tuple[str, ...], int]:
     """The ways of measuring that are unlike most, numbered."""
-    return {way: number for number, way in enumerate(dict.fromkeys(tuple(row.unlike) for row in found if row.unlike), 1)}
+    return {way: number for number, way in enumerate(dict.fromkeys(tuple(row.unlike) for row in models if row.unlike), 1)}
 
 
-def _remarks(found: Sequence[Row]) -> list[str]:
+def _remarks(models: Sequence[Row]) -> list[str]:
     """What a reader must know of a table."""
-    remarks = [f"[{number}] not measured as most were: {'; '.join(way)}" for way, number in _numbers(found).items()]
-    if any(row.compared for row in found):
+    remarks = [f"[{number}] not measured as most were: {'; '.join(way)}" for way, number in _numbers(models).items()]
+    if any(row.compared for row in models):
         remarks.append(f"(in brackets) against the baseline as the same run measured it; {ABOUT_EQUAL} the interval includes no change")
     return remarks
 
 
-def _csv(found: Sequence[Row], figures: Sequence[str]) -> str:
+def _csv(models: Sequence[Row], figures: Sequence[str]) -> str:
     """Figures in base units, how they compare in columns of their own; what is missing is empty."""
     lines = []
-    for row in found:
+    for row in models:
         plain = _plain(row, figures)
         line = {key: plain[key] for key in ("name", "role", "verdict", "recipe", "run", "report", "model")}
         for label in figures:

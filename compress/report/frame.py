@@ -31,12 +31,15 @@ def load_reports(*places: str | Path) -> "pandas.DataFrame":
 
     places   report folders, report.json files, folders that hold reports at any depth, or glob patterns of these
 
-    What was run: recipe and run (strings), created (a time in UTC), verdict (of the run: pass, fail, cannot_tell), device, digest (of
-    the recipe), examples (their digest), report (its folder). What was measured: role (baseline, candidate), model, stages (what made
-    it), metric, batch_size and prompt_tokens (of speed figures), value, unit (base units: s, bytes, points), better (higher, lower,
-    neither), samples (how many the value rests on), missing (how many examples have none), reason (why there is no value). How a
-    candidate compares with its run's baseline: kind (difference, ratio), estimate, low and high (the interval), gate (the worst verdict
-    of the gates at this figure). A missing value is NA, never zero.
+    Columns on the run: recipe and run (strings), created (a time in UTC), verdict (of the run: pass, fail, cannot_tell), device, digest (of
+    the recipe), examples (their digest), report (its folder).
+
+    Columns on the figure: role (baseline, candidate), model, stages (what made it), metric, batch_size, prompt_tokens (of speed figures).
+    On its number: value, unit (base units: s, bytes, points), better (higher, lower, neither), samples (how many the value rests on),
+    missing (how many examples have none), reason (why there is no value).
+
+    Columns on how a candidate compares with its run's baseline: kind (difference, ratio), estimate, low and high (the interval), gate (the
+    worst verdict of the gates at this figure). A missing value is NA, never zero.
 
     A report that can't be read is warned of and left out. Raises ReportError when there is none, or none can be read.
     """
@@ -104,8 +107,8 @@ def frame(reports: Iterable[Report]) -> "pandas.DataFrame":
     import pandas
 
     rows = [row for report in reports for row in _rows(report)]
-    found = pandas.DataFrame(rows, columns=list(COLUMNS))
-    return found.assign(created=pandas.to_datetime(found["created"], utc=True, errors="coerce", format="ISO8601")).astype(COLUMNS)
+    figures = pandas.DataFrame(rows, columns=list(COLUMNS))
+    return figures.assign(created=pandas.to_datetime(figures["created"], utc=True, errors="coerce", format="ISO8601")).astype(COLUMNS)
 
 
 def pivot(frame: "pandas.DataFrame") -> "pandas.DataFrame":

@@ -1,9 +1,9 @@
 """A folder of reports as a time line: one metric over runs that were measured alike, and where it changed.
 
-A change is looked for by PELT (Killick, Fearnhead and Eckley 2012; the package ruptures) with absolute errors: levels are medians, and last
-two runs at least, so a single odd run is none. Values are in units of the mean difference between neighbours, which a change enters only
-once. With the penalty below, about 5 of 100 lines without a change show one, from 6 runs to 100, where noise is normal, and fewer where its
-tails are heavier.
+PELT looks for changes (Killick, Fearnhead and Eckley 2012; the package ruptures), with absolute errors. Levels are medians and last two
+runs at least, so a single odd run is no change. Values are in units of the mean difference between neighbours, which a change enters only
+once. With the penalty below, about 5 of 100 lines without a change show one where noise is normal, on 6 to 100 runs. They are fewer where
+its tails are heavier.
 """
 
 import json
@@ -72,31 +72,31 @@ def lines(reports: Iterable[Report], metric: str, recipe: str | None = None) -> 
     """
     _metric(metric)
     reports = list(reports)
-    wanted = [report for report in reports if recipe in (None, report.recipe)]
-    if recipe and not wanted:
+    selection = [report for report in reports if recipe in (None, report.recipe)]
+    if recipe and not selection:
         raise InputError(f"--recipe {recipe}: there is no report of it{suggest(recipe, sorted({report.recipe for report in reports}))}")
     groups: dict[tuple[str, str, str], list[tuple[Report, Measurement]]] = {}
     first: dict[str, Report] = {}
-    for report in sorted(wanted, key=lambda report: (report.recipe, report.created, report.run)):
+    for report in sorted(selection, key=lambda report: (report.recipe, report.created, report.run)):
         for figure in _figures(report, metric):
             groups.setdefault((report.recipe, figure.label, json.dumps(measured_how(report), sort_keys=True)), []).append((report, figure))
             first.setdefault(report.recipe, report)
     if not groups:
-        raise ReportError(f"none of {len(wanted)} reports has {metric}; what one has stands in its report.md")
-    return [_line(found, first[name]) for (name, _, _), found in groups.items()]
+        raise ReportError(f"none of {len(selection)} reports has {metric}; what one has stands in its report.md")
+    return [_line(group, first[name]) for (name, _, _), group in groups.items()]
 
 
 def best(report: Report, others: Iterable[Report], metric: str) -> Report:
     """Of the others that passed and were measured as this report was, the one whose candidate has the best figure.
 
-    Raises InputError where that can't be said of the metric, ReportError where there is no such report.
+    Raises InputError for a metric without a best figure, ReportError where there is no such report.
     """
     better, figures = _metric(metric).better, _figures(report, metric)
     if better == "neither":
         raise InputError(f"--best {metric}: neither more nor less of it is better; name another metric")
     if len(figures) > 1:
         raise InputError(f"--best {metric}: it is measured at {len(figures)} points; name one of {', '.join(f.label for f in figures)}")
-    found = [
+    contenders = [
         (figure.value, other)
         for other in others
         if other.verdict == "pass"
@@ -105,9 +105,9 @@ def best(report: Report, others: Iterable[Report], metric: str) -> Report:
         for figure in _figures(other, metric)
         if figure.value is not None
     ]
-    if not found:
+    if not contenders:
         raise ReportError(f"--best {metric}: no other report there passed, was measured as {report.folder} was, and has {metric}")
-    return (max if better == "higher" else min)(found, key=lambda pair: pair[0])[1]
+    return (max if better == "higher" else min)(contenders, key=lambda pair: pair[0])[1]
 
 
 def changes(values: Sequence[float]) -> list[int]:
@@ -135,22 +135,22 @@ def _figures(report: Report, metric: str) -> list[Measurement]:
     return [figure for figure in report.candidate.measurements if metric in (figure.metric, figure.label)]
 
 
-def _line(found: Sequence[tuple[Report, Measurement]], first: Report) -> Line:
+def _line(pairs: Sequence[tuple[Report, Measurement]], first: Report) -> Line:
     runs = [
         Run(report.created, report.environment.get("commit"), figure.value, figure.reason, report.verdict, str(report.folder))
-        for report, figure in found
+        for report, figure in pairs
     ]
-    report, figure = found[0]
+    report, figure = pairs[0]
     machine = report.machine or "an unknown machine"
     apart = differing(measured_how(first), measured_how(report))
     return Line(report.recipe, figure.label, figure.unit, figure.better, machine, apart, runs, _changes(runs))
 
 
 def _changes(runs: Sequence[Run]) -> list[Change] | None:
-    known = [(number, run.value) for number, run in enumerate(runs) if run.value is not None]
-    if len(known) < FEWEST:
+    measured_runs = [(number, run.value) for number, run in enumerate(runs) if run.value is not None]
+    if len(measured_runs) < FEWEST:
         return None
-    values = [value for _, value in known]
+    values = [value for _, value in measured_runs]
     starts = [0, *changes(values), len(values)]
     medians = [median(values[start:end]) for start, end in pairwise(starts)]
-    return [Change(known[start][0], *levels) for start, levels in zip(starts[1:-1], pairwise(medians), strict=True)]
+    return [Change(measured_runs[start][0], *levels) for start, levels in zip(starts[1:-1], pairwise(medians), strict=True)]

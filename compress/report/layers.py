@@ -19,7 +19,7 @@ def summary(layers: Sequence[Layer]) -> str:
     if len(widths) > 1:
         packed += f" ({sum(bits * number for bits, number in widths.items()) / widths.total():.1f} a layer on average)"
     sparse = sorted(layer.sparsity for layer in layers if layer.sparsity is not None)
-    zeros = " to ".join(dict.fromkeys(share(found) for found in sparse[:1] + sparse[-1:]))
+    zeros = " to ".join(dict.fromkeys(share(sparsity) for sparsity in sparse[:1] + sparse[-1:]))
     kept = len(layers) - widths.total() - len(sparse)
     parts = (packed, f"{len(sparse)} with {zeros} zeros" if sparse else "", f"{kept} left out" if kept else "")
     return f"{counted(len(layers))}: " + "; ".join(filter(None, parts))

@@ -51,7 +51,7 @@ def whole(report: Report) -> str:
 
 
 def brief(report: Report) -> str:
-    """How the report for people who read text begins: the verdict, the gates, the figures, what is to be said of them."""
+    """The beginning of the report for people who read text: the verdict, the gates, the figures, and notes on them."""
     heading = f"# {cell(report.recipe)}{report.inside}: {verdict_words(report.verdict)}"
     cautions = [f"**{cell(sentence)}.**" for sentence in report.cautions]
     parts = [heading, f"{cell(report.decided_by)}.", *cautions, gates(report), figures(report), _notes(report)]
@@ -120,8 +120,8 @@ def _memory(report: Report) -> str:
 
 
 def _notes(report: Report) -> str:
-    said = [f"{record.name}: {sentence}" for record in report.stages for sentence in record.said]
-    lines = [f"- {cell(note)}" for note in [*said, *report.notes, *(f for side in report.sides for f in side.failures)]]
+    sentences = [f"{record.name}: {sentence}" for record in report.stages for sentence in record.said]
+    lines = [f"- {cell(note)}" for note in [*sentences, *report.notes, *(f for side in report.sides for f in side.failures)]]
     return "## Notes\n\n" + "\n".join(lines) if lines else ""
 
 
@@ -146,8 +146,8 @@ def _layers(record: StageRecord) -> str:
     parts = [f"## Layers: {cell(record.name)}", f"{cell(summary(record.layers))}. Each is listed in report.json and layers.parquet."]
     if record.account:
         parts.append(f"{record.account.sentence}.")
-    if found := remarkable(record.layers):
-        rows = [[name, "full" if bits is None else str(bits), remark] for name, bits, remark in found]
+    if groups := remarkable(record.layers):
+        rows = [[name, "full" if bits is None else str(bits), remark] for name, bits, remark in groups]
         parts.append(table(["layer", "bits", "remark"], rows))
     if worst := lost_most(record.layers, WORST):
         sparse = any(layer.sparsity is not None for layer in worst)

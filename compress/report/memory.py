@@ -9,15 +9,15 @@ Values = dict[str, float]
 
 
 def parts(side: Side | None) -> dict[str, float]:
-    """Bytes by what holds them, and all of them under `ALL`; empty without a peak."""
+    """Bytes by what they hold, and all of them under `ALL`; empty without a peak."""
     values = _values(side)
     return {name: size for name, of in PARTS.items() if (size := of(values)) is not None}
 
 
 def held(sides: Sequence[Side | None]) -> list[list[str]]:
     """Rows of a name and a cell a side: bytes of each part with their share of the whole. None without a peak."""
-    found = [parts(side) for side in sides]
-    return [[name, *(_part(of, name) for of in found)] for name in PARTS if any(name in of for of in found)]
+    by_side = [parts(side) for side in sides]
+    return [[name, *(_part(of, name) for of in by_side)] for name in PARTS if any(name in of for of in by_side)]
 
 
 def checked(sides: Sequence[Side | None]) -> list[list[str]]:
@@ -32,8 +32,8 @@ def checked(sides: Sequence[Side | None]) -> list[list[str]]:
 
 def _values(side: Side | None) -> Values:
     """metric -> value of a side's figures that belong to no grid point, where it has a peak."""
-    found = {m.metric: m.value for m in (side.measurements if side else []) if m.batch_size is None and m.value is not None}
-    return found if "peak_run_bytes" in found else {}
+    figures = {m.metric: m.value for m in (side.measurements if side else []) if m.batch_size is None and m.value is not None}
+    return figures if "peak_run_bytes" in figures else {}
 
 
 def _part(of: dict[str, float], name: str) -> str:
@@ -43,7 +43,7 @@ def _part(of: dict[str, float], name: str) -> str:
 
 
 def _whole(values: Values) -> float:
-    """All that is held: on a GPU what NVML says of the process, or else what the allocator holds."""
+    """All that is held: on a GPU by NVML's account of the process, or else by the allocator's."""
     allocated = values["peak_run_bytes"] + values.get("allocator_slack_bytes", 0)
     return values.get("process_gpu_bytes") or values.get("peak_reserved_bytes") or allocated
 

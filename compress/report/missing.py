@@ -1,4 +1,4 @@
-"""Examples that a side has no statistics of: which count as lost, how many are left out, what is said of them."""
+"""Examples that a side has no statistics of: which count as lost, how many are left out, and the notes on them."""
 
 from collections.abc import Sequence
 
@@ -17,13 +17,13 @@ def together(theirs: Measurement, ours: Measurement) -> tuple[Rows, Rows]:
 
 
 def lost(theirs: Measurement | None, ours: Measurement) -> dict[Missing, int]:
-    """How many examples the candidate gave no number for, by what it gave, where the baseline gave one or isn't there."""
+    """How many examples have no number of the candidate's, by what stands in its place, where the baseline has one or is missing."""
     before = theirs.samples if theirs is not None and len(theirs.samples) == len(ours.samples) else [[0.0]] * len(ours.samples)
-    found: dict[Missing, int] = {}
+    counts: dict[Missing, int] = {}
     for a, b in zip(before, ours.samples, strict=True):
         if isinstance(b, Missing) and b.is_broken and not (isinstance(a, Missing) and a.is_broken):
-            found[b] = found.get(b, 0) + 1
-    return found
+            counts[b] = counts.get(b, 0) + 1
+    return counts
 
 
 def notes(sides: Sequence[Side], ids: Sequence[str]) -> list[str]:
@@ -35,15 +35,15 @@ def notes(sides: Sequence[Side], ids: Sequence[str]) -> list[str]:
                 for reason in dict.fromkeys(row for row in m.samples if isinstance(row, Missing)):
                     where = tuple(place for place, row in enumerate(m.samples) if row is reason)
                     places.setdefault((_group(m.metric), reason, where), {})[side.role] = len(m.samples)
-    found = []
+    sentences = []
     for (group, reason, where), of in places.items():
         total = max(of.values())
         who = " and ".join(of).capitalize()
         names = [ids[place] if len(ids) == total else f"number {place + 1}" for place in where[:NAMED]]
         more = f" and {len(where) - NAMED:,} more" if len(where) > NAMED else ""
         number = f"{len(where):,} of {total:,} examples ({100 * len(where) / total:.3g} %)"
-        found.append(f"{who}: {number} have no {group} ({reason}) and are left out of it: {', '.join(names)}{more}.")
-    return found
+        sentences.append(f"{who}: {number} have no {group} ({reason}) and are left out of it: {', '.join(names)}{more}.")
+    return sentences
 
 
 def _group(metric: str) -> str:

@@ -15,8 +15,8 @@ def as_html(report: Report) -> str:
 
 
 def _part(report: Report) -> str:
-    said = f"{report.recipe}{report.inside} ({report.line or 'as it is'}): {verdict_words(report.verdict)}; {report.decided_by}"
-    parts = [f"<p>{html.escape(printable(said))}.</p>"]
+    heading = f"{report.recipe}{report.inside} ({report.line or 'as it is'}): {verdict_words(report.verdict)}; {report.decided_by}"
+    parts = [f"<p>{html.escape(printable(heading))}.</p>"]
     if report.gates:
         parts.append(html_table(["verdict", "gate"], [[verdict_words(gate.verdict), gate.sentence] for gate in report.gates]))
     return "\n".join([*parts, html_table(*sides(report))])

@@ -1,5 +1,7 @@
-"""Beside what an engine gives stands what the model gave as it came, in plain transformers: what leaving it there would cost, and whether
-the engine says the same of the same weights."""
+"""The candidate in an engine beside the original model in plain transformers.
+
+It shows what staying there would cost, and whether the engine answers alike with the same weights.
+"""
 
 from compress.metrics import METRICS
 from compress.report.numbers import change, figure, percent
@@ -15,26 +17,26 @@ def head(report: Report) -> list[str]:
 
 def rows(report: Report) -> list[list[str]]:
     """Quality and the figures that a deployment turns on: the original's in transformers, the candidate's, and how they compare."""
-    found = []
+    lines = []
     for compared in _shown(report):
         sides = (report.original, report.candidate)
         theirs, ours = (figure(side.figure(compared.point)) if side else "-" for side in sides)
         measurement = report.candidate.figure(compared.point)
-        found.append([measurement.label if measurement else compared.metric, theirs, ours, change(compared)])
-    return found
+        lines.append([measurement.label if measurement else compared.metric, theirs, ours, change(compared)])
+    return lines
 
 
 def sentences(report: Report) -> list[str]:
-    """What there is to say, in short."""
+    """The latency and sizes against the original, and how far the engine agrees with it, in short."""
     timed = [c for c in report.against_original if c.metric == "latency_p50" and c.estimate is not None]
     if report.original is None or not timed:
         return []
     places = ", ".join(f"batch {c.batch_size} x prompt {c.prompt_tokens} {change(c)}" for c in timed)
     sizes = [f"{words} {change(c)}" for c in report.against_original for name, words in _SIZES if c.metric == name]
-    said = [f"Against the original in plain transformers, latency is {'; '.join([places, *sizes])}."]
+    lines = [f"Against the original in plain transformers, latency is {'; '.join([places, *sizes])}."]
     if (agreed := report.agreement) is not None:
-        said.append(f"{agreed.sentence}.")
-    return said
+        lines.append(f"{agreed.sentence}.")
+    return lines
 
 
 _SIZES = (("weight_bytes", "weights"), ("peak_run_bytes", "peak memory while running"))

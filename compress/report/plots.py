@@ -32,9 +32,9 @@ def axes(points: Sequence[Row]) -> list[str]:
 def tradeoff(points: Sequence[Row], across: str | None = None, up: str | None = None) -> "altair.LayerChart":
     """One figure of each model against another, both to be chosen, with the Pareto front: the models that no other beats in both.
 
-    points   a mapping each: `name`, `role` (baseline or candidate), `figures` (label, as a Measurement has it -> value in the metric's
-             unit, or None where it is missing), and where they are known `ranges` (label -> lowest and highest it may be) and `missing`
-             (label -> examples without it)
+    points   a mapping each: `name`, `role` (baseline or candidate) and `figures` (a Measurement's label -> value in the metric's unit, or
+             None where it is missing). `ranges` (label -> lowest and highest it may be) and `missing` (label -> examples without it) may
+             be left out.
 
     across, up   the labels that are chosen first
 
@@ -65,12 +65,12 @@ def tradeoff(points: Sequence[Row], across: str | None = None, up: str | None = 
         .transform_window(least="min(y_cost)", frame=[None, 0], sort=cheapest)
         .transform_window(before="lag(least)", sort=cheapest)
         .transform_calculate(
-            front="!isValid(datum.before) || datum.y_cost < datum.before", said="datum.name + ': ' + datum.y_text + ', ' + datum.x_text"
+            front="!isValid(datum.before) || datum.y_cost < datum.before", label="datum.name + ': ' + datum.y_text + ', ' + datum.x_text"
         )
         .encode(
             alt.X("x_value:Q", title=None, scale=alt.Scale(zero=False, padding=36), axis=alt.Axis(tickCount=6)),
             alt.Y("y_value:Q", title=None, scale=alt.Scale(zero=False, padding=28), axis=alt.Axis(tickCount=6)),
-            description="said:N",
+            description="label:N",
             tooltip=[alt.Tooltip("name:N", title="model"), alt.Tooltip("y_text:N", title="up"), alt.Tooltip("x_text:N", title="across")],
         )
     )
@@ -155,7 +155,7 @@ def sensitivity(rows: Sequence[Row]) -> Spec:
 
     narrow, kinds = len({row["block"] for row in rows}) <= 6, Counter(stage for stage, _ in {(row["stage"], row["kind"]) for row in rows})
     values = [{**row, "block": "-" if row["block"] is None else row["block"]} for row in rows]
-    ending = "truncate(datum.label, containerSize()[0] < 600 ? 16 : 44, 'left')"  # which tells kinds apart
+    ending = "truncate(datum.label, containerSize()[0] < 600 ? 16 : 44, 'left')"  # by which kinds differ
     chart = (
         _chosen(rows, "stage", "stage")
         .mark_rect()
@@ -233,6 +233,6 @@ def _unit(label: str) -> tuple[str, float]:
     return {"bytes": ("MB", 1e6), "s": ("ms", 1e-3), "1": ("", 1.0)}.get(unit, (unit, 1.0))
 
 
-def _first(labels: Sequence[str], wanted: Sequence[str]) -> str:
-    """The label of the metric that is wanted most."""
-    return next((label for metric in wanted for label in labels if named(label) == metric), labels[0])
+def _first(labels: Sequence[str], metrics: Sequence[str]) -> str:
+    """The label of the first of these metrics that has one, or else the first label."""
+    return next((label for metric in metrics for label in labels if named(label) == metric), labels[0])

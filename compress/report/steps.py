@@ -1,4 +1,4 @@
-"""Where the time of a decode step goes on either side, and what that says of a candidate that is no faster."""
+"""Where the time of a decode step goes on either side, and why a candidate may be no faster."""
 
 from typing import Any
 
@@ -12,7 +12,7 @@ TAKES_MORE = 0.1  # of the candidate's step: less is no explanation
 MOSTLY = 0.5  # of a step
 BOUND = 0.6  # of what the machine multiplies at best; kernels hardly come nearer on what a model multiplies
 HEAD = ["point", "side", "step", *KERNELS.values()]
-SAID = (
+NOTE = (
     "One decode step, of a classifier one forward pass. Its time is that of the timings; the shares are those that torch's "
     "profiler sees apart from these, its own time taken out."
 )
@@ -46,14 +46,14 @@ def costs(sides: list[Side], where: Comparison) -> list[str]:
 
 def section(report: Report) -> str:
     """The shares in Markdown, and what the machine can do at best."""
-    found = rows(report)
-    return "\n\n".join(["## Where a step's time goes", SAID, table(HEAD, found), ceilings(report.environment)]) if found else ""
+    body = rows(report)
+    return "\n\n".join(["## Where a step's time goes", NOTE, table(HEAD, body), ceilings(report.environment)]) if body else ""
 
 
 def rows(report: Report) -> list[list[str]]:
     """The shares of a step by kind of kernel, a row a side and grid point, under `HEAD`."""
     profiled = [(_timed(side, step), side.role) for side in report.sides for step in side.steps if step.shares]
-    profiled.sort(key=lambda one: (one[0].prompt_tokens, one[0].batch_size, one[1]))
+    profiled.sort(key=lambda row: (row[0].prompt_tokens, row[0].batch_size, row[1]))
     return [
         [f"batch {s.batch_size}, prompt {s.prompt_tokens}", role, scaled(s.seconds or 0, "s"), *_percentages(s)] for s, role in profiled
     ]
@@ -89,8 +89,8 @@ def _step_at(side: Side, where: Comparison) -> Step | None:
 def _timed(side: Side, step: Step) -> Step:
     """The step with the seconds of the timings, which disturbances move less than those of the one look at it."""
     metric = "latency_p50" if step.prefill_flops is None else "tpot"
-    found = side.figure((metric, step.batch_size, step.prompt_tokens))
-    return step if found is None or found.value is None else step.model_copy(update={"seconds": found.value})
+    timing = side.figure((metric, step.batch_size, step.prompt_tokens))
+    return step if timing is None or timing.value is None else step.model_copy(update={"seconds": timing.value})
 
 
 def _spent(step: Step, kind: str) -> float:
@@ -101,41 +101,41 @@ def _spent(step: Step, kind: str) -> float:
 def _costs(theirs: Step, ours: Step, point: str) -> list[str]:
     """What takes the candidate more time than the baseline, the largest first."""
     more = {kind: _spent(ours, kind) - _spent(theirs, kind) for kind in KERNELS}
-    found = []
+    sentences = []
     for kind in sorted(more, key=lambda kind: more[kind], reverse=True):
         if more[kind] < TAKES_MORE * (ours.seconds or 0.0):
             break
         took, before = scaled(_spent(ours, kind), "s"), _spent(theirs, kind)
         against = "which the baseline doesn't do" if before == 0 else f"the baseline {scaled(before, 's')}"
-        found.append(f"A step {point} spends {took}, {ours.shares[kind]:.0%} of it, on {DOING[kind]}, {against}.")
-    return found
+        sentences.append(f"A step {point} spends {took}, {ours.shares[kind]:.0%} of it, on {DOING[kind]}, {against}.")
+    return sentences
 
 
 def _limits(side: Side, theirs: Step, where: Comparison, environment: dict[str, Any], point: str) -> list[str]:
     """Why smaller weights could not have helped the baseline."""
     assert theirs.seconds is not None
-    found = []
+    sentences = []
     prefill = side.figure(("mfu", where.batch_size, where.prompt_tokens))
     first, whole = (side.figure((metric, where.batch_size, where.prompt_tokens)) for metric in ("ttft", "latency_p50"))
     if prefill and prefill.value and first and first.value and whole and whole.value:
         part = first.value / whole.value
         if part >= MOSTLY and prefill.value >= BOUND:
-            found.append(
+            sentences.append(
                 f"{part:.0%} of the baseline's latency {point} is prefill, which is bound by arithmetic (MFU {prefill.value:.2f}): smaller "
                 "weights don't help there."
             )
     rate = environment.get(f"{side.dtype}_flops_per_second")
     utilised = theirs.flops / theirs.seconds / rate if rate else 0.0
     if utilised >= BOUND:
-        found.append(f"The baseline's step {point} is bound by arithmetic (MFU {utilised:.2f}): smaller weights don't help there.")
+        sentences.append(f"The baseline's step {point} is bound by arithmetic (MFU {utilised:.2f}): smaller weights don't help there.")
     if (bandwidth := environment.get("copy_bytes_per_second")) and theirs.shares["overhead"] >= MOSTLY:
         reading = theirs.weight_bytes / bandwidth / theirs.seconds
         if reading < MOSTLY:
-            found.append(
+            sentences.append(
                 f"Of the baseline's step {point}, {theirs.shares['overhead']:.0%} lies outside kernels and reading the weights takes about "
                 f"{reading:.0%}: smaller weights can hardly show."
             )
     if theirs.cache_bytes > theirs.weight_bytes:
         times = theirs.cache_bytes / max(1, theirs.weight_bytes)
-        found.append(f"The cache that a step {point} reads is {times:.1f} times the baseline's weights.")
-    return found
+        sentences.append(f"The cache that a step {point} reads is {times:.1f} times the baseline's weights.")
+    return sentences

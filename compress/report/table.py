@@ -1,4 +1,4 @@
-"""Tables that show what they are given as text, whatever it holds: in Markdown, HTML, LaTeX and for a terminal."""
+"""Tables that show their cells as text, whatever these hold: in Markdown, HTML, LaTeX and for a terminal."""
 
 import html
 import re
@@ -55,7 +55,7 @@ def room() -> int | None:
 
 
 def fitted(header: list[str], rows: list[list[str]], width: int | None) -> list[str]:
-    """Lines for a terminal. Nothing is left out: a table that is too wide is turned on its side, its names folded; where that is too wide
+    """Lines for a terminal. Nothing is left out: a table that is too wide is turned on its side, its names folded. Where that is too wide
     as well, it comes in pieces below each other, each with the first column. (rich's own tables take two milliseconds a row.)
     """
     narrow = [re.sub(r" \[|, ", "\n", title).removesuffix("]") for title in header]
@@ -77,7 +77,7 @@ def _folded(name: str, most: int) -> str:
 
 
 def _pieces(grid: Grid, width: int) -> list[tuple[Grid, int]]:
-    """A grid in pieces that fit, and how many of their columns are flush left; what the first column says stands in each."""
+    """A grid in pieces that fit, and how many of their columns are flush left; each has the first column."""
     widths, pieces = _widths(grid), [[0, 1]]
     for column in range(2, len(widths)):
         if _width([widths[place] for place in [*pieces[-1], column]]) > width and len(pieces[-1]) > 1:

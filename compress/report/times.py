@@ -11,17 +11,17 @@ SMALL = 0.005  # of the whole, below which a phase isn't named in the sentence
 
 def totals(report: Report) -> dict[str, float]:
     """Seconds by phase, longest first; what was in none comes last."""
-    found: dict[str, float] = {}
+    by_phase: dict[str, float] = {}
     for phase in report.phases:
-        found[phase.name] = found.get(phase.name, 0.0) + phase.seconds
-    return dict(sorted(found.items(), key=lambda item: (item[0] == REST, -item[1])))
+        by_phase[phase.name] = by_phase.get(phase.name, 0.0) + phase.seconds
+    return dict(sorted(by_phase.items(), key=lambda item: (item[0] == REST, -item[1])))
 
 
 def sentence(report: Report) -> str:
     """Where the 214 s went: generating 80 s, timing 75 s, stages 31 s, the rest 7 s."""
-    found = totals(report)
-    whole = sum(found.values())
-    named = {name: seconds for name, seconds in found.items() if name != REST and seconds >= SMALL * whole}
+    by_phase = totals(report)
+    whole = sum(by_phase.values())
+    named = {name: seconds for name, seconds in by_phase.items() if name != REST and seconds >= SMALL * whole}
     parts = [*named.items(), (REST, whole - sum(named.values()))]
     return f"where the {duration(whole)} went: {', '.join(f'{name} {duration(seconds)}' for name, seconds in parts)}"
 
@@ -31,11 +31,11 @@ def rows(report: Report) -> list[list[str]]:
     by_side: dict[tuple[str, str | None], float] = {}
     for phase in report.phases:
         by_side[phase.name, phase.side] = by_side.get((phase.name, phase.side), 0.0) + phase.seconds
-    found = []
+    body = []
     for name, seconds in totals(report).items():
         of_each = (by_side.get((name, side)) for side in ("baseline", "candidate", None))
-        found.append([name, *("-" if of_one is None else f"{of_one:.1f} s" for of_one in of_each), f"{seconds:.1f} s"])
-    return [*found, ["the whole", "-", "-", "-", f"{sum(totals(report).values()):.1f} s"]]
+        body.append([name, *("-" if of_one is None else f"{of_one:.1f} s" for of_one in of_each), f"{seconds:.1f} s"])
+    return [*body, ["the whole", "-", "-", "-", f"{sum(totals(report).values()):.1f} s"]]
 
 
 def section(report: Report) -> str:

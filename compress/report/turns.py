@@ -23,20 +23,20 @@ def disturbances(turns: Sequence[Turn]) -> list[str]:
 
 def rows(report: Report) -> list[list[str]]:
     """How the machine was while the sides took turns, a row a round under `HEAD`: the most in any turn of it."""
-    found = []
+    body = []
     for number in range(max((turn.round for turn in report.turns), default=-1) + 1):
         inside = [turn for turn in report.turns if turn.round == number]
         waiting = [turn.waiting for turn in inside if turn.waiting is not None]
         counted = sum(turn.kept for turn in inside)
-        found.append([
+        body.append([
             str(number + 1), f"{counted} of {len(inside)}", f"{sum(turn.seconds for turn in inside):.1f} s",
             f"{max(waiting):.1%}" if waiting else "-", f"{max(turn.steal for turn in inside):.1%}",
             f"{max(turn.others for turn in inside):.1f}", f"{max(turn.load for turn in inside):.1f}",
         ])  # fmt: skip
-    return found
+    return body
 
 
 def section(report: Report) -> str:
     """The rounds in Markdown."""
-    found = rows(report)
-    return "## Machine\n\nThe most in any turn of a round; every turn is in report.json.\n\n" + table(HEAD, found) if found else ""
+    body = rows(report)
+    return "## Machine\n\nThe most in any turn of a round; every turn is in report.json.\n\n" + table(HEAD, body) if body else ""

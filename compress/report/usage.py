@@ -1,4 +1,4 @@
-"""How an artifact's card says that the model is used: code that loads and runs it as it was measured, and what that must print.
+"""The usage section of an artifact's card: code that loads and runs the model as it was measured, and what that must print.
 
 Plain transformers, but for kernels that the recipe's runtime set. The code holds the report's first example whole.
 """
@@ -33,11 +33,11 @@ class Use:
     task     of the recipe
     data, generation   the recipe's blocks, as plain data
     device   where it was measured
-    packed   how its weights are, by its config; empty where they aren't
-    kernels  functions of this package that it was run by
-    longest  tokens of an input; None where nothing bounds it
+    packed   the format of its packed weights, by its config; empty where they aren't packed
+    kernels  functions of this package that set the kernels it was run with
+    longest  tokens of an input at most; None where nothing bounds it
     stops    whether the model's own generation config has strings to stop at
-    likely   whether a likelihood is all that was measured
+    likely   whether only a likelihood was measured
     """
 
     task: str
@@ -52,10 +52,10 @@ class Use:
 
 
 def section(recipe: Recipe, artifact: Path, report: Report | None) -> str:
-    """The code that runs as it stands in the artifact's folder, with what it prints where a report says."""
+    """Code that runs as it stands in the artifact's folder, with what it prints where a report has that."""
     use = _use(recipe, artifact, report)
     export, engine = exports.read(artifact), recipe.engine.module
-    example = next((one for one in report.predictions if len(one.prompt) <= LONGEST), None) if report else None
+    example = next((prediction for prediction in report.predictions if len(prediction.prompt) <= LONGEST), None) if report else None
     if export is not None:
         method = methods.find("export", export.format)
         return _in_its_engine(use, method, requirements(method.ABOUT.extra or ""), example, report)
@@ -171,8 +171,8 @@ def _printed(use: Use, measured: bool) -> list[str]:
         shown = "print(model.config.id2label[label])"
     else:
         settings = {key: value for key, value in use.generation.items() if value is not None and key != "seed"}
-        given = ", ".join(["attention_mask=torch.ones_like(inputs)", *(f"{key}={value!r}" for key, value in settings.items())])
-        result = f"output = model.generate(inputs, {given}{', tokenizer=tokenizer' if use.stops else ''})"
+        arguments = ", ".join(["attention_mask=torch.ones_like(inputs)", *(f"{key}={value!r}" for key, value in settings.items())])
+        result = f"output = model.generate(inputs, {arguments}{', tokenizer=tokenizer' if use.stops else ''})"
         new = "output[0, len(ids) :]" if use.task == "causal-lm" else "output[0]"
         first = f".split({use.data['shot_separator']!r})[0].strip()" if use.data["shots"] else ""
         shown = f"print(tokenizer.decode({new}, skip_special_tokens=True).strip(){first})"
@@ -180,7 +180,7 @@ def _printed(use: Use, measured: bool) -> list[str]:
 
 
 def _promise(use: Use, example: Prediction | None, report: Report | None) -> list[str]:
-    """What the code prints, or why that can't be said."""
+    """What the code prints, or why that can't be foretold."""
     if report is None or not report.predictions:
         return []
     if example is None:
@@ -202,7 +202,7 @@ def _promise(use: Use, example: Prediction | None, report: Report | None) -> lis
 
 
 def _literal(name: str, text: str) -> list[str]:
-    """Python that gives a name to a text: printable, in lines of some length, with nothing that Markdown or HTML would act upon."""
+    """Python that assigns a text to a name: printable, in short lines, with nothing that Markdown or HTML would act upon."""
     pieces = re.findall(rf"(?s:.{{1,{LINE}}}(?:\s|\Z)|.{{1,{LINE}}})", text) or [""]
     written = [repr(piece).replace("`", r"\x60").replace("<", r"\x3c") for piece in pieces]
     return [f"{name} = {written[0]}"] if len(written) == 1 else [f"{name} = (", *(f"    {piece}" for piece in written), ")"]
@@ -210,7 +210,7 @@ def _literal(name: str, text: str) -> list[str]:
 
 def _json(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return content if isinstance(content, dict) else {}

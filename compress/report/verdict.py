@@ -1,10 +1,10 @@
 """May the candidate replace the baseline? Every figure against its counterpart, every gate against its limit.
 
-A gate is a test of non-inferiority: it passes when the whole interval lies within the limit, fails when it lies outside, and can't tell
-when the limit is inside it, or when there is too little for an interval. Sizes are exact and have none. The worst gate decides; what was
-not measured can't pass.
+A gate is a test of non-inferiority: it passes when the whole interval lies within the limit, and fails when it lies outside. It can't tell
+when the limit is inside the interval, or when there is too little data for one. Sizes are exact and have none. The worst gate decides;
+what was not measured can't pass.
 
-Among many gates one fails by chance more easily than it would alone, so failures are held to Holm's correction. Passes need none: all
+Among many gates one fails by chance more easily than a single one would, so failures are held to Holm's correction. Passes need none: all
 gates pass by chance together no more easily than each of them alone (an intersection-union test, Berger 1982).
 """
 
@@ -31,14 +31,14 @@ WORDS = {"max_drop": " drop", "max_rise": " rise", "max_ratio": " ratio", "min_r
 
 @dataclass(frozen=True)
 class Pair:
-    """A figure on both sides. `same_run` says that the sides took turns; examples are always the same ones."""
+    """A figure on both sides. `same_run`: whether the sides took turns; examples are always the same ones."""
 
     theirs: Measurement
     ours: Measurement
     same_run: bool
 
     def effect(self, ratio: bool) -> Effect:
-        """candidate / baseline, or candidate - baseline, by which quality alone is compared."""
+        """candidate / baseline, or for quality candidate - baseline unless a ratio is asked for."""
         a, b = self.theirs, self.ours
         assert a.value is not None and b.value is not None
         kind = METRICS[b.metric].kind
@@ -69,8 +69,8 @@ class Claim:
     """That one limit of a gate is kept at one figure.
 
     effect          a difference, a ratio or the candidate's own value
-    scale, origin   scale x (effect - origin) is what the limit bounds: a drop in points is the difference turned round
-    left_out        examples that the effect doesn't rest on
+    scale, origin   the limit bounds scale x (effect - origin): a drop in points is the difference with its sign turned
+    left_out        how many examples the effect doesn't rest on
     """
 
     figure: Measurement
@@ -92,19 +92,19 @@ class Claim:
         at_most = self.kind.startswith("max") == (self.scale > 0)
         return self.effect.at_most(self.bound) if at_most else self.effect.at_least(self.bound)
 
-    def said(self, value: float) -> float:
-        """An effect in the words of the limit."""
-        return self.scale * (value - self.origin) + 0.0
+    def on_limit_scale(self, effect: float) -> float:
+        """An effect on the scale that the limit is given on."""
+        return self.scale * (effect - self.origin) + 0.0
 
 
 def pairs(baseline: Side, candidate: Side, same_run: bool) -> list[Pair]:
     """Every figure that both sides have."""
-    found = []
+    matches = []
     for ours in candidate.measurements:
         theirs = baseline.figure(ours.point)
         if theirs is not None and theirs.value is not None and ours.value is not None:
-            found.append(Pair(theirs, ours, same_run))
-    return found
+            matches.append(Pair(theirs, ours, same_run))
+    return matches
 
 
 def compare(pair: Pair, confidence: float) -> Comparison:
@@ -126,7 +126,7 @@ def compare(pair: Pair, confidence: float) -> Comparison:
 def gates(check: dict[str, Gate], compared: Sequence[Pair], baseline: Side | None, candidate: Side, confidence: float) -> list[GateResult]:
     """Every limit of every gate, at every grid point that either side was to be measured at."""
     by_point = {pair.ours.point: pair for pair in compared}
-    found: list[Claim | GateResult] = []
+    claims: list[Claim | GateResult] = []
     for metric, gate in check.items():
         sides = [side for side in (candidate, baseline) if side is not None]
         figures = {m.point: m for side in reversed(sides) for m in side.measurements if m.metric == metric}
@@ -135,13 +135,13 @@ def gates(check: dict[str, Gate], compared: Sequence[Pair], baseline: Side | Non
             if limit is None:
                 continue
             if not figures:
-                found.append(_unmeasured(Measurement(metric=metric, value=None), kind, limit, "not measured"))
+                claims.append(_unmeasured(Measurement(metric=metric, value=None), kind, limit, "not measured"))
             for point, figure in figures.items():
                 theirs = baseline.figure(point) if baseline is not None else None
-                found.append(_claim(figure, by_point.get(point), theirs, candidate.figure(point), kind, limit))
-    chances = [one for one in found if isinstance(one, Claim) and one.effect.samples and one.effect.known]
+                claims.append(_claim(figure, by_point.get(point), theirs, candidate.figure(point), kind, limit))
+    chances = [claim for claim in claims if isinstance(claim, Claim) and claim.effect.samples and claim.effect.known]
     corrected = dict(zip(map(id, chances), statistics.holm([claim.confidence for claim in chances]), strict=True))
-    return [_judged(one, corrected.get(id(one)), len(chances), confidence) if isinstance(one, Claim) else one for one in found]
+    return [_judged(claim, corrected.get(id(claim)), len(chances), confidence) if isinstance(claim, Claim) else claim for claim in claims]
 
 
 def is_clear(check: dict[str, Gate], sides: Sequence[Side]) -> bool:
@@ -183,9 +183,9 @@ def require_comparable(ours: Report, theirs: Report) -> None:
 
 
 def measured_how(report: Report) -> dict[str, Any]:
-    """All that two reports must share for their figures to be comparable, by name. What is off isn't said, as in reports that are older."""
+    """All that two reports must share for their figures to be comparable, by name. What is off is left out: older reports lack it."""
     settings, environment = report.settings, report.environment
-    said = {
+    conditions = {
         "the digest of the examples": report.examples_digest,
         **{f"data.{key}": settings["data"].get(key) for key in ("chat", "max_tokens", "stride")},
         **({f"data.{key}": settings["data"].get(key) for key in ("samples", "seed")} if settings["data"].get("join") is not None else {}),
@@ -195,11 +195,11 @@ def measured_how(report: Report) -> dict[str, Any]:
         **{what: environment.get(what) for what in ("device", "gpu", "cpu", "threads", "cores")},
         **{what: environment[what] for what, usual in USUAL.items() if environment.get(what, usual) != usual},
     }
-    return {what: value for what, value in said.items() if value}
+    return {what: value for what, value in conditions.items() if value}
 
 
 def baseline_key(report: Report, side: Side) -> str:
-    """The same for baselines that are one: the same model, measured alike."""
+    """A key that two baselines share if they are the same model, measured alike."""
     return json.dumps([side.model, report.engine, report.settings.get("model"), measured_how(report)], sort_keys=True, default=str)
 
 
@@ -212,13 +212,13 @@ def _flat(name: str, value: Any) -> dict[str, Any]:
     """{benchmark: {rounds: 2}} as {benchmark.rounds: 2}."""
     if not isinstance(value, dict):
         return {name: value}
-    return {path: one for key, inner in value.items() for path, one in _flat(f"{name}.{key}", inner).items()}
+    return {path: leaf for key, inner in value.items() for path, leaf in _flat(f"{name}.{key}", inner).items()}
 
 
 def _claim(
     figure: Measurement, pair: Pair | None, theirs: Measurement | None, ours: Measurement | None, kind: str, limit: float
 ) -> Claim | GateResult:  # fmt: skip
-    """What a limit says at a figure, or why it can't be checked there."""
+    """The claim that a limit makes at a figure, or why it can't be checked there."""
     quality = METRICS[figure.metric].kind == "quality"
     if quality and ours is not None and (broken := _broken(theirs, ours)):
         return _result(figure, kind, limit, "fail", f"{figure.label} of the candidate is broken: {broken}")
@@ -240,10 +240,10 @@ def _claim(
 
 
 def _broken(theirs: Measurement | None, ours: Measurement) -> str | None:
-    """What the candidate gave in the place of numbers that the baseline gave; None where it gave numbers too."""
-    if found := lost(theirs, ours):
-        said = ", ".join(f"{reason} in {number:,}" for reason, number in found.items())
-        return f"{said} of {len(ours.samples):,} examples" + (" in which the baseline's is a number" if theirs is not None else "")
+    """What the candidate has in place of numbers that the baseline has; None where it has numbers too."""
+    if reasons := lost(theirs, ours):
+        counts = ", ".join(f"{reason} in {number:,}" for reason, number in reasons.items())
+        return f"{counts} of {len(ours.samples):,} examples" + (" in which the baseline's is a number" if theirs is not None else "")
     if ours.value is None and not ours.samples and not (theirs is not None and theirs.value is None):
         return ours.reason
     return None
@@ -257,13 +257,15 @@ def _judged(claim: Claim, corrected: float | None, tests: int, confidence: float
     effect, level = claim.effect, (1 - confidence) / 2
     unit = "" if claim.kind in RATIOS else f" {claim.figure.unit}"
     bound = f"{'at most' if claim.kind.startswith('max') else 'at least'} {claim.limit:g}{unit} is allowed"
-    what = f"{claim.figure.label}{WORDS[claim.kind]} is {claim.said(effect.estimate):.4g}{unit}"
+    what = f"{claim.figure.label}{WORDS[claim.kind]} is {claim.on_limit_scale(effect.estimate):.4g}{unit}"
     interval, total = effect.interval(confidence), claim.left_out + effect.samples
     left_out = f"; {claim.left_out:,} of {total:,} examples are left out" if claim.left_out else ""
     if interval is None:
         sentence = f"{what}, from too little data for an interval{left_out}; {bound}"
-        return _result(claim.figure, claim.kind, claim.limit, "cannot_tell", sentence, claim.said(effect.estimate), left_out=claim.left_out)
-    low, high = sorted(map(claim.said, interval))
+        return _result(
+            claim.figure, claim.kind, claim.limit, "cannot_tell", sentence, claim.on_limit_scale(effect.estimate), left_out=claim.left_out
+        )
+    low, high = sorted(map(claim.on_limit_scale, interval))
     spread = "" if low == high else f" ({100 * confidence:g} % {low:.4g} to {high:.4g})"
     broken = claim.confidence if corrected is None else corrected
     verdict: Verdict = "pass" if claim.confidence >= 1 - level else "fail" if broken <= level else "cannot_tell"
@@ -274,17 +276,17 @@ def _judged(claim: Claim, corrected: float | None, tests: int, confidence: float
         needed = effect.needed(claim.bound, confidence)
         sentence += f"; {_more(claim, needed, tests if claim.confidence <= level else 0)}"
     return _result(
-        claim.figure, claim.kind, claim.limit, verdict, sentence, claim.said(effect.estimate), (low, high), needed, claim.left_out
+        claim.figure, claim.kind, claim.limit, verdict, sentence, claim.on_limit_scale(effect.estimate), (low, high), needed, claim.left_out
     )
 
 
 def _more(claim: Claim, needed: Needed | None, tests: int) -> str:
-    """What would tell. `tests` is how many there are where the claim would fail alone."""
+    """What would decide a claim. `tests` is their number where the claim on its own would fail, else 0."""
     if tests:
-        return f"alone it would fail, as one of {tests} it may be chance"
+        return f"on its own it would fail, as one of {tests} it may be chance"
     what = "examples" if METRICS[claim.figure.metric].kind == "quality" else "rounds"
     if needed is None:
-        return f"how many {what} would tell can't be said"
+        return f"how many {what} would tell is unknown"
     if needed.most is None:
         number, early = f"at least about {needed.least:,}", "; it is too early to say how many at most"
     else:
@@ -293,7 +295,7 @@ def _more(claim: Claim, needed: Needed | None, tests: int) -> str:
 
 
 def _absolute(figure: Measurement) -> Effect:
-    """The candidate's own value with what is known of it."""
+    """The candidate's own value with its uncertainty."""
     assert figure.value is not None
     kind = METRICS[figure.metric].kind
     if kind == "size":

@@ -19,37 +19,35 @@ SMALLER = 0.9  # weights that shrank by less aren't expected to make a differenc
 def notes(
     stages: list[StageRecord], compared: list[Comparison], environment: dict[str, Any], sides: list[Side], gates: Sequence[GateResult] = ()
 ) -> list[str]:
-    """The sentences; none where the candidate is smaller and faster everywhere and every layer was compressed that was to be.
+    """The sentences; none where the candidate is smaller and faster everywhere and no layer was left out unasked.
 
-    gates   than which no sentence is surer
+    gates   no sentence claims more than they do
     """
-    found = _speed(stages, compared, environment, sides, gates)
+    sentences = _speed(stages, compared, environment, sides, gates)
     by_name = {c.metric: c for c in compared}
     weights, run = by_name.get("weight_bytes"), by_name.get("peak_run_bytes")
     if weights and weights.candidate >= weights.baseline:
         files = by_name.get("file_bytes")
         on_disk = f", though on disk they are {change(files)}" if files and files.candidate < files.baseline else ""
-        found.append(f"Once loaded, the weights take no less memory than before{on_disk}. {_at_run_time(stages)}")
+        sentences.append(f"Once loaded, the weights take no less memory than before{on_disk}. {_at_run_time(stages)}")
     elif weights and run and run.low is not None and run.low > 0.95:
         saved = scaled(weights.baseline - weights.candidate, "bytes")
-        found.append(
+        sentences.append(
             f"Peak memory while running did not fall although the weights shrank by {saved}: they are now "
             f"{weights.candidate / run.candidate:.0%} of it; cache, activations and the kernels' own buffers are the rest."
         )
     if foreign := environment.get("foreign_gpu_bytes"):
-        found.append(
-            f"Other processes held {scaled(foreign, 'bytes')} of the GPU meanwhile, so it was not this run's alone; measure again without."
-        )
+        sentences.append(f"Other processes held {scaled(foreign, 'bytes')} of the GPU meanwhile; measure again without them.")
     if cut := environment.get("inputs_cut"):
-        found.append(
-            f"{cut} inputs were longer than the model's context or data.max_tokens and were cut, alike on both sides: at the end of"
-            " their longest field, or at their start where shots stand there; what stands around it is whole."
+        sentences.append(
+            f"{cut} inputs were longer than the model's context or data.max_tokens and were cut, alike on both sides. The cut is at the"
+            " end of their longest field, or at their start where shots stand there; the text around it is whole."
         )
-    return found + [sentence for record in stages for sentence in _left_out(record)]
+    return sentences + [sentence for record in stages for sentence in _left_out(record)]
 
 
 def open_points(gates: Sequence[GateResult]) -> set[tuple[str, int | None, int | None]]:
-    """The figures of which a gate can't tell whether they keep it: what nothing else of a report calls better or worse either."""
+    """The figures at which a gate can't tell yet; nothing else in a report calls these better or worse."""
     return {(gate.metric, gate.batch_size, gate.prompt_tokens) for gate in gates if gate.verdict == "cannot_tell"}
 
 
@@ -66,13 +64,13 @@ def _speed(
     slower, unsure = ([c for c in higher if (c.point in undecided) == doubted] for doubted in (False, True))
     alike = [c for c in timed if c not in higher and c.high is not None and c.high >= 1]
     shrank = any(c.metric == "weight_bytes" and c.candidate < SMALLER * c.baseline for c in compared)
-    found = [f"Not shown to be slower than the baseline at {_places(unsure)}: the gate there can't tell yet."] if unsure else []
+    sentences = [f"Not shown to be slower than the baseline at {_places(unsure)}: the gate there can't tell yet."] if unsure else []
     if slower:
         reasons = steps.costs(sides, max(slower, key=_estimate))[:2] or [_at_run_time(stages, slows=True)]
-        found.insert(0, " ".join([f"Slower than the baseline at {_places(slower)}.", *reasons]))
+        sentences.insert(0, " ".join([f"Slower than the baseline at {_places(slower)}.", *reasons]))
     elif alike and shrank and (reasons := steps.reasons(sides, max(alike, key=_estimate), environment)[:2]):
-        found.append(" ".join([f"Not shown to be faster than the baseline at {_places(alike)}.", *reasons]))
-    return found
+        sentences.append(" ".join([f"Not shown to be faster than the baseline at {_places(alike)}.", *reasons]))
+    return sentences
 
 
 def _places(compared: list[Comparison]) -> str:
@@ -85,7 +83,7 @@ def _estimate(compared: Comparison) -> float:
 
 
 def at_run_time(record: StageRecord) -> str | None:
-    """What a stage's method says happens at every step of its models; None for a method that isn't there any more."""
+    """What happens at every step of a model by a stage's method; None for a method that no longer exists."""
     about = _about(record)
     return about.at_run_time if about else None
 
@@ -114,6 +112,6 @@ def _few(names: list[str], how: str) -> str:
 
 
 def _at_run_time(stages: list[StageRecord], slows: bool = False) -> str:
-    """What the methods say happens at every step of their models; with `slows` those alone that can make a step longer by it."""
+    """What happens at every step of a model by the stages' methods; with `slows` only of those that can make a step longer."""
     sentences = [f"{record.name}: {about.at_run_time}." for record in stages if (about := _about(record)) and (about.slows or not slows)]
     return " ".join(sentences) or "Nothing was done to the model that would explain it."

@@ -37,11 +37,11 @@ def write(report: Report, folder: Path, phases: Callable[[], list[Phase]] = list
 
 
 def read_notes(artifact: Path) -> dict[str, Any]:
-    """What a stage noted in its artifact: `layers`, what it `said`, and the `curve` of its training."""
+    """A stage's notes in its artifact: `layers`, their `account`, what it `said`, and the `curve` of its training."""
     file = artifact / NOTES
     noted = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {"layers": [], "said": []}
     account = Account.model_validate(noted["account"]) if noted.get("account") else None
-    layers, curve = ([kind.model_validate(one) for one in noted.get(key, [])] for key, kind in (("layers", Layer), ("curve", Point)))
+    layers, curve = ([kind.model_validate(entry) for entry in noted.get(key, [])] for key, kind in (("layers", Layer), ("curve", Point)))
     return {"layers": layers, "account": account, "said": noted["said"], "curve": curve}
 
 
@@ -49,5 +49,7 @@ def read_cut(artifact: Path, where: str, key: str) -> Cut | None:
     """The reading of a stage in which most prompts were cut, `key` being what the recipe limits them by; None where it read none."""
     file = artifact / NOTES
     noted = json.loads(file.read_text(encoding="utf-8")).get("cut", []) if file.is_file() else []
-    found = [Cut(where=where, key=key if one["by_key"] else None, **{name: one[name] for name in ("cut", "all", "limit")}) for one in noted]
-    return max(found, key=lambda one: one.share, default=None)
+    readings = [
+        Cut(where=where, key=key if entry["by_key"] else None, **{name: entry[name] for name in ("cut", "all", "limit")}) for entry in noted
+    ]
+    return max(readings, key=lambda reading: reading.share, default=None)

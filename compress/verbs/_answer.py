@@ -17,24 +17,24 @@ EXIT = {"pass": 0, "fail": 1, "cannot_tell": 4}
 WORST_FIRST = (1, 3, 4, 0)  # exit statuses
 
 
-def refuse(given: Namespace) -> None:
-    """See before any work that `tell` can write its files."""
-    for flag, file in (("--junit", given.junit), ("--markdown", given.markdown)):
+def refuse(options: Namespace) -> None:
+    """Check before any work that `tell` can write its files. Raises InputError."""
+    for flag, file in (("--junit", options.junit), ("--markdown", options.markdown)):
         if file and (file.is_dir() or not os.access(file if file.exists() else file.parent, os.W_OK)):
             raise InputError(f"{flag} {file}: can't be written to")
-    if given.junit and given.junit == given.markdown:
-        raise InputError(f"--junit and --markdown are both {given.junit}; name two files")
+    if options.junit and options.junit == options.markdown:
+        raise InputError(f"--junit and --markdown are both {options.junit}; name two files")
 
 
-def tell(reports: Sequence["Report"], given: Namespace) -> None:
+def tell(reports: Sequence["Report"], options: Namespace) -> None:
     """Tell a pipeline: the files of `_arguments.telling`, and on GitHub's runners annotations, which they read on stderr too."""
     from compress.files import write_whole
     from compress.report import ci, markdown
 
-    if given.junit:
-        write_whole(given.junit, ci.junit(reports))
-    if given.markdown:
-        write_whole(given.markdown, "\n\n".join(map(markdown.brief, reports)) + "\n")
+    if options.junit:
+        write_whole(options.junit, ci.junit(reports))
+    if options.markdown:
+        write_whole(options.markdown, "\n\n".join(map(markdown.brief, reports)) + "\n")
     if os.environ.get("GITHUB_ACTIONS") == "true":
         for line in (line for report in reports for line in ci.annotations(report)):
             print(line, file=sys.stderr)
@@ -63,11 +63,11 @@ def _status(report: "Report", measured_only: bool) -> int:
     return 3 if failed else 0 if measured_only else EXIT[report.verdict]
 
 
-def log(report: "Report", wanted: Sequence[str]) -> None:
-    """Log a report that was shown. A tracker that doesn't take it is named, and changes nothing else."""
+def log(report: "Report", tracker_names: Sequence[str]) -> None:
+    """Log a report that was shown. A tracker that fails is named on stderr, with no other effect."""
     from compress import trackers
 
-    for tracker in wanted:
+    for tracker in tracker_names:
         try:
             with redirect_stdout(sys.stderr):  # where --json has a document
                 trackers.log(report, tracker)
@@ -76,7 +76,7 @@ def log(report: "Report", wanted: Sequence[str]) -> None:
 
 
 def complain(messages: Iterable[str]) -> None:
-    """Name what is passed over."""
+    """Print a warning for each thing that is passed over."""
     for message in messages:
         print(f"compress: {printable(message)}; it is passed over", file=sys.stderr)
 

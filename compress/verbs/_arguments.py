@@ -25,8 +25,8 @@ def overriding(parser: ArgumentParser) -> None:
 class _Engine(Action):
     """`--engine NAME` is `--set engine=NAME`."""
 
-    def __call__(self, parser: ArgumentParser, given: Namespace, value: Any, option: str | None = None) -> None:
-        given.set = [*given.set, f"engine={value}"]
+    def __call__(self, parser: ArgumentParser, namespace: Namespace, value: Any, option: str | None = None) -> None:
+        namespace.set = [*namespace.set, f"engine={value}"]
 
 
 def telling(parser: ArgumentParser) -> None:

@@ -1,4 +1,4 @@
-"""Measure one model with the harness alone; no stages, no baseline.
+"""Measure one model with the harness: no stages, no baseline.
 
 Exit status: 0 measured, 2 bad input, 3 the run failed.
 
@@ -19,15 +19,15 @@ def arguments(parser: ArgumentParser) -> None:
     tracking(parser)
 
 
-def call(given: Namespace) -> int:
+def call(options: Namespace) -> int:
     gc.enable()  # which `main` turned off, for verbs that answer at once
     from compress import pipeline, terminal, trackers
     from compress.recipe import load
 
-    trackers.require(given.log)
-    loaded = load(given.recipe, given.set)
+    trackers.require(options.log)
+    loaded = load(options.recipe, options.set)
     with terminal.bars() as progress:
-        report = pipeline.bench(given.model, loaded, given.out, given.device, progress, given.strict)
-    status = finish([report], given.json, measured_only=True)
-    log(report, given.log)
+        report = pipeline.bench(options.model, loaded, options.out, options.device, progress, options.strict)
+    status = finish([report], options.json, measured_only=True)
+    log(report, options.log)
     return status

@@ -2,7 +2,7 @@
 
 Reports are what `compare` takes: folders, folders of reports, patterns, recipes. Of several each is checked, and the worst decides; those
 that can't be read are named on stderr. With --against, the candidate of another report is the baseline; the two must have been measured
-alike. With --best, the other one is found: of all reports in a place that passed and were measured alike, the one with the best figure.
+alike. With --best, that report is chosen: of all in a place that passed and were measured alike, the one with the best figure.
 
 On GitHub's runners (GITHUB_ACTIONS=true) every gate that doesn't pass becomes an annotation.
 
@@ -33,31 +33,31 @@ def arguments(parser: ArgumentParser) -> None:
     telling(parser)
 
 
-def call(given: Namespace) -> int:
+def call(options: Namespace) -> int:
     from compress import pipeline
     from compress.report import history
     from compress.report.frame import find_reports, read_reports
     from compress.results.report import read_report
 
-    refuse(given)
-    for flag, value in (("--against", given.against), ("--best", given.best), ("--gates", given.gates)):
+    refuse(options)
+    for flag, value in (("--against", options.against), ("--best", options.best), ("--gates", options.gates)):
         if value == "":
-            raise InputError(f"{flag} '': it is empty, as a variable is that isn't set")
-    if given.best and not given.against:
-        raise InputError("--best says which of the reports under --against counts; give --against DIR with it")
-    reports = _read(find_reports(given.reports, given.out))
-    if given.best:
-        others, damaged = read_reports(find_reports([given.against], given.out))
+            raise InputError(f"{flag} '': it is empty, like a variable that isn't set")
+    if options.best and not options.against:
+        raise InputError("--best picks one of the reports under --against; give --against DIR with it")
+    reports = _read(find_reports(options.reports, options.out))
+    if options.best:
+        others, damaged = read_reports(find_reports([options.against], options.out))
         complain(damaged)
-        baselines: list[Report | None] = [read_report(history.best(report, others, given.best).folder) for report in reports]
+        baselines: list[Report | None] = [read_report(history.best(report, others, options.best).folder) for report in reports]
     else:
-        baselines = [*map(read_report, find_reports([given.against], given.out))] if given.against else [None]
+        baselines = [*map(read_report, find_reports([options.against], options.out))] if options.against else [None]
         if len(baselines) > 1:
-            raise InputError(f"--against {given.against}: {len(baselines)} reports lie there; name one, or give --best METRIC with it")
+            raise InputError(f"--against {options.against}: {len(baselines)} reports lie there; name one, or give --best METRIC with it")
         baselines *= len(reports)
-    checked = [pipeline.check(report, baseline, given.gates) for report, baseline in zip(reports, baselines, strict=True)]
-    status = finish(checked, given.json)
-    tell(checked, given)
+    checked = [pipeline.check(report, baseline, options.gates) for report, baseline in zip(reports, baselines, strict=True)]
+    status = finish(checked, options.json)
+    tell(checked, options)
     return status
 
 

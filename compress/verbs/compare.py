@@ -22,24 +22,24 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--columns", nargs="+", default=[], metavar="FIGURE", help="the figures to show: rougeL weight_bytes latency_p50")
     parser.add_argument("--sort", metavar="FIGURE", help="the best in this figure first; FIGURE:reverse turns that round")
     parser.add_argument("--pareto", action="store_true", help="only models that no other beats on the figures shown")
-    parser.add_argument("--unlike", action="store_true", help="compare what was not measured alike too, and say what differs")
+    parser.add_argument("--unlike", action="store_true", help="compare reports that were not measured alike too, and show what differs")
     parser.add_argument("--format", choices=FORMATS, default="table")
 
 
-def call(given: Namespace) -> int:
+def call(options: Namespace) -> int:
     from compress.report import compare
     from compress.report.frame import find_reports, read_reports
     from compress.report.table import room
 
-    reports, damaged = read_reports(find_reports(given.reports, given.out))
+    reports, damaged = read_reports(find_reports(options.reports, options.out))
     complain(damaged)
-    found = compare.rows([part for report in reports for part in report.parts])
-    if not given.unlike:
-        compare.require_alike(found)
-    figures = compare.labels(found, given.columns)
-    if given.sort:
-        found = compare.ranked(found, given.sort)
-    if given.pareto:
-        found = compare.unbeaten(found, figures)
-    print(compare.as_text(found, figures, "json" if given.json else given.format, room()))
+    rows = compare.rows([part for report in reports for part in report.parts])
+    if not options.unlike:
+        compare.require_alike(rows)
+    figures = compare.labels(rows, options.columns)
+    if options.sort:
+        rows = compare.ranked(rows, options.sort)
+    if options.pareto:
+        rows = compare.unbeaten(rows, figures)
+    print(compare.as_text(rows, figures, "json" if options.json else options.format, room()))
     return 0

@@ -12,10 +12,10 @@ def arguments(parser: ArgumentParser) -> None:
     """No arguments of its own."""
 
 
-def call(given: Namespace) -> int:
+def call(options: Namespace) -> int:
     from compress import engines, terminal
 
-    found = [
+    descriptions = [
         {
             "engine": name, "about": (module.__doc__ or "").split("\n")[0], "reads": module.ABOUT.reads, "export": module.ABOUT.opens,
             "tasks": list(module.ABOUT.tasks), "devices": list(module.ABOUT.devices), "packages": list(module.ABOUT.packages),
@@ -25,8 +25,8 @@ def call(given: Namespace) -> int:
         for name in engines.names()
         for module in [engines.find(name)]
     ]  # fmt: skip
-    if given.json:
-        print_json(found)
+    if options.json:
+        print_json(descriptions)
     else:
-        terminal.show_engines(found)
+        terminal.show_engines(descriptions)
     return 0

@@ -17,21 +17,21 @@ from compress.verbs._arguments import of_reports
 def arguments(parser: ArgumentParser) -> None:
     of_reports(parser)
     parser.add_argument("--metric", required=True, metavar="METRIC", help="rougeL, weight_bytes, latency_p50, 'ttft [batch 1, prompt 64]'")
-    parser.add_argument("--recipe", metavar="NAME", help="this recipe's runs alone")
+    parser.add_argument("--recipe", metavar="NAME", help="only this recipe's runs")
 
 
-def call(given: Namespace) -> int:
+def call(options: Namespace) -> int:
     from dataclasses import asdict
 
     from compress import terminal
     from compress.report import history
     from compress.report.frame import find_reports, read_reports
 
-    found, damaged = read_reports(find_reports(given.reports, given.out, newest_only=False))
+    reports, damaged = read_reports(find_reports(options.reports, options.out, newest_only=False))
     complain(damaged)
-    lines = history.lines(found, given.metric, given.recipe)
-    if given.json:
-        print_json({"metric": given.metric, "lines": [asdict(line) for line in lines], "damaged": damaged})
+    lines = history.lines(reports, options.metric, options.recipe)
+    if options.json:
+        print_json({"metric": options.metric, "lines": [asdict(line) for line in lines], "damaged": damaged})
     else:
         terminal.show_history(lines)
     return 0

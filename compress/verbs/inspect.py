@@ -15,7 +15,7 @@ from compress.verbs._arguments import on_a_device
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", metavar="MODEL", help="a model folder, a hub id, or builtin")
     parser.add_argument(
-        "--task", metavar="TASK", help="seq2seq, causal-lm or sequence-classification; told from the model's config where left out"
+        "--task", metavar="TASK", help="seq2seq, causal-lm or sequence-classification; by default read from the model's config"
     )
     parser.add_argument("--batch-size", type=int, default=1, metavar="N", help="inputs in the forward pass that is timed (1)")
     parser.add_argument(
@@ -26,19 +26,19 @@ def arguments(parser: ArgumentParser) -> None:
     on_a_device(parser)
 
 
-def call(given: Namespace) -> int:
+def call(options: Namespace) -> int:
     from compress import pipeline, terminal
 
-    if given.picture:
+    if options.picture:
         from compress.inspection import picture
 
-        picture.refuse(given.picture)
+        picture.refuse(options.picture)
     with terminal.bars() as progress:
-        found = pipeline.inspect(given.model, given.task, given.device, given.batch_size, given.tokens, progress)
-    if given.picture:
-        picture.draw(found, given.picture)
-    if given.json:
-        print_json(found.as_json())
+        inspection = pipeline.inspect(options.model, options.task, options.device, options.batch_size, options.tokens, progress)
+    if options.picture:
+        picture.draw(inspection, options.picture)
+    if options.json:
+        print_json(inspection.as_json())
     else:
-        terminal.show_inspection(found, given.all)
+        terminal.show_inspection(inspection, options.all)
     return 0

@@ -12,11 +12,11 @@ def arguments(parser: ArgumentParser) -> None:
     """No arguments of its own."""
 
 
-def call(given: Namespace) -> int:
+def call(options: Namespace) -> int:
     from compress import terminal
     from compress.methods import everyone
 
-    found = [
+    descriptions = [
         {
             "family": family, "method": name, "about": (method.__doc__ or "").split("\n")[0], "packages": list(method.ABOUT.packages),
             "extra": method.ABOUT.extra, "install": method.ABOUT.install_line if method.ABOUT.packages else None,
@@ -25,8 +25,8 @@ def call(given: Namespace) -> int:
         }
         for family, name, method in everyone()
     ]  # fmt: skip
-    if given.json:
-        print_json(found)
+    if options.json:
+        print_json(descriptions)
     else:
-        terminal.show_methods(found)
+        terminal.show_methods(descriptions)
     return 0

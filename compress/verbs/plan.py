@@ -1,6 +1,6 @@
-"""Foretell what a recipe takes, from its model's config.json alone: memory at each point and dtype, time and disk.
+"""Foretell what a recipe takes, from its model's config.json only: memory at each point and dtype, time and disk.
 
-Nothing is loaded. Sizes are told for this machine, or for a GPU of a known kind.
+Nothing is loaded. Sizes are for this machine, or for a GPU of a known kind.
 
 Exit status: 0 foretold, 2 bad input.
 
@@ -16,19 +16,19 @@ from compress.verbs._arguments import overriding
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
     overriding(parser)
-    parser.add_argument("--gpu", metavar="NAME", help="a kind of GPU, such as h100-80gb; this machine's own, or its CPU, where left out")
+    parser.add_argument("--gpu", metavar="NAME", help="a kind of GPU, such as h100-80gb; by default this machine's own, or its CPU")
 
 
-def call(given: Namespace) -> int:
+def call(options: Namespace) -> int:
     from compress import terminal
     from compress.forecast import machine, plan
     from compress.recipe import load
 
-    loaded = load(given.recipe, given.set)
-    place = machine.named(given.gpu) if given.gpu else machine.here(loaded.benchmark.threads)
-    found = plan.plan(loaded, place)
-    if given.json:
-        print_json(found.as_json())
+    loaded = load(options.recipe, options.set)
+    place = machine.named(options.gpu) if options.gpu else machine.here(loaded.benchmark.threads)
+    forecast = plan.plan(loaded, place)
+    if options.json:
+        print_json(forecast.as_json())
     else:
-        terminal.show_plan(found)
+        terminal.show_plan(forecast)
     return 0

@@ -27,26 +27,26 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--processes", type=int, metavar="N", help="train in so many processes, whose batches make one step (1)")
 
 
-def call(given: Namespace) -> int:
+def call(options: Namespace) -> int:
     gc.enable()  # which `main` turned off, for verbs that answer at once
     from compress import pipeline, terminal, trackers
     from compress.forecast.plan import remarks
     from compress.recipe import load
     from compress.team import launched
 
-    copy, processes = launched() or (0, 1 if given.processes is None else given.processes)
+    copy, processes = launched() or (0, 1 if options.processes is None else options.processes)
     if copy > 0:
         return 0
-    if given.processes not in (None, processes):
-        raise InputError(f"--processes {given.processes}: {processes} were launched; leave one of the two out")
-    refuse(given)
-    trackers.require(given.log)
-    loaded = load(given.recipe, given.set)
+    if options.processes not in (None, processes):
+        raise InputError(f"--processes {options.processes}: {processes} were launched; leave one of the two out")
+    refuse(options)
+    trackers.require(options.log)
+    loaded = load(options.recipe, options.set)
     for sentence in remarks(loaded):
         print(printable(sentence), file=sys.stderr)
     with terminal.bars() as progress:
-        report = pipeline.run(loaded, given.out, given.device, progress, processes, given.strict)
-    status = finish([report], given.json)
-    tell([report], given)
-    log(report, given.log)
+        report = pipeline.run(loaded, options.out, options.device, progress, processes, options.strict)
+    status = finish([report], options.json)
+    tell([report], options)
+    log(report, options.log)
     return status

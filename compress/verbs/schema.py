@@ -12,7 +12,7 @@ def arguments(parser: ArgumentParser) -> None:
     """No arguments of its own."""
 
 
-def call(given: Namespace) -> int:
+def call(options: Namespace) -> int:
     from compress import recipe
 
     print_json(recipe.schema())

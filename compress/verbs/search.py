@@ -1,8 +1,8 @@
 """Look for the best recipe under gates, among values of some of its keys; write it as a recipe.
 
-Optuna proposes. A recipe whose whole interval breaks a gate on quality on a few examples already is given up; the others are measured in
-full, and of those that keep every gate, the recipe's own too, the best is the one with the least of what is minimised. A search that was
-interrupted goes on where it was when it is started again.
+Optuna proposes. A recipe is given up if its whole interval breaks a gate on quality on a few examples already; the others are measured in
+full. The best of those that keep every gate, the recipe's own included, is the one with the lowest value of what is minimised. Started
+again, an interrupted search goes on where it was.
 
 A gate is METRIC:CHANGE, the change in the metric's unit or in per cent: rougeL:-1.0 may be lower by a point, latency_p50:+5% higher by 5 %.
 
@@ -27,20 +27,20 @@ if TYPE_CHECKING:
 def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("recipe", metavar="RECIPE", help="a recipe file, or the name of a shipped one")
     parser.add_argument("--keep", action="append", default=[], metavar="METRIC:CHANGE", help="a gate: how much a metric may change")
-    parser.add_argument("--minimise", required=True, metavar="METRIC", help="what is to be as low as may be, such as file_bytes")
+    parser.add_argument("--minimise", required=True, metavar="METRIC", help="the metric to minimise, such as file_bytes")
     parser.add_argument(
         "--over", action="append", required=True, metavar="KEY=VALUES",
         help="what may be chosen: bits=2,3,4,8 of these, 0.1..0.7 any between, 1e-5..1e-3:log any power of ten as often",
     )  # fmt: skip
-    parser.add_argument("--trials", type=int, default=20, metavar="N", help="recipes to try, those of former starts with them (20)")
+    parser.add_argument("--trials", type=int, default=20, metavar="N", help="recipes to try, including those of earlier starts (20)")
     measuring(parser)
     spreading(parser)
 
 
-def call(given: Namespace) -> int:
+def call(options: Namespace) -> int:
     gc.enable()  # which `main` turned off, for verbs that answer at once
-    if given.trials < 1:
-        raise InputError(f"--trials {given.trials}: must be 1 or more")
+    if options.trials < 1:
+        raise InputError(f"--trials {options.trials}: must be 1 or more")
     from dataclasses import asdict
 
     from compress import terminal
@@ -49,28 +49,28 @@ def call(given: Namespace) -> int:
     from compress.results.report import read_report
     from compress.search import Search
 
-    search = Search(given.recipe, given.keep, given.minimise, given.over, given.set)
-    with terminal.bars() as progress, cluster() if given.on == "ray" else nullcontext() as workers:
-        found = search.run(given.out, given.trials, given.device, progress, given.strict, workers)
-    best, verdicts = found.best, [one.verdict for one in found.tried]
-    if given.json:
+    search = Search(options.recipe, options.keep, options.minimise, options.over, options.set)
+    with terminal.bars() as progress, cluster() if options.on == "ray" else nullcontext() as workers:
+        outcome = search.run(options.out, options.trials, options.device, progress, options.strict, workers)
+    best, verdicts = outcome.best, [trial.verdict for trial in outcome.tried]
+    if options.json:
         print_json(
             {
-                "best": best and {**asdict(best), "recipe": str(found.file)},
-                "tried": [{**asdict(one), **_judged(one)} for one in found.tried],
+                "best": best and {**asdict(best), "recipe": str(outcome.file)},
+                "tried": [{**asdict(trial), **_judged(trial)} for trial in outcome.tried],
             }
         )
     else:
-        if reports := [read_report(one.report, figures_only=True) for one in found.tried if one.report]:
-            terminal.show_comparison(reports, given.minimise)
-        if left := [(search.variant(one.choice).name, one.reason) for one in found.tried if one.reason]:
+        if reports := [read_report(trial.report, figures_only=True) for trial in outcome.tried if trial.report]:
+            terminal.show_comparison(reports, options.minimise)
+        if left := [(search.variant(trial.choice).name, trial.reason) for trial in outcome.tried if trial.reason]:
             terminal.show_reasons("left out", left)
         if best is None:
             print("no recipe was shown to keep the gates")
         else:
             name = search.variant(best.choice).name
-            change = f"x{best.value:.3f}" if METRICS[given.minimise].kind != "quality" else f"{best.value:+.3g}"
-            print(f"best: {name}, {given.minimise} {change}\nrecipe    {found.file}\nreport    {best.report}")
+            change = f"x{best.value:.3f}" if METRICS[options.minimise].kind != "quality" else f"{best.value:+.3g}"
+            print(f"best: {name}, {options.minimise} {change}\nrecipe    {outcome.file}\nreport    {best.report}")
     return 0 if best else 4 if "cannot_tell" in verdicts else 1 if "fail" in verdicts else 3
 
 

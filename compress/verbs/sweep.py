@@ -1,8 +1,8 @@
 """Run many recipes, or one with every combination of some values; one table and one page of all.
 
 All are checked before anything runs. Stages that several have in common are made once, and candidates take turns with one baseline. Each
-gets a report of its own; one that fails is named with its reason, and the others go on. What was measured before into the same folder is
-found there: an interrupted sweep goes on where it was, and gets further values. The page of all lies in DIR/sweeps.
+gets a report of its own; one that fails is named with its reason, and the others go on. Reports of an earlier sweep in the same folder are
+used again: an interrupted sweep goes on where it was, and further values may be added. The page of all lies in DIR/sweeps.
 
 Exit status: 0 all were measured, 2 bad input, 3 some could not be.
 
@@ -27,21 +27,21 @@ def arguments(parser: ArgumentParser) -> None:
     spreading(parser)
 
 
-def call(given: Namespace) -> int:
+def call(options: Namespace) -> int:
     gc.enable()  # which `main` turned off, for verbs that answer at once
     from compress import sweep, terminal, trackers
     from compress.cluster import cluster
 
-    trackers.require(given.log)
-    recipes = sweep.expand(given.recipes, given.grid, given.set)
-    with terminal.bars() as progress, cluster() if given.on == "ray" else nullcontext() as workers:
-        outcomes = sweep.run(recipes, given.out, given.device, progress, given.strict, workers)
-    reports = [one.report for one in outcomes if one.report]
-    failed = [(one.recipe.name, one.reason) for one in outcomes if one.reason]
+    trackers.require(options.log)
+    recipes = sweep.expand(options.recipes, options.grid, options.set)
+    with terminal.bars() as progress, cluster() if options.on == "ray" else nullcontext() as workers:
+        outcomes = sweep.run(recipes, options.out, options.device, progress, options.strict, workers)
+    reports = [outcome.report for outcome in outcomes if outcome.report]
+    failed = [(outcome.recipe.name, outcome.reason) for outcome in outcomes if outcome.reason]
     for report in reports:
-        log(report, given.log)
-    if given.json:
-        page = sweep.page(outcomes, given.out)
+        log(report, options.log)
+    if options.json:
+        page = sweep.page(outcomes, options.out)
         failures = [{"recipe": name, "reason": reason} for name, reason in failed]
         shown = [{"recipe": report.recipe, **report.as_json()} for report in reports]
         print_json({"reports": shown, "failed": failures, "page": page and str(page)})
@@ -50,6 +50,6 @@ def call(given: Namespace) -> int:
         terminal.show_comparison(reports)
     if failed:
         terminal.show_reasons("failed", failed)
-    if page := sweep.page(outcomes, given.out):
+    if page := sweep.page(outcomes, options.out):
         print(f"page      {page}")
     return 3 if failed else 0

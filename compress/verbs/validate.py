@@ -1,9 +1,9 @@
-"""Read recipes and say all that is wrong with each, with what lies here of its model and data, and with what is installed.
+"""Read recipes and list all that is wrong with each, with its model and data as far as they lie here, and with what is installed.
 
-Nothing is loaded or fetched: of a model's folder its config and the headers of its weights are read, of a data file its first rows; what
-lies on the hub is named as not looked at. With --text-only the recipe's text alone counts, for machines where model and data don't lie.
+Nothing is loaded or fetched. Of a model's folder the config and the headers of the weights are read, of a data file the first rows. What
+lies on the hub is named as not looked at. With --text-only only the recipe's text counts, for machines that lack model and data.
 
-Where a model's config lies on this disk, what the settings do to layers of its shapes is said too.
+Where a model's config lies on this disk, it is also told what the settings do to layers of its shapes.
 
 Exit status: 0 all are right, 2 some are not.
 
@@ -22,7 +22,7 @@ def arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--text-only", action="store_true", help="look at nothing but the recipe's text")
 
 
-def call(given: Namespace) -> int:
+def call(options: Namespace) -> int:
     from compress import preflight
     from compress.forecast.plan import remarks
     from compress.recipe import load
@@ -31,22 +31,22 @@ def call(given: Namespace) -> int:
     seen: dict[str, list[str]] = {}
     unseen: dict[str, list[str]] = {}
     told: dict[str, list[str]] = {}
-    for recipe in given.recipes:
+    for recipe in options.recipes:
         mistakes[recipe], seen[recipe], unseen[recipe] = [], [], []
         try:
             loaded = load(recipe)
-            if not given.text_only:
+            if not options.text_only:
                 sight = preflight.look(loaded)
                 mistakes[recipe], seen[recipe], unseen[recipe] = sight.mistakes, sight.seen, sight.unseen
                 told[recipe] = remarks(loaded)
         except CompressError as error:
             mistakes[recipe] = str(error).split("\n")
-    if given.json:
+    if options.json:
         print_json({"valid": not any(mistakes.values()), "recipes": mistakes, "looked_at": seen, "not_looked_at": unseen, "remarks": told})
     for recipe, lines in mistakes.items():
         for line in lines:
             print(printable(line), file=sys.stderr)
-        if not given.json:
+        if not options.json:
             if not lines:
                 print(f"{printable(recipe)}: a valid recipe")
             for what, places in (("looked at", seen[recipe]), ("not looked at, for it is the hub's", unseen[recipe])):

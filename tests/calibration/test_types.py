@@ -37,16 +37,16 @@ def shown(name, folder, **changes):
 
 def states_before_blocks(bundle, told):
     """The hidden states that each block of the whole model is given in plain forward passes, batch by batch."""
-    model, given = bundle.model, {}
+    model, received = bundle.model, {}
     for stack, blocks in block_stacks(model).items():
         for index, block in enumerate(blocks):
-            states = given[f"{stack}.{index}"] = []
+            states = received[f"{stack}.{index}"] = []
             hook = lambda _, args, kwargs, states=states: states.append(args[0] if args else kwargs["hidden_states"])  # noqa: E731
             block.register_forward_pre_hook(hook, with_kwargs=True)
     with torch.no_grad():
         for inputs in batches(model, bundle.tokenizer, told):
             model(**inputs)
-    return given
+    return received
 
 
 @pytest.mark.parametrize("name", [name for name in ALL if name not in {*GPT2, *REFUSED.keys() - {"DebertaV2ForSequenceClassification"}}])

@@ -127,8 +127,8 @@ def named_by_the_config(folder, weights):
 
 
 def two_of_which_neither_is_whole(folder, weights):
-    one, other = halves(weights).values()
-    put(one, folder / SINGLE)
+    first, other = halves(weights).values()
+    put(first, folder / SINGLE)
     index(folder, {"model-00001-of-00001.safetensors": other})
 
 
@@ -163,7 +163,7 @@ REFUSED = {
 
 
 @pytest.fixture
-def made(toys, tmp_path):
+def model_of(toys, tmp_path):
     def make(way):
         folder = tmp_path / "model"
         shutil.copytree(toys["llama"], folder)
@@ -175,26 +175,26 @@ def made(toys, tmp_path):
 
 @pytest.mark.parametrize("way", WAYS, ids=lambda way: way.__name__)
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
-def test_what_the_pass_reads_is_what_plain_transformers_loads(made, tmp_path, way, dtype):
-    folder = made(way)
+def test_what_the_pass_reads_is_what_plain_transformers_loads(model_of, tmp_path, way, dtype):
+    folder = model_of(way)
     check_folder(folder)
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
     filled, weights = empty(Source(str(folder), "causal-lm", dtype), tmp_path)
     weights.fill(filled, "", "cpu")
     filled.tie_weights(recompute_mapping=False)
-    expected, found = plain.state_dict(), filled.state_dict()
-    assert expected.keys() == found.keys()
+    expected, actual = plain.state_dict(), filled.state_dict()
+    assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
-        assert found[name].dtype == tensor.dtype, name
-        assert torch.equal(found[name], tensor), name
+        assert actual[name].dtype == tensor.dtype, name
+        assert torch.equal(actual[name], tensor), name
     assert (filled.lm_head.weight is filled.model.embed_tokens.weight) == (plain.lm_head.weight is plain.model.embed_tokens.weight)
     bytes_loaded = sum(p.numel() * p.element_size() for p in plain.parameters())
     assert parameter_bytes(skeleton(Source(str(folder), "causal-lm", dtype))) == bytes_loaded
 
 
 @pytest.mark.parametrize("way", REFUSED, ids=lambda way: way.__name__)
-def test_what_is_no_whole_model_is_refused_before_any_work(made, tmp_path, way):
-    folder = made(way)
+def test_what_is_no_whole_model_is_refused_before_any_work(model_of, tmp_path, way):
+    folder = model_of(way)
     with pytest.raises(ModelError, match=REFUSED[way]) as raised:
         check_folder(folder)
         empty(Source(str(folder), "causal-lm"), tmp_path)
@@ -202,9 +202,9 @@ def test_what_is_no_whole_model_is_refused_before_any_work(made, tmp_path, way):
 
 
 @pytest.mark.parametrize("way", [stray_file, head_of_its_own_under_a_tied_config, no_dtype], ids=lambda way: way.__name__)
-def test_a_smaller_model_is_made_of_that_model(made, tmp_path, way):
+def test_a_smaller_model_is_made_of_that_model(model_of, tmp_path, way):
     """By perplexity in plain transformers on both sides; 8 bits change next to nothing."""
-    folder = made(way)
+    folder = model_of(way)
     artifact = tmp_path / "artifact"
     rtn.apply(bundle(folder, "llama", "auto"), rtn.Settings(bits=8), context()).save(artifact)
     ids = torch.randint(3, 64, (4, 30), generator=torch.Generator().manual_seed(2))
@@ -219,22 +219,22 @@ def test_a_smaller_model_is_made_of_that_model(made, tmp_path, way):
 
 
 @pytest.mark.parametrize("way", [*WAYS, two_of_which_neither_is_whole], ids=lambda way: way.__name__)
-def test_the_files_are_those_that_transformers_resolves(made, way):
+def test_the_files_are_those_that_transformers_resolves(model_of, way):
     """The rule is written out because processes without torch need it; here it is held against transformers' own."""
-    folder = made(way)
+    folder = model_of(way)
     assert (SINGLE, INDEX) == (utils.SAFE_WEIGHTS_NAME, utils.SAFE_WEIGHTS_INDEX_NAME)
     resolve = getattr(modeling_utils, "_get_resolved_checkpoint_files", None)
     assert resolve, "transformers resolves checkpoint files elsewhere now; look whether weight_files still does as it does"
-    wanted = dict.fromkeys(inspect.signature(resolve).parameters)
+    arguments = dict.fromkeys(inspect.signature(resolve).parameters)
     named = json.loads((folder / "config.json").read_text()).get("transformers_weights")
-    wanted |= {"pretrained_model_name_or_path": str(folder), "use_safetensors": True, "transformers_explicit_filename": named}
-    resolved, _ = resolve(**wanted)
+    arguments |= {"pretrained_model_name_or_path": str(folder), "use_safetensors": True, "transformers_explicit_filename": named}
+    resolved, _ = resolve(**arguments)
     assert sorted(resolved) == [str(file) for file in weight_files(folder)]
     assert file_bytes(folder) == sum(file.stat().st_size for file in weight_files(folder))
 
 
-def test_weights_beside_are_no_part_of_what_a_model_is(made):
-    folder = made(lambda *_: None)
+def test_weights_beside_are_no_part_of_what_a_model_is(model_of):
+    folder = model_of(lambda *_: None)
     before = fingerprint(Source(str(folder), "causal-lm"))
     stray_file(folder, load_file(folder / SINGLE))
     assert fingerprint(Source(str(folder), "causal-lm")) == before
@@ -242,8 +242,8 @@ def test_weights_beside_are_no_part_of_what_a_model_is(made):
     assert fingerprint(Source(str(folder), "causal-lm")) != before
 
 
-def test_weights_are_read_one_module_at_a_time_and_changed_apart(made, tmp_path):
-    folder = made(lambda *_: None)
+def test_weights_are_read_one_module_at_a_time_and_changed_apart(model_of, tmp_path):
+    folder = model_of(lambda *_: None)
     filled, weights = empty(Source(str(folder), "causal-lm"), tmp_path)
     weights.fill(filled, "model.layers.1", "cpu")
     assert not any(p.is_meta for p in filled.model.layers[1].parameters())

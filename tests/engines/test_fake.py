@@ -122,9 +122,9 @@ def test_an_engine_that_cannot_open_a_model_says_so(report_of):
         ({"engine": 3}, "the name of an engine is wanted"),
         ({"engines": []}, "a list of engines is wanted"),
         ({"engines": ["fake", "fake"]}, "fake stands twice"),
-        ({"engine": "fake", "engines": ["fake"]}, "engine and engines say the same"),
+        ({"engine": "fake", "engines": ["fake"]}, "engine and engines mean the same"),
         ({"engine": "fake", "metrics": ["divergence"]}, "divergence can't be measured in it"),
-        ({"engine": "fake", "generation": {"do_sample": True, "max_new_tokens": 4}}, "engines draw otherwise"),
+        ({"engine": "fake", "generation": {"do_sample": True, "max_new_tokens": 4}}, "no two engines draw alike"),
         ({"engine": "fake", "stages": [{"export": "ctranslate2"}]}, "it opens no ctranslate2"),
         (
             {"engine": "ctranslate2", "model": {"id": "x", "task": "sequence-classification"}, "metrics": ["accuracy"]},

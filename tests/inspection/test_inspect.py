@@ -29,12 +29,12 @@ NEAR = ("zero", "below_hundredth", "below_tenth", "below_half")
 
 
 def look(folder, task="", tokens=None) -> Inspection:
-    found = measure.inspect(quiet, Inspect(Source(str(folder), task), "cpu", 2, tokens))
-    return Inspection.model_validate({"model": "toy", **json.loads(json.dumps(found, allow_nan=False))})
+    answer = measure.inspect(quiet, Inspect(Source(str(folder), task), "cpu", 2, tokens))
+    return Inspection.model_validate({"model": "toy", **json.loads(json.dumps(answer, allow_nan=False))})
 
 
-def named(found: Inspection, name: str) -> Part:
-    return next(part for part in found.parts if part.name == name)
+def named(inspection: Inspection, name: str) -> Part:
+    return next(part for part in inspection.parts if part.name == name)
 
 
 def store(folder, changed):
@@ -51,13 +51,13 @@ def looked(toys):
 @pytest.mark.parametrize("kind", TASKS)
 def test_counts_are_those_of_the_file(toys, looked, kind):
     """The file holds every weight once, under the name of the module that has it first or another that shares it."""
-    found, stored = looked[kind], load_file(toys[kind] / "model.safetensors")
+    inspection, stored = looked[kind], load_file(toys[kind] / "model.safetensors")
     stored.pop("final_logits_bias", None)  # a buffer of BART's
-    assert found.task == TASKS[kind], "told from the config"
-    assert found.parameters == sum(part.parameters for part in found.parts) == sum(tensor.size for tensor in stored.values())
+    assert inspection.task == TASKS[kind], "told from the config"
+    assert inspection.parameters == sum(part.parameters for part in inspection.parts) == sum(tensor.size for tensor in stored.values())
     loaded = load_model(Source(str(toys[kind]), TASKS[kind]), "cpu")
-    assert found.bytes == sum(part.bytes for part in found.parts) == held.weight_bytes(loaded)
-    linear = {part.name: part for part in found.parts if part.kind == "linear"}
+    assert inspection.bytes == sum(part.bytes for part in inspection.parts) == held.weight_bytes(loaded)
+    linear = {part.name: part for part in inspection.parts if part.kind == "linear"}
     blocks = {"t5": 2 * 7 + 2 * 11, "bart": 2 * 6 + 2 * 10, "llama": 2 * 7, "gpt2": 2 * 4, "bert": 2 * 6 + 1}
     assert len(linear) == blocks[kind]
     for name, part in linear.items():
@@ -70,20 +70,20 @@ def test_counts_are_those_of_the_file(toys, looked, kind):
             (weight == 0).mean(), *((abs(weight) < bound * rms).mean() for bound in (0.01, 0.1, 0.5))
         ]  # fmt: skip
     heads = {"t5": "lm_head", "bart": "lm_head", "llama": "lm_head", "gpt2": "lm_head", "bert": "classifier"}
-    assert [part.name for part in found.parts if part.kind == "head"] == [heads[kind]]
+    assert [part.name for part in inspection.parts if part.kind == "head"] == [heads[kind]]
 
 
 @pytest.mark.parametrize("kind", TASKS)
 def test_shares_sum_to_one_and_stay_when_pooled(looked, kind):
-    found = looked[kind]
-    rows = [row for row, _ in grouped(found.parts)]
+    inspection = looked[kind]
+    rows = [row for row, _ in grouped(inspection.parts)]
     for share in ("parameter_share", "byte_share", "time_share"):
-        assert math.fsum(getattr(part, share) for part in found.parts) == pytest.approx(1, abs=1e-12)
+        assert math.fsum(getattr(part, share) for part in inspection.parts) == pytest.approx(1, abs=1e-12)
         assert math.fsum(getattr(row, share) for row in rows) == pytest.approx(1, abs=1e-12)
-        assert min(getattr(part, share) for part in found.parts) >= 0
-    assert sum(row.parameters for row in rows) == found.parameters
-    assert sum(row.weights for row in rows) == found.whole().weights
-    assert found.parts[-1].kind == "rest"
+        assert min(getattr(part, share) for part in inspection.parts) >= 0
+    assert sum(row.parameters for row in rows) == inspection.parameters
+    assert sum(row.weights for row in rows) == inspection.whole().weights
+    assert inspection.parts[-1].kind == "rest"
 
 
 @pytest.mark.parametrize(("kind", "owner"), [("bart", "model.shared"), ("llama", "model.embed_tokens"), ("gpt2", "transformer.wte")])
@@ -110,18 +110,18 @@ def planted(tmp_path_factory):
 
 
 def test_planted_zeros_are_found_exactly(planted):
-    found = look(planted)
-    layer = named(found, "model.layers.0.mlp.up_proj")
+    inspection = look(planted)
+    layer = named(inspection, "model.layers.0.mlp.up_proj")
     assert [getattr(layer, name) for name in NEAR] == [share / 11008 for share in (11, 33, 66, 110)]
-    empty = named(found, "model.layers.1.mlp.down_proj")
+    empty = named(inspection, "model.layers.1.mlp.down_proj")
     assert [empty.rms, *(getattr(empty, name) for name in NEAR)] == [0, 1, 1, 1, 1]
-    sick = named(found, "model.layers.0.mlp.gate_proj")
+    sick = named(inspection, "model.layers.0.mlp.gate_proj")
     assert (sick.remark, sick.weights, sick.zero) == ("3 of its weights are NaN or infinite", 0, None)
-    assert "model.layers.0.mlp.gate_proj: 3 of its weights are NaN or infinite" in found.remarks
-    row = next(row for row, _ in grouped(found.parts) if row.name == "model.layers.*.mlp.up_proj (2 layers)")
-    other = named(found, "model.layers.1.mlp.up_proj")
+    assert "model.layers.0.mlp.gate_proj: 3 of its weights are NaN or infinite" in inspection.remarks
+    row = next(row for row, _ in grouped(inspection.parts) if row.name == "model.layers.*.mlp.up_proj (2 layers)")
+    other = named(inspection, "model.layers.1.mlp.up_proj")
     assert row.below_half == pytest.approx((110 + other.below_half * 11008) / 22016, rel=1e-12)
-    assert "are zero. Zeros alone buy no speed" in found.said[2]
+    assert "are zero. Zeros alone buy no speed" in inspection.said[2]
 
 
 def test_a_chunk_at_a_time_is_the_same(planted, monkeypatch):
@@ -146,25 +146,25 @@ def test_hooks_are_gone_afterwards():
 
 @pytest.mark.parametrize(("kind", "method"), [("gpt2", "bnb_nf4"), ("llama", "bnb_int8"), ("gpt2", "int8_dynamic")])
 def test_packed_layers_are_measured_packed_and_looked_at_unpacked(toys, looked, tmp_path, kind, method):
-    made = make(toys[kind], kind, method, tmp_path / "made")
-    loaded, found = load_model(Source(str(made), TASKS[kind]), "cpu"), look(made)
-    assert found.bytes == held.weight_bytes(loaded) == sum(part.bytes for part in found.parts)
-    assert found.parameters == parameter_count(loaded) == sum(part.parameters for part in found.parts)
-    assert "quantised already" in found.said[0]
-    for part in found.parts:
+    artifact = make(toys[kind], kind, method, tmp_path / "made")
+    loaded, inspection = load_model(Source(str(artifact), TASKS[kind]), "cpu"), look(artifact)
+    assert inspection.bytes == held.weight_bytes(loaded) == sum(part.bytes for part in inspection.parts)
+    assert inspection.parameters == parameter_count(loaded) == sum(part.parameters for part in inspection.parts)
+    assert "quantised already" in inspection.said[0]
+    for part in inspection.parts:
         if part.kind == "linear":
             assert part.weights > 0
             assert part.bytes < 1.3 * part.parameters
-    assert found.of("linear").rms == pytest.approx(looked[kind].of("linear").rms, rel=0.05)
-    assert found.of("linear").below_half == pytest.approx(looked[kind].of("linear").below_half, abs=0.03)
+    assert inspection.of("linear").rms == pytest.approx(looked[kind].of("linear").rms, rel=0.05)
+    assert inspection.of("linear").below_half == pytest.approx(looked[kind].of("linear").below_half, abs=0.03)
 
 
 def test_gptq_packed_by_compressed_tensors(toys, tmp_path):
-    made = make(toys["llama"], "llama", "gptq", tmp_path / "made", bits=4, group_size=32)
-    found = look(made)
-    assert found.parameters == look(toys["llama"]).parameters
-    assert found.of("linear").bytes < 0.7 * found.of("linear").parameters, "packed as loaded"
-    assert found.of("linear").weights == found.of("linear").parameters, "looked at after the pass that unpacks them"
+    artifact = make(toys["llama"], "llama", "gptq", tmp_path / "made", bits=4, group_size=32)
+    inspection = look(artifact)
+    assert inspection.parameters == look(toys["llama"]).parameters
+    assert inspection.of("linear").bytes < 0.7 * inspection.of("linear").parameters, "packed as loaded"
+    assert inspection.of("linear").weights == inspection.of("linear").parameters, "looked at after the pass that unpacks them"
 
 
 def test_weights_packed_beyond_looking_are_refused():
@@ -191,13 +191,13 @@ def test_packed_weights_without_their_package_are_refused(toys, tmp_path):
 
 
 def test_the_python_side(toys):
-    found = compress.inspect(str(toys["bert"]), tokens=8)
-    frame = found.frame
-    assert (found.model, found.tokens, found.batch_size) == (str(toys["bert"]), 8, 1)
+    inspection = compress.inspect(str(toys["bert"]), tokens=8)
+    frame = inspection.frame
+    assert (inspection.model, inspection.tokens, inspection.batch_size) == (str(toys["bert"]), 8, 1)
     assert list(frame.columns) == list(Part.model_fields)
-    assert frame.parameters.sum() == found.parameters
+    assert frame.parameters.sum() == inspection.parameters
     assert frame.set_index("name").loc["the rest", ["rms", "zero"]].isna().all()
-    assert len(found.said) == 3
+    assert len(inspection.said) == 3
 
 
 @pytest.mark.parametrize("kind", TASKS)
@@ -273,8 +273,8 @@ def test_the_picture(looked, tmp_path, kind, ending):
 
 
 def test_the_picture_has_the_tables_figures(looked):
-    made = picture.figure(looked["llama"])
-    bars, heat = made.axes[:2]
+    drawing = picture.figure(looked["llama"])
+    bars, heat = drawing.axes[:2]
     rows = [row for row, _ in grouped(looked["llama"].parts)]
     widths = [bar.get_width() for bar in bars.patches]
     assert widths == pytest.approx([100 * getattr(row, share) for share in picture.BARS for row in rows])
@@ -382,5 +382,6 @@ def test_a_damaged_model_is_refused(toys, tmp_path):
 
 
 def test_the_help_names_every_option():
-    given = parser().parse_args(["inspect", "builtin"])
-    assert (given.batch_size, given.tokens, given.task, given.device, given.all, given.picture) == (1, None, None, "auto", False, None)
+    options = parser().parse_args(["inspect", "builtin"])
+    defaults = (1, None, None, "auto", False, None)
+    assert (options.batch_size, options.tokens, options.task, options.device, options.all, options.picture) == defaults

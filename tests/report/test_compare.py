@@ -42,8 +42,8 @@ def one(name, folder, rouge=70.9, size=1e6, speed=0.02, **changes):
 
 
 def verb(*arguments):
-    given = cli.parser().parse_args(["compare", *map(str, arguments)])
-    return given.call(given)
+    options = cli.parser().parse_args(["compare", *map(str, arguments)])
+    return options.call(options)
 
 
 @pytest.fixture
@@ -136,7 +136,7 @@ def test_unknown_figures_are_named(three):
         verb(three, "--columns", "weight_byte")
     both = [m.model_copy(update={"batch_size": size}) for m in made().sides[0].measurements[2:3] for size in (1, 8)]
     grid = made(sides=[Side(role="candidate", model="m", measurements=both)])
-    with pytest.raises(ReportError, match=r"say which: 'latency_p50 \[batch 1, prompt 64\]', 'latency_p50 \[batch 8, prompt 64\]'"):
+    with pytest.raises(ReportError, match=r"name one of 'latency_p50 \[batch 1, prompt 64\]', 'latency_p50 \[batch 8, prompt 64\]'"):
         compare.ranked(compare.rows([grid]), "latency_p50")
 
 
@@ -237,8 +237,8 @@ def test_check_takes_what_compare_takes_and_the_worst_decides(three, tmp_path, c
     gates.write_text("rougeL: {max_drop: 1.0}\n")
 
     def check(*arguments):
-        given = cli.parser().parse_args(["check", *map(str, arguments), "--gates", str(gates)])
-        return given.call(given)
+        options = cli.parser().parse_args(["check", *map(str, arguments), "--gates", str(gates)])
+        return options.call(options)
 
     assert check("good", "--json") == 0 and json.loads(capsys.readouterr().out)["verdict"] == "pass"
     assert check("good", "sm*", "--json", "--junit", "all.xml") == 1

@@ -86,10 +86,10 @@ def test_the_frame_is_tidy_and_missing_is_missing(tmp_path):
     write.write(made(run="r2"), tmp_path / "a" / "r2")
     frame = compress.load_reports(tmp_path / "a")
     assert len(frame) == 16
-    one = frame[(frame.run == "r1") & (frame.role == "candidate")].set_index(["metric", "batch_size"])
-    assert one.loc[("latency_p50", 8), "value"] is pandas.NA
-    assert one.loc[("latency_p50", 8), "reason"] == "out of memory"
-    assert tuple(one.loc[("latency_p50", 1), ["value", "unit", "better"]]) == (0.02, "s", "lower")
+    candidate = frame[(frame.run == "r1") & (frame.role == "candidate")].set_index(["metric", "batch_size"])
+    assert candidate.loc[("latency_p50", 8), "value"] is pandas.NA
+    assert candidate.loc[("latency_p50", 8), "reason"] == "out of memory"
+    assert tuple(candidate.loc[("latency_p50", 1), ["value", "unit", "better"]]) == (0.02, "s", "lower")
     parquet = pandas.read_parquet(tmp_path / "a" / "r1" / "measurements.parquet")
     assert list(parquet.columns) == list(frame.columns)
     assert compress.load_reports(str(tmp_path / "a" / "*1")).run.unique().tolist() == ["r1"]
@@ -183,7 +183,7 @@ def test_a_file_is_written_whole_or_not_at_all_and_a_device_stays_one(tmp_path):
         write_whole(Path("/dev/full"), "text")
     assert Path("/dev/full").is_char_device()
     write_whole(file, "after")
-    assert [(one.name, one.read_text()) for one in tmp_path.iterdir()] == [("x", "after")]
+    assert [(file.name, file.read_text()) for file in tmp_path.iterdir()] == [("x", "after")]
 
 
 @pytest.mark.parametrize(

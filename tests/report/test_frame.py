@@ -29,8 +29,8 @@ def loaded(tmp_path):
     check = {"weight_bytes": Gate(max_ratio=0.5, max=2.5e6)}
     for name, rouge, size in (("good", 71.9, 2e6), ("small", 68.0, 1e6), ("worse", 70.0, 3e6)):
         report = one(name, tmp_path / "draft" / name, rouge=rouge, size=size, speed=None if name == "worse" else 0.01)
-        found = verdict.gates(check, verdict.pairs(*report.sides, True), *report.sides, 0.95)
-        one(name, tmp_path / "in" / name, rouge=rouge, size=size, speed=None if name == "worse" else 0.01, gates=found)
+        results = verdict.gates(check, verdict.pairs(*report.sides, True), *report.sides, 0.95)
+        one(name, tmp_path / "in" / name, rouge=rouge, size=size, speed=None if name == "worse" else 0.01, gates=results)
     return compress.load_reports(tmp_path / "in")
 
 

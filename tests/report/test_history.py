@@ -47,8 +47,8 @@ def test_what_only_varies_seldom_shows_a_change():
 
     rng = np.random.default_rng(0)
     for runs in (6, 20):
-        found = sum(bool(history.changes(rng.normal(70, 1, runs).tolist())) for _ in range(200))
-        assert found <= 16, f"of 200 lines of {runs} runs; 10 are meant"
+        count = sum(bool(history.changes(rng.normal(70, 1, runs).tolist())) for _ in range(200))
+        assert count <= 16, f"of 200 lines of {runs} runs; 10 are meant"
 
 
 def test_a_line_holds_runs_that_were_measured_alike():
@@ -58,15 +58,15 @@ def test_a_line_holds_runs_that_were_measured_alike():
         at(3, 71.0, "c3", run="a"), at(1, 70.0, "c1"), at(2, None, "c2", reason="out of memory", verdict="fail"), at(5, 60.0, settings=otherwise),
         at(4, 80.0, name="another"), at(6, 50.0, environment={"device": "cpu", "cpu": "Xeon"}),
     ]  # fmt: skip
-    found = history.lines(reports, "rougeL", "toy")
-    assert [(line.machine, len(line.runs)) for line in found] == [("Epyc", 3), ("Epyc", 1), ("Xeon", 1)]
-    assert [bool(line.apart) for line in found] == [False, True, True]
-    assert found[1].apart[0].startswith("benchmark") and found[2].apart == ["cpu"]
-    runs = found[0].runs
+    lines = history.lines(reports, "rougeL", "toy")
+    assert [(line.machine, len(line.runs)) for line in lines] == [("Epyc", 3), ("Epyc", 1), ("Xeon", 1)]
+    assert [bool(line.apart) for line in lines] == [False, True, True]
+    assert lines[1].apart[0].startswith("benchmark") and lines[2].apart == ["cpu"]
+    runs = lines[0].runs
     assert [(run.created[8:10], run.commit, run.value, run.reason, run.verdict) for run in runs] == [
         ("01", "c1", 70.0, None, "pass"), ("02", "c2", None, "out of memory", "fail"), ("03", "c3", 71.0, None, "pass"),
     ]  # fmt: skip
-    assert found[0].changes is None, "too few runs"
+    assert lines[0].changes is None, "too few runs"
     assert {line.recipe for line in history.lines(reports, "rougeL")} == {"toy", "another"}
 
 

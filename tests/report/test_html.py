@@ -187,9 +187,9 @@ def test_candidates_stand_beside_the_baseline_that_they_share():
     assert [column.name for column in sections.columns([made("a"), made("b")])] == ["baseline", "a", "b"]
     other = made("b", sides=[made().sides[0].model_copy(update={"model": "/m/other"}), made().sides[1]])
     assert [column.name for column in sections.columns([made("a"), other])] == ["baseline baseline", "baseline other", "a", "b"]
-    alone = made("alone", sides=made().sides[1:])
-    assert [column.name for column in sections.columns([alone])] == ["alone"]
-    assert "alone, without a baseline" in html.render([alone])
+    single = made("alone", sides=made().sides[1:])
+    assert [column.name for column in sections.columns([single])] == ["alone"]
+    assert "alone, without a baseline" in html.render([single])
 
 
 @pytest.mark.parametrize(
@@ -219,8 +219,8 @@ def test_a_gate_is_drawn_with_what_it_allows_to_the_right_side_of_its_limit():
 
 def on_the_front(points, across, up):
     """By the definition: no other model is at least as good in both and better in one. Lower is better across, higher up."""
-    found = [(p["name"], p["figures"][across], p["figures"][up]) for p in points]
-    return {n for n, x, y in found if not any(a <= x and b >= y and (a < x or b > y) for _, a, b in found)}
+    models = [(p["name"], p["figures"][across], p["figures"][up]) for p in points]
+    return {n for n, x, y in models if not any(a <= x and b >= y and (a < x or b > y) for _, a, b in models)}
 
 
 def test_the_front_is_the_models_that_none_beats():

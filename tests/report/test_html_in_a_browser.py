@@ -74,7 +74,7 @@ def names(page):
 
 def test_it_opens_in_two_seconds_and_asks_for_nothing(visit, five):
     page = visit(five, meter=True)
-    spent = {one["name"]: one["value"] for one in page.meter.send("Performance.getMetrics")["metrics"]}["TaskDuration"]
+    spent = {metric["name"]: metric["value"] for metric in page.meter.send("Performance.getMetrics")["metrics"]}["TaskDuration"]
     assert 0.05 < spent < 2, "seconds of a core, all plots drawn: of the clock they'd tell what else the machine does"
     assert page.locator(".chart svg").count() == 5 and len(names(page)) == 20
     assert page.said == [] and page.asked == [five.as_uri()]
@@ -85,8 +85,8 @@ def test_everybody_can_read_it(visit, one, scheme, width):
     page = visit(one, color_scheme=scheme, viewport={"width": width, "height": 800})
     page.evaluate("document.querySelectorAll('details').forEach((one, number) => { one.open = number < 30; })")
     assert page.evaluate("document.documentElement.scrollWidth") == width
-    found = Axe().run(page).response["violations"]
-    assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
+    violations = Axe().run(page).response["violations"]
+    assert [(violation["id"], [node["html"] for node in violation["nodes"]]) for violation in violations] == []
 
 
 LONG = f"{'a_name_of_' * 20}candidate"

@@ -18,16 +18,16 @@ ODD = "group_size 32 does not divide its 172 columns; it has a scale a row"
 NAN = "left out: its inputs hold inf or NaN on the calibration data"
 
 
-def stage(*found, method="gptq"):
-    return StageRecord(stage={"quantize": method, "bits": 4}, artifact="a", seconds=1, reused=False, layers=list(found))
+def stage(*entries, method="gptq"):
+    return StageRecord(stage={"quantize": method, "bits": 4}, artifact="a", seconds=1, reused=False, layers=list(entries))
 
 
 def llama(blocks=6):
     """Every block's q in 4 bits, its down_proj with a remark, the last block's up_proj in 8; the head left out, and two layers that saw NaN."""
-    found = [Layer(name=f"model.layers.{n}.self_attn.q_proj", bits=4, error=0.001 * (n + 1)) for n in range(blocks)]
-    found += [Layer(name=f"model.layers.{n}.mlp.down_proj", bits=4, error=0.1 + 0.01 * n, remark=ODD) for n in range(blocks)]
-    found += [Layer(name=f"model.layers.{n}.mlp.gate_proj", remark=NAN) for n in range(2)]
-    return [*found, Layer(name="model.layers.5.mlp.up_proj", bits=8, error=1e-5), Layer(name="lm_head", remark="left out: a head")]
+    entries = [Layer(name=f"model.layers.{n}.self_attn.q_proj", bits=4, error=0.001 * (n + 1)) for n in range(blocks)]
+    entries += [Layer(name=f"model.layers.{n}.mlp.down_proj", bits=4, error=0.1 + 0.01 * n, remark=ODD) for n in range(blocks)]
+    entries += [Layer(name=f"model.layers.{n}.mlp.gate_proj", remark=NAN) for n in range(2)]
+    return [*entries, Layer(name="model.layers.5.mlp.up_proj", bits=8, error=1e-5), Layer(name="lm_head", remark="left out: a head")]
 
 
 @pytest.mark.parametrize(
@@ -146,18 +146,18 @@ def test_a_terminal_says_how_a_missing_method_is_installed(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "120")
     missing = {"family": "quantize", "method": "m", "about": "A.", "at_run_time": "b", "devices": ["cuda"], "installed": False}
     terminal.show_methods([{**missing, "extra": "x", "install": "pip install 'one>=2' two"}])
-    said = " ".join(capsys.readouterr().out.split())
-    assert "cuda; not installed In use: b." in said
-    assert said.endswith("Install with: pip install 'one>=2' two")
+    output = " ".join(capsys.readouterr().out.split())
+    assert "cuda; not installed In use: b." in output
+    assert output.endswith("Install with: pip install 'one>=2' two")
 
 
 def test_layers_left_out_unasked_are_told():
-    found = llama() + [Layer(name=f"experts.{n}", remark="left out: no calibration example reached it") for n in range(5)]
-    found += [
+    entries = llama() + [Layer(name=f"experts.{n}", remark="left out: no calibration example reached it") for n in range(5)]
+    entries += [
         Layer(name="b", remark="left out: named under ignore"),
         Layer(name="c", remark="left out: its inputs are all zero on the calibration data"),
     ]
-    assert why.notes([stage(*found)], [], {}, []) == [
+    assert why.notes([stage(*entries)], [], {}, []) == [
         "quantize: gptq left 2 layers in full precision (model.layers.0.mlp.gate_proj, model.layers.1.mlp.gate_proj), each because its inputs hold"
         " inf or NaN on the calibration data.",
         "quantize: gptq left 5 layers in full precision (experts.0, experts.1, experts.2 and 2 more), each because no calibration example reached it.",

@@ -29,28 +29,28 @@ def judge(theirs, ours, metric="rougeL", **limits):
 
 
 def test_few_are_left_out_and_said():
-    found = judge(rows(BASE, UNSEEN=10), rows(OURS, UNSEEN=10), max_drop=1.0)
-    assert (found.verdict, found.left_out) == ("pass", 10)
-    assert found.sentence.endswith("; at most 1 points is allowed; 10 of 200 examples are left out")
+    gate = judge(rows(BASE, UNSEEN=10), rows(OURS, UNSEEN=10), max_drop=1.0)
+    assert (gate.verdict, gate.left_out) == ("pass", 10)
+    assert gate.sentence.endswith("; at most 1 points is allowed; 10 of 200 examples are left out")
     drop = (sum(BASE[10:]) - sum(OURS[10:])) / 190
-    assert found.estimate == pytest.approx(drop)
+    assert gate.estimate == pytest.approx(drop)
 
 
 def test_more_than_a_twentieth_left_out_can_not_pass_but_fail():
-    found = judge(rows(BASE, UNSEEN=11), rows(OURS, UNSEEN=11), max_drop=1.0)
-    assert found.verdict == "cannot_tell"
-    assert found.sentence.endswith("11 of 200 examples are left out, and with more than 5 % left out it can't pass")
+    gate = judge(rows(BASE, UNSEEN=11), rows(OURS, UNSEEN=11), max_drop=1.0)
+    assert gate.verdict == "cannot_tell"
+    assert gate.sentence.endswith("11 of 200 examples are left out, and with more than 5 % left out it can't pass")
     worse = [value - 5 for value in OURS]
     assert judge(rows(BASE, UNSEEN=11), rows(worse, UNSEEN=11), max_drop=1.0).verdict == "fail"
 
 
 def test_nothing_seen_on_either_side_is_no_pass():
-    found = judge([Missing.UNSEEN] * 40, [Missing.UNSEEN] * 40, max_drop=1.0)
-    assert found.verdict == "cannot_tell"
-    assert found.sentence == "rougeL: max_drop 1 can't be checked: none: no token in the references in 40 of 40 examples"
+    gate = judge([Missing.UNSEEN] * 40, [Missing.UNSEEN] * 40, max_drop=1.0)
+    assert gate.verdict == "cannot_tell"
+    assert gate.sentence == "rougeL: max_drop 1 can't be checked: none: no token in the references in 40 of 40 examples"
     nought = [[0.0]] * 40
-    found = judge(nought, nought, max_drop=1.0)
-    assert (found.verdict, found.sentence) == (
+    gate = judge(nought, nought, max_drop=1.0)
+    assert (gate.verdict, gate.sentence) == (
         "cannot_tell",
         "rougeL: max_drop 1 can't be checked: the baseline has 0, so nothing could be lost",
     )
@@ -59,9 +59,9 @@ def test_nothing_seen_on_either_side_is_no_pass():
 @pytest.mark.parametrize(("reason", "word"), [("INFINITE", "infinite"), ("NAN", "not a number")])
 def test_what_the_candidate_alone_has_no_number_for_fails(reason, word):
     likely = [[value, 10.0] for value in BASE]
-    found = judge(likely, [Missing[reason], *likely[1:]], "perplexity", max_ratio=1.1)
-    assert found.verdict == "fail"
-    assert found.sentence == f"perplexity of the candidate is broken: {word} in 1 of 200 examples in which the baseline's is a number"
+    gate = judge(likely, [Missing[reason], *likely[1:]], "perplexity", max_ratio=1.1)
+    assert gate.verdict == "fail"
+    assert gate.sentence == f"perplexity of the candidate is broken: {word} in 1 of 200 examples in which the baseline's is a number"
     both = judge([Missing[reason], *likely[1:]], [Missing[reason], *likely[1:]], "perplexity", max_ratio=1.1)
     assert (both.verdict, both.left_out) == ("pass", 1)
     baseline_only = judge([Missing[reason], *likely[1:]], likely, "perplexity", max_ratio=1.1)
@@ -72,12 +72,12 @@ def test_what_the_candidate_alone_has_no_number_for_fails(reason, word):
 
 def test_a_limit_on_the_candidate_alone():
     likely = [[value, 10.0] for value in BASE]
-    alone = Side(role="candidate", model="m", measurements=[quality("perplexity", [Missing.INFINITE, *likely[1:]])])
-    (found,) = verdict.gates({"perplexity": Gate(max=1e9)}, [], None, alone, 0.95)
-    assert (found.verdict, found.sentence) == ("fail", "perplexity of the candidate is broken: infinite in 1 of 200 examples")
-    alone = Side(role="candidate", model="m", measurements=[quality("perplexity", [Missing.UNPREDICTED, *likely[1:]])])
-    (found,) = verdict.gates({"perplexity": Gate(max=1e9)}, [], None, alone, 0.95)
-    assert (found.verdict, found.left_out) == ("pass", 1)
+    candidate = Side(role="candidate", model="m", measurements=[quality("perplexity", [Missing.INFINITE, *likely[1:]])])
+    (gate,) = verdict.gates({"perplexity": Gate(max=1e9)}, [], None, candidate, 0.95)
+    assert (gate.verdict, gate.sentence) == ("fail", "perplexity of the candidate is broken: infinite in 1 of 200 examples")
+    candidate = Side(role="candidate", model="m", measurements=[quality("perplexity", [Missing.UNPREDICTED, *likely[1:]])])
+    (gate,) = verdict.gates({"perplexity": Gate(max=1e9)}, [], None, candidate, 0.95)
+    assert (gate.verdict, gate.left_out) == ("pass", 1)
 
 
 def side(role, samples):
@@ -86,13 +86,13 @@ def side(role, samples):
 
 def test_each_reason_is_said_once_with_its_examples():
     shared = rows(BASE[:40], UNSEEN=7)
-    said = missing.notes([side("baseline", shared), side("candidate", shared)], [f"row-{n}" for n in range(40)])
-    assert said == [
+    sentences = missing.notes([side("baseline", shared), side("candidate", shared)], [f"row-{n}" for n in range(40)])
+    assert sentences == [
         "Baseline and candidate: 7 of 40 examples (17.5 %) have no rouge (no token in the references) and are left out of it: "
         "row-0, row-1, row-2, row-3, row-4 and 2 more."
     ]
-    said = missing.notes([side("baseline", rows(BASE[:40])), side("candidate", rows(BASE[:40], NAN=1))], [])
-    assert said == ["Candidate: 1 of 40 examples (2.5 %) have no rouge (not a number) and are left out of it: number 1."]
+    sentences = missing.notes([side("baseline", rows(BASE[:40])), side("candidate", rows(BASE[:40], NAN=1))], [])
+    assert sentences == ["Candidate: 1 of 40 examples (2.5 %) have no rouge (not a number) and are left out of it: number 1."]
 
 
 def test_a_report_with_missing_examples_is_written_read_and_shown(tmp_path):

@@ -66,14 +66,14 @@ def artifact(name, kind, toys, folder):
     words.save_pretrained(folder)
 
 
-def measured(found, folder):
+def measured(parsed, folder):
     """A report with what a measuring process gives for the examples of a recipe."""
-    examples = data.examples(found.data, found.folder, "evaluation", 6, 0)
-    written = found.as_written()
-    worker, _ = loaded(folder, found.model.task, runtime=written["benchmark"]["runtime"])
-    outputs = worker.answer(quiet, Answer(examples, list(found.groups), written["generation"], written["data"]))
+    examples = data.examples(parsed.data, parsed.folder, "evaluation", 6, 0)
+    written = parsed.as_written()
+    worker, _ = loaded(folder, parsed.model.task, runtime=written["benchmark"]["runtime"])
+    outputs = worker.answer(quiet, Answer(examples, list(parsed.groups), written["generation"], written["data"]))
     references = [example.references for example in examples]
-    compares = outputs.texts is not None and "rouge" in found.groups
+    compares = outputs.texts is not None and "rouge" in parsed.groups
     samples = {**(scores.rouge(outputs.texts, references) if compares else {}), **outputs.samples}
     score = next((name for name in ("rougeL", "perplexity", "accuracy") if name in samples), None)
     predictions = [
@@ -90,7 +90,7 @@ def measured(found, folder):
 @pytest.fixture(scope="module")
 def cards(toys, rows, tmp_path_factory):
     """Of each case the card, the report, and what the card's code printed."""
-    found, place = {}, tmp_path_factory.mktemp("a folder")
+    contents, place = {}, tmp_path_factory.mktemp("a folder")
     for name, (kind, changes) in CASES.items():
         folder = place / "artifacts" / name
         artifact(name, kind, toys, folder)
@@ -104,11 +104,11 @@ def cards(toys, rows, tmp_path_factory):
         report = measured(loaded, folder)
         record = StageRecord(stage=loaded.stages[0].as_written(), artifact=str(folder), seconds=1, reused=False)
         card.write(loaded, Source(str(toys[kind]), TASKS[kind]), [record], report)
-        found[name] = (folder / "README.md").read_text(), report
-    codes = [(str(place / "artifacts" / name), code_of(text)) for name, (text, _) in found.items()]
+        contents[name] = (folder / "README.md").read_text(), report
+    codes = [(str(place / "artifacts" / name), code_of(text)) for name, (text, _) in contents.items()]
     ran = subprocess.run([sys.executable, "-c", RUN], input=json.dumps(codes), capture_output=True, text=True, timeout=240, cwd=place)
     assert ran.returncode == 0, ran.stderr[-3000:]
-    return {name: (*both, printed) for (name, both), printed in zip(found.items(), json.loads(ran.stdout), strict=True)}
+    return {name: (*both, printed) for (name, both), printed in zip(contents.items(), json.loads(ran.stdout), strict=True)}
 
 
 def code_of(text):
@@ -148,8 +148,8 @@ def test_it_says_in_which_runtime_figures_were_measured(cards):
 
 def test_what_can_not_be_promised_is_not(toys, rows, write_recipe, tmp_path):
     def section(predictions, **changes):
-        found = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, stages=[{"quantize": "rtn"}], **changes)))
-        return usage.section(found, toys["llama"], made(predictions=predictions, score="perplexity"))
+        parsed = recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, stages=[{"quantize": "rtn"}], **changes)))
+        return usage.section(parsed, toys["llama"], made(predictions=predictions, score="perplexity"))
 
     drawn = section([Prediction(id="a", prompt="the cat", references=["x"], candidate="mat")], generation={"do_sample": True, "top_k": 3})
     assert "transformers draws another" in drawn and "do_sample=True, top_k=3" in drawn and "seed" not in drawn and "    mat" not in drawn

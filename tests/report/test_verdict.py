@@ -40,10 +40,10 @@ NOISE = [((n * 61) % 21 - 10) / 4 for n in range(200)]
 )
 def test_a_drop_in_quality(drop, limit, expected):
     ours = [b - drop + n for b, n in zip(BASE, NOISE, strict=True)]
-    found = judge(quality(BASE), quality(ours), "rougeL", max_drop=limit)
-    assert found.verdict == expected
-    assert found.estimate == pytest.approx(drop - sum(NOISE) / 200, abs=1e-9)
-    assert found.interval[0] < found.estimate < found.interval[1]
+    gate = judge(quality(BASE), quality(ours), "rougeL", max_drop=limit)
+    assert gate.verdict == expected
+    assert gate.estimate == pytest.approx(drop - sum(NOISE) / 200, abs=1e-9)
+    assert gate.interval[0] < gate.estimate < gate.interval[1]
 
 
 @pytest.mark.parametrize(("factor", "expected"), [(1.0, "pass"), (1.3, "fail"), (1.1, "cannot_tell")])
@@ -67,9 +67,9 @@ def test_one_turn_cannot_tell():
 
 def test_what_was_not_measured_cannot_pass():
     lost = Measurement(metric="latency_p50", value=None, batch_size=1, prompt_tokens=64, reason="out of memory")
-    found = judge(speed([1.0, 1.0]), lost, "latency_p50", max_ratio=2)
-    assert found.verdict == "cannot_tell"
-    assert found.sentence == "latency_p50 [batch 1, prompt 64]: max_ratio 2 can't be checked: out of memory"
+    gate = judge(speed([1.0, 1.0]), lost, "latency_p50", max_ratio=2)
+    assert gate.verdict == "cannot_tell"
+    assert gate.sentence == "latency_p50 [batch 1, prompt 64]: max_ratio 2 can't be checked: out of memory"
 
 
 def test_one_grid_point_that_was_lost_spoils_the_pass_of_the_others():
@@ -97,9 +97,9 @@ def test_every_grid_point_is_checked_and_the_worst_decides():
 
 
 def test_limits_on_the_candidate_alone():
-    found = judge(quality(BASE), quality(BASE), "rougeL", min=40)
-    assert found.verdict == "pass"
-    assert found.interval[0] < found.estimate < found.interval[1]
+    gate = judge(quality(BASE), quality(BASE), "rougeL", min=40)
+    assert gate.verdict == "pass"
+    assert gate.interval[0] < gate.estimate < gate.interval[1]
     assert judge(speed([1.0]), speed([0.999, 5.0, 0.2]), "latency_p50", max=1.0).verdict == "cannot_tell"
 
 
@@ -131,17 +131,17 @@ def test_reports_that_were_not_measured_alike_are_refused(change, message):
 
 def test_cannot_tell_says_how_much_would_tell():
     ours = [b - 0.9 + 4 * n for b, n in zip(BASE, NOISE, strict=True)]
-    found = judge(quality(BASE), quality(ours), "rougeL", max_drop=1.0)
-    assert found.verdict == "cannot_tell"
-    assert found.sentence.endswith(
-        f"; at most 1 points is allowed; at least about {found.needed:,} examples would tell, there were 200; it is too early to say how many at most"
+    gate = judge(quality(BASE), quality(ours), "rougeL", max_drop=1.0)
+    assert gate.verdict == "cannot_tell"
+    assert gate.sentence.endswith(
+        f"; at most 1 points is allowed; at least about {gate.needed:,} examples would tell, there were 200; it is too early to say how many at most"
     )
-    assert (found.needed_at_most, found.needed > 300) == (None, True)
+    assert (gate.needed_at_most, gate.needed > 300) == (None, True)
     ours = [b - 0.3 + 4 * n for b, n in zip(BASE, NOISE, strict=True)]
-    found = judge(quality(BASE), quality(ours), "rougeL", max_drop=1.0)
-    assert found.sentence.endswith(f"; about {found.needed:,} to {found.needed_at_most:,} examples would tell, there were 200")
-    found = judge(speed([1.0, 1.0, 1.0]), speed([1.0, 1.1, 1.2]), "latency_p50", max_ratio=1.2)
-    assert f"about {found.needed} to {found.needed_at_most} rounds would tell, there were 3" in found.sentence
+    gate = judge(quality(BASE), quality(ours), "rougeL", max_drop=1.0)
+    assert gate.sentence.endswith(f"; about {gate.needed:,} to {gate.needed_at_most:,} examples would tell, there were 200")
+    gate = judge(speed([1.0, 1.0, 1.0]), speed([1.0, 1.1, 1.2]), "latency_p50", max_ratio=1.2)
+    assert f"about {gate.needed} to {gate.needed_at_most} rounds would tell, there were 3" in gate.sentence
     same = judge(speed([1.0, 1.0]), speed([0.9, 1 / 0.9]), "latency_p50", max_ratio=1.0)
     assert same.sentence.endswith(f"at least about {same.needed} rounds would tell, there were 2; it is too early to say how many at most")
 
@@ -154,11 +154,11 @@ def test_one_of_many_gates_does_not_fail_by_chance_alone():
     even = [1.0, 1.01, 0.99, 1.004, 0.996]
     b = Side(role="candidate", model="b", measurements=[speed(slow if b == 7 else even, batch_size=b) for b in points])
     check = {"latency_p50": Gate(max_ratio=1.005)}
-    (alone,) = every(side("baseline", m=speed([1.0] * 5)), side("candidate", m=speed(slow)), check)
-    assert alone.verdict == "fail"
+    (single,) = every(side("baseline", m=speed([1.0] * 5)), side("candidate", m=speed(slow)), check)
+    assert single.verdict == "fail"
     among = every(a, b, check)[6]
-    assert (among.interval, among.verdict) == (alone.interval, "cannot_tell")
-    assert among.sentence.endswith("alone it would fail, as one of 40 it may be chance")
+    assert (among.interval, among.verdict) == (single.interval, "cannot_tell")
+    assert among.sentence.endswith("on its own it would fail, as one of 40 it may be chance")
     worse = Side(role="candidate", model="b", measurements=[speed([3.0, 3.1, 3.0, 3.0, 3.1], batch_size=b) for b in points])
     assert {r.verdict for r in every(a, worse, check)} == {"fail"}
 
@@ -169,8 +169,8 @@ def test_a_confidence_that_a_recipe_asks_for():
     by_level = {
         level: verdict.gates({"rougeL": Gate(max_drop=1.0)}, verdict.pairs(a, b, True), a, b, level)[0] for level in (0.5, 0.95, 0.999)
     }
-    assert [found.verdict for found in by_level.values()] == ["pass", "pass", "cannot_tell"]
-    widths = [found.interval[1] - found.interval[0] for found in by_level.values()]
+    assert [gate.verdict for gate in by_level.values()] == ["pass", "pass", "cannot_tell"]
+    widths = [gate.interval[1] - gate.interval[0] for gate in by_level.values()]
     assert widths == sorted(widths)
     assert "(99.9 % " in by_level[0.999].sentence
 

@@ -1,6 +1,6 @@
 """report.html: one page that needs nothing but itself, for one run or for several candidates.
 
-Everything is shown as text, whatever it holds: the template escapes, the script writes text nodes only, and a content security policy
+Everything is shown as text, whatever it holds: the template escapes, and the script writes text nodes only. A content security policy
 allows the page's own two scripts, by their digests, and no request at all. The numbers, the examples and the charts' data lie in the
 page as compressed JSON, from which the script draws and which can be saved.
 """
@@ -53,9 +53,9 @@ def render(reports: Sequence[Report]) -> str:
 
 def _packed(reports: Sequence[Report], drawn: dict[str, Any]) -> tuple[str, int, str]:
     """What the script reads, as gzipped JSON in base64; how many examples that holds; what was left out for want of room, if anything."""
-    score, found = examples.merged(reports)
-    most = examples.ranked(found, score)[: CUTS[0][0]]
-    texts = {place: examples.compared(found[place]) for place in most}
+    score, all_examples = examples.merged(reports)
+    most = examples.ranked(all_examples, score)[: CUTS[0][0]]
+    texts = {place: examples.compared(all_examples[place]) for place in most}
     for number, samples in CUTS:
         kept = [texts[place] for place in sorted(most[:number])]
         numbers = [report.model_dump(mode="json", exclude={"predictions": True, **({} if samples else SAMPLES)}) for report in reports]
@@ -63,7 +63,8 @@ def _packed(reports: Sequence[Report], drawn: dict[str, Any]) -> tuple[str, int,
         packed = base64.b64encode(gzip.compress(json.dumps(data, separators=(",", ":")).encode(), 6, mtime=0)).decode()
         if len(packed) <= ROOM:
             break
-    left_out = [] if len(kept) == len(found) else [f"{len(found) - len(kept):,} of {len(found):,} examples, those that changed least"]
+    dropped = len(all_examples) - len(kept)
+    left_out = [f"{dropped:,} of {len(all_examples):,} examples, those that changed least"] if dropped else []
     left_out += [] if samples else ["the samples of every figure"]
     return packed, len(kept), " and ".join(left_out)
 

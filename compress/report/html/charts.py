@@ -18,36 +18,36 @@ CURVES = ("loss", "validation", "learning_rate", "grad_norm")
 def of(columns: Sequence[Column]) -> dict[str, Any]:
     """Vega-Lite by name of the chart, of those that there is something to draw for."""
     names = [column.name for column in columns]
-    found: dict[str, Any] = {}
+    specs: dict[str, Any] = {}
     if rows := _timings(columns):
-        found["latency"] = plots.latencies(rows, names)
+        specs["latency"] = plots.latencies(rows, names)
     if held := [
         {"name": c.name, "part": part, "bytes": size} for c in columns for part, size in memory.parts(c.side).items() if part != memory.ALL
     ]:
-        found["memory"] = plots.memory(held, names, list(memory.PARTS))
+        specs["memory"] = plots.memory(held, names, list(memory.PARTS))
     if rows := _layers(columns):
-        found["layers"] = plots.sensitivity(rows)
+        specs["layers"] = plots.sensitivity(rows)
     if rows := _curves(columns):
-        found["training"] = plots.curves(rows, list(dict.fromkeys(row["name"] for row in rows)))
+        specs["training"] = plots.curves(rows, list(dict.fromkeys(row["name"] for row in rows)))
     points = [
         {"name": c.name, "role": c.side.role, "figures": c.side.values(), "ranges": _ranges(c),
          "missing": {m.label: m.missing for m in c.side.measurements if m.missing}} for c in columns
     ]  # fmt: skip
     if len(plots.axes(points)) > 1:
-        found["tradeoff"] = plots.tradeoff(points).to_dict(validate=False)
-    return found
+        specs["tradeoff"] = plots.tradeoff(points).to_dict(validate=False)
+    return specs
 
 
 def _ranges(column: Column) -> dict[str, tuple[float, float]]:
     """Where a candidate's figures may lie: the intervals of its changes, set upon its baseline's figures."""
-    found = {}
+    ranges = {}
     for m in column.side.measurements:
         c = column.compared(m.point)
         if c and c.low is not None and c.high is not None and c.low < c.high:
-            found[m.label] = (
+            ranges[m.label] = (
                 (c.baseline + c.low, c.baseline + c.high) if c.kind == "difference" else (c.baseline * c.low, c.baseline * c.high)
             )
-    return found
+    return ranges
 
 
 def _timings(columns: Sequence[Column]) -> list[dict[str, Any]]:
@@ -95,6 +95,6 @@ def _curves(columns: Sequence[Column]) -> list[dict[str, Any]]:
 
 
 def _stages(columns: Sequence[Column]) -> list[tuple[str, StageRecord]]:
-    """Every stage of every candidate, by a name that says whose it is where there are several."""
+    """Every stage of every candidate; its name includes the candidate's where there are several."""
     candidates = [column for column in columns if column.candidate]
     return [(printable(r.name if len(candidates) == 1 else f"{c.name}: {r.name}"), r) for c in candidates for r in c.report.stages]

@@ -17,7 +17,7 @@ EXACTLY, COMPARED = 300, 1500
 
 @dataclass
 class Example:
-    """An example with what each report says of it, None where one lacks it."""
+    """An example with each report's prediction for it, None where a report lacks it."""
 
     prediction: Prediction
     by_report: list[Prediction | None] = field(default_factory=list)
@@ -25,25 +25,25 @@ class Example:
 
 def merged(reports: Sequence[Report]) -> tuple[dict[str, Any] | None, list[Example]]:
     """The score that examples have (its `name`, whether `lower` is better), and every example of any report once, in order."""
-    found: dict[tuple[str, str], Example] = {}
+    by_key: dict[tuple[str, str], Example] = {}
     for number, report in enumerate(reports):
         for prediction in report.predictions:
-            example = found.setdefault((prediction.id, prediction.prompt), Example(prediction, [None] * len(reports)))
+            example = by_key.setdefault((prediction.id, prediction.prompt), Example(prediction, [None] * len(reports)))
             example.by_report[number] = prediction
     names = {report.score for report in reports if report.score}
     name = names.pop() if len(names) == 1 else None  # scores of several kinds can't be sorted together
-    return ({"name": name, "lower": METRICS[name].better == "lower"} if name else None), list(found.values())
+    return ({"name": name, "lower": METRICS[name].better == "lower"} if name else None), list(by_key.values())
 
 
-def ranked(found: Sequence[Example], score: dict[str, Any] | None) -> list[int]:
+def ranked(examples: Sequence[Example], score: dict[str, Any] | None) -> list[int]:
     """The places of the examples, first those whose scores changed most on any candidate, then those whose outputs did."""
 
     def change(place: int) -> tuple[float, bool]:
-        there = [p for p in found[place].by_report if p]
+        there = [p for p in examples[place].by_report if p]
         moved = [abs(p.candidate_score - p.baseline_score) for p in there if p.candidate_score is not None and p.baseline_score is not None]
         return max(moved, default=0.0) if score else 0.0, any(p.candidate != p.baseline for p in there)
 
-    return sorted(range(len(found)), key=change, reverse=True)
+    return sorted(range(len(examples)), key=change, reverse=True)
 
 
 def compared(example: Example) -> dict[str, Any]:
@@ -96,4 +96,4 @@ def marked(theirs: str, ours: str) -> tuple[list[str], list[str], float]:
 
 def _common(a: list[str], b: list[str]) -> int:
     """How many words both begin with."""
-    return next((n for n, (one, other) in enumerate(zip(a, b, strict=False)) if one.strip() != other.strip()), min(len(a), len(b)))
+    return next((n for n, (left, right) in enumerate(zip(a, b, strict=False)) if left.strip() != right.strip()), min(len(a), len(b)))

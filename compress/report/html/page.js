@@ -31,7 +31,7 @@
     document.documentElement.dataset.drawn = dark.matches ? "dark" : "light";
   }
 
-  function made(tag, className, ...inside) {
+  function node(tag, className, ...inside) {
     const element = document.createElement(tag);
     if (className) element.className = className;
     element.append(...inside);
@@ -40,21 +40,21 @@
 
   // Every second piece is marked.
   function text(pieces, tag) {
-    if (pieces === null) return [made("p", "text missing", "no output")];
-    const shown = made("p", "text");
+    if (pieces === null) return [node("p", "text missing", "no output")];
+    const shown = node("p", "text");
     shown.dir = "auto";
     pieces.forEach((piece, number) => {
       const words = number % 2 ? piece.trimEnd() : "";
-      if (words) shown.append(made(tag, "", words));
+      if (words) shown.append(node(tag, "", words));
       shown.append(piece.slice(words.length));
     });
     const whole = pieces.join("");
     const lines = whole.split("\n").length;
-    if (whole === "") shown.append(made("span", "missing", "empty"));
+    if (whole === "") shown.append(node("span", "missing", "empty"));
     if (lines <= 14 && whole.length <= 1200) return [shown];
     shown.classList.add("folded");
     const all = lines > 14 ? `all ${lines.toLocaleString("en")} lines` : `all ${whole.length.toLocaleString("en")} characters`;
-    const button = made("button", "unfold", `Show ${all}`);
+    const button = node("button", "unfold", `Show ${all}`);
     button.type = "button";
     button.setAttribute("aria-expanded", "false");
     button.addEventListener("click", () => {
@@ -69,20 +69,20 @@
 
   function card(example, output) {
     const [theirs, ours] = output.scores;
-    const heading = made("h3", "", made("bdi", "", example.id));
+    const heading = node("h3", "", node("bdi", "", example.id));
     if (data.score) {
       const gain = gained(output);
       const mark = gain ? (gain > 0 ? " better" : " worse") : "";
-      heading.append(made("span", `change${mark}`, `${data.score.name} ${number(theirs)} to ${number(ours)}`, mark ? made("span", "sign", mark) : ""));
+      heading.append(node("span", `change${mark}`, `${data.score.name} ${number(theirs)} to ${number(ours)}`, mark ? node("span", "sign", mark) : ""));
     }
-    if (output.changed !== null) heading.append(made("span", "change", output.changed ? `${(100 * output.changed).toFixed(0)} % of words differ` : "the same words"));
-    const outputs = made(
+    if (output.changed !== null) heading.append(node("span", "change", output.changed ? `${(100 * output.changed).toFixed(0)} % of words differ` : "the same words"));
+    const outputs = node(
       "div", "outputs",
-      made("div", "", made("h4", "", "baseline"), ...text(output.baseline, "del")), made("div", "", made("h4", "", "candidate"), ...text(output.candidate, "ins")),
+      node("div", "", node("h4", "", "baseline"), ...text(output.baseline, "del")), node("div", "", node("h4", "", "candidate"), ...text(output.candidate, "ins")),
     );
     const sources = [["prompt", example.prompt], ...example.references.map((reference) => ["reference", reference])];
-    const source = made("details", "", made("summary", "", "prompt and reference"), ...sources.map(([name, words]) => made("div", "source", made("h4", "", name), ...text([words]))));
-    const whole = made("article", "example", heading);
+    const source = node("details", "", node("summary", "", "prompt and reference"), ...sources.map(([name, words]) => node("div", "source", node("h4", "", name), ...text([words]))));
+    const whole = node("article", "example", heading);
     if (output.baseline !== null || output.candidate !== null) whole.append(outputs);
     whole.append(source);
     return whole;
@@ -105,16 +105,16 @@
 
     function show() {
       const which = candidate ? Number(candidate.value) : 0;
-      const wanted = search.value.trim().toLowerCase();
-      const within = (example, place, output) => haystacks[place].includes(wanted) || [output.baseline, output.candidate].some((pieces) => pieces && pieces.join("").toLowerCase().includes(wanted));
-      const found = data.examples
+      const query = search.value.trim().toLowerCase();
+      const within = (example, place, output) => haystacks[place].includes(query) || [output.baseline, output.candidate].some((pieces) => pieces && pieces.join("").toLowerCase().includes(query));
+      const results = data.examples
         .map((example, place) => ({ example, place, output: example.outputs[which] }))
-        .filter(({ example, place, output }) => output && (!wanted || within(example, place, output)))
-        .map((one) => ({ ...one, key: keys[sort.value](one.output) }))
+        .filter(({ example, place, output }) => output && (!query || within(example, place, output)))
+        .map((row) => ({ ...row, key: keys[sort.value](row.output) }))
         .sort((a, b) => (a.key === null) - (b.key === null) || b.key - a.key || a.place - b.place);
-      list.replaceChildren(...found.slice(0, room).map(({ example, output }) => card(example, output)));
-      count.textContent = `${Math.min(room, found.length).toLocaleString("en")} of ${found.length.toLocaleString("en")} examples${wanted ? ` with “${search.value.trim()}”` : ""}`;
-      more.hidden = found.length <= room;
+      list.replaceChildren(...results.slice(0, room).map(({ example, output }) => card(example, output)));
+      count.textContent = `${Math.min(room, results.length).toLocaleString("en")} of ${results.length.toLocaleString("en")} examples${query ? ` with “${search.value.trim()}”` : ""}`;
+      more.hidden = results.length <= room;
     }
 
     for (const control of [search, sort, candidate]) control?.addEventListener("input", () => { room = STEP; show(); });
@@ -133,7 +133,7 @@
 
   document.getElementById("save").addEventListener("click", () => {
     const { charts, ...numbers } = data;
-    const link = made("a", "");
+    const link = node("a", "");
     link.href = URL.createObjectURL(new Blob([JSON.stringify(numbers)], { type: "application/json" }));
     link.download = "report-numbers.json";
     link.click();
@@ -143,7 +143,7 @@
   // Names break behind their underscores, dots and slashes, where they must.
   for (const element of document.querySelectorAll("[data-name]")) {
     const pieces = element.firstChild?.textContent.split(/(?<=[_./])(?=\w)/) ?? [];
-    if (pieces.length > 1) element.firstChild.replaceWith(...pieces.flatMap((piece, n) => (n ? [made("wbr", ""), piece] : [piece])));
+    if (pieces.length > 1) element.firstChild.replaceWith(...pieces.flatMap((piece, n) => (n ? [node("wbr", ""), piece] : [piece])));
   }
 
   explore();

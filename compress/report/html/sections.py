@@ -1,4 +1,4 @@
-"""What the sections of a page say, as plain rows for its template."""
+"""The contents of a page's sections, as plain rows for its template."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -46,15 +46,15 @@ def columns(reports: Sequence[Report]) -> list[Column]:
     for report in reports:
         if side := report.side("baseline"):
             baselines.setdefault(baseline_key(report, side), Column(f"baseline {printable(short(side))}{report.inside}", report, side))
-    found = list(baselines.values())
-    if len({column.name for column in found}) < len(found):
-        found = [replace(column, name=f"{column.name} #{number}") for number, column in enumerate(found, 1)]
-    if len(found) == 1:
-        found = [Column(f"baseline{found[0].report.inside}", found[0].report, found[0].side)]
+    baseline_columns = list(baselines.values())
+    if len({column.name for column in baseline_columns}) < len(baseline_columns):
+        baseline_columns = [replace(column, name=f"{column.name} #{number}") for number, column in enumerate(baseline_columns, 1)]
+    if len(baseline_columns) == 1:
+        baseline_columns = [Column(f"baseline{baseline_columns[0].report.inside}", baseline_columns[0].report, baseline_columns[0].side)]
     candidates = [Column(printable(name), report, report.candidate) for name, report in zip(_names(reports), reports, strict=True)]
     first = next((report for report in reports if report.original), None)
     original = [Column("original in transformers", first, first.original)] if first and first.original else []
-    return [*original, *found, *candidates]
+    return [*original, *baseline_columns, *candidates]
 
 
 def of(columns: Sequence[Column]) -> dict[str, Any]:
@@ -67,10 +67,10 @@ def of(columns: Sequence[Column]) -> dict[str, Any]:
         "names": [column.name for column in columns], "percent": percent(first),
         "cards": [_card(column) for column in candidates],
         "gates": [(c.name, [(g, verdict_words(g.verdict), picture(g)) for g in c.report.gates]) for c in candidates if c.report.gates],
-        "notes": [(c.name, said) for c in candidates if (said := _notes(c.report))],
-        "figures": figures(columns), "figures_said": FIGURES,
+        "notes": [(c.name, lines) for c in candidates if (lines := _notes(c.report))],
+        "figures": figures(columns), "figures_note": FIGURES,
         "memory": memory.held(sides), "checks": memory.checked(sides),
-        "step_head": steps.HEAD, "step_said": steps.SAID,
+        "step_head": steps.HEAD, "step_note": steps.NOTE,
         "steps": [(c.name, rows, steps.ceilings(c.report.environment)) for c in candidates if (rows := steps.rows(c.report))],
         "stages": [(c.name, [_stage(record) for record in c.report.stages], _bought(c)) for c in candidates if c.report.stages],
         "layers": [(c.name, r.name, *_layers(r)) for c in candidates for r in c.report.stages if r.layers],
@@ -95,7 +95,7 @@ def sentence(report: Report) -> str:
 
 
 def mark(compared: Comparison | None, undecided: set[tuple[str, int | None, int | None]]) -> str:
-    """`better` or `worse` where the interval leaves no doubt and no gate says that it does."""
+    """`better` or `worse` where the interval leaves no doubt and no gate is undecided there."""
     if compared is None or compared.low is None or compared.high is None or compared.point in undecided:
         return ""
     none, better = (0 if compared.kind == "difference" else 1), METRICS[compared.metric].better
@@ -124,15 +124,15 @@ def figures(columns: Sequence[Column]) -> list[tuple[str, list[dict[str, Any]]]]
     groups: dict[str, dict[str, Measurement]] = {}
     for column in columns:
         for theirs, ours, _ in shown(column.report):
-            if one := theirs or ours:
-                point = "" if one.batch_size is None else f"batch {one.batch_size}, prompt {one.prompt_tokens}"
-                groups.setdefault(point, {}).setdefault(one.metric, one)
-    return [(point, [_row(one, columns) for one in group.values()]) for point, group in groups.items()]
+            if measurement := theirs or ours:
+                point = "" if measurement.batch_size is None else f"batch {measurement.batch_size}, prompt {measurement.prompt_tokens}"
+                groups.setdefault(point, {}).setdefault(measurement.metric, measurement)
+    return [(point, [_row(measurement, columns) for measurement in group.values()]) for point, group in groups.items()]
 
 
-def _row(one: Measurement, columns: Sequence[Column]) -> dict[str, Any]:
-    cells = [{**_change(column, one.point), "value": figure(column.side.figure(one.point))} for column in columns]
-    return {"metric": one.metric, "better": one.better, "about": METRICS[one.metric].about, "cells": cells}
+def _row(measurement: Measurement, columns: Sequence[Column]) -> dict[str, Any]:
+    cells = [{**_change(column, measurement.point), "value": figure(column.side.figure(measurement.point))} for column in columns]
+    return {"metric": measurement.metric, "better": measurement.better, "about": METRICS[measurement.metric].about, "cells": cells}
 
 
 def _change(column: Column, point: tuple[str, int | None, int | None]) -> dict[str, str]:
@@ -141,7 +141,7 @@ def _change(column: Column, point: tuple[str, int | None, int | None]) -> dict[s
 
 
 def _names(reports: Sequence[Report]) -> list[str]:
-    """A name a report: its recipe, its stages or its run, whichever tells them all apart."""
+    """A name for each report: its recipe, its stages or its run, the first that differs between all of them."""
     engines = [f"{r.recipe} in {r.engine}" for r in reports]
     kinds = ([r.recipe for r in reports], engines, [r.line for r in reports], [f"{r.recipe} {r.run}" for r in reports])
     numbered = [f"{report.recipe} #{number}" for number, report in enumerate(reports, 1)]
@@ -149,13 +149,13 @@ def _names(reports: Sequence[Report]) -> list[str]:
 
 
 def _title(candidates: Sequence[Column]) -> str:
-    first, alone = candidates[0], len(candidates) == 1
-    name = f"{first.name}{first.report.inside}" if alone else f"{len(candidates)} models"
+    first, is_single = candidates[0], len(candidates) == 1
+    name = f"{first.name}{first.report.inside}" if is_single else f"{len(candidates)} models"
     if (baseline := first.report.side("baseline")) is None:
         return f"{name}, without a baseline"
     if len({column.report.recipe for column in candidates}) == 1 and len({column.report.engine for column in candidates}) > 1:
         return f"May {printable(first.report.recipe)} replace {short(baseline)}, and in which engine?"
-    return f"May {name if alone else f'any of these {len(candidates)}'} replace {short(baseline)}?"
+    return f"May {name if is_single else f'any of these {len(candidates)}'} replace {short(baseline)}?"
 
 
 def _card(column: Column) -> dict[str, Any]:
@@ -164,9 +164,9 @@ def _card(column: Column) -> dict[str, Any]:
     quality = [report.score] if report.score else [m.metric for m in column.side.measurements if METRICS[m.metric].kind == "quality"][:1]
     gist = []
     for metric in [*quality, *GIST]:
-        found = [m for m in column.side.measurements if m.metric == metric]
-        if one := min(found, key=lambda m: (m.prompt_tokens or 0, m.batch_size or 0), default=None):
-            gist.append({"label": one.label, "value": figure(one), **_change(column, one.point)})
+        measurements = [m for m in column.side.measurements if m.metric == metric]
+        if measurement := min(measurements, key=lambda m: (m.prompt_tokens or 0, m.batch_size or 0), default=None):
+            gist.append({"label": measurement.label, "value": figure(measurement), **_change(column, measurement.point)})
     timed = [c for c in report.against_original if c.metric == "latency_p50"]
     if fastest := min(timed, key=lambda c: (c.prompt_tokens or 0, c.batch_size or 0), default=None):
         value, _, interval = change(fastest).partition(" ")
@@ -183,7 +183,7 @@ def _notes(report: Report) -> list[str]:
 
 
 def _stage(record: StageRecord) -> dict[str, Any]:
-    """What a stage cost, and what is known of what it bought."""
+    """A stage's cost, and its gain as far as it was measured."""
     bought = [*([summary(record.layers)] if record.layers else []), *record.sentences]
     return {
         "name": record.name, "settings": ", ".join(f"{key}: {value}" for key, value in list(record.stage.items())[1:] if value is not None),
