@@ -118,9 +118,9 @@ def test_rows_are_rounded_to_eight_bits(toys, tmp_path):
 
 @pytest.mark.parametrize("kind", ["t5", "llama"])  # a head that is the embedding, and one of its own
 def test_embeddings_are_rounded_beside_integers_that_are_kept(toys, tmp_path, kind):
-    packed = made(toys[kind], kind, tmp_path / "packed", "rtn", "quantize", bits=4, group_size=32, symmetric=True)
-    folder = made(packed, kind, tmp_path / "made", embeddings="int8")
-    assert {"int4", "int8"} <= set(re.findall(r"% are (\w+)", said(folder)))
+    packed = artifact(toys[kind], kind, tmp_path / "packed", "rtn", "quantize", bits=4, group_size=32, symmetric=True)
+    folder = artifact(packed, kind, tmp_path / "made", embeddings="int8")
+    assert {"int4", "int8"} <= set(re.findall(r"% are (\w+)", note(folder)))
     reference = opened("transformers", packed, kind)
     model = reference.model
     for table in {id(layer.weight): layer.weight for layer in (model.get_input_embeddings(), model.get_output_embeddings())}.values():
