@@ -47,7 +47,7 @@ def test_the_measuring_process_runs_in_it_with_its_packages_and_our_code(toys, r
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         (None, "there is no interpreter"),
         ("echo 'no such library' >&2; exit 3", "doesn't run; its last line: no such library"),
