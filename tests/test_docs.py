@@ -26,6 +26,7 @@ from compress import cli, methods
 from compress.recipe import load
 from compress.results.report import read_report
 from tests.conftest import WORDS
+from tests.decoders import decoder
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -185,17 +186,17 @@ def small(recipe):
 def stand_ins(folder, toys):
     """A model and dialogues of the names that pages give them."""
     shutil.copytree(toys["t5"], folder / "my-flan-t5")
-    checkpoint(toys["llama"], folder)
+    checkpoint(folder)
     (folder / "dialogues").mkdir()
     rows = [{"dialogue": " ".join(WORDS[n % 7 :]), "summary": "the cat sat on the red mat"} for n in range(24)]
     for split in ("train", "test"):
         (folder / "dialogues" / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def checkpoint(source, folder):
+def checkpoint(folder):
     """What the Trainer leaves: checkpoint-300, with the optimiser's state and its own files beside the model."""
-    model = LlamaForCausalLM.from_pretrained(source, max_position_embeddings=256)  # the page writes 64 tokens
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    source = decoder(folder / "untrained")
+    model, tokenizer = LlamaForCausalLM.from_pretrained(source), AutoTokenizer.from_pretrained(source)
     arguments = TrainingArguments(folder / "trained", max_steps=1, save_steps=1, report_to="none", use_cpu=True, disable_tqdm=True)
     trainer = Trainer(model, arguments, train_dataset=[{"input_ids": [5, 9, 3], "labels": [5, 9, 3]}] * 8, processing_class=tokenizer)
     trainer.train()
