@@ -133,5 +133,5 @@ def test_a_notebook_of_the_docs_runs(file):
     assert not any(cell.outputs or cell.execution_count for cell in cells), "outputs aren't kept"
     NotebookClient(notebook, kernel_name="python3", timeout=300, resources={"metadata": {"path": str(DOCS)}}).execute()
     shown = [output["data"] for cell in cells for output in cell.outputs if output.output_type == "execute_result"]
-    assert len(shown) >= len(cells) / 2, "a cell that says nothing prepares one that does"
+    assert len(shown) >= 2, "others print, or prepare what comes"
     assert all("text/html" in data for data in shown)
