@@ -240,13 +240,15 @@ def _generation_seconds(shape: Shape, weights: int, machine: Machine, batch: int
 
 
 def _stage_seconds(stage: Stage, recipe: Recipe, shape: Shape, machine: Machine) -> float:
-    """Seconds of a stage. A training step counts as three forward passes, a calibrated method as two over its examples, others as none."""
+    """Seconds of a stage. A training step counts as three forward passes, and as four where a teacher is asked; a calibrated method
+    counts as two over its examples, others as none."""
     settings = stage.settings
     forward = 2 * shape.linear / machine.flops
     if isinstance(settings, TuneSettings):
         rows = settings.samples or ROWS
         examples = (settings.steps or 0) * settings.batch_size * settings.accumulate or (settings.epochs or 1) * rows
-        return START_S + 3 * forward * examples * min(settings.max_tokens, recipe.data.max_tokens or INPUT_TOKENS)
+        passes = 4 if stage.family == "distill" else 3
+        return START_S + passes * forward * examples * min(settings.max_tokens, recipe.data.max_tokens or INPUT_TOKENS)
     if not stage.needs_examples:
         return START_S
     steps, batch = getattr(settings, "steps", 0), getattr(settings, "batch_size", 1)
