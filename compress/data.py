@@ -139,7 +139,7 @@ def missing(data: Data, table: Table) -> Iterator[tuple[str, str]]:
     for key, names in {**named, "where": list(data.where)}.items():
         for name in dict.fromkeys(names):
             if name not in table.columns:
-                hint = suggest(name, table.columns).partition("; known")[0]
+                hint = suggest(name, table.columns).partition("; supported")[0]
                 what = f"the field {name!r} that {'data.where' if key == 'where' else f'the {key}'} names isn't there"
                 yield key, f"{table.place}: {what}; the columns are {', '.join(table.columns) or 'none'}{hint}"
 
@@ -277,7 +277,7 @@ def _text(value: Any, what: str) -> str:
     if _is_null(value):
         raise DataError(f"{what} is empty")
     if not isinstance(value, str | int | float | bool):
-        raise DataError(f"{what} holds {type(value).__name__}, text is wanted: {str(value)[:60]}")
+        raise DataError(f"{what} holds {type(value).__name__}, text is expected: {str(value)[:60]}")
     text = str(value)
     try:
         text.encode()

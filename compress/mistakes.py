@@ -42,7 +42,7 @@ class Problems:
 def suggest(word: str, allowed: list[str] | tuple[str, ...]) -> str:
     """`; did you mean 'bits'?`, or the list of what is allowed."""
     close = difflib.get_close_matches(str(word), allowed, n=1, cutoff=0.6)
-    return f"; did you mean {close[0]!r}?" if close else f"; known are {', '.join(allowed)}"
+    return f"; did you mean {close[0]!r}?" if close else f"; supported: {', '.join(allowed)}"
 
 
 def _explained(kind: type[Settings], errors: list[dict[str, Any]]) -> list[tuple[yamlfile.Place, str]]:
@@ -137,7 +137,7 @@ def _explain(kind: type[Settings], error: dict[str, Any]) -> str:
         case "list_type":
             return f"{_short(value)} is not a list"
         case "too_short":
-            return "is empty; at least one entry is wanted"
+            return "is empty; at least one entry is expected"
         case "string_too_short":
             return "is empty"
         case "invalid_key":

@@ -75,7 +75,7 @@ def _locate(place: Path, data: Data, split: str) -> Place:
         if (file := next((file for file in files if file.is_file()), None)) is not None:
             return file
         if (folder := next((path for path in [*files, place / split] if path.is_dir()), None)) is not None:
-            raise DataError(f"{place}: its split {split!r} is a folder, {folder.name}; a file of jsonl, json, csv or parquet is wanted")
+            raise DataError(f"{place}: its split {split!r} is a folder, {folder.name}; a file of jsonl, json, csv or parquet is expected")
         there = sorted({file.stem for file in place.iterdir() if file.suffix[1:] in ENDINGS and file.is_file()})
         raise DataError(f"{place}: has no split {split!r} ({split}.jsonl, .json, .csv or .parquet); it has {', '.join(there) or 'none'}")
     if place.is_file():
@@ -158,7 +158,7 @@ def _rows(file: Path) -> Iterable[Row]:
     if file.suffix == ".json":
         rows = json.loads(file.read_text(encoding="utf-8-sig"))
         if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
-            raise DataError(f"{file}: a list of objects is wanted")
+            raise DataError(f"{file}: a list of objects is expected")
         return rows
     import pyarrow.parquet
 
@@ -202,7 +202,7 @@ def _object(line: str, where: str) -> Row:
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: not JSON: {getattr(error, 'msg', error)}") from None
     if not isinstance(row, dict):
-        raise DataError(f"{where}: an object is wanted on each line")
+        raise DataError(f"{where}: an object is expected on each line")
     return row
 
 
@@ -220,7 +220,7 @@ def _first_objects(file: Path) -> Iterator[Row]:
     with file.open("rb") as stream:
         text = stream.read(HEAD_BYTES).decode("utf-8-sig", errors="ignore").lstrip()
     if not text.startswith("["):
-        raise DataError(f"{file}: a list of objects is wanted")
+        raise DataError(f"{file}: a list of objects is expected")
     decoder, place = json.JSONDecoder(), len(text) - len(text[1:].lstrip())
     while True:
         try:
@@ -228,7 +228,7 @@ def _first_objects(file: Path) -> Iterator[Row]:
         except ValueError:  # the bytes end here; damage shows when the whole file is read
             return
         if not isinstance(row, dict):
-            raise DataError(f"{file}: a list of objects is wanted")
+            raise DataError(f"{file}: a list of objects is expected")
         yield row
         place = next((at for at in range(place, len(text)) if text[at] not in BETWEEN), len(text))
 

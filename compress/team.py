@@ -109,7 +109,9 @@ def launched() -> tuple[int, int] | None:
 def _number_in(name: str) -> int:
     value = os.environ.get(name, "1")  # a launcher sets all; where something else sets some, there is one process on each machine
     if not value.isdecimal():
-        raise InputError(f"{name}={value} in the environment: a number is wanted, as torchrun sets it; unset it to run without a launcher")
+        raise InputError(
+            f"{name}={value} in the environment: a number is expected, as torchrun sets it; unset it to run without a launcher"
+        )
     return int(value)
 
 

@@ -37,14 +37,14 @@ class Document:
             line = text.count("\n", 0, getattr(error, "position", 0)) + 1
             raise RecipeError(f"{name}:{line}: not YAML: {str(error).splitlines()[0] if str(error) else type(error).__name__}") from None
         if not isinstance(data, dict):
-            raise RecipeError(f"{name}:1: a mapping of keys to values is wanted, this is {_kind(data)}")
+            raise RecipeError(f"{name}:1: a mapping of keys to values is expected, this is {_kind(data)}")
         self.data: dict[str, Any] = data
 
     def override(self, assignment: str) -> None:
         """Set one key: `stages.0.bits=4`. The value is read as YAML; mappings on the way are made."""
         path, equals, text = assignment.partition("=")
         if not equals or not path.strip():
-            raise RecipeError(f"{assignment}: a key and a value are wanted, as in stages.0.bits=4")
+            raise RecipeError(f"{assignment}: a key and a value are expected, as in stages.0.bits=4")
         place = located(path)
         value = Document(assignment[:200], f"value: {text}" if text.strip() else "value: null").data["value"]
         spot: Any = self.data

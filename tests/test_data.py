@@ -75,7 +75,7 @@ def test_braces_can_be_written(file, tmp_path):
         ('{"said": null, "short": "x"}\n', "test.jsonl, row 1: the field 'said' that the prompt names is empty"),
         ('{"said": "a", "short": " "}\n', "test.jsonl, row 1: the target is empty"),
         ('{"said": "a"\n', "test.jsonl:1: not JSON: "),
-        ('["a"]\n', "test.jsonl:1: an object is wanted on each line"),
+        ('["a"]\n', "test.jsonl:1: an object is expected on each line"),
     ],
 )
 def test_what_is_wrong_is_named_by_file_and_row(tmp_path, text, message):
@@ -220,8 +220,8 @@ def test_a_file_is_read_once_and_a_later_change_is_seen(tmp_path, file):
         ("test.csv", b"said,said,short\na,b,c\n", "test.csv:1: its header has 'said' twice"),
         ("test.csv", "said,short\nä,b\n".encode("latin-1"), "test.csv: not UTF-8"),
         ("test.jsonl", b'{"said": "a", "short": "b"}\n{"said": "c", "sho', "test.jsonl:2: not JSON: "),
-        ("test.jsonl", b'{"said": {"a": 1}, "short": "b"}\n', "the field 'said' that the prompt names holds dict, text is wanted"),
-        ("test.json", b'{"data": []}', "test.json: a list of objects is wanted"),
+        ("test.jsonl", b'{"said": {"a": 1}, "short": "b"}\n', "the field 'said' that the prompt names holds dict, text is expected"),
+        ("test.json", b'{"data": []}', "test.json: a list of objects is expected"),
     ],
 )
 def test_damaged_files_are_named(tmp_path, name, content, message):
@@ -238,7 +238,7 @@ def test_a_byte_order_mark_and_a_long_cell_are_read(tmp_path):
 
 def test_a_split_that_is_a_folder_and_a_file_of_another_kind_are_said(tmp_path):
     (tmp_path / "test").mkdir()
-    with pytest.raises(DataError, match=r"its split 'test' is a folder, test; a file of jsonl, json, csv or parquet is wanted"):
+    with pytest.raises(DataError, match=r"its split 'test' is a folder, test; a file of jsonl, json, csv or parquet is expected"):
         examples_of(settings(tmp_path), tmp_path)
     (tmp_path / "wiki.test.raw").write_text("a")
     with pytest.raises(DataError, match=r"wiki\.test\.raw: is none of jsonl, json, csv and parquet"):

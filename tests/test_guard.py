@@ -163,7 +163,7 @@ def test_gates_of_a_file_replace_the_recipes(tmp_path):
         ("rougeL: 3", ":1: rougeL: 3 is not a mapping of keys to values"),
         ("weight_bytes: {max_drop: 1}", ":1: weight_bytes: max_drop makes no sense, weight_bytes is better lower"),
         ("rougeL: {max_drop: 1}\nrougeL: {max_drop: 2}", ":2: rougeL stands twice"),
-        ("", ":1: a mapping of keys to values is wanted, this is empty"),
+        ("", ":1: a mapping of keys to values is expected, this is empty"),
     ],
 )
 def test_mistakes_in_gates_are_named_by_file_line_and_key(text, message, tmp_path):

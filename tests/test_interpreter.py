@@ -71,7 +71,7 @@ def test_it_is_looked_at_before_any_work(toys, rows, write_recipe, tmp_path):
 
 
 def test_a_python_that_is_no_path_is_a_mistake_of_the_recipe(toys, rows, write_recipe):
-    with pytest.raises(RecipeError, match=r"engine\.python: 3: the interpreter of an environment is wanted"):
+    with pytest.raises(RecipeError, match=r"engine\.python: 3: the interpreter of an environment is expected"):
         recipe.load(write_recipe(recipe_for("llama", toys["llama"], rows, engine={"name": "fake", "python": 3})))
 
 

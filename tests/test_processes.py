@@ -369,7 +369,7 @@ def cli(*arguments, **environment):
         (["--processes", "3"], LAUNCHED, "--processes 3: 2 were launched; leave one of the two out"),
         ([], {**LAUNCHED, "LOCAL_WORLD_SIZE": "1"}, "2 processes were launched, 1 of them on this machine; all must be on one"),
         ([], {"RANK": "0", "WORLD_SIZE": "2"}, "2 processes were launched, 1 of them on this machine"),
-        ([], {**LAUNCHED, "RANK": "x"}, "RANK=x in the environment: a number is wanted"),
+        ([], {**LAUNCHED, "RANK": "x"}, "RANK=x in the environment: a number is expected"),
         ([], {**LAUNCHED, "ACCELERATE_USE_FSDP": "true"}, "configured for FSDP, which isn't used here"),
         ([], {"ACCELERATE_MIXED_PRECISION": "no", "MASTER_PORT": "29500"}, "accelerate launch started a single process"),
     ],

@@ -92,7 +92,7 @@ def test_a_mistake_is_named_by_file_line_and_key(tmp_path, change, message):
     [
         ("quantize: gptq, bits: 5", "bits: 5 is not one of 2, 3, 4, 8, nor a mapping of keys to values, nor auto"),
         ("quantize: gptq, bits: {q: 9}", "bits.q: 9 is not one of 2, 3, 4, 8"),
-        ("quantize: gptq, bits: {}", "bits: is empty; at least one entry is wanted"),
+        ("quantize: gptq, bits: {}", "bits: is empty; at least one entry is expected"),
         ("prune: depth, drop: few", "drop: 'few' is not a whole number, nor a mapping of keys to values"),
         ("prune: depth, drop: 0", "drop: 0 is less than 1"),
         ("prune: depth, drop: {encoder: -1}", "drop.encoder: -1 is less than 0"),
@@ -149,8 +149,8 @@ def test_a_stage_after_a_packing_one_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "x.yaml:1: a mapping of keys to values is wanted, this is empty"),
-        ("- a\n- b", "x.yaml:1: a mapping of keys to values is wanted, this is a list"),
+        ("", "x.yaml:1: a mapping of keys to values is expected, this is empty"),
+        ("- a\n- b", "x.yaml:1: a mapping of keys to values is expected, this is a list"),
         ("a: [1, 2", "x.yaml:2: not YAML: did not find expected ',' or ']'"),
         ("a: 1\nb: 2\na: 3", "x.yaml:3: a stands twice, first on line 1"),
         ("a: &x [1]\nb: *x", "x.yaml:2: aliases (*name) are not read; write the value out"),
@@ -175,7 +175,7 @@ def test_overrides_are_read_as_yaml_and_named_in_mistakes(tmp_path):
         "x.yaml with data.samples overridden: data.samples: 'few' is not a whole number"
     ]
     assert mistakes(tmp_path, GOOD, "stages.3.bits=4") == ["stages.3.bits=4: stages has 1 entries, numbered from 0; 3 is none of them"]
-    assert mistakes(tmp_path, GOOD, "nonsense") == ["nonsense: a key and a value are wanted, as in stages.0.bits=4"]
+    assert mistakes(tmp_path, GOOD, "nonsense") == ["nonsense: a key and a value are expected, as in stages.0.bits=4"]
     assert mistakes(tmp_path, GOOD, "version.a=4") == ["version.a=4: version is 1 and has no key 'a'"]
 
 

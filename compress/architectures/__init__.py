@@ -73,7 +73,7 @@ def read(config: Config, task: str) -> Shape:
     kind = str(config.get("model_type"))
     architecture = of(kind)
     if architecture.shape is None:
-        raise ModelError(f"model_type {kind!r}: its sizes can't be told from its config; known are {', '.join(shaped())}")
+        raise ModelError(f"model_type {kind!r}: its sizes can't be told from its config; supported: {', '.join(shaped())}")
     if task not in architecture.tasks:
         raise ModelError(f"model_type {kind!r} isn't known here with task {task}; known with it are {', '.join(architecture.tasks)}")
     try:

@@ -38,7 +38,7 @@ def pair(bundle: Bundle, settings: DistillSettings, context: Context) -> tuple[B
         same = len(student_tokens.items() & teacher_tokens.items())
         way_out = "with any two, `distill: sequence` passes text and `distill: universal` compares sorted probabilities"
         if not student.model.can_generate():
-            way_out = "a student with the teacher's tokenizer is wanted"
+            way_out = "a student with the teacher's tokenizer is expected"
         raise ModelError(
             f"the teacher {teacher.source.id} has {len(teacher_tokens):,} tokens, the student {student.source.id} has"
             f" {len(student_tokens):,}, and {same:,} have the same id in both, so their distributions can't be compared token by token;"
@@ -47,7 +47,7 @@ def pair(bundle: Bundle, settings: DistillSettings, context: Context) -> tuple[B
     if not student.model.can_generate() and (labels := student.model.config.label2id) != teacher.config.label2id:
         raise ModelError(
             f"the teacher {teacher.source.id} has the labels {', '.join(teacher.config.label2id or {})},"
-            f" the student {student.source.id} has {', '.join(labels or {})}; a teacher with the student's labels is wanted"
+            f" the student {student.source.id} has {', '.join(labels or {})}; a teacher with the student's labels is expected"
         )
     return teacher, student
 

@@ -26,7 +26,7 @@ class Student(methods.Settings):
     @model_validator(mode="after")
     def _one(self) -> "Student":
         if (self.id is None) == (self.config is None):
-            raise ValueError("either id or config is wanted, one of the two")
+            raise ValueError("either id or config is expected, one of the two")
         if self.config is not None and self.revision is not None:
             raise ValueError("revision is of an id; a config has none")
         return self

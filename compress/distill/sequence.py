@@ -36,7 +36,7 @@ class Settings(DistillSettings):
     @model_validator(mode="after")
     def _one_way(self) -> "Settings":
         if self.sampling_temperature is not None and "num_beams" in self.model_fields_set:
-            raise ValueError("num_beams is for a search and sampling_temperature for sampling; one of the two is wanted")
+            raise ValueError("num_beams is for a search and sampling_temperature for sampling; one of the two is expected")
         return self
 
     def why_not_first(self) -> None:

@@ -106,7 +106,7 @@ def vocabulary(tokenizer: "PreTrainedTokenizerBase", size: int) -> Vocabulary:
 def _refusal(what: str) -> ModelError:
     splits = ", ".join(sorted(SPLITS.values()))
     return ModelError(
-        f"export: gguf: the tokenizer is {what}; known are byte-level BPE with the splits of {splits}, and SentencePiece's BPE with"
+        f"export: gguf: the tokenizer is {what}; supported: byte-level BPE with the splits of {splits}, and SentencePiece's BPE with"
         " byte_fallback. export: ctranslate2 takes any"
     )
 

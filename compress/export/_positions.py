@@ -24,6 +24,6 @@ def check_positions(config: "PreTrainedConfig", form: str, ropes: Collection[str
             f" Set max_position_embeddings to {window} in config.json: up to there it is the same"
         )
     if (kind := rope["rope_type"]) not in ropes:
-        raise ModelError(f"export: {form}: rope_type: {kind}; known are {', '.join(sorted(ropes))}")
+        raise ModelError(f"export: {form}: rope_type: {kind}; supported: {', '.join(sorted(ropes))}")
     if (part := rope.get("partial_rotary_factor") or 1.0) != 1.0:
         raise ModelError(f"export: {form}: partial_rotary_factor: {part:g}, and the format rotates all columns of a head")

@@ -177,7 +177,7 @@ def usage(task: Task, prompt: list[str], new_tokens: int) -> list[str]:
 def _check(config: "PreTrainedConfig") -> None:
     """Raises ModelError for what llama.cpp would compute differently."""
     if config.model_type not in FAMILIES:
-        raise ModelError(f"export: gguf: the model is a {config.model_type}; known are {', '.join(sorted(FAMILIES))}")
+        raise ModelError(f"export: gguf: the model is a {config.model_type}; supported: {', '.join(sorted(FAMILIES))}")
     if config.hidden_act != "silu":
         raise ModelError(f"export: gguf: hidden_act: {config.hidden_act}; llama.cpp computes a {config.model_type} with silu")
     usual = config.hidden_size // config.num_attention_heads

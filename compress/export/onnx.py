@@ -104,7 +104,7 @@ def apply(bundle: Bundle, settings: Settings, context: Context) -> Bundle:
     """
     config = read_config(bundle.source)
     if config.model_type not in ROPES:
-        raise ModelError(f"export: onnx: the model is a {config.model_type}; known are {', '.join(sorted(ROPES))}")
+        raise ModelError(f"export: onnx: the model is a {config.model_type}; supported: {', '.join(sorted(ROPES))}")
     check_positions(config, "onnx", ROPES[config.model_type])  # the builder drops those that it doesn't know in silence
     packing = getattr(config, "quantization_config", None) or {}
     read = gptq_layers if packing.get("quant_method") == "gptq" else packed_layers

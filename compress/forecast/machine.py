@@ -55,7 +55,7 @@ CORE_FLOPS, CORE_BYTES_PER_S = 40e9, 8e9
 def named(gpu: str) -> Machine:
     """A GPU of the table. Raises DeviceError."""
     if gpu not in GPUS:
-        raise DeviceError(f"--gpu {gpu}: its memory and speed aren't known here; known are {', '.join(GPUS)}")
+        raise DeviceError(f"--gpu {gpu}: its memory and speed aren't known here; supported: {', '.join(GPUS)}")
     return GPUS[gpu]
 
 

@@ -203,7 +203,7 @@ def _from_headers(folder: Path, config: dict[str, Any]) -> Shape:
     files = weight_files(folder)
     if not files:
         raise ModelError(
-            f"model_type {kind!r}: its sizes can't be told from its config; known are {', '.join(architectures.shaped())}."
+            f"model_type {kind!r}: its sizes can't be told from its config; supported: {', '.join(architectures.shaped())}."
             " With its safetensors in the folder their headers would be read"
         )
     linear = other = 0

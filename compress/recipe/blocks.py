@@ -77,14 +77,14 @@ class Data(Settings):
     def _template(cls, value: str | list[str] | None) -> str | list[str] | None:
         for template in [value] if isinstance(value, str) else value or []:
             if not template.strip():
-                raise ValueError("is empty; a field of a row is wanted, such as {text}")
+                raise ValueError("is empty; a field of a row is expected, such as {text}")
             fields(template)
         return value
 
     @model_validator(mode="after")
     def _one_kind(self) -> "Data":
         if (self.text is None) == (self.prompt is None):
-            raise ValueError("either text or prompt is wanted, one of the two")
+            raise ValueError("either text or prompt is expected, one of the two")
         if self.text is not None and (self.target is not None or self.chat):
             raise ValueError("text stands alone: target and chat go with prompt")
         if self.stride is not None and self.text is None:
@@ -92,7 +92,7 @@ class Data(Settings):
         if self.join is not None and self.text is None:
             raise ValueError("join is for text, whose rows make one stream")
         if self.shots and (self.target is None or "train" not in self.splits):
-            raise ValueError("shots are prompts with their targets from the train split; target and splits.train are wanted")
+            raise ValueError("shots are prompts with their targets from the train split; target and splits.train are expected")
         return self
 
 
@@ -201,7 +201,7 @@ class Gate(Settings):
     @model_validator(mode="after")
     def _some(self) -> "Gate":
         if not self.model_fields_set:
-            raise ValueError(f"a limit is wanted: {', '.join(type(self).model_fields)}")
+            raise ValueError(f"a limit is expected: {', '.join(type(self).model_fields)}")
         return self
 
 

@@ -103,7 +103,7 @@ def _named(key: str, document: yamlfile.Document, folder: Path, problems: Proble
 
 def _stages(written: Any, document: yamlfile.Document, problems: Problems) -> tuple[Stage, ...]:
     if not isinstance(written, list):
-        problems.add(document, ("stages",), "a list is wanted, each entry like `- quantize: int8_dynamic`")
+        problems.add(document, ("stages",), "a list is expected, each entry like `- quantize: int8_dynamic`")
         return ()
     stages = [_stage(item, index, document, problems) for index, item in enumerate(written)]
     return tuple(stage for stage in stages if stage is not None)
@@ -115,7 +115,7 @@ def _stage(item: Any, index: int, document: yamlfile.Document, problems: Problem
     if len(families) != 1:
         contents = f"this one has {', '.join(map(repr, item)) or 'nothing'}" if isinstance(item, dict) else f"this is {item!r}"
         choices = " or ".join(f"`{family}: method`" for family in methods.FAMILIES)
-        problems.add(document, place, f"{choices} is wanted in each stage; {contents}")
+        problems.add(document, place, f"{choices} is expected in each stage; {contents}")
         return None
     family, method = families[0], item[families[0]]
     if method not in methods.names(family):
@@ -135,7 +135,7 @@ def _engines(written: dict[str, Any], document: yamlfile.Document, problems: Pro
     ((key, value),) = written.items() or (("engine", PLAIN),)
     items = value if key == "engines" else [value]
     if not isinstance(items, list) or not items:
-        problems.add(document, (key,), "a list of engines is wanted, such as [transformers, ctranslate2]")
+        problems.add(document, (key,), "a list of engines is expected, such as [transformers, ctranslate2]")
         return ()
     places: list[yamlfile.Place] = [(key, index) if key == "engines" else (key,) for index in range(len(items))]
     engines = [_engine(item, place, document, problems) for item, place in zip(items, places, strict=True)]
@@ -149,14 +149,14 @@ def _engines(written: dict[str, Any], document: yamlfile.Document, problems: Pro
 def _engine(item: Any, place: yamlfile.Place, document: yamlfile.Document, problems: Problems) -> ChosenEngine | None:
     block = {"name": item} if isinstance(item, str) else item
     if not isinstance(block, dict) or not isinstance(name := block.get("name"), str):
-        problems.add(document, place, "the name of an engine is wanted, or a mapping with its name and settings")
+        problems.add(document, place, "the name of an engine is expected, or a mapping with its name and settings")
         return None
     if name not in (engines := methods.names("engines")):
         problems.add(document, place, f"there is no engine {name!r}{suggest(name, engines)}")
         return None
     python = block.get("python")
     if not (python is None or (isinstance(python, str) and python)):
-        problems.add(document, (*place, "python"), f"{python!r}: the interpreter of an environment is wanted, such as ../env/bin/python")
+        problems.add(document, (*place, "python"), f"{python!r}: the interpreter of an environment is expected, such as ../env/bin/python")
         return None
     rest = {key: value for key, value in block.items() if key not in ("name", "python")}
     settings = problems.validate(methods.find("engines", name).Settings, rest, document, place, f"engine: {name}")

@@ -96,7 +96,7 @@ def test_where_the_fewest_rounds_take_too_long_they_have_a_turn_each(monkeypatch
     assert [len(turns) for turns in sides[0].rounds[POINT]] == [1, 1, 1]
     sides = [Subject("baseline", 1.0, noisy(0)), Subject("candidate", 0.5, np.random.default_rng(0).uniform(0.2, 5, 1000))]
     session(sides, benchmark(precision=None, rounds=5, turns=9), monkeypatch)
-    assert [len(turns) for turns in sides[0].rounds[POINT]] == 5 * [9], "without a precision they are as many as are wanted"
+    assert [len(turns) for turns in sides[0].rounds[POINT]] == 5 * [9], "without a precision they are as many as are expected"
 
 
 def test_a_point_that_can_not_be_done_in_time_is_left_out_with_the_reason(tmp_path):

@@ -267,8 +267,8 @@ def test_a_loss_that_is_no_number_stops_at_once_and_names_step_and_examples(tmp_
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"student": {}}, "either id or config is wanted"),
-        ({"student": {"id": "x", "config": {"n": 1}}}, "either id or config is wanted"),
+        ({"student": {}}, "either id or config is expected"),
+        ({"student": {"id": "x", "config": {"n": 1}}}, "either id or config is expected"),
         ({"logits_weight": 0}, "`finetune: full` learns the targets alone"),
         ({"temperature": 0}, r"greater than or equal to 0\.01"),
         ({"temperature": 1e200}, "less than or equal to 100"),

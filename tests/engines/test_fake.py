@@ -119,8 +119,8 @@ def test_an_engine_that_cannot_open_a_model_says_so(report_of):
     [
         ({"engine": "fack"}, "there is no engine 'fack'; did you mean 'fake'"),
         ({"engine": {"name": "fake", "nat": 1}}, "unknown key 'nat'; did you mean 'nats'"),
-        ({"engine": 3}, "the name of an engine is wanted"),
-        ({"engines": []}, "a list of engines is wanted"),
+        ({"engine": 3}, "the name of an engine is expected"),
+        ({"engines": []}, "a list of engines is expected"),
         ({"engines": ["fake", "fake"]}, "fake stands twice"),
         ({"engine": "fake", "engines": ["fake"]}, "engine and engines mean the same"),
         ({"engine": "fake", "metrics": ["divergence"]}, "divergence can't be measured in it"),

@@ -164,10 +164,10 @@ def test_the_folder_is_a_hugging_face_folder_but_for_its_weights(tmp_path):
 
 
 def test_what_cant_be_carried_over_is_refused_before_any_work(toys, tmp_path):
-    assert "is a gpt2; known are llama, mistral, qwen2, qwen3" in refused(toys["gpt2"])
-    assert "the tokenizer is WordLevel; known are byte-level BPE" in refused(toys["llama"])
+    assert "is a gpt2; supported: llama, mistral, qwen2, qwen3" in refused(toys["gpt2"])
+    assert "the tokenizer is WordLevel; supported: byte-level BPE" in refused(toys["llama"])
     yarn = {"rope_type": "yarn", "factor": 2.0, "rope_theta": 10000.0, "original_max_position_embeddings": 128}
-    assert "rope_type: yarn; known are default, linear, llama3" in refused(decoder(tmp_path / "yarn", rope_parameters=yarn))
+    assert "rope_type: yarn; supported: default, linear, llama3" in refused(decoder(tmp_path / "yarn", rope_parameters=yarn))
     window = decoder(tmp_path / "window", "mistral", sliding_window=64)
     assert "sliding_window: 64 of 256 positions" in refused(window)
     assert "head_dim: 32; llama.cpp takes hidden_size / num_attention_heads for a qwen2, 16" in refused(decoder(tmp_path / "wide", "qwen2"))

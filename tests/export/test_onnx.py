@@ -137,10 +137,10 @@ def test_what_cannot_be_held_is_refused(toys, tmp_path, rows, write_recipe):
 
     linear = {"rope_type": "linear", "rope_theta": 10000.0, "factor": 2.0}
     part = {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}
-    assert "rope_type: linear; known are default, llama3" in refused(decoder(tmp_path / "linear", rope_parameters=linear))
+    assert "rope_type: linear; supported: default, llama3" in refused(decoder(tmp_path / "linear", rope_parameters=linear))
     assert "partial_rotary_factor: 0.5" in refused(decoder(tmp_path / "part", rope_parameters=part))
     assert "sliding_window: 8 of 256 positions" in refused(decoder(tmp_path / "window", "mistral", sliding_window=8))
-    assert "the model is a gpt2; known are llama, mistral, qwen2, qwen3" in refused(toys["gpt2"])
+    assert "the model is a gpt2; supported: llama, mistral, qwen2, qwen3" in refused(toys["gpt2"])
     rounded = artifact(decoder(tmp_path / "model"), tmp_path / "rounded", "smoothquant", "quantize")
     assert "packed by torchao. Only the integers of" in refused(rounded)
     assert export.Settings().why_not_behind("quantize: rtn", rtn.Settings(), {64, 172}) == (

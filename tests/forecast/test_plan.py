@@ -103,7 +103,7 @@ def test_the_table_fits_80_and_120_columns(seven, monkeypatch):
 
 
 def test_an_unknown_gpu_is_refused_by_name():
-    with pytest.raises(DeviceError, match="--gpu h100: its memory and speed aren't known here; known are t4-16gb"):
+    with pytest.raises(DeviceError, match="--gpu h100: its memory and speed aren't known here; supported: t4-16gb"):
         machine.named("h100")
 
 

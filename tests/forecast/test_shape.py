@@ -183,7 +183,7 @@ def test_published_sizes(name):
 
 
 def test_another_architecture_is_refused_by_name():
-    with pytest.raises(ModelError, match=r"'mamba'.*known are bart, bert, gpt2"):
+    with pytest.raises(ModelError, match=r"'mamba'.*supported: bart, bert, gpt2"):
         read({"model_type": "mamba"}, "causal-lm")
     with pytest.raises(ModelError, match="task causal-lm; known with it are seq2seq, sequence-classification"):
         read({"model_type": "t5"}, "causal-lm")
