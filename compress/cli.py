@@ -8,8 +8,10 @@ import argparse
 import gc
 import importlib
 import os
+import shutil
 import signal
 import sys
+import textwrap
 import warnings
 from typing import NoReturn
 
@@ -38,12 +40,20 @@ def parser() -> argparse.ArgumentParser:
         verb = importlib.import_module(f"compress.verbs.{name}")
         text = (verb.__doc__ or "").strip()
         added = verbs.add_parser(
-            name, help=text.split("\n")[0], description=text, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
-        )
+            name, help=text.split("\n")[0], description=wrapped(text), formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )  # fmt: skip
         added.set_defaults(call=verb.call)
         added.add_argument("--json", action="store_true", help="print one JSON document on stdout and nothing else there")
         verb.arguments(added)
     return program
+
+
+def wrapped(text: str) -> str:
+    """A text whose paragraphs fit the terminal; examples, which are to be copied, stay as they are."""
+    width = shutil.get_terminal_size().columns - 2
+    paragraphs = text.split("\n\n")
+    return "\n\n".join(part if part.startswith((" ", "Example")) else textwrap.fill(" ".join(part.split()), width) for part in paragraphs)
 
 
 def main() -> NoReturn:

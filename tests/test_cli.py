@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 import compress
-from compress import publish
+from compress import cli, publish
 from compress.recipe import shipped
 from tests.conftest import recipe_for
 
@@ -132,6 +132,16 @@ def test_methods_says_what_is_unpacked_and_when(columns, monkeypatch):
         if method["devices"] == ["cpu", "cuda"] and method["installed"]:
             assert f"In use: {method['at_run_time']}." in text
     assert "In use: the weights are unpacked at every step" in text
+
+
+@pytest.mark.parametrize("columns", ["80", "120"])
+def test_the_help_of_every_verb_fits_the_terminal(columns, monkeypatch):
+    monkeypatch.setenv("COLUMNS", columns)
+    (verbs,) = (action.choices for action in cli.parser()._actions if action.choices)
+    assert set(verbs) == set(cli.VERBS)
+    for verb in verbs.values():
+        long = [line for line in verb.format_help().splitlines() if len(line) > int(columns)]
+        assert all(line.startswith(("Example", " " * 4)) for line in long), "a command to copy is one line"
 
 
 @pytest.fixture(scope="module")
