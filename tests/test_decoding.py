@@ -200,5 +200,5 @@ def test_a_run_refuses_it_before_the_work(toys, rows, tmp_path, write_recipe):
         compress.run(recipe, tmp_path / "reports")
     assert not (tmp_path / "reports").exists()
     file.write_text("[]")
-    with pytest.raises(ModelError, match=rf"{file}: an object is expected"):
+    with pytest.raises(ModelError, match=rf"{file}: not a JSON object"):
         compress.run(recipe, tmp_path / "reports")
