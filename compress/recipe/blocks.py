@@ -52,8 +52,8 @@ class Data(Settings):
     )
     empty: Literal["skip", "refuse"] = Field(
         "skip",
-        description="for rows in which a field in use is empty, or the whole text, prompt or target is blank: skip leaves them out and"
-        " counts them, refuse stops with an error",
+        description="for rows in which a field in use is empty, or the whole text, prompt or target is blank: skip counts them and"
+        " leaves them out, refuse stops",
     )
     join: str | None = Field(
         None,
