@@ -16,9 +16,9 @@ from tests.test_matrix import cells
 ROWS, PAGE = Path("docs/types.csv"), Path("docs/types.md")
 HEAD = """# Types of model
 
-What each method does with a small random model of each type, by `python docs/make_types.py`. *Made* means that plain transformers loads the
-artifact in a process of its own with equal logits, and that all weights are accounted for. Otherwise the method refuses in a sentence, before
-anything is changed. The sentences stand below.
+What each method does with a small random model of each type, by `python docs/make_types.py`. *Made* means that plain transformers loads
+the artifact in a process of its own with equal logits, and that all weights are accounted for. Otherwise the method refuses in a sentence,
+before anything is changed. The sentences stand below.
 """
 
 
