@@ -120,7 +120,8 @@ def test_a_loss_that_is_no_number_is_named_with_its_step(toys):
     with torch.no_grad():
         bundled.model.model.embed_tokens.weight.fill_(float("nan"))
     with pytest.raises(
-        RunError, match=r"training: the loss became nan in step 1 of 7, on the examples \d, \d; nothing was learned yet, so it comes from model"
+        RunError,
+        match=r"training: the loss became nan in step 1 of 7, on the examples \d, \d; nothing was learned yet, so it comes from model",
     ):
         trained(bundled, "full", None)
 

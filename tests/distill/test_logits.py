@@ -258,7 +258,8 @@ def test_a_loss_that_is_no_number_stops_at_once_and_names_step_and_examples(tmp_
     folder, seen = saved(broken, tmp_path / "broken"), []
     told = Context("cpu", until(None, seen), examples(), 32)
     with pytest.raises(
-        RunError, match=r"the loss became nan in step 1 of 500, on the examples \d, \d; nothing was learned yet, so it comes from model, teacher"
+        RunError,
+        match=r"the loss became nan in step 1 of 500, on the examples \d, \d; nothing was learned yet, so it comes from model, teacher",
     ):
         distil("logits", bundle(student, "llama"), folder, told, steps=500, batch_size=2)
     assert seen == []
