@@ -3,6 +3,7 @@
     python reports/measure.py RECIPE.yaml... --models FOLDER --data FOLDER [--out FOLDER] [--stages 'prune: wanda; quantize: rtn' ...]
 
 The recipes of `quantisation/`, `pruning/` and `distillation/` have no stages of their own; without --stages each runs those of its folder.
+A recipe with stages, as those of `smollm2/`, runs as it is.
 A run leaves its report in a folder beside the recipe (texts and predictions left out: the data are not ours to publish). Printed is one
 table over all of a folder's reports; without a recipe, over every folder's.
 """
@@ -49,8 +50,10 @@ DISTILLED = {
 }  # fmt: skip
 
 
-def chains(recipe: Path) -> list[str]:
-    """The stages run on a model without --stages: a scale a row on the real Llama, groups of 32 elsewhere."""
+def chains(recipe: Path) -> list[str] | list[None]:
+    """The stages run on a model without --stages: a recipe's own, if any; a scale a row on the real Llama, groups of 32 elsewhere."""
+    if compress.load_recipe(recipe).stages:
+        return [None]
     if recipe.parent.name == "distillation":
         return DISTILLED[recipe.stem]
     stages = FOLDERS[recipe.parent.name]
@@ -61,23 +64,29 @@ def chains(recipe: Path) -> list[str]:
     return [f"quantize: {stage}, group_size: {size}" for stage in stages] + INT8 + static
 
 
-def measure(recipe: Path, chain: str, models: Path, data: Path, out: Path | None) -> Report:
-    """One chain of stages on one model; its report is kept without texts."""
+def measure(recipe: Path, chain: str | None, models: Path, data: Path, out: Path | None) -> Report:
+    """One chain of stages on one model, or the recipe's own stages; its report is kept without texts."""
     loaded = compress.load_recipe(recipe)
-    stages = ", ".join(f"{{{stage}}}" for stage in chain.split("; "))
-    named = {"model.id": (models, loaded.model.id), "data.source": (data, loaded.data.source)}
-    places = [f"{key}={folder / name}" for key, (folder, name) in named.items() if name != "builtin"]
-    loaded = compress.load_recipe(recipe, [*places, f"stages=[{stages}]", "benchmark.precision=null"])
+    places = {"model.id": (models, loaded.model.id), "data.source": (data, loaded.data.source)}
+    changes = [f"{key}={folder / Path(name).name}" for key, (folder, name) in places.items() if name != "builtin"]
+    if chain is not None:
+        stages = ", ".join(f"{{{stage}}}" for stage in chain.split("; "))
+        changes += [f"stages=[{stages}]", "benchmark.precision=null"]
     with tempfile.TemporaryDirectory() as folder:
-        report = compress.run(loaded, out=out or folder)
-    settings = report.settings | {"model": report.settings["model"] | {"id": compress.load_recipe(recipe).model.id}}
-    settings |= {"data": settings["data"] | {"source": compress.load_recipe(recipe).data.source}}
+        report = compress.run(compress.load_recipe(recipe, changes), out=out or folder)
+    settings_left_out = r", (keep|importance|samples|epochs|learning_rate|batch_size|max_tokens|\w+_weight|by): [^,;]+"
+    name = re.sub(rf"(quantize|prune|finetune|distill): |{settings_left_out}", "", chain or "").lower()
+    return keep(report, recipe, recipe.parent / recipe.stem / re.sub(r"[^a-z0-9_]+", "-", name).strip("-"))
+
+
+def keep(report: Report, recipe: Path, place: Path) -> Report:
+    """Write a report of a recipe to a place, without texts, and with model and data as the recipe names them."""
+    loaded = compress.load_recipe(recipe)
+    settings = report.settings | {"model": report.settings["model"] | {"id": loaded.model.id}}
+    settings |= {"data": settings["data"] | {"source": loaded.data.source}}
     sides = [side.model_copy(update={"model": side.role}) for side in report.sides]
     records = [record.model_copy(update={"artifact": Path(record.artifact).name}) for record in report.stages]
     report = report.model_copy(update={"predictions": [], "settings": settings, "sides": sides, "stages": records})
-    settings_left_out = r", (keep|importance|samples|epochs|learning_rate|batch_size|max_tokens|\w+_weight|by): [^,;]+"
-    name = re.sub(rf"(quantize|prune|finetune|distill): |{settings_left_out}", "", chain).lower()
-    place = recipe.parent / recipe.stem / re.sub(r"[^a-z0-9_]+", "-", name).strip("-")
     if place.exists():
         for file in place.iterdir():
             file.unlink()
@@ -104,7 +113,7 @@ def table(folder: Path) -> str:
     ]
     rows = []
     for recipe in sorted(folder.glob("*.yaml")):
-        for file in sorted((folder / recipe.stem).glob("*/report.json")):
+        for file in sorted((folder / recipe.stem).rglob("report.json")):
             report = read_report(file)
             compared = {c.metric: c for c in report.comparisons}  # of latencies the last, which is the largest batch's
             row = dict.fromkeys(heads, "") | {"model": recipe.stem, "stages": ", then ".join(title(r.stage) for r in report.stages)}
@@ -163,12 +172,12 @@ def main() -> None:
             try:
                 report = measure(recipe, chain, arguments.models.resolve(), arguments.data.resolve(), arguments.out)
             except compress.CompressError as error:
-                print(f"{recipe.stem}: {chain}: {error}", flush=True)
+                print(f"{recipe.stem}: {chain or 'its own stages'}: {error}", flush=True)
                 continue
             shown = [c for c in report.comparisons if c.metric in ("divergence", "perplexity", "rougeL", "bleu", "accuracy")]
             quality = ", ".join(f"{c.metric} {c.baseline:.4f} to {c.candidate:.4f}" for c in shown)
             took = sum(record.seconds for record in report.stages)
-            print(f"{recipe.stem}: {chain}: {report.verdict}: {quality}, {took:.0f} s", flush=True)
+            print(f"{recipe.stem}: {chain or 'its own stages'}: {report.verdict}: {quality}, {took:.0f} s", flush=True)
     for folder in sorted({recipe.parent.name for recipe in arguments.recipes} or {*FOLDERS, "distillation"}):
         print(table(HERE / folder))
 
