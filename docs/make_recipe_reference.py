@@ -79,18 +79,18 @@ def page() -> str:
 def _stages(stages: list[dict[str, Any]], parts: dict[str, Any]) -> list[str]:
     """Every method's own keys; before them those that several have alike."""
     rows = {stage["title"]: [row for row in _rows(stage) if row[0] not in methods.FAMILIES] for stage in stages}
-    times = Counter(row[:3] for found in rows.values() for row in found)  # whatever their meanings' words
+    times = Counter(row[:3] for keys in rows.values() for row in keys)  # whatever their meanings' words
     alike: dict[tuple[str, ...], Row] = {}
-    for row in (row for found in rows.values() for row in found if times[row[:3]] >= SHARED):
-        alike[row[:3]] = max(row, alike.get(row[:3], row), key=lambda said: len(said[3]))
+    for row in (row for keys in rows.values() for row in keys if times[row[:3]] >= SHARED):
+        alike[row[:3]] = max(row, alike.get(row[:3], row), key=lambda candidate: len(candidate[3]))
     lines = ["", "## stages", "", "A list; each entry names a family and a method of it, and has that method's keys beside."]
     lines += ["", "### Keys that several methods have", "", *_table(alike.values())]
     for stage in stages:
-        found = rows[stage["title"]]
+        keys = rows[stage["title"]]
         lines += ["", f"### {stage['title']}", "", stage["description"], ""]
-        if own := [row for row in found if row[:3] not in alike]:
+        if own := [row for row in keys if row[:3] not in alike]:
             lines += [*_table(own), ""]
-        if shared := [f"`{row[0]}`" for row in found if row[:3] in alike]:
+        if shared := [f"`{row[0]}`" for row in keys if row[:3] in alike]:
             lines += [f"{'Also ' if own else ''}{', '.join(shared)}, as above."]
     for name in PARTS:
         lines += ["", f"### {name}", "", _about(parts[name]), "", *_table(_rows(parts[name]))]
@@ -106,12 +106,12 @@ def _rows(block: dict[str, Any]) -> list[Row]:
 
 
 def _row(key: str, value: dict[str, Any], block: dict[str, Any]) -> Row:
-    given = f"`{_yaml(value['default'])}`" if "default" in value else "see there"
+    default = f"`{_yaml(value['default'])}`" if "default" in value else "see there"
     if isinstance(value.get("default"), dict) and len(value["default"]) > 2:
-        given = "see there"
+        default = "see there"
     if key in block.get("required", []):
-        given = "none"
-    return key, _kind(value), given, value.get("description", "")
+        default = "none"
+    return key, _kind(value), default, value.get("description", "")
 
 
 def _kind(value: dict[str, Any]) -> str:
@@ -126,9 +126,9 @@ def _kind(value: dict[str, Any]) -> str:
     if "const" in value:
         return f"`{_yaml(value['const'])}`"
     if "enum" in value:
-        return ", ".join(f"`{_yaml(one)}`" for one in value["enum"])
+        return ", ".join(f"`{_yaml(choice)}`" for choice in value["enum"])
     if "anyOf" in value:
-        return " or ".join(dict.fromkeys(_kind(one) for one in value["anyOf"]))
+        return " or ".join(dict.fromkeys(_kind(kind) for kind in value["anyOf"]))
     if value.get("type") == "array":
         return f"list of {_kind(value['items'])}" if "anyOf" not in value["items"] or len(value["items"]["anyOf"]) < 4 else "list"
     if value.get("type") == "object":
@@ -140,8 +140,8 @@ def _kind(value: dict[str, Any]) -> str:
 def _bounds(value: dict[str, Any]) -> str:
     """from 1, above 0, below 1; the largest counts say nothing and are left out."""
     words = {"minimum": "from", "exclusiveMinimum": "above", "maximum": "to", "exclusiveMaximum": "below"}
-    said = [f"{word} {value[key]:,}" for key, word in words.items() if key in value and value[key] < 2**31]
-    return f" {' '.join(said)}" if said else ""
+    bounds = [f"{word} {value[key]:,}" for key, word in words.items() if key in value and value[key] < 2**31]
+    return f" {' '.join(bounds)}" if bounds else ""
 
 
 def _yaml(value: Any) -> str:

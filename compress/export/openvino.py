@@ -205,10 +205,11 @@ def _store(graph: Any, packed: Packed, tables: Collection[str], settings: Settin
         name = node.get_friendly_name().removeprefix(MODEL)
         layer = name.removesuffix(".weight")
         users = list(node.output(0).get_target_inputs())
+        multiplied = any(user.get_node().get_type_name() == "MatMul" for user in users)
         if layer in packed:
             numbers = _numbers(*packed[layer])
             met.add(layer)
-        elif rounds_tables if name in tables else rounds_all and any(user.get_node().get_type_name() == "MatMul" for user in users):
+        elif rounds_tables if name in tables else rounds_all and multiplied:
             numbers = _numbers(_nearest(node.data), 8)
         else:
             continue
