@@ -241,7 +241,7 @@ def mcnemar(baseline: Sequence[Sequence[float]], candidate: Sequence[Sequence[fl
     return lost, won, float(stats.binomtest(lost, lost + won).pvalue) if lost + won else 1.0
 
 
-def alone(metric: str, samples: Sequence[Sequence[float]], seed: int = 0) -> Effect:
+def single_side(metric: str, samples: Sequence[Sequence[float]], seed: int = 0) -> Effect:
     """A single side's metric over (examples, k) statistics, by the same bootstrap."""
     import numpy as np
 

@@ -301,7 +301,7 @@ def _absolute(figure: Measurement) -> Effect:
     if kind == "size":
         return Effect(figure.value)
     if kind == "quality":
-        return statistics.alone(figure.metric, figure.present)
+        return statistics.single_side(figure.metric, figure.present)
     if any(value <= 0 for row in figure.present for value in row):  # no slack, no cache: nothing to take a logarithm of
         return Effect(figure.value, known=False)
     return statistics.geometric_mean(figure.present)

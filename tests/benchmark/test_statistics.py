@@ -92,7 +92,7 @@ def test_a_quality_ratio_that_is_the_same_in_every_example_is_certain():
 
 def test_too_few_examples_give_no_interval():
     rows = [[float(x)] for x in range(19)]
-    for effect, value in ((statistics.paired("rougeL", rows, rows), 0), (statistics.alone("rougeL", rows), 9)):
+    for effect, value in ((statistics.paired("rougeL", rows, rows), 0), (statistics.single_side("rougeL", rows), 9)):
         assert (effect.estimate, effect.interval(0.95), effect.needed(1, 0.95)) == (value, None, None)
 
 
@@ -116,7 +116,7 @@ def test_intervals_of_a_divergence_cover_the_truth_95_times_of_100(monkeypatch):
     for number in range(600):
         tokens = rng.integers(200, 512, 60).astype(float)
         means = 0.15 * rng.lognormal(-(0.4**2) / 2, 0.4, 60)
-        low, high = statistics.alone("divergence", np.column_stack([tokens * means, tokens]).tolist(), seed=number).interval(0.95)
+        low, high = statistics.single_side("divergence", np.column_stack([tokens * means, tokens]).tolist(), seed=number).interval(0.95)
         hits += low <= 0.15 <= high
     assert 0.93 <= hits / 600 <= 0.97, hits / 600
 
